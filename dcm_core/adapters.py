@@ -1,0 +1,195 @@
+"""An expert as modules: what runs beside, or instead of, the base model's linears while that expert owns the step.
+
+Holds only the expert's tensors; the base weights are neither read nor written.
+"""
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ExpertError, name_some
+from .experts import Expert, LowRank
+from .routing import Side
+
+CastWeight = Callable[[nn.Linear, Tensor], Tensor]
+Forward = Callable[..., Tensor]
+
+
+def cast_weight(linear: nn.Linear, like: Tensor) -> Tensor:
+    """A linear's weight on the device and in the dtype of `like`; hosts with offloading bring their own."""
+    return linear.weight.to(like)
+
+
+class LowRankBranch(nn.Module):
+    """All low-rank updates of one linear: one projection down, then each update into its own rows.
+
+    alpha / rank is folded into `up` when the weights are filled.
+    """
+
+    def __init__(self, updates: tuple[LowRank, ...], operations: Any, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        width = updates[0].down.shape[1]
+        self.ranks = [update.rank for update in updates]
+        self.starts = [update.start for update in updates]
+        self.down = operations.Linear(width, sum(self.ranks), bias=False, dtype=dtype, device=device)
+        self.ups = nn.ModuleList(
+            operations.Linear(update.rank, update.up.shape[0], bias=False, dtype=dtype, device=device) for update in updates
+        )
+        with torch.no_grad():
+            self.down.weight.copy_(torch.cat([update.down for update in updates]))
+            for up, update in zip(self.ups, updates, strict=True):
+                up.weight.copy_(update.up.float() * update.scale)
+
+    def add(self, out: Tensor, projected: Tensor, strength: float, weight_of: CastWeight) -> None:
+        """Add `strength * up(projected)` to `out` (..., rows) in place."""
+        rows, hidden = out.view(-1, out.shape[-1]), projected.view(-1, projected.shape[-1])
+        for start, up, part in zip(self.starts, self.ups, hidden.split(self.ranks, dim=-1), strict=True):
+            weight = weight_of(up, part)
+            rows[:, start : start + weight.shape[0]].addmm_(part, weight.t(), alpha=strength)
+
+
+class RoutedSite(nn.Module):
+    """What an expert does at one module of the base.
+
+    Attributes:
+        replaced: answers alone (strength 1) or interpolated with the base.
+        branch: low-rank updates added to the base's output.
+        diff: a module of the base's kind holding differences; its output is added.
+    """
+
+    def __init__(self, replaced: nn.Module | None, branch: LowRankBranch | None, diff: nn.Module | None):
+        super().__init__()
+        self.replaced, self.branch, self.diff = replaced, branch, diff
+
+    def forward(self, x: Tensor, base: Forward, strength: float, weight_of: CastWeight) -> Tensor:
+        """Output of the module `base` with this expert's part in it; x: (..., in) -> (..., out)."""
+        if self.replaced is not None:
+            out = self.replaced(x)
+            return out if strength == 1 else torch.lerp(base(x), out, strength)
+        # before the base runs: an fp8 linear may clamp its input in place
+        projected = self.branch.down(x) if self.branch is not None else None
+        difference = self.diff(x) if self.diff is not None else None
+        out = base(x)
+        if projected is not None:
+            out = out.contiguous()
+            self.branch.add(out, projected, strength, weight_of)
+        if difference is not None:
+            out = out.add_(difference, alpha=strength)
+        return out
+
+
+class RoutedExpert(nn.Module):
+    """An expert built for one base model: a site for every module it touches.
+
+    Args:
+        base: native module name -> the base's module, for the kinds and sizes of the sites.
+        operations: where Linear, LayerNorm and RMSNorm come from (`torch.nn`, or the host's casting ones).
+        dtype: of the expert's weights: what the base computes in.
+
+    Raises:
+        ExpertError: an expert that touches what has no forward of its own (a bare parameter, a convolution).
+    """
+
+    def __init__(
+        self,
+        expert: Expert,
+        base: Mapping[str, nn.Module],
+        operations: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        super().__init__()
+        self.side: Side = expert.role
+        self.names: list[str] = sorted(_touched(expert))
+        _check_routable(expert, base, self.names)
+        factory = SimpleNamespace(operations=operations, dtype=dtype, device=device)
+        self.sites = nn.ModuleList(_make_site(name, expert, base[name], factory) for name in self.names)
+
+    def replaced_weights(self) -> dict[str, str]:
+        """Native tensor name -> name of the tensor here that stands in for it."""
+        found = {}
+        for index, (name, site) in enumerate(zip(self.names, self.sites, strict=True)):
+            if site.replaced is not None:
+                found |= {f"{name}.{p}": f"sites.{index}.replaced.{p}" for p, _ in site.replaced.named_parameters()}
+        return found
+
+
+def _touched(expert: Expert) -> set[str]:
+    return set(expert.low_rank) | {name.rpartition(".")[0] for name in (*expert.replaced, *expert.diff)}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__ in ("LayerNorm", "RMSNorm")
+
+
+def _check_routable(expert: Expert, base: Mapping[str, nn.Module], names: list[str]) -> None:
+    absent = [name for name in names if name not in base]
+    if absent:
+        raise ExpertError(f"The model has no module {name_some(absent)}. Use an expert made for a model of this size.")
+    bare = [f"{name}.{param}" for name in names for param in _params(expert, name) if param not in ("weight", "bias")]
+    other = [name for name in names if not (_is_linear(base[name]) or (_is_norm(base[name]) and name not in expert.low_rank))]
+    if bare or other:
+        raise ExpertError(
+            f"{name_some(bare + other)} cannot be switched during sampling: only linears and norms can. "
+            "Attach this file as a semantic expert with the detail expert stacked on it, or leave these tensors out."
+        )
+    partial = [
+        name
+        for name in names
+        if (given := {p for p in ("weight", "bias") if f"{name}.{p}" in expert.replaced})
+        and (name in expert.low_rank or given != {p for p in ("weight", "bias") if getattr(base[name], p, None) is not None})
+    ]
+    if partial:
+        raise ExpertError(
+            f"{name_some(partial)} is replaced only in part. An expert replaces a layer's weight and bias together, "
+            "without a low-rank pair on the same layer. Convert or train the expert again."
+        )
+
+
+def _params(expert: Expert, module: str) -> set[str]:
+    return {name[len(module) + 1 :] for name in (*expert.replaced, *expert.diff) if name.rpartition(".")[0] == module}
+
+
+def _make_site(name: str, expert: Expert, base: nn.Module, factory: SimpleNamespace) -> RoutedSite:
+    updates = expert.low_rank.get(name)
+    branch = LowRankBranch(updates, factory.operations, factory.dtype, factory.device) if updates else None
+    return RoutedSite(_filled(name, expert.replaced, base, factory), branch, _filled(name, expert.diff, base, factory))
+
+
+def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: SimpleNamespace) -> nn.Module | None:
+    """A module like `base` holding `tensors[name.weight]` and `tensors[name.bias]`, zeros for the one that is absent."""
+    weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
+    if weight is None and bias is None:
+        return None
+    kind = {"dtype": factory.dtype, "device": factory.device}
+    if _is_linear(base):
+        module = factory.operations.Linear(base.in_features, base.out_features, bias=bias is not None, **kind)
+    elif type(base).__name__ == "LayerNorm":
+        module = factory.operations.LayerNorm(base.normalized_shape, eps=base.eps, bias=bias is not None, **kind)
+    else:
+        module = factory.operations.RMSNorm(weight.shape[-1], eps=base.eps, **kind)
+    with torch.no_grad():
+        module.weight.copy_(weight) if weight is not None else module.weight.zero_()
+        if bias is not None:
+            module.bias.copy_(bias)
+    return module
+
+
+def inner_module(module: nn.Module) -> nn.Module:
+    """The module itself where torch.compile has wrapped it."""
+    return getattr(module, "_orig_mod", module)
+
+
+def find_module(root: nn.Module, name: str) -> nn.Module:
+    """The submodule called `name`, through every compiled wrapper on the way."""
+    module = inner_module(root)
+    for part in name.split("."):
+        module = inner_module(getattr(module, part))
+    return module

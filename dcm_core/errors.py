@@ -1,0 +1,26 @@
+"""The errors users meet. Every message says what was given, what was expected and how to fix it."""
+
+from collections.abc import Iterable
+
+
+class DCMError(ValueError):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ScheduleError(DCMError):
+    """A sigma list, step count or boundary that cannot be sampled."""
+
+
+class CheckpointError(DCMError):
+    """A file that is not what it has to be: unreadable, incomplete, or of another layout."""
+
+
+class ExpertError(DCMError):
+    """An expert that does not fit the model it is attached to."""
+
+
+def name_some(names: Iterable[str], limit: int = 3) -> str:
+    """`a, b, c and 4 more`: enough names to recognise the problem, few enough to read."""
+    names = sorted(names)
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

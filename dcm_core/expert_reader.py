@@ -1,0 +1,325 @@
+"""Read an expert from LoRA files of any common naming: ours, ComfyUI, kohya, diffusers, PEFT, the release's own.
+
+Every tensor is placed or named in an error; nothing is dropped.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import ExpertError, name_some
+from .experts import FILE_FORMAT, Expert, LowRank, place_low_rank, split_update
+from .families import FAMILIES, Family
+from .keymap import Piece
+from .lora_names import LoraKey, candidates, flat_name, split_key
+from .routing import Side, check_boundary
+
+RELEASE_ADAPTER = "lora1"
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+class ModuleNames:
+    """Finds the native module behind whatever a file calls it."""
+
+    def __init__(self, family: Family, shapes: Shapes):
+        self.key_map = family.key_map
+        self.aliases = family.alias_map
+        self.tensors = set(shapes)
+        self.modules = {name.rpartition(".")[0] for name in shapes}
+        self.flat: dict[str, Piece] = {}
+        for module in sorted(self.modules | self.tensors):
+            pieces = [*self.aliases.sources_of(module), *self.key_map.sources_of(module), Piece(module, module)]
+            self.flat |= {piece.source.replace(".", "_"): piece for piece in pieces}
+
+    def find(self, module: str) -> Piece | None:
+        """The native place of a module (or of a tensor that is no module's weight), None if the model has none."""
+        flat = flat_name(module)
+        if flat is not None:
+            return self.flat.get(flat)
+        for name in candidates(module):
+            if name in self.modules or name in self.tensors:
+                return Piece(name, name)
+            piece = self.aliases.find_module(name) or self.key_map.find_module(name)
+            if piece is not None and (piece.target in self.modules or piece.target in self.tensors):
+                return piece
+        return None
+
+
+@dataclass
+class Site:
+    """The tensors a file holds for one of its modules."""
+
+    piece: Piece
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    adapter: str | None = None
+
+
+def read_expert(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    role: Side,
+    family: Family,
+    shapes: Shapes,
+    peft_config: Mapping | None = None,
+) -> Expert:
+    """Read an expert for a model of `family`.
+
+    Args:
+        tensors: the file's content.
+        metadata: the file's metadata; `dcm.*` says what the file is, `lora_adapter_metadata` holds diffusers' alpha.
+        role: the side it is to be used for.
+        shapes: native tensor name -> shape of the base model.
+        peft_config: a PEFT folder's adapter_config.json, for its alpha.
+
+    Raises:
+        ExpertError: wrong family or role; keys that fit no module, half pairs, unsupported kinds (DoRA, LoHa, LoKr ...),
+            wrong shapes, NaN or infinite values, missing keys in a file of ours.
+    """
+    check_facts(metadata, role, family)
+    sites = _collect(tensors, family, shapes)
+    _check_values(tensors)
+    default_scale = _DefaultScale(family, metadata, peft_config, released=_is_release_part(tensors, family))
+    low_rank: dict[str, list[LowRank]] = {}
+    replaced: dict[str, Tensor] = {}
+    diff: dict[str, Tensor] = {}
+    for site in sites:
+        _place(site, shapes, default_scale, low_rank, replaced, diff)
+    expert = Expert(
+        family.name,
+        role,
+        {module: _split_fused(module, updates, family) for module, updates in low_rank.items()},
+        replaced,
+        diff,
+        boundary=check_boundary(float(metadata["dcm.boundary"])) if "dcm.boundary" in metadata else None,
+        timesteps=tuple(json.loads(metadata["dcm.timesteps"])) if "dcm.timesteps" in metadata else None,
+    )
+    if metadata.get("dcm.format"):
+        _check_complete(tensors, metadata, shapes)
+    return expert
+
+
+def check_facts(metadata: Mapping[str, str], role: Side, family: Family) -> None:
+    """Refuse a file of ours that says it is something else.
+
+    Raises:
+        ExpertError: another family, another role, or a newer format.
+    """
+    said_family, said_role = metadata.get("dcm.family", family.name), metadata.get("dcm.expert", role)
+    if said_family != family.name:
+        title = FAMILIES[said_family].title if said_family in FAMILIES else said_family
+        raise ExpertError(f"This expert is for {title}, the model is {family.title}. Load the expert made for {family.title}.")
+    if said_role != role:
+        raise ExpertError(f"This file holds a {said_role} expert but is given as the {role} expert. Choose it in `{said_role}_lora`.")
+    if metadata.get("dcm.format", FILE_FORMAT) != FILE_FORMAT:
+        raise ExpertError(f"This expert file has format {metadata['dcm.format']}; this version reads {FILE_FORMAT}. Update the node pack.")
+
+
+def _is_release_part(tensors: Iterable[str], family: Family) -> bool:
+    """True if the file follows the release's conventions, so that a missing alpha means the release's scale."""
+    return any(
+        family.detail_source(key) or ((name := split_key(key)) and name.adapter == RELEASE_ADAPTER) for key in tensors
+    )
+
+
+def _collect(tensors: Mapping[str, Tensor], family: Family, shapes: Shapes) -> list[Site]:
+    names = ModuleNames(family, shapes)
+    sites: dict[str, Site] = {}
+    unplaced, unsupported, collided = [], [], []
+    for key, tensor in tensors.items():
+        name = _name_of(key, family)
+        piece = names.find(name.module) if name else None
+        if name is not None and name.kind == "unsupported":
+            unsupported.append(key)
+        elif piece is None:
+            unplaced.append(key)
+        else:
+            site = sites.setdefault(f"{piece.target}|{piece.part}", Site(piece, adapter=name.adapter))
+            if name.kind in site.tensors:
+                collided += [key, site.keys[name.kind]]
+            site.tensors[name.kind], site.keys[name.kind] = tensor, key
+    if unsupported:
+        raise ExpertError(
+            f"{len(unsupported)} tensors are of a kind that cannot be routed ({name_some(unsupported)}). Expected plain LoRA pairs, "
+            ".diff, .diff_b or .set_weight; convert the file to a plain LoRA first."
+        )
+    if collided:
+        raise ExpertError(f"{name_some(set(collided))} are for the same tensor. Expected one name for each; merge the adapters first.")
+    if unplaced:
+        raise ExpertError(_unplaced_message(unplaced, len(tensors), family))
+    if not sites:
+        raise ExpertError("The file holds no tensor. Expected the LoRA of an expert.")
+    return list(sites.values())
+
+
+def _name_of(key: str, family: Family) -> LoraKey | None:
+    """The key taken apart; the release's detail copies count as replacements."""
+    for name in candidates(key):
+        source = family.detail_source(name)
+        if source is not None:
+            module, _, param = source.rpartition(".")
+            return LoraKey(module, "set_bias" if param == "bias" else "set_weight", RELEASE_ADAPTER)
+    return split_key(key)
+
+
+def _unplaced_message(unplaced: list[str], count: int, family: Family) -> str:
+    for other in FAMILIES.values():
+        if other is not family and _knows(other, unplaced) > len(unplaced) // 2:
+            return (
+                f"This expert is for {other.title} ({name_some(unplaced)}), the model is {family.title}. "
+                f"Load the expert made for {family.title}."
+            )
+    return (
+        f"{len(unplaced)} of {count} tensors fit nothing in this {family.title} model: {name_some(unplaced)}. Expected LoRA "
+        "keys in ComfyUI, kohya, diffusers or PEFT naming, made for a model of the same size."
+    )
+
+
+def _knows(family: Family, keys: Iterable[str]) -> int:
+    """How many of the keys a model of the family could have, whatever its depth."""
+    native = {re.sub(r"\d+", "{n}", rule.target) for rule in family.DIFFUSERS_TO_NATIVE}
+    flat = {name.replace(".", "_") for name in native}
+    count = 0
+    for key in keys:
+        module = name.module if (name := split_key(key)) else key
+        bare = flat_name(module)
+        if bare is not None:
+            count += re.sub(r"\d+", "{n}", bare) in flat
+        else:
+            count += any(
+                re.sub(r"\d+", "{n}", part) in native or family.key_map.find_module(part) is not None
+                for part in candidates(module)
+            )
+    return count
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    if broken:
+        raise ExpertError(f"{len(broken)} tensors hold NaN or infinite values: {name_some(broken)}. Download or train the file again.")
+
+
+class _DefaultScale:
+    """alpha / rank of a pair that stores no alpha: PEFT's or diffusers' configuration, else the release's, else 1."""
+
+    def __init__(self, family: Family, metadata: Mapping[str, str], peft_config: Mapping | None, released: bool):
+        self.config = peft_config or _diffusers_config(metadata) or {}
+        self.fallback = family.lora_scale if released else 1.0
+
+    def __call__(self, module: str, rank: int) -> float:
+        alpha = self.config.get("lora_alpha")
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+        if alpha is None:
+            return self.fallback
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _diffusers_config(metadata: Mapping[str, str]) -> dict:
+    """The LoRA configuration diffusers stores as JSON in a file's metadata, keys without their `transformer.`."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except json.JSONDecodeError as error:
+        raise ExpertError(f"The metadata `lora_adapter_metadata` is no JSON ({error}). Save the LoRA again.") from error
+    return {key.removeprefix("transformer."): value for key, value in config.items()}
+
+
+def _place(
+    site: Site,
+    shapes: Shapes,
+    default_scale: _DefaultScale,
+    low_rank: dict[str, list[LowRank]],
+    replaced: dict[str, Tensor],
+    diff: dict[str, Tensor],
+) -> None:
+    """Put one module's tensors where they belong."""
+    piece, tensors = site.piece, site.tensors
+    weight = piece.target if piece.target in shapes else f"{piece.target}.weight"
+    bias = f"{piece.target}.bias"
+    if ("down" in tensors) != ("up" in tensors):
+        raise ExpertError(f"{name_some(site.keys.values())} is half of a low-rank pair. Save or download the file again.")
+    if "alpha" in tensors and "down" not in tensors:
+        raise ExpertError(f"{site.keys['alpha']} has no low-rank pair. Save or download the file again.")
+    if "down" in tensors:
+        update = _low_rank(site, shapes[weight], default_scale)
+        if len(shapes[weight]) > 2:
+            full = update.scale * update.up.float().flatten(1) @ update.down.float().flatten(1)
+            diff[weight] = full.reshape(tuple(shapes[weight]))
+        else:
+            low_rank.setdefault(piece.target, []).append(update)
+    for kind, name, into in (
+        ("set_weight", weight, replaced),
+        ("set_bias", bias, replaced),
+        ("diff", weight, diff),
+        ("diff_b", bias, diff),
+    ):
+        if kind in tensors:
+            _place_full(site, kind, name, shapes, into)
+
+
+def _low_rank(site: Site, shape: Sequence[int], default_scale: _DefaultScale) -> LowRank:
+    down, up = site.tensors["down"], site.tensors["up"]
+    if "alpha" in site.tensors:
+        scale = site.tensors["alpha"].item() / down.shape[0]
+    else:
+        scale = default_scale(site.piece.source, down.shape[0])
+    update = place_low_rank(site.piece, down, up, scale)
+    rows_fit = update.start + up.shape[0] <= shape[0] if site.piece.part is not None else up.shape[0] == shape[0]
+    if not (down.shape[0] == up.shape[1] and tuple(down.shape[1:]) == tuple(shape[1:]) and rows_fit):
+        raise ExpertError(
+            f"{name_some(site.keys.values())} have shapes {tuple(down.shape)} and {tuple(up.shape)}; the model's "
+            f"{site.piece.target} is {tuple(shape)}. Use an expert made for a model of this size."
+        )
+    return update
+
+
+def _place_full(site: Site, kind: str, name: str, shapes: Shapes, into: dict[str, Tensor]) -> None:
+    """Put a whole tensor, or a fused tensor's rows, into `into[name]`."""
+    tensor, part = site.tensors[kind], site.piece.part
+    shape = tuple(shapes.get(name, ()))
+    if part is not None and into is not None and kind.startswith("set"):
+        raise ExpertError(f"{site.keys[kind]} replaces only some rows of the fused {name}. Convert the expert to native names first.")
+    if site.piece.swap_halves:
+        tensor = torch.cat(tensor.chunk(2)[::-1])
+    if part is not None and shape:
+        width = shapes[f"{site.piece.target}.weight"][1]
+        whole = into.setdefault(name, tensor.new_zeros(shape))
+        start, stop = part * width, part * width + tensor.shape[0]
+        if tuple(whole[start:stop].shape) == tuple(tensor.shape):
+            whole[start:stop] = tensor
+            return
+    elif tuple(tensor.shape) == shape:
+        into[name] = tensor
+        return
+    raise ExpertError(
+        f"{site.keys[kind]} has shape {tuple(tensor.shape)}; the model's {name} is {shape or 'absent'}. "
+        "Use an expert made for a model of this size."
+    )
+
+
+def _split_fused(module: str, updates: Sequence[LowRank], family: Family) -> tuple[LowRank, ...]:
+    parts = len(family.key_map.sources_of(module))
+    ordered = sorted(updates, key=lambda update: update.start)
+    return tuple(piece for update in ordered for piece in split_update(update, parts))
+
+
+def _check_complete(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Shapes) -> None:
+    """A file of ours has the same keys in every block it touches; name what a cut-down one lacks."""
+    expected = int(metadata.get("dcm.tensors", len(tensors)))
+    if len(tensors) == expected:
+        return
+    templates = {re.sub(r"\.\d+\.", ".{n}.", key, count=1) for key in tensors}
+    numbered = {template for template in templates if "{n}" in template}
+    depth = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"(?:double_|single_)?blocks\.(\d+)\.", name))), default=-1)
+    missing = {t.replace("{n}", str(i)) for t in numbered for i in range(depth)} - set(tensors)
+    hint = f", among them probably {name_some(missing)}" if missing and len(tensors) < expected else ""
+    raise ExpertError(
+        f"The file holds {len(tensors)} tensors but says it was written with {expected}{hint}. Convert or download it again."
+    )

@@ -1,0 +1,201 @@
+"""An expert as data: what it adds to or replaces in a base model, in the base's native names.
+
+Also our expert file: keys that ComfyUI's own LoRA loader applies exactly, plus metadata.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import ExpertError, name_some
+from .families import Family
+from .keymap import Piece, fuse
+from .lora_names import split_key
+from .routing import Side
+
+FILE_FORMAT = "1"
+FILE_PREFIX = "diffusion_model."
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One low-rank update `scale * up @ down` of rows `start : start + up.shape[0]` of a linear's weight.
+
+    Attributes:
+        down: (rank, in).
+        up: (rows, rank).
+        scale: alpha / rank.
+        start: first output row; not 0 inside a fused qkv or linear1.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    start: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert's tensors and facts.
+
+    Attributes:
+        low_rank: native module name -> its low-rank updates.
+        replaced: native tensor name -> the tensor that stands in its place.
+        diff: native tensor name -> a full difference that is added to it.
+        boundary: sigma where the detail expert takes over, if the file knows it.
+        timesteps: the schedule it was made for, if the file knows it.
+    """
+
+    family: str
+    role: Side
+    low_rank: dict[str, tuple[LowRank, ...]] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    diff: dict[str, Tensor] = field(default_factory=dict)
+    boundary: float | None = None
+    timesteps: tuple[float, ...] | None = None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that occur, smallest first."""
+        return tuple(sorted({update.rank for updates in self.low_rank.values() for update in updates}))
+
+    def __str__(self) -> str:
+        rank = "-".join(str(rank) for rank in (self.ranks[:1] + self.ranks[1:][-1:])) or "none"
+        return f"{self.role} expert, rank {rank}: {len(self.low_rank)} low-rank sites, {len(self.replaced)} replaced tensors"
+
+
+def place_low_rank(piece: Piece, down: Tensor, up: Tensor, scale: float) -> LowRank:
+    """A source module's pair as an update of its native module's rows (see `keymap.Rule.part`)."""
+    if piece.swap_halves:
+        up = torch.cat(up.chunk(2)[::-1])
+    return LowRank(down, up, scale, start=(piece.part or 0) * down.shape[1])
+
+
+def expert_from_release(family: Family, tensors: Mapping[str, Tensor]) -> Expert:
+    """The detail expert inside a released checkpoint (diffusers names).
+
+    Args:
+        tensors: `<module>.lora_A.<name>.weight` (rank, in), `<module>.lora_B.<name>.weight` (out, rank) and the detail
+            copies `<module>_lora.*`.
+
+    Raises:
+        ExpertError: a key that is none of these, or half a pair.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, list[Piece]] = {}
+    for key, tensor in tensors.items():
+        source = family.detail_source(key)
+        piece = family.key_map.find(source) if source else None
+        name = split_key(key)
+        if piece is not None:
+            copies.setdefault(piece.target, []).append(Piece(key, piece.target, piece.part, piece.swap_halves))
+        elif name is not None and name.kind in ("down", "up") and family.lora_target_pattern.fullmatch(name.module):
+            pairs.setdefault(name.module, {})[name.kind] = tensor
+        else:
+            raise ExpertError(f"{key} is no part of a released {family.title} detail expert. Load the unchanged release file.")
+    halves = [module for module, pair in pairs.items() if len(pair) != 2]
+    if halves:
+        raise ExpertError(f"{name_some(halves)} has only one of lora_A and lora_B. Download the release file again.")
+    low_rank: dict[str, list[LowRank]] = {}
+    for module, pair in pairs.items():
+        piece = family.key_map.find_module(module)
+        low_rank.setdefault(piece.target, []).append(place_low_rank(piece, pair["down"], pair["up"], family.lora_scale))
+    return Expert(
+        family.name,
+        "detail",
+        low_rank={module: _in_row_order(updates) for module, updates in low_rank.items()},
+        replaced={target: fuse(pieces, tensors) for target, pieces in copies.items()},
+        boundary=family.preset.boundary,
+        timesteps=family.preset.timesteps,
+    )
+
+
+def _in_row_order(updates: Sequence[LowRank]) -> tuple[LowRank, ...]:
+    return tuple(sorted(updates, key=lambda update: update.start))
+
+
+def expert_to_state_dict(
+    expert: Expert, shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of our expert file.
+
+    Every module's updates become one pair (block-diagonal where it is fused), exact in any LoRA loader that knows
+    `lora_down`, `lora_up`, `alpha`, `set_weight`, `diff` and `diff_b`.
+
+    Args:
+        shapes: native tensor names -> shapes of the base: a fused module's pair covers all its rows.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module, updates in expert.low_rank.items():
+        down, up, alpha = stack_updates(updates, shapes[f"{module}.weight"][0])
+        tensors[f"{FILE_PREFIX}{module}.lora_down.weight"] = down
+        tensors[f"{FILE_PREFIX}{module}.lora_up.weight"] = up
+        tensors[f"{FILE_PREFIX}{module}.alpha"] = torch.tensor(alpha)
+    for name, tensor in expert.replaced.items():
+        tensors[f"{FILE_PREFIX}{name.removesuffix('.weight')}.set_weight"] = tensor
+    for name, tensor in expert.diff.items():
+        module, _, param = name.rpartition(".")
+        suffix = {"weight": "diff", "bias": "diff_b"}.get(param)
+        tensors[f"{FILE_PREFIX}{module}.{suffix}" if suffix else f"{FILE_PREFIX}{name}.diff"] = tensor
+    return tensors, _metadata(expert, len(tensors))
+
+
+def stack_updates(updates: Sequence[LowRank], rows: int) -> tuple[Tensor, Tensor, float]:
+    """One pair that equals all updates of a module: down (sum of ranks, in), up (rows, sum of ranks), alpha."""
+    first = updates[0]
+    rank = sum(update.rank for update in updates)
+    if len(updates) == 1 and first.start == 0 and first.up.shape[0] == rows:
+        return first.down, first.up, first.scale * rank
+    up = first.up.new_zeros(rows, rank)
+    column = 0
+    for update in updates:
+        value = update.up if update.scale == first.scale else update.up * (update.scale / first.scale)
+        up[update.start : update.start + value.shape[0], column : column + update.rank] = value
+        column += update.rank
+    return torch.cat([update.down for update in updates]), up, first.scale * rank
+
+
+def split_update(update: LowRank, parts: int) -> tuple[LowRank, ...]:
+    """Undo `stack_updates` for a fused module: one update a row block whose columns of `up` are its own.
+
+    Args:
+        parts: number of row blocks, each as high as the input is wide, the last one taking the rest.
+    """
+    height, rows = update.down.shape[1], update.up.shape[0]
+    if parts < 2 or update.start or rows < parts * height:
+        return (update,)
+    edges = [*(part * height for part in range(parts)), rows]
+    used = [(update.up[a:b].float() != 0).any(0) for a, b in zip(edges, edges[1:], strict=False)]
+    owners = torch.stack(used).sum(0)
+    if int(owners.max()) != 1:
+        return (update,)
+    return tuple(
+        LowRank(update.down[columns], update.up[edges[part] : edges[part + 1], columns], update.scale, edges[part])
+        for part, columns in enumerate(used)
+        if bool(columns.any())
+    )
+
+
+def _metadata(expert: Expert, count: int) -> dict[str, str]:
+    """Facts of the file; the alpha is of one update, before any stacking, and only given where all agree."""
+    scales = {update.scale for updates in expert.low_rank.values() for update in updates}
+    metadata = {
+        "dcm.format": FILE_FORMAT,
+        "dcm.family": expert.family,
+        "dcm.expert": expert.role,
+        "dcm.tensors": str(count),
+    }
+    if len(expert.ranks) == 1 and len(scales) == 1:
+        metadata |= {"dcm.rank": str(expert.ranks[0]), "dcm.alpha": f"{expert.ranks[0] * scales.pop():g}"}
+    if expert.boundary is not None:
+        metadata["dcm.boundary"] = repr(expert.boundary)
+    if expert.timesteps is not None:
+        metadata["dcm.timesteps"] = json.dumps(expert.timesteps)
+    return metadata

@@ -1,0 +1,58 @@
+"""What the code has to know of a model family."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..keymap import KeyMap, Rule
+from ..schedule import Preset
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's key table and the facts of its released experts.
+
+    Attributes:
+        DIFFUSERS_TO_NATIVE: the table; "native" is the naming of ComfyUI's own model class.
+        lora_targets: regex of the diffusers modules on which the release puts its detail LoRA.
+        detail_modules: diffusers modules of which the detail expert has its own copy, stored as `<name>_lora`.
+        lora_scale: alpha / rank of the release, whose files store no alpha.
+        native_marks: native keys that only this family has.
+        text_width: width of the text embeddings.
+        ALIAS_TO_NATIVE: the original code's module names where they differ from the native ones (LoRA files use them).
+    """
+
+    name: str
+    title: str
+    preset: Preset
+    DIFFUSERS_TO_NATIVE: tuple[Rule, ...]
+    lora_targets: str
+    detail_modules: tuple[str, ...]
+    native_marks: tuple[str, ...]
+    text_width: int
+    lora_scale: float = 2.0
+    ALIAS_TO_NATIVE: tuple[Rule, ...] = ()
+
+    @cached_property
+    def key_map(self) -> KeyMap:
+        return KeyMap(self.DIFFUSERS_TO_NATIVE)
+
+    @cached_property
+    def alias_map(self) -> KeyMap:
+        return KeyMap(self.ALIAS_TO_NATIVE)
+
+    @cached_property
+    def lora_target_pattern(self) -> re.Pattern[str]:
+        return re.compile(self.lora_targets)
+
+    def is_native(self, keys: Iterable[str]) -> bool:
+        """True if the (native, unprefixed) keys hold a model of this family."""
+        return set(self.native_marks) <= set(keys)
+
+    def detail_source(self, key: str) -> str | None:
+        """The base key of a detail copy: `proj_out_lora.weight` -> `proj_out.weight`; None for any other key."""
+        for module in self.detail_modules:
+            if key.startswith(f"{module}_lora."):
+                return module + key[len(module) + len("_lora"):]
+        return None

@@ -1,0 +1,63 @@
+"""How the world names LoRA tensors: the ending says what a tensor is, the rest which module it belongs to."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["down", "up", "alpha", "diff", "diff_b", "set_weight", "set_bias", "unsupported"]
+
+# (ending, what it is); the first that matches counts.
+ENDINGS: tuple[tuple[str, Kind], ...] = (
+    (r"\.lora_A(\.(?P<adapter>[^.]+))?\.weight", "down"),
+    (r"\.lora_B(\.(?P<adapter>[^.]+))?\.weight", "up"),
+    (r"[._]lora[._](linear_layer\.)?down\.weight", "down"),
+    (r"[._]lora[._](linear_layer\.)?up\.weight", "up"),
+    (r"\.lora_A", "down"),
+    (r"\.lora_B", "up"),
+    (r"\.alpha", "alpha"),
+    (r"\.diff", "diff"),
+    (r"\.diff_b", "diff_b"),
+    (r"\.set_weight", "set_weight"),
+    (r"\.modules_to_save(\.(?P<adapter>[^.]+))?\.weight", "set_weight"),
+    (r"\.modules_to_save(\.(?P<adapter>[^.]+))?\.bias", "set_bias"),
+    (r"\.(dora_scale|diff_m|lora_mid\.weight|lora_magnitude_vector.*|hada_.+|lokr_.+|oft_.+|a1\.weight|w_norm|b_norm)", "unsupported"),
+)
+PATTERNS = tuple((re.compile(rf"(?P<module>.+?){ending}"), kind) for ending, kind in ENDINGS)
+
+# Stripped in this order, each as often as it leads, until the rest is a module of the model.
+PREFIXES = ("base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "model.", "unet.")
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
+
+
+@dataclass(frozen=True)
+class LoraKey:
+    """A LoRA tensor's module (as the file names it), what it is of it, and its PEFT adapter name."""
+
+    module: str
+    kind: Kind
+    adapter: str | None = None
+
+
+def split_key(key: str) -> LoraKey | None:
+    """Take a LoRA key apart; None if it is none."""
+    for pattern, kind in PATTERNS:
+        if match := pattern.fullmatch(key):
+            return LoraKey(match["module"], kind, match.groupdict().get("adapter"))
+    return None
+
+
+def candidates(module: str) -> list[str]:
+    """The names a module may have without the prefixes that tools put before it, the full name first."""
+    names = [module]
+    for prefix in PREFIXES:
+        if names[-1].startswith(prefix):
+            names.append(names[-1][len(prefix):])
+    return names
+
+
+def flat_name(module: str) -> str | None:
+    """The underscored module name of a kohya-style key (`lora_unet_blocks_0_...`), None if it is no such key."""
+    for prefix in FLAT_PREFIXES:
+        if module.startswith(prefix):
+            return module[len(prefix):]
+    return None

@@ -1,0 +1,206 @@
+"""Attach experts to a MODEL.
+
+The experts' weights live in their own ModelPatchers, registered as additional models, so that the host loads, offloads
+and counts them; `route` runs them. The base weights are neither read nor written.
+"""
+
+import dataclasses
+import logging
+import uuid
+from typing import Any
+
+import comfy.lora
+import comfy.model_patcher
+import comfy.ops
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import nn
+
+from ...dcm_core.adapters import RoutedExpert, inner_module
+from ...dcm_core.errors import ExpertError, name_some
+from ...dcm_core.experts import FILE_PREFIX, Expert, expert_to_state_dict
+from ...dcm_core.families import FAMILIES, Family
+from ...dcm_core.routing import check_boundary
+from .route import KEY, AttachedExperts, attached_experts, route_call
+
+logger = logging.getLogger(__name__)
+
+def diffusion_model(model: Any) -> nn.Module:
+    """The transformer inside a MODEL, without a compile wrapper."""
+    return inner_module(model.get_model_object("diffusion_model"))
+
+
+def model_family(model: Any) -> Family | None:
+    """The family of a MODEL, by its tensors; None for any other model."""
+    names = {name for name, _ in diffusion_model(model).named_parameters()}
+    names = {name.replace("_orig_mod.", "") for name in names}
+    return next((family for family in FAMILIES.values() if family.is_native(names)), None)
+
+
+def require_family(model: Any) -> Family:
+    """The family of a MODEL.
+
+    Raises:
+        ExpertError: a model that is of no known family.
+    """
+    family = model_family(model)
+    if family is None:
+        titles = " and ".join(family.title for family in FAMILIES.values())
+        raise ExpertError(
+            f"The model is a {type(diffusion_model(model)).__name__}; DCM experts exist for {titles}. Load one of these models."
+        )
+    return family
+
+
+def module_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Native tensor name -> shape, whatever the weights are stored as (fp8, GGUF, packed)."""
+    shapes = {}
+    for name, module in diffusion_model(model).named_modules():
+        name = name.replace("_orig_mod.", "").removesuffix("_orig_mod")
+        for param, tensor in module.named_parameters(recurse=False):
+            shapes[f"{name}.{param}" if name else param] = tuple(tensor.shape)
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            shapes[f"{name}.weight"] = (module.out_features, module.in_features)
+    return shapes
+
+
+def attach_experts(
+    model: Any,
+    semantic: Expert | None = None,
+    detail: Expert | None = None,
+    *,
+    semantic_strength: float = 1.0,
+    detail_strength: float = 1.0,
+    boundary: float | None = None,
+    stacked: bool = True,
+) -> Any:
+    """A clone of MODEL with the experts on it; experts attached before are replaced.
+
+    Args:
+        boundary: sigma where the detail side begins; None for the experts' own, else the family's.
+        stacked: the semantic expert is an ordinary LoRA on the base, always on; otherwise each works on its side only.
+
+    Raises:
+        ExpertError: an expert that does not fit. The given MODEL is never changed.
+    """
+    family = require_family(model)
+    facts = detail or semantic
+    if boundary is None:
+        boundary = facts.boundary if facts and facts.boundary is not None else family.preset.boundary
+    clone = detach_experts(model)
+    own_patches: dict[str, tuple[Any, ...]] = {}
+    routed = {"detail": (detail, detail_strength)}
+    if stacked and semantic is not None:
+        own_patches = _patch_base(clone, semantic, semantic_strength)
+    else:
+        routed["semantic"] = (semantic, semantic_strength)
+    routed = {side: pair for side, pair in routed.items() if pair[0] is not None and pair[1] != 0}
+    patchers = [_expert_patcher(clone, dataclasses.replace(expert, role=side)) for side, (expert, _) in routed.items()]
+    clone.set_additional_models(KEY, patchers)
+    clone.set_attachments(
+        KEY,
+        AttachedExperts(
+            family=family.name,
+            boundary=check_boundary(boundary),
+            timesteps=facts.timesteps if facts else None,
+            stacked=stacked,
+            semantic=str(semantic) if semantic else None,
+            detail=str(detail) if detail else None,
+            strengths={side: strength for side, (_, strength) in routed.items()},
+            own_patches=own_patches,
+        ),
+    )
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, route_call)
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, hand_over_patches)
+    return clone
+
+
+def detach_experts(model: Any) -> Any:
+    """A clone of MODEL without experts (a stacked semantic expert's patches are taken off, the user's stay)."""
+    clone = model.clone()
+    facts = attached_experts(model)
+    if facts is not None:
+        for key, own in facts.own_patches.items():
+            clone.patches[key] = [patch for patch in clone.patches[key] if not _is_own(patch, own)]
+            if not clone.patches[key]:
+                del clone.patches[key]
+        if facts.own_patches:
+            clone.patches_uuid = uuid.uuid4()
+    clone.remove_additional_models(KEY)
+    clone.remove_attachments(KEY)
+    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.PREPARE_SAMPLING):
+        clone.remove_wrappers_with_key(kind, KEY)
+    return clone
+
+
+def with_boundary(model: Any, boundary: float) -> Any:
+    """A clone of MODEL whose experts change over at another sigma."""
+    clone = model.clone()
+    clone.set_attachments(KEY, dataclasses.replace(attached_experts(model), boundary=check_boundary(boundary)))
+    return clone
+
+
+def _is_own(patch: tuple, own: tuple[Any, ...]) -> bool:
+    return any(patch[1] is value for value in own)
+
+
+def _patch_base(clone: Any, expert: Expert, strength: float) -> dict[str, tuple[Any, ...]]:
+    """Add the expert as an ordinary LoRA; returns what was added, by base tensor."""
+    shapes = module_shapes(clone)
+    tensors, _ = expert_to_state_dict(expert, shapes)
+    key_map = {FILE_PREFIX + name.removesuffix(".weight"): FILE_PREFIX + name for name in shapes}
+    patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
+    added = set(clone.add_patches(patches, strength))
+    lost = {name for name in _targets(expert) if FILE_PREFIX + name not in added}
+    if lost:
+        raise ExpertError(
+            f"The host could not place {len(lost)} of the semantic expert's tensors: {name_some(lost)}. "
+            "Attach the experts as independent, or use an expert made for this model."
+        )
+    return {key: (value,) for key, value in patches.items()}
+
+
+def _targets(expert: Expert) -> set[str]:
+    return {f"{module}.weight" for module in expert.low_rank} | set(expert.replaced) | set(expert.diff)
+
+
+def _compute_dtype(model: Any) -> torch.dtype:
+    """What the base computes in: never a storage-only dtype such as fp8."""
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    if dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return dtype
+    return model.model.model_config.supported_inference_dtypes[0]
+
+
+def _expert_patcher(model: Any, expert: Expert) -> Any:
+    """The expert as a model of its own, on the base's devices."""
+    base = {name.replace("_orig_mod.", "").removesuffix("._orig_mod"): inner_module(module)
+            for name, module in diffusion_model(model).named_modules()}
+    module = RoutedExpert(expert, base, comfy.ops.manual_cast, _compute_dtype(model), model.offload_device)
+    # looked up late: the host's start-up may rebind it
+    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return patcher_class(module, load_device=model.load_device, offload_device=model.offload_device)
+
+
+def hand_over_patches(executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """PREPARE_SAMPLING wrapper: the user's patches on a replaced tensor go to the tensor that stands in for it."""
+    facts = attached_experts(model)
+    if facts is not None:
+        for patcher in model.get_additional_models_with_key(KEY):
+            _hand_over(model, patcher, facts)
+    return executor(model, *args, **kwargs)
+
+
+def _hand_over(model: Any, patcher: Any, facts: AttachedExperts) -> None:
+    wanted = {}
+    for name, own_name in patcher.model.replaced_weights().items():
+        key = FILE_PREFIX + name
+        patches = [patch for patch in model.patches.get(key, []) if not _is_own(patch, facts.own_patches.get(key, ()))]
+        if patches:
+            wanted[own_name] = patches
+    identity = [(name, [id(patch[1]) for patch in patches], [patch[0] for patch in patches]) for name, patches in wanted.items()]
+    now = [(name, [id(p[1]) for p in patches], [p[0] for p in patches]) for name, patches in patcher.patches.items()]
+    if identity != now:
+        patcher.patches = wanted
+        patcher.patches_uuid = uuid.uuid4()
+        logger.debug("handed %d LoRA patches to the %s expert", len(wanted), patcher.model.side)

@@ -1,0 +1,115 @@
+"""Route each model call to the expert that owns its noise level.
+
+A stateless APPLY_MODEL wrapper puts the expert's forwards in place for the length of one call.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from ...dcm_core.adapters import RoutedExpert, RoutedSite, find_module
+from ...dcm_core.errors import ExpertError
+from ...dcm_core.routing import is_detail
+
+KEY = "dcm"
+
+Forward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class AttachedExperts:
+    """What a MODEL carries.
+
+    Attributes:
+        semantic, detail: a line about each expert, None without it.
+        stacked: the detail expert works on top of the semantic one (as released), not beside it.
+        strengths: side -> strength of the experts that are routed.
+        own_patches: base tensor -> the semantic expert's patches on it, to tell them from the user's.
+    """
+
+    family: str
+    boundary: float
+    timesteps: tuple[float, ...] | None
+    stacked: bool
+    semantic: str | None
+    detail: str | None
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    own_patches: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+def attached_experts(model: Any) -> AttachedExperts | None:
+    """The experts a MODEL carries, None without any."""
+    return model.get_attachment(KEY)
+
+
+def cast_weight(linear: nn.Module, like: Tensor) -> Tensor:
+    """A linear's weight as the host casts it: from wherever it was offloaded, with its patches."""
+    return comfy.ops.cast_bias_weight(linear, like)[0]
+
+
+def route_call(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """APPLY_MODEL wrapper: run one model call with the expert that owns its sigma `t` (batch,)."""
+    patcher = executor.class_obj.current_patcher
+    facts = attached_experts(patcher) if patcher is not None else None
+    if facts is None:
+        raise ExpertError(
+            "The DCM experts of this MODEL are gone: another node took it apart after they were attached. "
+            "Put DCMAttachExperts (or DCMLoadModel) after that node."
+        )
+    detail = is_detail(t, facts.boundary)
+    if bool(detail.all()) or not bool(detail.any()):
+        side = "detail" if bool(detail.any()) else "semantic"
+        with expert_in_place(patcher, facts, side):
+            return executor(x, t, *args, **kwargs)
+    with expert_in_place(patcher, facts, "semantic"):
+        semantic = executor(x, t, *args, **kwargs)
+    with expert_in_place(patcher, facts, "detail"):
+        out = executor(x, t, *args, **kwargs)
+    return torch.where(detail.view(-1, *[1] * (out.ndim - 1)), out, semantic)
+
+
+@contextmanager
+def expert_in_place(patcher: Any, facts: AttachedExperts, side: str) -> Iterator[None]:
+    """For the length of the block, the routed modules answer with this side's expert; then they are as before."""
+    experts = [p.model for p in patcher.get_additional_models_with_key(KEY) if p.model.side == side]
+    if side in facts.strengths and not experts:
+        raise ExpertError(f"The {side} expert of this MODEL is missing. Attach it again with DCMAttachExperts.")
+    before: list[tuple[nn.Module, Forward | None]] = []
+    try:
+        for expert in experts:
+            for module, forward in _forwards(expert, patcher.model.diffusion_model, facts.strengths[side]):
+                before.append((module, module.__dict__.get("forward")))
+                module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in reversed(before):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+def _forwards(expert: RoutedExpert, root: nn.Module, strength: float) -> list[tuple[nn.Module, Forward]]:
+    """(module, forward with the expert in it) of every site, built once and reused: torch.compile recompiles otherwise."""
+    cache: dict = expert.__dict__.setdefault("_forwards", {})
+    found = []
+    for name, site in zip(expert.names, expert.sites, strict=True):
+        module = find_module(root, name)
+        base = module.forward
+        known = cache.get(name)
+        if known is None or known[0] is not module or known[1] != base or known[2] != strength:
+            cache[name] = known = (module, base, strength, _make_forward(site, base, strength))
+        found.append((module, known[3]))
+    return found
+
+
+def _make_forward(site: RoutedSite, base: Forward, strength: float) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        return site(x, base, strength, cast_weight)
+
+    return forward
