@@ -265,26 +265,26 @@ def _place(
 
 
 def _low_rank(site: Site, shape: Sequence[int], default_scale: _DefaultScale) -> LowRank:
-    down, up = site.tensors["down"], site.tensors["up"]
-    if "alpha" in site.tensors:
-        scale = site.tensors["alpha"].item() / down.shape[0]
-    else:
-        scale = default_scale(site.piece.source, down.shape[0])
-    update = place_low_rank(site.piece, down, up, scale)
-    rows_fit = update.start + up.shape[0] <= shape[0] if site.piece.part is not None else up.shape[0] == shape[0]
-    if not (down.shape[0] == up.shape[1] and tuple(down.shape[1:]) == tuple(shape[1:]) and rows_fit):
+    down, up, alpha = site.tensors["down"], site.tensors["up"], site.tensors.get("alpha")
+    piece = site.piece
+    room = shape[0] if piece.part is None else shape[0] - piece.part * shape[1]
+    rows_fit = up.ndim == down.ndim == len(shape) and (up.shape[0] == room if piece.part is None else up.shape[0] <= room)
+    if not (rows_fit and down.shape[0] == up.shape[1] > 0 and tuple(down.shape[1:]) == tuple(shape[1:])):
         raise ExpertError(
             f"{name_some(site.keys.values())} have shapes {tuple(down.shape)} and {tuple(up.shape)}; the model's "
-            f"{site.piece.target} is {tuple(shape)}. Use an expert made for a model of this size."
+            f"{piece.target} is {tuple(shape)}. Use an expert made for a model of this size."
         )
-    return update
+    if alpha is not None and alpha.numel() != 1:
+        raise ExpertError(f"{site.keys['alpha']} has shape {tuple(alpha.shape)}; an alpha is one number. Save the expert again.")
+    scale = default_scale(piece.source, down.shape[0]) if alpha is None else alpha.item() / down.shape[0]
+    return place_low_rank(piece, down, up, scale)
 
 
 def _place_full(site: Site, kind: str, name: str, shapes: Shapes, into: dict[str, Tensor]) -> None:
     """Put a whole tensor, or a fused tensor's rows, into `into[name]`."""
     tensor, part = site.tensors[kind], site.piece.part
     shape = tuple(shapes.get(name, ()))
-    if part is not None and into is not None and kind.startswith("set"):
+    if part is not None and kind.startswith("set"):
         raise ExpertError(f"{site.keys[kind]} replaces only some rows of the fused {name}. Convert the expert to native names first.")
     if site.piece.swap_halves:
         tensor = torch.cat(tensor.chunk(2)[::-1])

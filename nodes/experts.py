@@ -1,0 +1,103 @@
+"""Attach experts from files."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..dcm_core.errors import ExpertError
+from .host.attach import attach_experts, attached_experts
+from .host.compat import newer
+from .host.expert_files import expert_names, load_expert
+from .host.report import report
+
+STACKED = "detail on top of semantic (as released)"
+INDEPENDENT = "independent, each on its side"
+
+
+class DCMAttachExperts(io.ComfyNode):
+    """MODEL + expert files -> MODEL that routes each step to its expert, in any sampler."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
+        return io.Schema(
+            node_id="DCMAttachExperts",
+            display_name="DCM Attach Experts",
+            category="DCM/loaders",
+            description=(
+                "Puts a semantic (high-noise) and a detail (low-noise) expert on a model. Every sampler then runs each step "
+                "with its expert; the base weights are shared and stay as they are."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan or HunyuanVideo model: native, fp8, GGUF, with LoRAs or without."),
+                io.Combo.Input(
+                    "semantic_lora",
+                    options=expert_names(),
+                    default="none",
+                    tooltip="The expert for layout and motion, a file in models/loras. none: the base itself is the semantic expert.",
+                ),
+                io.Float.Input("semantic_strength", tooltip="Strength of the semantic expert; 0 leaves it out.", **strength),
+                io.Combo.Input(
+                    "detail_lora",
+                    options=expert_names(),
+                    default="none",
+                    tooltip="The expert for detail, a file in models/loras: low-rank pairs and the layers it replaces.",
+                ),
+                io.Float.Input("detail_strength", tooltip="Strength of the detail expert; 0 leaves it out.", **strength),
+                io.Float.Input(
+                    "boundary",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    round=False,
+                    tooltip="Sigma below which the detail expert works. 0 takes the expert file's own, else the family's "
+                    "(Wan 2.1: 0.979, HunyuanVideo: 0.982).",
+                ),
+                io.Combo.Input(
+                    "experts",
+                    options=[STACKED, INDEPENDENT],
+                    default=STACKED,
+                    optional=True,
+                    tooltip="Released pairs stack: the semantic expert works at all steps, the detail expert on top of it at its "
+                    "own. Pairs trained apart are independent: each works only on its side of the boundary.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with its experts, for any sampler.")],
+            hidden=[io.Hidden.unique_id],
+            **newer(search_aliases=["dual expert", "high noise low noise lora", "apply dcm", "semantic expert", "detail expert"]),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        semantic_lora: str,
+        semantic_strength: float,
+        detail_lora: str,
+        detail_strength: float,
+        boundary: float,
+        experts: str = STACKED,
+    ) -> io.NodeOutput:
+        semantic = load_expert(semantic_lora, "semantic", model)
+        detail = load_expert(detail_lora, "detail", model)
+        if semantic is None and detail is None:
+            raise ExpertError(
+                "semantic_lora and detail_lora are both none. Choose at least one expert file, or remove this node."
+            )
+        model = attach_experts(
+            model,
+            semantic,
+            detail,
+            semantic_strength=semantic_strength,
+            detail_strength=detail_strength,
+            boundary=boundary or None,
+            stacked=experts == STACKED,
+        )
+        facts = attached_experts(model)
+        lines = [line for line in (facts.semantic, facts.detail) if line]
+        text = "\n".join([*lines, f"boundary {facts.boundary:g}, {'stacked' if facts.stacked else 'independent'}"])
+        return io.NodeOutput(model, ui=report(text, cls.hidden.unique_id))
+
+
+NODES = [DCMAttachExperts]

@@ -1,0 +1,48 @@
+"""Read expert files of the host's `loras` folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+
+from ...dcm_core.errors import CheckpointError
+from ...dcm_core.expert_reader import read_expert
+from ...dcm_core.experts import Expert
+from ...dcm_core.routing import Side
+from ...dcm_core.storage import TensorFile
+from .attach import module_shapes, require_family
+
+CATEGORY = "loras"
+NONE = "none"
+
+
+def expert_names() -> list[str]:
+    """What the user may choose from, "none" first."""
+    return [NONE, *folder_paths.get_filename_list(CATEGORY)]
+
+
+def load_expert(name: str, role: Side, model: Any) -> Expert | None:
+    """Read an expert for MODEL; None for "none".
+
+    Raises:
+        DCMError: a file that cannot be read, or an expert that does not fit.
+    """
+    if name == NONE:
+        return None
+    path = Path(folder_paths.get_full_path_or_raise(CATEGORY, name))
+    file = TensorFile(path)
+    return read_expert(
+        file.read_all(), file.metadata, role, require_family(model), module_shapes(model), _peft_config(path)
+    )
+
+
+def _peft_config(path: Path) -> dict | None:
+    """The adapter_config.json beside a file that PEFT saved."""
+    config = path.with_name("adapter_config.json")
+    if not (path.name.startswith("adapter_model") and config.exists()):
+        return None
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config} beside the expert cannot be read ({error}). Save or download it again.") from error

@@ -1,0 +1,59 @@
+"""Load a model file of any layout; a released checkpoint comes with its detail expert attached."""
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import folder_paths
+import torch
+
+from ...dcm_core.checkpoint import Layout, detail_expert, recognise, semantic_state_dict
+from ...dcm_core.errors import CheckpointError
+from ...dcm_core.storage import TensorFile
+from .attach import attach_experts
+from .progress import byte_progress
+
+CATEGORY = "diffusion_models"
+
+# What the host's own loader offers.
+WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+
+
+def model_files() -> list[str]:
+    """Names of the model files the user may choose from."""
+    return folder_paths.get_filename_list(CATEGORY)
+
+
+def load_model(name: str, weight_dtype: str, node_id: str | None = None) -> tuple[Any, str]:
+    """Load a model and say what it was.
+
+    Returns:
+        The MODEL and a line about the file.
+
+    Raises:
+        CheckpointError: a file that cannot be read, is incomplete, or is no model.
+    """
+    path = Path(folder_paths.get_full_path_or_raise(CATEGORY, name))
+    file = TensorFile(path)
+    contents = recognise(file)
+    if contents.layout is Layout.EXPERT:
+        raise CheckpointError(
+            f"{name} holds an expert (a LoRA), not a model. Load the base model here and give this file to DCMAttachExperts."
+        )
+    options = dict(WEIGHT_DTYPES[weight_dtype])
+    if contents.layout in (Layout.NATIVE, Layout.OTHER):
+        model = comfy.sd.load_diffusion_model(str(path), model_options=options)
+        return model, f"{name}: {type(model.model).__name__}, loaded by the host as it is"
+    state_dict = semantic_state_dict(file, contents, progress=byte_progress(node_id))
+    model = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options, metadata=file.metadata)
+    if model is None:
+        raise CheckpointError(f"{name} is a {contents.family.title} file, but this ComfyUI cannot build a model of its sizes.")
+    if contents.layout is Layout.DIFFUSERS:
+        return model, f"{name}: {contents.family.title} in diffusers layout, no experts inside"
+    expert = detail_expert(file, contents)
+    return attach_experts(model, detail=expert), f"{name}: {contents.family.title} release, semantic base with {expert}"

@@ -1,0 +1,98 @@
+"""A routed expert does what the same change merged into the weights would do."""
+
+import pytest
+import torch
+from torch import nn
+
+from dcm_core.adapters import RoutedExpert, cast_weight, find_module
+from dcm_core.errors import ExpertError
+from dcm_core.experts import Expert, LowRank
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"qkv": nn.Linear(4, 12), "head": nn.Linear(4, 6), "norm": nn.RMSNorm(4), "ln": nn.LayerNorm(4),
+                          "conv": nn.Conv3d(1, 1, 1)})
+
+
+def build(expert, base):
+    return RoutedExpert(expert, dict(base.named_modules()), nn, torch.float32, torch.device("cpu"))
+
+
+def run(routed, base, name, x, strength=1.0):
+    site = routed.sites[routed.names.index(name)]
+    return site(x, base[name].forward, strength, cast_weight)
+
+
+UPDATES = (LowRank(randn(2, 4), randn(4, 2, seed=1), 0.5, 0), LowRank(randn(3, 4, seed=2), randn(4, 3, seed=3), 2.0, 8))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3, -2.0])
+def test_low_rank_equals_merged(base, strength):
+    routed = build(Expert("wan", "detail", low_rank={"qkv": UPDATES}), base)
+    weight = base["qkv"].weight.detach().clone()
+    for update in UPDATES:
+        weight[update.start : update.start + 4] += strength * update.scale * update.up @ update.down
+    x = randn(2, 5, 4)
+    merged = nn.functional.linear(x, weight, base["qkv"].bias)
+    torch.testing.assert_close(run(routed, base, "qkv", x, strength), merged)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+def test_replaced_answers_alone_or_interpolates(base, strength):
+    weight, bias = randn(6, 4), randn(6)
+    routed = build(Expert("wan", "detail", replaced={"head.weight": weight, "head.bias": bias}), base)
+    x = randn(3, 4)
+    expected = torch.lerp(base["head"](x), nn.functional.linear(x, weight, bias), strength)
+    torch.testing.assert_close(run(routed, base, "head", x, strength), expected)
+    assert routed.replaced_weights() == {"head.weight": "sites.0.replaced.weight", "head.bias": "sites.0.replaced.bias"}
+
+
+@pytest.mark.parametrize("name", ["head", "norm", "ln"])
+def test_diff_equals_merged(base, name):
+    module = base[name]
+    diff = {f"{name}.{p}": randn(*t.shape) for p, t in module.named_parameters()}
+    routed = build(Expert("wan", "detail", diff=diff), base)
+    x = randn(3, 4)
+    out = run(routed, base, name, x, 0.5)
+    with torch.no_grad():
+        for param, tensor in module.named_parameters():
+            tensor += 0.5 * diff[f"{name}.{param}"]
+    torch.testing.assert_close(out, module(x))
+
+
+def test_base_is_not_touched(base):
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    routed = build(Expert("wan", "detail", low_rank={"qkv": UPDATES}), base)
+    run(routed, base, "qkv", randn(1, 4))
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+    assert not set(map(id, routed.parameters())) & set(map(id, base.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("expert", "message"),
+    [
+        (Expert("wan", "detail", low_rank={"gone": UPDATES}), "no module gone"),
+        (Expert("wan", "detail", diff={"conv.weight": torch.ones(1, 1, 1, 1, 1)}), "conv cannot be switched"),
+        (Expert("wan", "detail", diff={"norm.modulation": torch.ones(4)}), r"norm\.modulation cannot be switched"),
+        (Expert("wan", "detail", replaced={"head.weight": torch.ones(6, 4)}), "head is replaced only in part"),
+    ],
+)
+def test_what_cannot_be_routed_is_named(base, expert, message):
+    with pytest.raises(ExpertError, match=message):
+        build(expert, base)
+
+
+def test_sites_are_found_through_compile_wrappers(base):
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self._orig_mod = inner
+
+    root = Wrapper(nn.ModuleDict({"block": Wrapper(base)}))
+    assert find_module(root, "block.qkv") is base["qkv"]

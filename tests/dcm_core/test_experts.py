@@ -1,0 +1,270 @@
+"""Experts as data: the release's, our file, and every naming they may come in."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcm_core.errors import ExpertError
+from dcm_core.expert_reader import read_expert
+from dcm_core.experts import Expert, LowRank, expert_from_release, expert_to_state_dict, split_update, stack_updates
+from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
+from dcm_core.keymap import fused_shape
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+RELEASES = {"wan": "wan_tiny", "hunyuan_video": "hy_tiny"}
+
+
+def random_like(shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(tuple(shape), generator=generator) for key, shape in shapes.items()}
+
+
+def release(family):
+    """(detail tensors, native shapes of the base) of a small release."""
+    keys = json.loads((GOLDEN / f"{RELEASES[family.name]}.keys.json").read_text())
+    detail = {k: s for k, s in keys.items() if ".lora_" in k or family.detail_source(k)}
+    semantic = {k.replace(".base_layer", ""): s for k, s in keys.items() if k not in detail}
+    matched = family.key_map.match(semantic).matched
+    shapes = {target: fused_shape([semantic[p.source] for p in pieces]) for target, pieces in matched.items()}
+    return random_like(detail), shapes
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
+def family(request):
+    return request.param
+
+
+def delta(expert, module, shape):
+    """The full weight change of a module."""
+    out = torch.zeros(shape)
+    for update in expert.low_rank[module]:
+        out[update.start : update.start + update.up.shape[0]] += update.scale * update.up.float() @ update.down.float()
+    return out
+
+
+def assert_same(a, b, shapes):
+    assert a.low_rank.keys() == b.low_rank.keys()
+    assert a.replaced.keys() == b.replaced.keys()
+    for module in a.low_rank:
+        shape = shapes[f"{module}.weight"]
+        torch.testing.assert_close(delta(a, module, shape), delta(b, module, shape))
+    for name, tensor in a.replaced.items():
+        torch.testing.assert_close(tensor.float(), b.replaced[name].float(), rtol=0, atol=0)
+
+
+def test_release_is_placed_whole(family):
+    tensors, shapes = release(family)
+    expert = expert_from_release(family, tensors)
+    assert expert.boundary == family.preset.boundary
+    assert expert.ranks == (8,)
+    assert set(expert.replaced) <= set(shapes)
+    assert all(tuple(tensor.shape) == tuple(shapes[name]) for name, tensor in expert.replaced.items())
+    pairs = sum(".lora_A." in key for key in tensors)
+    assert sum(len(updates) for updates in expert.low_rank.values()) == pairs
+    assert all(update.scale == 2.0 for updates in expert.low_rank.values() for update in updates)
+
+
+def test_fused_rows_start_where_their_part_starts():
+    tensors, _ = release(HUNYUAN_VIDEO)
+    updates = expert_from_release(HUNYUAN_VIDEO, tensors).low_rank["single_blocks.1.linear1"]
+    assert [update.start for update in updates] == [0, 256, 512]
+
+
+def test_release_with_half_a_pair_or_a_stranger_is_refused(family):
+    tensors, _ = release(family)
+    key = next(k for k in tensors if ".lora_B." in k)
+    with pytest.raises(ExpertError, match="only one of lora_A and lora_B"):
+        expert_from_release(family, {k: v for k, v in tensors.items() if k != key})
+    with pytest.raises(ExpertError, match=r"nothing\.weight is no part"):
+        expert_from_release(family, tensors | {"nothing.weight": torch.zeros(1)})
+
+
+def test_our_file_round_trips(family):
+    tensors, shapes = release(family)
+    expert = expert_from_release(family, tensors)
+    stored, metadata = expert_to_state_dict(expert, shapes)
+    again = read_expert(stored, metadata, "detail", family, shapes)
+    assert_same(expert, again, shapes)
+    assert again.boundary == expert.boundary
+    assert again.timesteps == expert.timesteps
+    assert again.ranks == (8,), "fused pairs are taken apart again"
+
+
+def to_kohya(key):
+    module, _, rest = key.removeprefix("diffusion_model.").rpartition(".lora_")
+    return f"lora_unet_{module.replace('.', '_')}.lora_{rest}" if module else key
+
+
+def diffusers_namings(detail):
+    """The release's own keys as other tools would write them."""
+    lora = {k: v for k, v in detail.items() if ".lora_" in k}
+    yield "release keys", lora, 2.0
+    yield "PEFT", {f"base_model.model.{k.replace('.lora1', '')}": v for k, v in lora.items()}, 1.0
+    yield "PEFT, adapter name", {f"base_model.model.{k.replace('.lora1', '.default')}": v for k, v in lora.items()}, 1.0
+    yield "diffusers", {f"transformer.{k.replace('.lora1', '')}": v for k, v in lora.items()}, 1.0
+    old = {"lora_A.lora1": "lora.down", "lora_B.lora1": "lora.up"}
+    renamed = {k.replace(*next(i for i in old.items() if i[0] in k)): v for k, v in lora.items()}
+    yield "old diffusers", renamed, 1.0
+    flat = {}
+    for key, tensor in lora.items():
+        module, rest = key.split(".lora_")
+        flat[f"lora_unet_{module.replace('.', '_')}.lora_{'down' if rest[0] == 'A' else 'up'}.weight"] = tensor
+    yield "kohya over diffusers names", flat, 1.0
+
+
+def test_every_naming_means_the_same(family):
+    detail, shapes = release(family)
+    expert = expert_from_release(family, detail)
+    for name, tensors, scale in diffusers_namings(detail):
+        read = read_expert(tensors, {}, "detail", family, shapes)
+        assert read.low_rank.keys() == expert.low_rank.keys(), name
+        module = sorted(read.low_rank)[0]
+        shape = shapes[f"{module}.weight"]
+        torch.testing.assert_close(delta(read, module, shape), delta(expert, module, shape) * scale / 2, msg=name)
+
+
+def test_native_namings(family):
+    detail, shapes = release(family)
+    stored, _ = expert_to_state_dict(expert_from_release(family, detail), shapes)
+    lora = {k: v for k, v in stored.items() if "set_weight" not in k}
+    expected = read_expert(lora, {}, "detail", family, shapes)
+    kohya = {}
+    for key, tensor in lora.items():
+        module, dot, rest = key.removeprefix("diffusion_model.").partition(".lora_")
+        if not dot:
+            module, dot, rest = key.removeprefix("diffusion_model.").rpartition(".")
+        kohya["lora_unet_" + module.replace(".", "_") + dot + rest] = tensor
+    assert_same(read_expert(kohya, {}, "detail", family, shapes), expected, shapes)
+
+
+def test_original_hunyuan_names():
+    shapes = {"double_blocks.0.img_attn.qkv.weight": (12, 4)}
+    tensors = {
+        "transformer.double_blocks.0.img_attn_qkv.lora_A.weight": torch.ones(2, 4),
+        "transformer.double_blocks.0.img_attn_qkv.lora_B.weight": torch.ones(12, 2),
+    }
+    assert "double_blocks.0.img_attn.qkv" in read_expert(tensors, {}, "semantic", HUNYUAN_VIDEO, shapes).low_rank
+
+
+def wan_pair(rank=2, **extra):
+    return {
+        "diffusion_model.blocks.0.self_attn.q.lora_down.weight": torch.ones(rank, 4),
+        "diffusion_model.blocks.0.self_attn.q.lora_up.weight": torch.ones(4, rank),
+        **extra,
+    }
+
+
+WAN_SHAPES = {
+    "blocks.0.self_attn.q.weight": (4, 4),
+    "blocks.0.self_attn.q.bias": (4,),
+    "blocks.0.modulation": (1, 6, 4),
+    "head.head.weight": (8, 4),
+    "head.head.bias": (8,),
+}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "config", "extra", "scale"),
+    [
+        ({}, None, {}, 1.0),
+        ({}, None, {"diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(6.0)}, 3.0),
+        ({}, {"lora_alpha": 8}, {}, 4.0),
+        ({}, {"lora_alpha": 8, "use_rslora": True}, {}, 8 / 2**0.5),
+        ({}, {"lora_alpha": 8, "alpha_pattern": {"self_attn.q": 2}}, {}, 1.0),
+        ({"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 10})}, None, {}, 5.0),
+    ],
+)
+def test_alpha(metadata, config, extra, scale):
+    expert = read_expert(wan_pair(**extra), metadata, "semantic", WAN, WAN_SHAPES, config)
+    assert expert.low_rank["blocks.0.self_attn.q"][0].scale == pytest.approx(scale)
+
+
+def test_diffs_and_replacements():
+    tensors = wan_pair(**{
+        "diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(4),
+        "diffusion_model.blocks.0.modulation.diff": torch.ones(1, 6, 4),
+        "diffusion_model.head.head.set_weight": torch.ones(8, 4),
+        "diffusion_model.head.head.bias.set_weight": torch.ones(8),
+    })
+    expert = read_expert(tensors, {}, "semantic", WAN, WAN_SHAPES)
+    assert set(expert.diff) == {"blocks.0.self_attn.q.bias", "blocks.0.modulation"}
+    assert set(expert.replaced) == {"head.head.weight", "head.head.bias"}
+
+
+def test_detail_copies_of_the_release_are_replacements():
+    tensors = {"proj_out_lora.weight": torch.ones(8, 4), "proj_out_lora.bias": torch.ones(8)}
+    assert set(read_expert(tensors, {}, "detail", WAN, WAN_SHAPES).replaced) == {"head.head.weight", "head.head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({}, {}, "holds no tensor"),
+        (wan_pair() | {"diffusion_model.blocks.9.x.lora_up.weight": torch.ones(1)}, {}, "1 of 3 tensors fit nothing"),
+        (wan_pair(rank=2) | {"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 4)}, {}, "are for the same tensor"),
+        ({k: v for k, v in wan_pair().items() if "down" in k}, {}, "half of a low-rank pair"),
+        ({"blocks.0.self_attn.q.alpha": torch.tensor(1.0)}, {}, "alpha has no low-rank pair"),
+        (wan_pair() | {"blocks.0.self_attn.q.dora_scale": torch.ones(4)}, {}, "cannot be routed"),
+        ({k: v * float("nan") for k, v in wan_pair().items()}, {}, "NaN or infinite"),
+        ({k: torch.ones(3, 3) for k in wan_pair()}, {}, r"have shapes \(3, 3\) and \(3, 3\)"),
+        ({"head.head.set_weight": torch.ones(2, 2)}, {}, r"has shape \(2, 2\); the model's head.head.weight is \(8, 4\)"),
+        (wan_pair(), {"dcm.family": "hunyuan_video"}, "is for HunyuanVideo, the model is Wan 2.1"),
+        (wan_pair(), {"dcm.expert": "detail"}, "holds a detail expert but is given as the semantic"),
+        (wan_pair(), {"dcm.format": "9"}, "format 9"),
+        (wan_pair(), {"dcm.format": "1", "dcm.tensors": "5"}, "holds 2 tensors but says it was written with 5"),
+        (wan_pair(), {"dcm.boundary": "1.5"}, "boundary is 1.5"),
+        (wan_pair(), {"lora_adapter_metadata": "{"}, "is no JSON"),
+    ],
+)
+def test_bad_files(tensors, metadata, message):
+    with pytest.raises(ValueError, match=message):
+        read_expert(tensors, metadata, "semantic", WAN, WAN_SHAPES)
+
+
+def test_wrong_family_is_recognised_by_its_keys():
+    tensors, _ = release(HUNYUAN_VIDEO)
+    _, shapes = release(WAN)
+    lora = {k: v for k, v in tensors.items() if ".lora_" in k and "single" in k}
+    with pytest.raises(ExpertError, match="is for HunyuanVideo .* the model is Wan 2.1"):
+        read_expert(lora, {}, "detail", WAN, shapes)
+
+
+@given(seed=st.integers(0, 2**16), parts=st.integers(2, 4), width=st.integers(1, 5), extra=st.integers(0, 6),
+       ranks=st.lists(st.integers(1, 3), min_size=1, max_size=4))
+def test_stacking_is_exact_and_undone(seed, parts, width, extra, ranks):
+    generator = torch.Generator().manual_seed(seed)
+    updates = tuple(
+        LowRank(torch.randn(r, width, generator=generator), torch.rand(width, r, generator=generator) + 0.1, 0.5 + part, part * width)
+        for part, r in enumerate(ranks[:parts])
+    )
+    rows = parts * width + extra
+    down, up, alpha = stack_updates(updates, rows)
+    expected = delta(Expert("wan", "detail", {"m": updates}), "m", (rows, width))
+    torch.testing.assert_close(alpha / len(down) * up @ down, expected)
+    split = split_update(LowRank(down, up, alpha / len(down)), parts)
+    torch.testing.assert_close(delta(Expert("wan", "detail", {"m": split}), "m", (rows, width)), expected)
+    if len(updates) > 1:
+        assert [u.rank for u in split] == [u.rank for u in updates]
+
+
+@given(data=st.data())
+def test_mangled_files_are_read_right_or_refused(data):
+    detail, shapes = release(WAN)
+    stored, metadata = expert_to_state_dict(expert_from_release(WAN, detail), shapes)
+    key = data.draw(st.sampled_from(sorted(stored)))
+    how = data.draw(st.sampled_from(["drop", "rename", "reshape", "nan"]))
+    mangled = dict(stored)
+    tensor = mangled.pop(key)
+    if how == "rename":
+        mangled[data.draw(st.text(max_size=12)) + key[20:]] = tensor
+    elif how == "reshape":
+        mangled[key] = tensor.new_zeros(*tensor.shape, 2) if tensor.ndim else tensor.new_zeros(3)
+    elif how == "nan":
+        mangled[key] = torch.full_like(tensor, float("nan"))
+    with pytest.raises((ExpertError, ValueError, RuntimeError)) as caught:
+        read_expert(mangled, metadata, "detail", WAN, shapes)
+    assert caught.type is ExpertError
