@@ -19,7 +19,8 @@ class Family:
         detail_modules: diffusers modules of which the detail expert has its own copy, stored as `<name>_lora`.
         lora_scale: alpha / rank of the release, whose files store no alpha.
         native_marks: native keys that only this family has.
-        text_width: width of the text embeddings.
+        text_module: native module that takes the text embeddings.
+        clip_type: what the host's CLIPLoader calls the text encoder.
         ALIAS_TO_NATIVE: the original code's module names where they differ from the native ones (LoRA files use them).
     """
 
@@ -30,7 +31,8 @@ class Family:
     lora_targets: str
     detail_modules: tuple[str, ...]
     native_marks: tuple[str, ...]
-    text_width: int
+    text_module: str
+    clip_type: str
     lora_scale: float = 2.0
     ALIAS_TO_NATIVE: tuple[Rule, ...] = ()
 

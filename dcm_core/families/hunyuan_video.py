@@ -102,6 +102,7 @@ HUNYUAN_VIDEO = Family(
     ),
     detail_modules=("time_text_embed", "norm_out", "proj_out"),
     native_marks=("txt_in.input_embedder.weight", "single_blocks.0.linear1.weight", "final_layer.linear.weight"),
-    text_width=4096,
+    text_module="txt_in.input_embedder",
+    clip_type="hunyuan_video",
     ALIAS_TO_NATIVE=ORIGINAL,
 )

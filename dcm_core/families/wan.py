@@ -58,5 +58,6 @@ WAN = Family(
     lora_targets=r"blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)",
     detail_modules=("condition_embedder", "proj_out"),
     native_marks=("patch_embedding.weight", "head.modulation", "time_projection.1.weight"),
-    text_width=4096,
+    text_module="text_embedding.0",
+    clip_type="wan",
 )

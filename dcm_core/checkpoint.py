@@ -1,0 +1,201 @@
+"""What a model file is, by its content, and its parts in native names."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError, name_some
+from .experts import Expert, expert_from_release
+from .families import FAMILIES, Family
+from .keymap import Piece, fuse, fused_shape
+from .lora_names import split_key
+from .storage import Progress, TensorFile, each_read
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.")
+BASE_LAYER = ".base_layer."
+
+
+class Layout(Enum):
+    """The kinds of file there are."""
+
+    RELEASE = "DCM release (diffusers layout, both experts)"
+    DIFFUSERS = "diffusers layout, no experts"
+    NATIVE = "native layout"
+    EXPERT = "expert or LoRA"
+    OTHER = "something else"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Attributes:
+        family: None where no family's tensors were recognised.
+        matched: native name -> the file's keys that make it (diffusers layouts; `Piece.source` is the full key).
+        detail: file key -> key without prefix, of the detail expert's tensors (releases).
+    """
+
+    layout: Layout
+    family: Family | None = None
+    matched: Mapping[str, Sequence[Piece]] | None = None
+    detail: Mapping[str, str] | None = None
+
+    def native_shapes(self, file: TensorFile) -> dict[str, tuple[int, ...]]:
+        """Native tensor name -> shape of the semantic base (diffusers layouts)."""
+        return {name: fused_shape([file.shapes[p.source] for p in pieces]) for name, pieces in self.matched.items()}
+
+
+def recognise(file: TensorFile) -> Contents:
+    """Say what a file is.
+
+    Raises:
+        CheckpointError: a file that is half one thing: known keys with others missing or unknown.
+    """
+    keys = {_without_prefix(key): key for key in file.shapes}
+    if len(keys) < len(file):
+        raise CheckpointError(f"{file.path} holds the same tensors with and without a prefix; expected one model. Load a clean file.")
+    for family in FAMILIES.values():
+        if family.is_native(keys):
+            return Contents(Layout.NATIVE, family)
+    lora = {key for key in keys if split_key(key)}
+    if lora and not any(BASE_LAYER in key for key in keys) and len(lora) > len(keys) // 2:
+        return Contents(Layout.EXPERT)
+    family = max(FAMILIES.values(), key=lambda family: _known(family, keys))
+    if _known(family, keys) <= len(keys) // 2:
+        return Contents(Layout.OTHER)
+    return _diffusers(file, family, keys)
+
+
+def _without_prefix(key: str) -> str:
+    for prefix in PREFIXES:
+        if key.startswith(prefix):
+            return key[len(prefix) :]
+    return key
+
+
+def _known(family: Family, keys: Iterable[str]) -> int:
+    return sum(family.key_map.find(key.replace(BASE_LAYER, ".")) is not None or family.detail_source(key) is not None
+               or split_key(key) is not None for key in keys)
+
+
+def _diffusers(file: TensorFile, family: Family, keys: Mapping[str, str]) -> Contents:
+    """The parts of a diffusers-layout file, every key accounted for."""
+    detail = {key for key in keys if family.detail_source(key) or split_key(key)}
+    semantic = {key.replace(BASE_LAYER, "."): keys[key] for key in keys if key not in detail}
+    if len(semantic) + len(detail) < len(keys):
+        raise CheckpointError(f"{file.path} holds weights both with and without .base_layer; expected one. Load the unchanged file.")
+    report = family.key_map.match(semantic)
+    wrapped = {key for key in keys if BASE_LAYER in key}
+    layout = Layout.RELEASE if detail or wrapped else Layout.DIFFUSERS
+    missing, odd = set(report.missing), set(report.unmatched)
+    if layout is Layout.RELEASE:
+        missing_detail, odd_detail = _check_detail(file, family, keys, detail, semantic)
+        missing, odd = missing | missing_detail, odd | odd_detail
+    if missing or odd:
+        raise CheckpointError(_half_message(file, family, layout, missing, odd))
+    matched = {
+        target: [Piece(semantic[p.source], p.target, p.part, p.swap_halves) for p in pieces]
+        for target, pieces in report.matched.items()
+    }
+    return Contents(layout, family, matched, {keys[key]: key for key in sorted(detail)})
+
+
+def _check_detail(
+    file: TensorFile, family: Family, keys: Mapping[str, str], detail: set[str], semantic: Mapping[str, str]
+) -> tuple[set[str], set[str]]:
+    """(missing, odd) keys of a release's detail expert; shapes are checked too."""
+    targets = {key.rpartition(".")[0] for key in semantic if family.lora_target_pattern.fullmatch(key.rpartition(".")[0])}
+    pairs = {key: name for key in detail if (name := split_key(key)) and not family.detail_source(key)}
+    odd = {key for key, name in pairs.items() if name.module not in targets or name.kind not in ("down", "up")}
+    adapters = sorted({name.adapter for name in pairs.values() if name.adapter}) or ["lora1"]
+    if len(adapters) > 1:
+        raise CheckpointError(f"{file.path} holds the adapters {', '.join(adapters)}; a release has one. Load the unchanged file.")
+    suffixes = {"down": f"lora_A.{adapters[0]}.weight", "up": f"lora_B.{adapters[0]}.weight"}
+    missing = {f"{module}.{suffix}" for module in targets for suffix in suffixes.values()} - detail
+    sources = {key for key in semantic if any(key.startswith(f"{module}.") for module in family.detail_modules)}
+    copies = {source: key for key in detail if (source := family.detail_source(key))}
+    for module in family.detail_modules:
+        missing |= {s.replace(module, f"{module}_lora", 1) for s in sources - set(copies) if s.startswith(f"{module}.")}
+    odd |= {key for source, key in copies.items() if family.key_map.find(source) is None}
+    if not missing and not odd:
+        _check_shapes(file, keys, semantic, copies, targets, suffixes)
+    return missing, odd
+
+
+def _check_shapes(
+    file: TensorFile,
+    keys: Mapping[str, str],
+    semantic: Mapping[str, str],
+    copies: Mapping[str, str],
+    targets: set[str],
+    suffixes: Mapping[str, str],
+) -> None:
+    wrong = [key for source, key in copies.items() if file.shapes[keys[key]] != file.shapes[semantic[source]]]
+    for module in targets:
+        rows, width = file.shapes[semantic[f"{module}.weight"]]
+        down = file.shapes[keys[f"{module}.{suffixes['down']}"]]
+        up = file.shapes[keys[f"{module}.{suffixes['up']}"]]
+        if down != (down[0], width) or up != (rows, down[0]):
+            wrong.append(f"{module}.{suffixes['down']}")
+    if wrong:
+        raise CheckpointError(
+            f"{file.path}: {name_some(wrong)} have shapes that do not fit the base layers in the same file. Download it again."
+        )
+
+
+def _half_message(file: TensorFile, family: Family, layout: Layout, missing: set[str], odd: set[str]) -> str:
+    parts = [f"{len(missing)} tensors are missing ({name_some(missing)})"] if missing else []
+    parts += [f"{len(odd)} are unknown ({name_some(odd)})"] if odd else []
+    shard = " It looks like one shard of several: merge all shards into one file first." if "-of-" in file.path.name else ""
+    return (
+        f"{file.path} looks like {family.title}, {layout.value}, but {' and '.join(parts)}. Expected every tensor of the "
+        f"model and nothing else; download it again or load the unchanged release file.{shard}"
+    )
+
+
+def semantic_state_dict(file: TensorFile, contents: Contents, progress: Progress | None = None) -> dict[str, Tensor]:
+    """The base (semantic) weights of a diffusers-layout file in native names, each tensor read once."""
+    state_dict: dict[str, Tensor] = {}
+    for target, tensor in each_native(file, contents, progress):
+        state_dict[target] = tensor
+    return state_dict
+
+
+def each_native(file: TensorFile, contents: Contents, progress: Progress | None = None) -> Iterable[tuple[str, Tensor]]:
+    """The base's tensors in native names, one at a time."""
+    sources = [piece.source for pieces in contents.matched.values() for piece in pieces]
+    reader = each_read(file, sources, progress)
+    for target, pieces in contents.matched.items():
+        yield target, fuse(pieces, dict(next(reader) for _ in pieces))
+
+
+def detail_expert(file: TensorFile, contents: Contents) -> Expert:
+    """The detail expert inside a release.
+
+    Raises:
+        CheckpointError: NaN or infinite weights.
+    """
+    tensors = {bare: file.read(key) for key, bare in contents.detail.items()}
+    check_finite(file, tensors)
+    return expert_from_release(contents.family, tensors)
+
+
+def check_finite(file: TensorFile, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        CheckpointError: NaN or infinite values, with their keys.
+    """
+    broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
+    if broken:
+        raise CheckpointError(f"{file.path}: {name_some(broken)} hold NaN or infinite values. Download the file again.")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """True if every value is a finite number; fp8 included."""
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.float16)
+    return bool(torch.isfinite(tensor).all())

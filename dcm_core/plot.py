@@ -1,0 +1,67 @@
+"""Draw a schedule: noise levels over steps, coloured by the expert that owns them."""
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .routing import plan_steps
+
+BACKGROUND, GRID, TEXT = "#1e1f26", "#3a3c48", "#d7d9e0"
+COLOURS = {"semantic": "#f2a33c", "detail": "#4cb3ff"}
+SCALE = 2  # drawn larger and reduced: smooth lines
+
+
+def plot_schedule(sigmas: Tensor, boundary: float, width: int = 768, height: int = 432) -> Image.Image:
+    """The schedule as an image of the given size in pixels.
+
+    Raises:
+        ScheduleError: sigmas that cannot be sampled, or a boundary outside (0, 1).
+    """
+    plan = plan_steps(sigmas, boundary)
+    image = Image.new("RGB", (width * SCALE, height * SCALE), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    unit = min(width, height) * SCALE / 100
+    font = ImageFont.load_default(size=4.2 * unit)
+    left, top, right, bottom = 12 * unit, 14 * unit, width * SCALE - 5 * unit, height * SCALE - 12 * unit
+
+    def at(step: float, sigma: float) -> tuple[float, float]:
+        return left + (right - left) * step / plan.steps, bottom - (bottom - top) * sigma
+
+    for sigma in (0, 0.25, 0.5, 0.75, 1):
+        draw.line([at(0, sigma), at(plan.steps, sigma)], fill=GRID, width=max(1, round(unit / 4)))
+        draw.text((left - 1.5 * unit, at(0, sigma)[1]), f"{sigma:g}", fill=TEXT, font=font, anchor="rm")
+    _dashed(draw, at(0, boundary), at(plan.steps, boundary), TEXT, unit)
+    draw.text((left + unit, at(0, boundary)[1] + unit), f"boundary {boundary:g}", fill=TEXT, font=font, anchor="la")
+    draw.text((left, 5 * unit), str(plan).partition(", boundary")[0], fill=TEXT, font=font, anchor="lm")
+    _legend(draw, right, 5 * unit, unit, font)
+    values = sigmas.tolist()
+    every = max(1, round(plan.steps / 12))
+    for step in range(plan.steps):
+        colour = COLOURS[plan.side(step)]
+        draw.line([at(step, values[step]), at(step + 1, values[step + 1])], fill=colour, width=round(0.9 * unit))
+        _dot(draw, at(step, values[step]), colour, 1.4 * unit)
+        if step % every == 0:
+            draw.text((at(step + 0.5, 0)[0], bottom + 2 * unit), str(step + 1), fill=TEXT, font=font, anchor="ma")
+    _dot(draw, at(plan.steps, values[-1]), TEXT, 1.1 * unit)
+    draw.text(((left + right) / 2, bottom + 7 * unit), "step", fill=TEXT, font=font, anchor="ma")
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _dot(draw: ImageDraw.ImageDraw, centre: tuple[float, float], colour: str, radius: float) -> None:
+    x, y = centre
+    draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
+
+
+def _dashed(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], colour: str, unit: float) -> None:
+    x = start[0]
+    while x < end[0]:
+        draw.line([(x, start[1]), (min(x + 2 * unit, end[0]), start[1])], fill=colour, width=max(1, round(unit / 3)))
+        x += 3.5 * unit
+
+
+def _legend(draw: ImageDraw.ImageDraw, right: float, y: float, unit: float, font: ImageFont.FreeTypeFont) -> None:
+    x = right
+    for side in ("detail", "semantic"):
+        x -= draw.textlength(side, font=font)
+        draw.text((x, y), side, fill=TEXT, font=font, anchor="lm")
+        _dot(draw, (x - 2.5 * unit, y), COLOURS[side], 1.4 * unit)
+        x -= 7 * unit

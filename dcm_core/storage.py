@@ -1,0 +1,225 @@
+"""One safetensors file: read tensor by tensor, or written as a stream, whatever its size.
+
+Resident memory stays at about one tensor: the safetensors library maps what it reads, so a file is opened for each
+tensor anew and nothing stays mapped; what is written goes to disk as it is made.
+"""
+
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CheckpointError
+
+Progress = Callable[[int, int], None]
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# How files that are given by mistake begin.
+FOREIGN = (
+    (b"PK\x03\x04", "a PyTorch pickle (or a zip)"),
+    (b"\x80", "a pickle"),
+    (b"GGUF", "a GGUF file"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
+    (b"<", "a web page, not the file itself"),
+)
+
+
+class TensorFile:
+    """Read-only view of one safetensors file.
+
+    Attributes:
+        metadata: the file's string metadata.
+        shapes, dtypes: of every tensor, by key.
+
+    Raises:
+        CheckpointError: anything but a whole safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        if not self.path.is_file():
+            what = "is a folder" if self.path.is_dir() else "does not exist"
+            raise CheckpointError(f"{self.path} {what}; expected a .safetensors file. Check the name.")
+        self._refuse_foreign()
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                self.metadata: dict[str, str] = dict(file.metadata() or {})
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    part = file.get_slice(key)
+                    self.shapes[key] = tuple(part.get_shape())
+                    self.dtypes[key] = self._dtype(key, str(part.get_dtype()))
+        except (SafetensorError, OSError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{self.path} is no whole safetensors file ({error}; {self.path.stat().st_size:,} bytes). Download it again."
+            ) from error
+
+    def _refuse_foreign(self) -> None:
+        with self.path.open("rb") as file:
+            start = file.read(32)
+        for mark, what in FOREIGN:
+            # a pickle's or a page's first byte may also begin a header's length
+            if start.startswith(mark) and start[8:9] != b"{":
+                raise CheckpointError(
+                    f"{self.path} is {what}; only .safetensors files are read. Download or convert the safetensors version."
+                )
+
+    def _dtype(self, key: str, name: str) -> torch.dtype:
+        if name not in DTYPES:
+            raise CheckpointError(f"{self.path}: {key} is stored as {name}; expected one of {', '.join(DTYPES)}.")
+        return DTYPES[name]
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def nbytes(self, key: str) -> int:
+        """Size of a stored tensor in bytes."""
+        return _nbytes(self.dtypes[key], self.shapes[key])
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, copied out of the file.
+
+        Raises:
+            CheckpointError: a file that changed since it was opened.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor(key).clone()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: {key} cannot be read ({error}). Was the file changed? Load it again.") from error
+
+    def read_all(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The tensors called `keys`, all by default, in memory."""
+        return {key: self.read(key) for key in (self.shapes if keys is None else keys)}
+
+
+def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    count = dtype.itemsize
+    for size in shape:
+        count *= size
+    return count
+
+
+def write_stream(
+    path: str | os.PathLike,
+    entries: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+    progress: Progress | None = None,
+) -> None:
+    """Write a safetensors file while its tensors are being made.
+
+    It appears under its name only when it is complete; on any exception nothing is left behind.
+
+    Args:
+        entries: key -> (dtype, shape) of all that will come, in the order it will come.
+        tensors: the tensors, in the same order.
+        progress: called with (bytes done, bytes in all) after each tensor; may raise to interrupt.
+
+    Raises:
+        CheckpointError: too little room on the disk, or a tensor that is not as announced.
+    """
+    path = Path(path)
+    header = _header(entries, metadata)
+    total = sum(_nbytes(*entry) for entry in entries.values())
+    with temporary_file(path, len(header) + total) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        done = 0
+        announced = iter(entries.items())
+        for key, tensor in tensors:
+            name, (dtype, shape) = next(announced)
+            if (key, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
+                raise CheckpointError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}; {name} {dtype} {tuple(shape)} was announced.")
+            file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            done += _nbytes(dtype, shape)
+            if progress is not None:
+                progress(done, total)
+        if (left := next(announced, None)) is not None:
+            raise CheckpointError(f"{left[0]} was announced for {path} but never came.")
+
+
+def _header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    description: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for key, (dtype, shape) in entries.items():
+        end = offset + _nbytes(dtype, shape)
+        description[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(description, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+@contextmanager
+def temporary_file(path: Path, nbytes: int = 0) -> Iterator[Path]:
+    """A name beside `path` that takes its place if the block ends well and vanishes if not.
+
+    Raises:
+        CheckpointError: a missing folder, or less free disk than `nbytes`.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise CheckpointError(f"The folder {folder} does not exist. Create it, or choose another place for {path.name}.")
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"{path} needs {nbytes / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free. Make room, or choose another disk."
+        )
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=folder)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors that are in memory, as `write_stream`."""
+    entries = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    write_stream(path, entries, iter(tensors.items()), metadata)
+
+
+def each_read(file: TensorFile, keys: Iterable[str], progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors called `keys` one after the other, with progress in bytes."""
+    keys = list(keys)
+    total, done = sum(file.nbytes(key) for key in keys), 0
+    for key in keys:
+        yield key, file.read(key)
+        done += file.nbytes(key)
+        if progress is not None:
+            progress(done, total)

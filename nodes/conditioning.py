@@ -1,0 +1,68 @@
+"""Text embeddings kept in files."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..dcm_core.conditioning import describe_conditioning, load_conditioning, save_conditioning
+from .host.compat import newer
+from .host.folders import CONDITIONING, files, new_file, path_of
+from .host.report import report
+
+
+class DCMSaveConditioning(io.ComfyNode):
+    """CONDITIONING -> a file in models/dcm_conditioning."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMSaveConditioning",
+            display_name="DCM Save Conditioning",
+            category="DCM/conditioning",
+            description="Saves text embeddings, so that the text encoder (11 GB for Wan) need not be loaded for this prompt again.",
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="The output of a text encode node."),
+                io.String.Input("name", default="prompt", tooltip="File name in models/dcm_conditioning."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Write over a file of this name."),
+            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="What came in.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **newer(search_aliases=["cache prompt", "save text embeddings"]),
+        )
+
+    @classmethod
+    def execute(cls, conditioning: Any, name: str, overwrite: bool) -> io.NodeOutput:
+        path = new_file(CONDITIONING, name, overwrite)
+        save_conditioning(path, conditioning)
+        text = f"{path.name}: {describe_conditioning(conditioning)}"
+        return io.NodeOutput(conditioning, ui=report(text, cls.hidden.unique_id))
+
+
+class DCMLoadConditioning(io.ComfyNode):
+    """A saved file -> CONDITIONING."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMLoadConditioning",
+            display_name="DCM Load Conditioning",
+            category="DCM/conditioning",
+            description="Loads text embeddings that DCM Save Conditioning wrote; no text encoder needed.",
+            inputs=[io.Combo.Input("name", options=files(CONDITIONING), tooltip="A file in models/dcm_conditioning.")],
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For a sampler.")],
+            hidden=[io.Hidden.unique_id],
+            **newer(search_aliases=["cached prompt", "load text embeddings"]),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str) -> float:
+        return path_of(CONDITIONING, name).stat().st_mtime
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        conditioning = load_conditioning(path_of(CONDITIONING, name))
+        return io.NodeOutput(conditioning, ui=report(f"{name}: {describe_conditioning(conditioning)}", cls.hidden.unique_id))
+
+
+NODES = [DCMSaveConditioning, DCMLoadConditioning]

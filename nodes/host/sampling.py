@@ -1,0 +1,223 @@
+"""What the sampling nodes ask of the host: schedules of a MODEL, checks before a run, and the run."""
+
+import logging
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...dcm_core.adapters import find_module
+from ...dcm_core.errors import DCMError
+from ...dcm_core.families import FAMILIES, WAN
+from ...dcm_core.routing import check_boundary, plan_steps
+from ...dcm_core.schedule import check_sigmas, generic_sigmas, last_part, sigmas_from_timesteps
+from .attach import attached_experts, diffusion_model, model_family, with_boundary
+from .switch import KEY as SIDES_KEY
+from .switch import Sides, with_sides
+
+logger = logging.getLogger("ComfyUI-DCM")
+
+AUTO, GENERIC = "auto", "generic"
+PRESETS = {family.preset.title: family.preset for family in FAMILIES.values()}
+
+# Wan 2.2 A14B: sigma where the low-noise model begins, by whether the model takes an image.
+WAN22_BOUNDARY = {False: 0.875, True: 0.9}
+
+
+def choose_sigmas(schedule: str, steps: int, shift: float, denoise: float, model: Any = None) -> Tensor:
+    """The sigmas of a schedule by name.
+
+    auto is the attached experts' own, else the family's preset, else (two full models, other families) the generic one.
+
+    Raises:
+        ScheduleError: settings that give no schedule.
+    """
+    if schedule == AUTO:
+        sigmas = _own_sigmas(model)
+        sigmas = generic_sigmas(steps, shift) if sigmas is None else sigmas
+    else:
+        sigmas = generic_sigmas(steps, shift) if schedule == GENERIC else PRESETS[schedule].sigmas
+    return last_part(sigmas, denoise)
+
+
+def _own_sigmas(model: Any) -> Tensor | None:
+    facts = attached_experts(model)
+    if facts is not None and facts.timesteps is not None:
+        return sigmas_from_timesteps(facts.timesteps)
+    if model.get_attachment(SIDES_KEY) is not None:
+        return None
+    family = model_family(model)
+    return family.preset.sigmas if family is not None else None
+
+
+def choose_boundary(model: Any, boundary: float, two_models: bool) -> float | None:
+    """The sigma where the detail side begins: as given, else the experts' own, else the model's usual one.
+
+    Returns:
+        None for a model whose kind has none.
+    """
+    if boundary:
+        return check_boundary(boundary)
+    facts = attached_experts(model)
+    if facts is not None:
+        return facts.boundary
+    family = model_family(model)
+    if two_models:
+        takes_image = family is WAN and diffusion_model(model).in_dim > model.get_model_object("latent_format").latent_channels
+        return WAN22_BOUNDARY[takes_image]
+    return family.preset.boundary if family is not None else None
+
+
+def prepare_model(
+    model: Any, boundary: float = 0.0, detail_model: Any = None, cfg: float = 1.0, detail_cfg: float = 0.0
+) -> tuple[Any, float | None]:
+    """A MODEL that switches as asked, and its boundary (None if nothing switches at one).
+
+    Args:
+        boundary: 0 for the model's own.
+        detail_cfg: 0 for the same as `cfg`.
+
+    Raises:
+        DCMError: two models that do not fit together; two sides asked of a model without a boundary.
+    """
+    sigma = choose_boundary(model, boundary, detail_model is not None)
+    facts = attached_experts(model)
+    if facts is not None and boundary and boundary != facts.boundary:
+        model = with_boundary(model, boundary)
+    other_cfg = detail_cfg if detail_cfg and detail_cfg != cfg else None
+    if detail_model is not None or other_cfg is not None:
+        if sigma is None:
+            raise DCMError("This model has no usual boundary, and boundary is 0. Set boundary to the sigma where the sides change.")
+        model = with_sides(model, Sides(sigma, detail_model, other_cfg))
+    return model, sigma
+
+
+def make_guider(model: Any, positive: list, negative: list | None, cfg: float, detail_cfg: float = 0.0) -> Any:
+    """The host's guider over a prepared MODEL.
+
+    Raises:
+        DCMError: a cfg other than 1 without a negative, or text embeddings of another model.
+    """
+    if negative is None and (cfg != 1 or (detail_cfg or 1) != 1):
+        raise DCMError(
+            f"cfg is {cfg:g}{f' and detail_cfg {detail_cfg:g}' if detail_cfg else ''}, but no negative is connected. "
+            "DCM samples at cfg 1; for any other cfg connect a negative prompt."
+        )
+    check_text(model, positive, "positive")
+    conds = {"positive": positive}
+    if negative is not None:
+        check_text(model, negative, "negative")
+        conds["negative"] = negative
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds(conds)
+    guider.set_cfg(cfg)
+    return guider
+
+
+def check_text(model: Any, conditioning: list, name: str) -> None:
+    """Refuse the output of another model's text encoder.
+
+    Raises:
+        DCMError: embeddings of another width than the model takes.
+    """
+    family = model_family(model)
+    if family is None:
+        return
+    expected = find_module(diffusion_model(model), family.text_module).in_features
+    for embedding, _ in conditioning:
+        if embedding is not None and embedding.shape[-1] != expected:
+            raise DCMError(
+                f"{name} has text embeddings of width {embedding.shape[-1]} (shape {tuple(embedding.shape)}); {family.title} takes "
+                f"{expected}. Load the text encoder with type `{family.clip_type}` in CLIPLoader / DualCLIPLoader."
+            )
+
+
+def check_latent(model: Any, samples: Tensor) -> None:
+    """Refuse a latent of another model.
+
+    Raises:
+        DCMError: other channels or dimensions than the model's latent format.
+    """
+    expected = model.get_model_object("latent_format")
+    dimensions = getattr(expected, "latent_dimensions", 2) + 2
+    if samples.is_nested or (samples.ndim == dimensions and samples.shape[1] == expected.latent_channels):
+        return
+    raise DCMError(
+        f"latent_image has shape {tuple(samples.shape)}; the model takes {dimensions} dimensions with {expected.latent_channels} "
+        "channels. Make it with the empty latent node of this model (Wan and HunyuanVideo: EmptyHunyuanLatentVideo)."
+    )
+
+
+def describe_run(model: Any, sigmas: Tensor, boundary: float | None) -> str:
+    """The plan in words: `step 1-3 semantic, 4-6 detail, boundary 0.979`."""
+    check_sigmas(sigmas)
+    sides = model.get_attachment(SIDES_KEY)
+    if boundary is None or (attached_experts(model) is None and sides is None):
+        return f"{len(sigmas) - 1} steps, no experts attached"
+    plan = plan_steps(sigmas, boundary)
+    alone = "" if plan.semantic and plan.detail else f" (the {'detail' if plan.semantic else 'semantic'} side has no step)"
+    return f"{plan}{alone}"
+
+
+def empty_noise_like(model: Any, latent: dict) -> Tensor:
+    """The latent's samples as the host prepares them (channels of an empty latent), checked."""
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *_downscale_ratio(latent))
+    check_latent(model, samples)
+    return samples
+
+
+def _downscale_ratio(latent: dict) -> tuple:
+    """What newer hosts want to know of an empty latent, nothing for older ones."""
+    count = comfy.sample.fix_empty_latent_channels.__code__.co_argcount
+    return tuple(latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")[: count - 2])
+
+
+def run(guider: Any, latent: dict, sampler: Any, sigmas: Tensor, seed: int, node_id: str | None) -> tuple[dict, dict]:
+    """One continuous trajectory over all sigmas.
+
+    Returns:
+        The sampled latent and the last denoised estimate, each with the given latent's other entries.
+    """
+    model = guider.model_patcher
+    samples = empty_noise_like(model, latent)
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    last: dict[str, Tensor] = {}
+    out = guider.sample(
+        noise,
+        samples,
+        sampler or comfy.samplers.sampler_object("euler"),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=_callback(model, len(sigmas) - 1, node_id, last),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    result = {**latent, "samples": out.to(comfy.model_management.intermediate_device())}
+    result.pop("downscale_ratio_spacial", None)
+    result.pop("downscale_ratio_temporal", None)
+    denoised = model.model.process_latent_out(last["denoised"].cpu()) if last else result["samples"]
+    return result, {**result, "samples": denoised}
+
+
+def _callback(model: Any, steps: int, node_id: str | None, last: dict[str, Tensor]) -> Any:
+    """One progress bar over both sides, with the host's previews."""
+    bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def callback(step: int, denoised: Tensor, x: Tensor, total_steps: int) -> None:
+        last["denoised"] = denoised
+        preview = previewer.decode_latent_to_preview_image("JPEG", denoised) if previewer else None
+        bar.update_absolute(step + 1, total_steps, preview)
+
+    return callback
+
+
+def as_image(pixels: Any) -> Tensor:
+    """A PIL image as the host's IMAGE, shape (1, height, width, 3), values 0 .. 1."""
+    data = torch.frombuffer(bytearray(pixels.convert("RGB").tobytes()), dtype=torch.uint8)
+    return data.reshape(1, pixels.height, pixels.width, 3).float() / 255

@@ -1,0 +1,165 @@
+"""Sample with two experts."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from .host.compat import newer
+from .host.report import report
+from .host.sampling import AUTO, GENERIC, PRESETS, choose_sigmas, describe_run, make_guider, prepare_model, run
+
+DETAIL_MODEL_TIP = "A second full model for the low-noise side (Wan 2.2 A14B low noise). It is loaded when its side begins."
+BOUNDARY_TIP = (
+    "Sigma below which the detail side works. 0 takes the experts' own; with a detail_model 0.875 (text to video) or 0.9 (image "
+    "to video)."
+)
+
+
+def side_inputs() -> list[io.Input]:
+    """What both sampling nodes offer for the low-noise side."""
+    return [
+        io.Model.Input("detail_model", optional=True, tooltip=DETAIL_MODEL_TIP),
+        io.Float.Input(
+            "detail_cfg", default=0.0, min=0.0, max=100.0, step=0.1, optional=True, tooltip="cfg of the detail side. 0 means as cfg."
+        ),
+        io.Float.Input(
+            "boundary", default=0.0, min=0.0, max=1.0, step=0.001, round=False, optional=True, tooltip=BOUNDARY_TIP
+        ),
+    ]
+
+
+def cfg_input() -> io.Input:
+    return io.Float.Input(
+        "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance. DCM is distilled for 1: one model call a step, no negative."
+    )
+
+
+class DCMSampler(io.ComfyNode):
+    """MODEL with experts -> LATENT: one trajectory, each step by its expert."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMSampler",
+            display_name="DCM Sampler",
+            category="DCM/sampling",
+            description=(
+                "Samples a video in 4 to 6 steps: high-noise steps with the semantic expert, low-noise steps with the detail "
+                "expert, one trajectory. The text on the node says which step runs with which expert."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="A model with experts (DCMLoadModel, DCMAttachExperts), or the high-noise model."),
+                io.Conditioning.Input("positive", tooltip="The prompt."),
+                io.Latent.Input("latent_image", tooltip="An empty video latent, or a video to start from (denoise below 1)."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Starting noise. The same seed gives the same noise as in KSampler.",
+                ),
+                io.Combo.Input(
+                    "schedule",
+                    options=[AUTO, *PRESETS, GENERIC],
+                    default=AUTO,
+                    tooltip="Noise levels. auto: what the experts were made for. generic: `steps` levels of the training grid.",
+                ),
+                io.Int.Input("steps", default=6, min=1, max=50, tooltip="Number of steps of the generic schedule."),
+                cfg_input(),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1: a new video. Below 1: only the last part of the schedule, starting from latent_image.",
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="Needed only if a cfg is not 1."),
+                *side_inputs(),
+                io.Float.Input(
+                    "shift",
+                    default=17.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Flow shift of the generic schedule. 17 as DCM is trained; Wan 2.2 uses 5 to 12.",
+                ),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels from another node. Overrides schedule, steps and denoise."),
+                io.Sampler.Input("sampler", optional=True, tooltip="Another sampler than Euler. DCM is trained for Euler."),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The sampled video latent, for VAE Decode."),
+                io.Latent.Output(display_name="denoised", tooltip="The last denoised estimate."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            **newer(search_aliases=["dual expert sampler", "high noise low noise", "wan 2.2 sampler", "few step video", "moe sampler"]),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        latent_image: dict,
+        seed: int,
+        schedule: str,
+        steps: int,
+        cfg: float,
+        denoise: float,
+        negative: Any = None,
+        detail_model: Any = None,
+        detail_cfg: float = 0.0,
+        boundary: float = 0.0,
+        shift: float = 17.0,
+        sigmas: Any = None,
+        sampler: Any = None,
+    ) -> io.NodeOutput:
+        model, sigma = prepare_model(model, boundary, detail_model, cfg, detail_cfg)
+        if sigmas is None:
+            sigmas = choose_sigmas(schedule, steps, shift, denoise, model)
+        plan = describe_run(model, sigmas, sigma)
+        guider = make_guider(model, positive, negative, cfg, detail_cfg)
+        shown = report(plan, cls.hidden.unique_id)
+        latent, denoised = run(guider, latent_image, sampler, sigmas, seed, cls.hidden.unique_id)
+        return io.NodeOutput(latent, denoised, ui=shown)
+
+
+class DCMGuider(io.ComfyNode):
+    """MODEL(s) and prompts -> GUIDER for SamplerCustomAdvanced."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMGuider",
+            display_name="DCM Guider",
+            category="DCM/sampling",
+            description="A guider for SamplerCustomAdvanced that routes each step: attached experts, a second full model, a cfg a side.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model with experts, or the high-noise model."),
+                io.Conditioning.Input("positive", tooltip="The prompt."),
+                cfg_input(),
+                io.Conditioning.Input("negative", optional=True, tooltip="Needed only if a cfg is not 1."),
+                *side_inputs(),
+            ],
+            outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
+            **newer(search_aliases=["dual expert guider", "dual model guider", "cfg per expert"]),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        cfg: float,
+        negative: Any = None,
+        detail_model: Any = None,
+        detail_cfg: float = 0.0,
+        boundary: float = 0.0,
+    ) -> io.NodeOutput:
+        model, _ = prepare_model(model, boundary, detail_model, cfg, detail_cfg)
+        return io.NodeOutput(make_guider(model, positive, negative, cfg, detail_cfg))
+
+
+NODES = [DCMSampler, DCMGuider]
