@@ -4,7 +4,8 @@ Also our expert file: keys that ComfyUI's own LoRA loader applies exactly, plus 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from .families import Family
 from .keymap import Piece, fuse
 from .lora_names import split_key
 from .routing import Side
+from .storage import write_stream
 
 FILE_FORMAT = "1"
 FILE_PREFIX = "diffusion_model."
@@ -126,25 +128,47 @@ def expert_to_state_dict(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of our expert file.
 
-    Every module's updates become one pair (block-diagonal where it is fused), exact in any LoRA loader that knows
-    `lora_down`, `lora_up`, `alpha`, `set_weight`, `diff` and `diff_b`.
-
     Args:
         shapes: native tensor names -> shapes of the base: a fused module's pair covers all its rows.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors = dict(expert_tensors(expert, shapes))
+    return tensors, expert_metadata(expert, len(tensors))
+
+
+def write_expert(
+    path: str | os.PathLike, expert: Expert, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype | None = None
+) -> None:
+    """Write our expert file, one tensor in memory at a time beside the expert.
+
+    Args:
+        dtype: of the written tensors (alphas stay as they are), None to keep.
+    """
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in expert_tensors(expert, shapes):
+            yield key, tensor.to(dtype) if dtype is not None and not key.endswith(".alpha") else tensor
+
+    entries = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors()}
+    write_stream(path, entries, tensors(), expert_metadata(expert, len(entries)))
+
+
+def expert_tensors(expert: Expert, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of our expert file.
+
+    Every module's updates become one pair (block-diagonal where it is fused), exact in any LoRA loader that knows
+    `lora_down`, `lora_up`, `alpha`, `set_weight`, `diff` and `diff_b`.
+    """
     for module, updates in expert.low_rank.items():
         down, up, alpha = stack_updates(updates, shapes[f"{module}.weight"][0])
-        tensors[f"{FILE_PREFIX}{module}.lora_down.weight"] = down
-        tensors[f"{FILE_PREFIX}{module}.lora_up.weight"] = up
-        tensors[f"{FILE_PREFIX}{module}.alpha"] = torch.tensor(alpha)
+        yield f"{FILE_PREFIX}{module}.lora_down.weight", down
+        yield f"{FILE_PREFIX}{module}.lora_up.weight", up
+        yield f"{FILE_PREFIX}{module}.alpha", torch.tensor(alpha)
     for name, tensor in expert.replaced.items():
-        tensors[f"{FILE_PREFIX}{name.removesuffix('.weight')}.set_weight"] = tensor
+        yield f"{FILE_PREFIX}{name.removesuffix('.weight')}.set_weight", tensor
     for name, tensor in expert.diff.items():
         module, _, param = name.rpartition(".")
         suffix = {"weight": "diff", "bias": "diff_b"}.get(param)
-        tensors[f"{FILE_PREFIX}{module}.{suffix}" if suffix else f"{FILE_PREFIX}{name}.diff"] = tensor
-    return tensors, _metadata(expert, len(tensors))
+        yield (f"{FILE_PREFIX}{module}.{suffix}" if suffix else f"{FILE_PREFIX}{name}.diff"), tensor
 
 
 def stack_updates(updates: Sequence[LowRank], rows: int) -> tuple[Tensor, Tensor, float]:
@@ -183,7 +207,7 @@ def split_update(update: LowRank, parts: int) -> tuple[LowRank, ...]:
     )
 
 
-def _metadata(expert: Expert, count: int) -> dict[str, str]:
+def expert_metadata(expert: Expert, count: int) -> dict[str, str]:
     """Facts of the file; the alpha is of one update, before any stacking, and only given where all agree."""
     scales = {update.scale for updates in expert.low_rank.values() for update in updates}
     metadata = {

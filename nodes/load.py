@@ -3,7 +3,8 @@
 from comfy_api.latest import io
 
 from .host.compat import newer
-from .host.load import WEIGHT_DTYPES, load_model, model_files
+from .host.folders import MODELS, files
+from .host.load import WEIGHT_DTYPES, load_model
 from .host.report import report
 
 
@@ -23,7 +24,7 @@ class DCMLoadModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=model_files(),
+                    options=files(MODELS),
                     tooltip="A file in models/diffusion_models: a DCM release, or a base model in native or diffusers layout.",
                 ),
                 io.Combo.Input(

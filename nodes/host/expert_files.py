@@ -4,22 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import folder_paths
-
 from ...dcm_core.errors import CheckpointError
 from ...dcm_core.expert_reader import read_expert
 from ...dcm_core.experts import Expert
 from ...dcm_core.routing import Side
 from ...dcm_core.storage import TensorFile
 from .attach import module_shapes, require_family
+from .folders import LORAS, files, path_of
 
-CATEGORY = "loras"
 NONE = "none"
 
 
 def expert_names() -> list[str]:
     """What the user may choose from, "none" first."""
-    return [NONE, *folder_paths.get_filename_list(CATEGORY)]
+    return [NONE, *files(LORAS)]
 
 
 def load_expert(name: str, role: Side, model: Any) -> Expert | None:
@@ -30,7 +28,7 @@ def load_expert(name: str, role: Side, model: Any) -> Expert | None:
     """
     if name == NONE:
         return None
-    path = Path(folder_paths.get_full_path_or_raise(CATEGORY, name))
+    path = path_of(LORAS, name)
     file = TensorFile(path)
     return read_expert(
         file.read_all(), file.metadata, role, require_family(model), module_shapes(model), _peft_config(path)

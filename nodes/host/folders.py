@@ -6,7 +6,7 @@ import folder_paths
 
 from ...dcm_core.errors import CheckpointError
 
-CONDITIONING = "dcm_conditioning"
+MODELS, LORAS, CONDITIONING = "diffusion_models", "loras", "dcm_conditioning"
 SUFFIX = ".safetensors"
 
 if CONDITIONING not in folder_paths.folder_names_and_paths:

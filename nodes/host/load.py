@@ -1,19 +1,16 @@
 """Load a model file of any layout; a released checkpoint comes with its detail expert attached."""
 
-from pathlib import Path
 from typing import Any
 
 import comfy.sd
-import folder_paths
 import torch
 
 from ...dcm_core.checkpoint import Layout, detail_expert, recognise, semantic_state_dict
 from ...dcm_core.errors import CheckpointError
 from ...dcm_core.storage import TensorFile
 from .attach import attach_experts
+from .folders import MODELS, path_of
 from .progress import byte_progress
-
-CATEGORY = "diffusion_models"
 
 # What the host's own loader offers.
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
@@ -22,11 +19,6 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
-
-
-def model_files() -> list[str]:
-    """Names of the model files the user may choose from."""
-    return folder_paths.get_filename_list(CATEGORY)
 
 
 def load_model(name: str, weight_dtype: str, node_id: str | None = None) -> tuple[Any, str]:
@@ -38,7 +30,7 @@ def load_model(name: str, weight_dtype: str, node_id: str | None = None) -> tupl
     Raises:
         CheckpointError: a file that cannot be read, is incomplete, or is no model.
     """
-    path = Path(folder_paths.get_full_path_or_raise(CATEGORY, name))
+    path = path_of(MODELS, name)
     file = TensorFile(path)
     contents = recognise(file)
     if contents.layout is Layout.EXPERT:

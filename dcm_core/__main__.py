@@ -1,0 +1,101 @@
+"""`python -m dcm_core convert | extract | inspect`: the library on the command line."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from .convert import DTYPES, KEEP, convert_release
+from .errors import DCMError
+from .extract import extract_lora
+from .inspect import inspect_file
+from .storage import Progress
+
+
+def progress_line(label: str) -> Progress:
+    """A progress bar on stderr, counted in percent."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=100, desc=label, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
+
+    def update(done: int, total: int) -> None:
+        bar.n = 100 * done // max(1, total)
+        bar.refresh()
+        if done >= total:
+            bar.close()
+
+    return update
+
+
+def convert(args: argparse.Namespace) -> str:
+    report = convert_release(
+        args.source, args.base, args.expert, DTYPES[args.dtype], progress_line("convert"), overwrite=args.overwrite
+    )
+    return str(report)
+
+
+def extract(args: argparse.Namespace) -> str:
+    report = extract_lora(
+        args.tuned,
+        args.base,
+        args.out,
+        args.rank,
+        dtype=DTYPES[args.dtype],
+        device=args.device,
+        seed=args.seed,
+        progress=progress_line("extract"),
+        overwrite=args.overwrite,
+    )
+    return f"{report.table()}\n{report}" if args.layers else str(report)
+
+
+def inspect(args: argparse.Namespace) -> str:
+    reports = [inspect_file(path) for path in args.files]
+    return "\n\n".join(report.to_json() if args.json else str(report) for report in reports)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m dcm_core", description="Dual-Expert Consistency Models: files.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser("convert", help="a released checkpoint -> a native base file and an expert file")
+    command.add_argument("source", type=Path, help="transformer/diffusion_pytorch_model.safetensors of the release")
+    command.add_argument("base", type=Path, help="where to write the native base (ComfyUI: models/diffusion_models/...)")
+    command.add_argument("expert", type=Path, help="where to write the detail expert (ComfyUI: models/loras/...)")
+    command.add_argument("--dtype", choices=DTYPES, default=KEEP, help="of the base; fp8 only for the blocks (default: %(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="write over existing files")
+    command.set_defaults(run=convert)
+
+    command = commands.add_parser("extract", help="a full fine-tune and its base -> a LoRA")
+    command.add_argument("tuned", type=Path, help="the fine-tune (native, diffusers or release file)")
+    command.add_argument("base", type=Path, help="the base it was made from")
+    command.add_argument("out", type=Path, help="where to write the LoRA")
+    command.add_argument("--rank", type=int, default=128, help="rank of every layer (default: %(default)s)")
+    floats = [name for name, dtype in DTYPES.items() if dtype is not None and dtype.itemsize > 1]
+    command.add_argument("--dtype", choices=floats, default="bfloat16", help="of the LoRA (default: %(default)s)")
+    command.add_argument("--device", type=torch.device, default="cpu", help="where to decompose, e.g. cuda (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the decomposition (default: %(default)s)")
+    command.add_argument("--layers", action="store_true", help="print a line for each layer")
+    command.add_argument("--overwrite", action="store_true", help="write over an existing file")
+    command.set_defaults(run=extract)
+
+    command = commands.add_parser("inspect", help="what a file is")
+    command.add_argument("files", nargs="+", type=Path, help="safetensors files")
+    command.add_argument("--json", action="store_true", help="machine-readable")
+    command.set_defaults(run=inspect)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        print(args.run(args))
+    except DCMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""A full fine-tune and its base -> a low-rank expert: the truncated SVD of the difference, layer by layer."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Contents, Layout, check_finite, recognise
+from .errors import CheckpointError, name_some
+from .experts import Expert, LowRank, write_expert
+from .families import Family
+from .keymap import Piece, fuse, fused_shape
+from .storage import Progress, TensorFile
+
+OVERSAMPLING = 16
+POWER_ITERATIONS = 4
+# Below this many rows or columns the whole SVD is as fast and exact.
+SMALL = 512
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How well a layer's difference is kept: its rank, the kept share of its energy (squared norm), and its norm."""
+
+    rank: int
+    energy: float
+    norm: float
+
+    @property
+    def error(self) -> float:
+        """Relative error of the difference, in the Frobenius norm."""
+        return max(0.0, 1 - self.energy) ** 0.5
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What an extraction kept."""
+
+    path: Path
+    layers: dict[str, LayerReport] = field(default_factory=dict)
+    full: tuple[str, ...] = ()
+    unchanged: int = 0
+
+    @property
+    def energy(self) -> float:
+        """Kept share of the energy of all low-rank layers."""
+        total = sum(layer.norm**2 for layer in self.layers.values())
+        return sum(layer.energy * layer.norm**2 for layer in self.layers.values()) / total if total else 1.0
+
+    def __str__(self) -> str:
+        worst = sorted(self.layers.items(), key=lambda item: item[1].energy)[:3]
+        lines = [
+            f"{self.path}: {len(self.layers)} layers at rank {max((r.rank for r in self.layers.values()), default=0)}, "
+            f"{self.energy:.2%} of the difference's energy kept",
+            f"{len(self.full)} tensors kept whole (norms, biases, ...), {self.unchanged} unchanged",
+        ]
+        lines += [f"  least kept: {name} {layer.energy:.2%} (error {layer.error:.3f})" for name, layer in worst]
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """A line a layer: name, rank, energy kept, relative error."""
+        return "\n".join(f"{n}\t{r.rank}\t{r.energy:.4%}\t{r.error:.4f}" for n, r in sorted(self.layers.items()))
+
+
+class NativeView:
+    """A model file of any layout, read by native names."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.file = TensorFile(path)
+        self.contents: Contents = recognise(self.file)
+        if self.contents.family is None:
+            raise CheckpointError(f"{path} is {self.contents.layout.value}; expected a Wan or HunyuanVideo model file.")
+        self.pieces = self.contents.matched or self._native_pieces()
+
+    @property
+    def family(self) -> Family:
+        return self.contents.family
+
+    def _native_pieces(self) -> dict[str, list[Piece]]:
+        pieces = {}
+        for key in self.file.shapes:
+            name = key.removeprefix("model.").removeprefix("diffusion_model.")
+            pieces[name] = [Piece(key, name)]
+        return pieces
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return fused_shape([self.file.shapes[piece.source] for piece in self.pieces[name]])
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, float32."""
+        pieces = self.pieces[name]
+        tensor = fuse(pieces, {piece.source: self.file.read(piece.source) for piece in pieces}).float()
+        check_finite(self.file, {name: tensor})
+        return tensor
+
+
+def extract_lora(
+    tuned: str | os.PathLike,
+    base: str | os.PathLike,
+    out: str | os.PathLike,
+    rank: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> Extraction:
+    """Write the semantic expert `tuned - base` as a LoRA of `rank` (less where a layer is smaller).
+
+    Matrices become low-rank pairs; every other changed tensor is kept whole. One layer is in memory at a time, plus
+    the result.
+
+    Args:
+        tuned, base: model files of one family, in any layout (of a release: its semantic base).
+        dtype: of the written pairs.
+        device: where the decompositions run.
+        seed: of the randomised decomposition.
+
+    Raises:
+        CheckpointError: files of different models, or no difference.
+    """
+    if rank < 1:
+        raise CheckpointError(f"rank is {rank}; it has to be at least 1 (128 is what the released experts use).")
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out} exists already. Choose another name, or allow overwriting.")
+    new, old = NativeView(tuned), NativeView(base)
+    _check_same(new, old)
+    layers: dict[str, LayerReport] = {}
+    low_rank: dict[str, tuple[LowRank, ...]] = {}
+    diff: dict[str, Tensor] = {}
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, difference in _differences(new, old, progress):
+        module, _, param = name.rpartition(".")
+        if difference.ndim == 2 and param == "weight":
+            down, up, layers[module] = truncate(difference.to(device), rank, generator)
+            low_rank[module] = (LowRank(down.to(dtype).cpu(), up.to(dtype).cpu(), scale=1.0),)
+        else:
+            diff[name] = difference.to(dtype)
+    if not low_rank and not diff:
+        raise CheckpointError(f"{tuned} and {base} hold the same weights: there is nothing to extract. Check which files you chose.")
+    expert = Expert(new.family.name, "semantic", low_rank, diff=diff, boundary=new.family.preset.boundary)
+    write_expert(out, expert, {name: new.shape(name) for name in new.pieces})
+    return Extraction(out, layers, tuple(sorted(diff)), len(new.pieces) - len(low_rank) - len(diff))
+
+
+def _check_same(new: NativeView, old: NativeView) -> None:
+    if new.family is not old.family:
+        raise CheckpointError(f"The tuned model is {new.family.title}, the base {old.family.title}; expected two files of one model.")
+    odd = set(new.pieces) ^ set(old.pieces)
+    odd |= {name for name in set(new.pieces) & set(old.pieces) if new.shape(name) != old.shape(name)}
+    if odd:
+        raise CheckpointError(
+            f"{new.file.path} and {old.file.path} differ in {len(odd)} tensors' names or shapes ({name_some(odd)}). "
+            "Expected a fine-tune and the very base it was made from."
+        )
+    if Layout.EXPERT in (new.contents.layout, old.contents.layout):
+        raise CheckpointError("Expected two full models, but one of the files is a LoRA already.")
+
+
+def _differences(new: NativeView, old: NativeView, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
+    """(name, tuned - base) of every tensor that changed, float32."""
+    for done, name in enumerate(new.pieces):
+        difference = new.read(name) - old.read(name)
+        if bool(difference.any()):
+            yield name, difference
+        if progress is not None:
+            progress(done + 1, len(new.pieces))
+
+
+def truncate(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, LayerReport]:
+    """The best approximation `up @ down` of a matrix (out, in): down (rank, in), up (out, rank), and what it keeps.
+
+    Exact for small matrices, else randomised with power iterations (Halko et al., arXiv 0909.4061). Both factors carry
+    the root of the singular values.
+    """
+    rank = min(rank, *matrix.shape)
+    if min(matrix.shape) <= max(SMALL, rank + OVERSAMPLING):
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        v = vh.T
+    else:
+        with torch.random.fork_rng(devices=[matrix.device] if matrix.is_cuda else []):
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator, device=generator.device)))
+            u, s, v = torch.svd_lowrank(matrix, q=rank + OVERSAMPLING, niter=POWER_ITERATIONS)
+    root = s[:rank].sqrt()
+    norm = float(matrix.norm())
+    energy = min(1.0, float((s[:rank].double() ** 2).sum()) / norm**2) if norm else 1.0
+    return (v[:, :rank] * root).T.contiguous(), (u[:, :rank] * root).contiguous(), LayerReport(rank, energy, norm)

@@ -1,0 +1,93 @@
+"""Say what a file is: layout, family, experts, rank, dtype, boundary, and keys that are missing or odd."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+from .checkpoint import Contents, Layout, recognise
+from .errors import CheckpointError, name_some
+from .lora_names import split_key
+from .storage import TensorFile
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file is. `problem` is None for a sound file; `unplaced` are keys of a LoRA that follow no known naming."""
+
+    path: str
+    layout: str
+    family: str | None
+    experts: tuple[str, ...]
+    tensors: int
+    gigabytes: float
+    dtypes: dict[str, int]
+    ranks: tuple[int, ...]
+    alpha: str | None
+    boundary: str | None
+    timesteps: str | None
+    unplaced: tuple[str, ...]
+    problem: str | None
+
+    def __str__(self) -> str:
+        facts = {
+            "file": self.path,
+            "layout": self.layout,
+            "family": self.family or "unknown",
+            "experts": ", ".join(self.experts) or "none",
+            "tensors": f"{self.tensors} ({self.gigabytes:.3f} GB)",
+            "dtypes": ", ".join(f"{name} x {count}" for name, count in self.dtypes.items()),
+            "rank": ", ".join(map(str, self.ranks)) or "none",
+            "alpha": self.alpha,
+            "boundary": self.boundary,
+            "timesteps": self.timesteps,
+            "odd keys": name_some(self.unplaced) if self.unplaced else None,
+            "problem": self.problem,
+        }
+        return "\n".join(f"{name:>10}: {value}" for name, value in facts.items() if value is not None)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+def inspect_file(path: str | os.PathLike) -> Inspection:
+    """Look at a safetensors file; an incomplete model is described, with what is wrong in `problem`.
+
+    Raises:
+        CheckpointError: a file that cannot be read at all.
+    """
+    file = TensorFile(path)
+    problem = None
+    try:
+        contents = recognise(file)
+    except CheckpointError as error:
+        contents, problem = Contents(Layout.OTHER), str(error)
+    names = {key: split_key(key) for key in file.shapes}
+    family = contents.family
+    title = family.title if family else file.metadata.get("dcm.family")
+    preset = family.preset if family and contents.layout is Layout.RELEASE else None
+    is_lora = contents.layout is Layout.EXPERT
+    return Inspection(
+        path=str(file.path),
+        layout=contents.layout.value,
+        family=title,
+        experts=_experts(file, contents),
+        tensors=len(file),
+        gigabytes=sum(map(file.nbytes, file.shapes)) / 1e9,
+        dtypes=dict(Counter(str(dtype).removeprefix("torch.") for dtype in file.dtypes.values()).most_common()),
+        ranks=tuple(sorted({file.shapes[key][0] for key, name in names.items() if name and name.kind == "down" and file.shapes[key]})),
+        alpha=file.metadata.get("dcm.alpha") or (f"{family.lora_scale:g} x rank (the release's)" if preset else None),
+        boundary=file.metadata.get("dcm.boundary") or (f"{preset.boundary:g}" if preset else None),
+        timesteps=file.metadata.get("dcm.timesteps") or (json.dumps(preset.timesteps) if preset else None),
+        unplaced=tuple(key for key, name in names.items() if name is None) if is_lora else (),
+        problem=problem,
+    )
+
+
+def _experts(file: TensorFile, contents: Contents) -> tuple[str, ...]:
+    if contents.layout is Layout.RELEASE:
+        return ("semantic", "detail")
+    role = file.metadata.get("dcm.expert")
+    if role:
+        return (role,)
+    return ("not said",) if contents.layout is Layout.EXPERT else ()

@@ -1,0 +1,104 @@
+"""Convert releases and extract LoRAs."""
+
+from comfy_api.latest import io
+
+from ..dcm_core.convert import DTYPES, KEEP, convert_release
+from ..dcm_core.extract import extract_lora
+from .host.compat import newer
+from .host.devices import compute_device
+from .host.folders import LORAS, MODELS, files, new_file, path_of
+from .host.progress import byte_progress
+from .host.report import report
+
+OVERWRITE_TIP = "Write over files of these names."
+
+
+class DCMConvertCheckpoint(io.ComfyNode):
+    """A released checkpoint -> a native base file and an expert file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMConvertCheckpoint",
+            display_name="DCM Convert Checkpoint",
+            category="DCM/convert",
+            description=(
+                "Splits a released DCM checkpoint into a base model in ComfyUI's own layout (models/diffusion_models) and a "
+                "detail expert (models/loras). Works tensor by tensor in under 2 GB of memory."
+            ),
+            inputs=[
+                io.Combo.Input("model_name", options=files(MODELS), tooltip="A released checkpoint, or any diffusers-layout file."),
+                io.String.Input("base_name", default="dcm_semantic_base", tooltip="Name of the base file in models/diffusion_models."),
+                io.String.Input("expert_name", default="dcm_detail_expert", tooltip="Name of the expert file in models/loras."),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default=KEEP,
+                    tooltip="Number format of the base. keep: as in the file. float8_e4m3fn: only the blocks' matrices.",
+                ),
+                io.Boolean.Input("overwrite", default=False, tooltip=OVERWRITE_TIP),
+            ],
+            outputs=[
+                io.String.Output(display_name="base_file", tooltip="Path of the written base."),
+                io.String.Output(display_name="expert_file", tooltip="Path of the written expert, empty if the file had none."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **newer(search_aliases=["split checkpoint", "diffusers to comfyui", "convert dcm"]),
+        )
+
+    @classmethod
+    def execute(cls, model_name: str, base_name: str, expert_name: str, dtype: str, overwrite: bool) -> io.NodeOutput:
+        result = convert_release(
+            path_of(MODELS, model_name),
+            new_file(MODELS, base_name, overwrite),
+            new_file(LORAS, expert_name, overwrite),
+            DTYPES[dtype],
+            byte_progress(cls.hidden.unique_id),
+            overwrite,
+        )
+        shown = report(str(result), cls.hidden.unique_id)
+        return io.NodeOutput(str(result.base), str(result.expert or ""), ui=shown)
+
+
+class DCMExtractLoRA(io.ComfyNode):
+    """A full fine-tune and its base -> a LoRA."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMExtractLoRA",
+            display_name="DCM Extract LoRA",
+            category="DCM/convert",
+            description="Makes a small semantic expert of a full one: the low-rank part of its difference to the base model.",
+            inputs=[
+                io.Combo.Input("tuned_model", options=files(MODELS), tooltip="The full fine-tune, e.g. a DCM release."),
+                io.Combo.Input("base_model", options=files(MODELS), tooltip="The model it was made from."),
+                io.Int.Input("rank", default=128, min=1, max=4096, tooltip="Rank of every layer. More keeps more and weighs more."),
+                io.String.Input("name", default="dcm_semantic_expert", tooltip="Name of the LoRA file in models/loras."),
+                io.Boolean.Input("overwrite", default=False, tooltip=OVERWRITE_TIP),
+            ],
+            outputs=[
+                io.String.Output(display_name="lora_file", tooltip="Path of the written LoRA."),
+                io.String.Output(display_name="layers", tooltip="Rank, energy kept and relative error of every layer."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **newer(search_aliases=["extract difference", "svd lora", "model to lora"]),
+        )
+
+    @classmethod
+    def execute(cls, tuned_model: str, base_model: str, rank: int, name: str, overwrite: bool) -> io.NodeOutput:
+        result = extract_lora(
+            path_of(MODELS, tuned_model),
+            path_of(MODELS, base_model),
+            new_file(LORAS, name, overwrite),
+            rank,
+            device=compute_device(),
+            progress=byte_progress(cls.hidden.unique_id),
+            overwrite=overwrite,
+        )
+        return io.NodeOutput(str(result.path), result.table(), ui=report(str(result), cls.hidden.unique_id))
+
+
+NODES = [DCMConvertCheckpoint, DCMExtractLoRA]

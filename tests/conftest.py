@@ -1,0 +1,27 @@
+"""Set-up of all tests."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+
+# At the end: ComfyUI's own `nodes` module must win over the pack's `nodes` package.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT] + [str(ROOT)]
+
+settings.register_profile("project", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("project")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def recipe():
+    """The recipe of the golden inputs."""
+    spec = importlib.util.spec_from_file_location("golden_recipe", ROOT / "tests" / "golden" / "recipe.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
