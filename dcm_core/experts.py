@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -196,7 +197,7 @@ def split_update(update: LowRank, parts: int) -> tuple[LowRank, ...]:
     if parts < 2 or update.start or rows < parts * height:
         return (update,)
     edges = [*(part * height for part in range(parts)), rows]
-    used = [(update.up[a:b].float() != 0).any(0) for a, b in zip(edges, edges[1:], strict=False)]
+    used = [(update.up[a:b].float() != 0).any(0) for a, b in pairwise(edges)]
     owners = torch.stack(used).sum(0)
     if int(owners.max()) != 1:
         return (update,)

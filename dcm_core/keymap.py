@@ -38,7 +38,7 @@ class Rule:
     swap_halves: bool = False
     optional: bool = False
 
-    def keys(self) -> Iterable[tuple[str, str]]:
+    def key_pairs(self) -> Iterable[tuple[str, str]]:
         """(source, target) key templates."""
         for param, target_param in zip(self.params, self.target_params or self.params, strict=True):
             yield _join(self.source, param), _join(self.target, target_param)
@@ -91,7 +91,7 @@ class KeyMap:
 
     @cached_property
     def _by_key(self) -> list[tuple[re.Pattern[str], str, Rule]]:
-        return [(_pattern(source), target, rule) for rule in self.rules for source, target in rule.keys()]
+        return [(_pattern(source), target, rule) for rule in self.rules for source, target in rule.key_pairs()]
 
     @cached_property
     def _by_module(self) -> list[tuple[re.Pattern[str], Rule]]:
@@ -148,7 +148,7 @@ class KeyMap:
         for rule in self.rules:
             stem = _stem(rule.source)
             for index in map(str, range(depths.get(stem, 0))) if stem else [None]:
-                wanted = {_fill(source, index) for source, _ in rule.keys()}
+                wanted = {_fill(source, index) for source, _ in rule.key_pairs()}
                 if not rule.optional or wanted & keys:
                     expected |= wanted
         return expected

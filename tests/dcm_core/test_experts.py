@@ -229,7 +229,7 @@ def test_wrong_family_is_recognised_by_its_keys():
     tensors, _ = release(HUNYUAN_VIDEO)
     _, shapes = release(WAN)
     lora = {k: v for k, v in tensors.items() if ".lora_" in k and "single" in k}
-    with pytest.raises(ExpertError, match="is for HunyuanVideo .* the model is Wan 2.1"):
+    with pytest.raises(ExpertError, match=r"is for HunyuanVideo .* the model is Wan 2.1"):
         read_expert(lora, {}, "detail", WAN, shapes)
 
 

@@ -39,7 +39,7 @@ def pack(models):
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import comfy.cli_args  # noqa: F401 - reads the arguments
+    import comfy.cli_args
     import folder_paths
 
     sys.argv = argv
