@@ -96,19 +96,20 @@ def wan_vae(seed: int = 0, width: int = 16) -> dict[str, Tensor]:
     comfy.options.enable_args_parsing()
     from comfy.ldm.wan.vae import WanVAE
 
-    torch.manual_seed(seed)
     vae = WanVAE(
         dim=width, z_dim=LATENT, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
         temperal_downsample=[False, True, True], dropout=0.0,
     )
-    state_dict = vae.state_dict()
-    # the last layer spreads its output over the whole range of colours
-    state_dict["decoder.head.2.weight"] *= 3
-    return {name: tensor.contiguous() for name, tensor in state_dict.items()}
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+    return {
+        name: torch.ones(shape) if name.endswith("gamma") else random_weight(name, shape, generator).float()
+        for name, shape in shapes.items()
+    }
 
 
 def write(models: Path) -> None:
-    """Write all files, keeping those that are there."""
+    """Write all files."""
     makers = {
         RELEASE: lambda path: write_tensors(path, wan_release(), {}),
         VAE: lambda path: write_tensors(path, wan_vae(), {}),
@@ -118,9 +119,8 @@ def write(models: Path) -> None:
     }
     for name, make in makers.items():
         path = models / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            make(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make(path)
 
 
 if __name__ == "__main__":

@@ -86,3 +86,83 @@ def releases(pack, models, recipe):
         names[model] = f"{model}.safetensors"
         save_file(recipe.release(model), models / "diffusion_models" / names[model])
     return names
+
+
+@pytest.fixture(scope="session")
+def wan(pack, recipe, module):
+    """Make a small Wan model in float32: wan(seed=..., width=..., layers=..., channels=...) -> MODEL without experts."""
+    import comfy.sd
+
+    from dcm_core.families import WAN
+
+    def make(seed=0, width=256, layers=2, channels=16):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "head.modulation": (1, 2, width)}
+        special = {
+            "time_projection.1": (6 * width, width), "time_embedding.0": (width, 256), "text_embedding.0": (width, 4096),
+            "ffn.0": (2 * width, width), "ffn.2": (width, 2 * width), "head.head": (64, width),
+        }
+        for rule in WAN.DIFFUSERS_TO_NATIVE:
+            for index in [] if rule.optional else range(layers if "{n}" in rule.target else 1):
+                name = rule.target.replace("{n}", str(index))
+                shape = next((s for end, s in special.items() if name.endswith(end)), (width, width))
+                if name.endswith("modulation"):
+                    shapes.setdefault(name, (1, 6, width))
+                elif "norm" in name:
+                    shapes |= {f"{name}.{param}": (width,) for param in rule.params}
+                else:
+                    shapes.setdefault(f"{name}.weight", shape)
+                    shapes.setdefault(f"{name}.bias", shape[:1])
+        state_dict = {}
+        for name, shape in shapes.items():
+            value = torch.randn(shape, generator=generator)
+            scale = 0.05 if len(shape) == 1 else 0.7 / max(1, torch.Size(shape[1:]).numel()) ** 0.5
+            state_dict[name] = 1 + 0.05 * value if "norm" in name and name.endswith("weight") else scale * value
+        return comfy.sd.load_diffusion_model_state_dict(state_dict, model_options={"dtype": torch.float32})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_expert(module):
+    """Make an expert for a MODEL: random_expert(model, role, seed, rank, replaced=True) -> Expert."""
+    attach = module("nodes.host.attach")
+    experts = module("dcm_core.experts")
+
+    def make(model, role="detail", seed=0, rank=4, replaced=True):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = attach.module_shapes(model)
+        sites = [n.removesuffix(".weight") for n in shapes if n.endswith(("attn.q.weight", "attn.v.weight", "attn.o.weight"))]
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+        low_rank = {}
+        for site in sites:
+            rows, width = shapes[f"{site}.weight"]
+            low_rank[site] = (experts.LowRank(random(rank, width), random(rows, rank), 0.7),)
+        names = [n for n in shapes if n.startswith(("time_projection.1.", "head.head."))] if replaced else []
+        return experts.Expert("wan", role, low_rank, {n: random(*shapes[n]) for n in names}, boundary=0.979)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """Sample a small video: sample(model, sigmas, sampler="euler", ...) -> latent as the host returns it."""
+    import comfy.sample
+    import comfy.samplers
+
+    def run(model, sigmas, sampler="euler", seed=3, cfg=1.0, batch=1, callback=None, mask=None, latent=None, size=(2, 6, 8)):
+        generator = torch.Generator().manual_seed(11)
+        positive = [[torch.randn(1, 6, 4096, generator=generator), {}]]
+        negative = [[torch.randn(1, 6, 4096, generator=generator), {}]]
+        latent = torch.zeros(batch, 16, *size) if latent is None else latent
+        noise = comfy.sample.prepare_noise(latent, seed)
+        with torch.inference_mode():
+            return comfy.sample.sample_custom(
+                model, noise, cfg, comfy.samplers.sampler_object(sampler), torch.as_tensor(sigmas), positive, negative, latent,
+                noise_mask=mask, callback=callback, disable_pbar=True, seed=seed,
+            )
+
+    return run

@@ -1,0 +1,269 @@
+"""Experts on a MODEL: exact, reversible, in any sampler, and nothing of the base ever changes."""
+
+import pytest
+import torch
+
+SIGMAS = [1.0, 0.992, 0.982, 0.949, 0.905, 0.81, 0.0]
+SAMPLERS = ["euler", "heun", "dpmpp_2m", "uni_pc", "res_multistep", "euler_ancestral", "dpmpp_2s_ancestral", "lcm"]
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def attach(module):
+    return module("nodes.host.attach")
+
+
+@pytest.fixture(scope="module")
+def base(wan):
+    return wan()
+
+
+def merged(wan, attach, experts, strengths=None, **kwargs):
+    """A model with the experts' changes written into its weights."""
+    model = wan(**kwargs)
+    state = model.model.diffusion_model.state_dict()
+    for expert, strength in zip(experts, strengths or [1.0] * len(experts), strict=True):
+        for name, updates in expert.low_rank.items():
+            for update in updates:
+                state[f"{name}.weight"][update.start : update.start + update.up.shape[0]] += (
+                    strength * update.scale * update.up @ update.down
+                )
+        for name, tensor in expert.replaced.items():
+            state[name].lerp_(tensor, strength)
+        for name, tensor in expert.diff.items():
+            state[name] += strength * tensor
+    return model
+
+
+def two_merged(sample_model, semantic, detail, boundary):
+    """The slow reference: each call goes to the merged model of its side."""
+    from comfy.patcher_extension import WrappersMP
+
+    model = sample_model.clone()
+    models = {True: detail.model, False: semantic.model}
+
+    def choose(executor, x, t, *args, **kwargs):
+        return models[bool((t < boundary - 1e-6).all())]._apply_model(x, t, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "reference", choose)
+    return model
+
+
+def untouched(model, before):
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
+    assert not [name for name, m in model.model.named_modules() if "forward" in m.__dict__]
+
+
+def copy_of(model):
+    return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_routed_equals_merged_in_every_sampler(wan, attach, base, random_expert, sample, sampler):
+    detail = random_expert(base)
+    routed = attach.attach_experts(base, detail=detail)
+    reference = two_merged(base, base, merged(wan, attach, [detail]), 0.979)
+    assert relative(sample(routed, SIGMAS, sampler), sample(reference, SIGMAS, sampler)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "size", "rank"),
+    [({"width": 128, "layers": 1}, 1, (1, 4, 4), 1), ({"width": 384, "layers": 3}, 2, (3, 5, 7), 16)],
+)
+def test_other_shapes(wan, attach, random_expert, sample, shape, batch, size, rank):
+    base = wan(**shape)
+    detail = random_expert(base, rank=rank)
+    reference = two_merged(base, base, merged(wan, attach, [detail], **shape), 0.979)
+    out = sample(attach.attach_experts(base, detail=detail), SIGMAS, batch=batch, size=size)
+    assert relative(out, sample(reference, SIGMAS, batch=batch, size=size)) < 1e-6
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.4, 1.3])
+def test_strength(wan, attach, base, random_expert, sample, strength):
+    detail = random_expert(base)
+    routed = attach.attach_experts(base, detail=detail, detail_strength=strength)
+    reference = two_merged(base, base, merged(wan, attach, [detail], [strength]), 0.979)
+    assert relative(sample(routed, SIGMAS), sample(reference, SIGMAS)) < 1e-6
+
+
+def test_stacked_and_independent_experts(wan, attach, base, random_expert, sample):
+    semantic, detail = random_expert(base, "semantic", 1, replaced=False), random_expert(base, "detail", 2)
+    stacked = attach.attach_experts(base, semantic, detail)
+    independent = attach.attach_experts(base, semantic, detail, stacked=False)
+    high, low, both = merged(wan, attach, [semantic]), merged(wan, attach, [detail]), merged(wan, attach, [semantic, detail])
+    assert relative(sample(stacked, SIGMAS), sample(two_merged(base, high, both, 0.979), SIGMAS)) < 1e-5
+    assert relative(sample(independent, SIGMAS), sample(two_merged(base, high, low, 0.979), SIGMAS)) < 1e-6
+
+
+def test_base_is_bit_identical_after_everything(attach, base, random_expert, sample):
+    before = copy_of(base)
+    plain = sample(base, SIGMAS)
+    routed = attach.attach_experts(base, random_expert(base, "semantic", 1), random_expert(base), stacked=False)
+    first = sample(routed, SIGMAS)
+    untouched(base, before)
+    assert torch.equal(sample(base, SIGMAS), plain)
+    assert torch.equal(sample(routed, SIGMAS), first)
+    assert not torch.equal(first, plain)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_exceptions_and_interrupts_leave_nothing(attach, base, random_expert, sample, step):
+    import comfy.model_management as management
+
+    before = copy_of(base)
+    routed = attach.attach_experts(base, detail=random_expert(base))
+
+    def fail(index, *_):
+        if index == step:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        sample(routed, SIGMAS, callback=fail)
+    untouched(base, before)
+
+    def interrupt(index, *_):
+        if index == step:
+            management.interrupt_current_processing(True)
+
+    with pytest.raises(management.InterruptProcessingException):
+        sample(routed, SIGMAS, callback=interrupt)
+    untouched(base, before)
+
+
+def test_exception_inside_the_transformer(attach, base, random_expert, sample, monkeypatch):
+    before = copy_of(base)
+    routed = attach.attach_experts(base, detail=random_expert(base))
+    block = base.model.diffusion_model.blocks[1]
+    monkeypatch.setattr(type(block), "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(routed, SIGMAS[3:])
+    untouched(base, before)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "timestep", "detail"),
+    [(0.979, 979.0, False), (0.979, 978.99, True), (0.979, 978.0, True),
+     (0.982, 982.0, False), (0.982, 981.99, True), (0.982, 981.0, True)],
+)
+def test_side_of_the_boundary(attach, base, random_expert, sample, boundary, timestep, detail):
+    routed = attach.attach_experts(base, detail=random_expert(base), boundary=boundary)
+    sigmas = [timestep / 1000, 0.0]
+    assert torch.equal(sample(routed, sigmas), sample(base, sigmas)) != detail
+
+
+def test_every_integer_timestep_falls_on_its_side(module):
+    routing = module("dcm_core.routing")
+    for boundary in range(1, 1000):
+        sigmas = torch.arange(1, 1001, dtype=torch.float32) / 1000
+        expected = torch.arange(1, 1001) < boundary
+        assert torch.equal(routing.is_detail(sigmas, boundary / 1000), expected)
+
+
+def test_rows_on_both_sides_in_one_batch(attach, base, random_expert):
+    routed = attach.attach_experts(base, detail=random_expert(base))
+    import comfy.model_management as management
+
+    management.load_models_gpu([routed, *routed.get_nested_additional_models()])
+    x, context = torch.randn(2, 16, 1, 4, 4), torch.randn(2, 3, 4096)
+    options = {"wrappers": routed.wrappers}
+
+    def call(rows, sigmas):
+        routed.pre_run()
+        with torch.inference_mode():
+            return routed.model.apply_model(
+                x[rows], torch.tensor(sigmas), c_crossattn=context[rows], transformer_options=dict(options)
+            )
+
+    both = call([0, 1], [0.99, 0.5])
+    torch.testing.assert_close(both[:1], call([0], [0.99]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both[1:], call([1], [0.5]), rtol=1e-5, atol=1e-5)
+
+
+def test_user_lora_before_or_after_attaching(wan, attach, base, random_expert, sample):
+    """A LoRA on a replaced layer reaches the layer that stands in for it, whatever the order of the nodes."""
+    detail = random_expert(base)
+    key = "diffusion_model.head.head.weight"
+    patch = {key: ("diff", (torch.randn(64, 256, generator=torch.Generator().manual_seed(5)) * 0.05,))}
+    after = attach.attach_experts(base, detail=detail).clone()
+    after.add_patches(patch, 0.8)
+    before = base.clone()
+    before.add_patches(patch, 0.8)
+    before = attach.attach_experts(before, detail=detail)
+    low = merged(wan, attach, [detail])
+    for model in (low, high := wan()):
+        model.model.state_dict()[key] += 0.8 * patch[key][1][0]
+    reference = sample(two_merged(base, high, low, 0.979), SIGMAS)
+    plain = sample(attach.attach_experts(base, detail=detail), SIGMAS)
+    for model in (after, before):
+        out = sample(model, SIGMAS)
+        assert relative(out, reference) < 1e-5
+        assert relative(out, plain) > 1e-3
+    assert torch.equal(sample(attach.attach_experts(base, detail=detail), SIGMAS), plain)
+
+
+def test_last_attach_wins_and_detach_undoes(attach, base, random_expert, sample):
+    first, second = random_expert(base, seed=1), random_expert(base, seed=2)
+    twice = attach.attach_experts(attach.attach_experts(base, random_expert(base, "semantic", 3), first), detail=second)
+    assert torch.equal(sample(twice, SIGMAS), sample(attach.attach_experts(base, detail=second), SIGMAS))
+    assert torch.equal(sample(attach.detach_experts(twice), SIGMAS), sample(base, SIGMAS))
+
+
+def test_clones_alternate(attach, base, random_expert, sample):
+    models = [base, *(attach.attach_experts(base, detail=random_expert(base, seed=s)) for s in (1, 2))]
+    once = [sample(model, SIGMAS) for model in models]
+    again = [sample(model, SIGMAS) for model in reversed(models)][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_fp8_base(module, releases, sample, attach):
+    """The expert computes in full precision over fp8 weights."""
+    load = module("nodes.host.load")
+    model, _ = load.load_model(releases["wan_tiny"], "fp8_e4m3fn")
+    assert model.model.get_dtype() is torch.float8_e4m3fn
+    expert = model.get_additional_models_with_key("dcm")[0].model
+    assert {p.dtype for p in expert.parameters()} <= {torch.bfloat16, torch.float16, torch.float32}
+    full, _ = load.load_model(releases["wan_tiny"], "default")
+    out, reference = sample(model, SIGMAS), sample(full, SIGMAS)
+    assert relative(out, reference) < 0.2
+    assert relative(sample(attach.detach_experts(model), SIGMAS), reference) > relative(out, reference)
+
+
+def test_cond_and_uncond_in_one_batch(wan, attach, base, random_expert, sample):
+    detail = random_expert(base)
+    reference = two_merged(base, base, merged(wan, attach, [detail]), 0.979)
+    assert relative(sample(attach.attach_experts(base, detail=detail), SIGMAS, cfg=3.0), sample(reference, SIGMAS, cfg=3.0)) < 1e-5
+
+
+def test_compiled_blocks_are_found(attach, wan, random_expert, sample):
+    base = wan()
+    detail = random_expert(base)
+    plain = sample(attach.attach_experts(base, detail=detail), SIGMAS)
+    blocks = base.model.diffusion_model.blocks
+    for index in range(len(blocks)):
+        blocks[index] = torch.compile(blocks[index], backend="eager")
+    assert relative(sample(attach.attach_experts(base, detail=detail), SIGMAS), plain) < 1e-6
+
+
+def test_lost_expert_is_an_error(attach, base, random_expert, sample):
+    routed = attach.attach_experts(base, detail=random_expert(base))
+    routed.remove_attachments("dcm")
+    with pytest.raises(ValueError, match="experts of this MODEL are gone"):
+        sample(routed, SIGMAS)
+    routed = attach.attach_experts(base, detail=random_expert(base))
+    routed.remove_additional_models("dcm")
+    with pytest.raises(ValueError, match="detail expert of this MODEL is missing"):
+        sample(routed, SIGMAS)
+
+
+def test_host_loads_and_counts_the_expert(attach, base, random_expert, sample):
+    import comfy.model_management as management
+
+    routed = attach.attach_experts(base, detail=random_expert(base))
+    expert = routed.get_additional_models_with_key("dcm")[0]
+    sample(routed, SIGMAS)
+    assert any(loaded.model is not None and loaded.model.model is expert.model for loaded in management.current_loaded_models)
+    assert expert.model_size() < 0.5 * base.model_size()
+    assert not set(map(id, expert.model.parameters())) & set(map(id, base.model.parameters()))
