@@ -3,7 +3,7 @@
 Holds only the expert's tensors; the base weights are neither read nor written.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,15 +82,18 @@ class RoutedSite(nn.Module):
 
 
 class RoutedExpert(nn.Module):
-    """An expert built for one base model: a site for every module it touches.
+    """An expert built for one base model: a site for every layer it touches, a value for every bare parameter.
+
+    Bare parameters are tensors that a block keeps itself instead of in a layer (Wan's `modulation`).
 
     Args:
         base: native module name -> the base's module, for the kinds and sizes of the sites.
-        operations: where Linear, LayerNorm and RMSNorm come from (`torch.nn`, or the host's casting ones).
+        operations: where Linear, LayerNorm and so on come from (`torch.nn`, or the host's casting ones).
         dtype: of the expert's weights: what the base computes in.
+        sides: where it works, if not only on the side of its role.
 
     Raises:
-        ExpertError: an expert that touches what has no forward of its own (a bare parameter, a convolution).
+        ExpertError: an expert that does not fit the base's modules.
     """
 
     def __init__(
@@ -100,13 +103,30 @@ class RoutedExpert(nn.Module):
         operations: Any,
         dtype: torch.dtype,
         device: torch.device,
+        sides: tuple[Side, ...] = (),
     ):
         super().__init__()
-        self.side: Side = expert.role
+        self.role: Side = expert.role
+        self.sides: tuple[Side, ...] = sides or (expert.role,)
+        _check_fits(expert, base)
+        bare = bare_parameters(expert)
+        self.bare_names = list(bare)
+        self.bare_replaced = [name in expert.replaced for name in bare]
+        self.bare = nn.ParameterList(
+            nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False) for tensor in bare.values()
+        )
         self.names: list[str] = sorted(_touched(expert))
-        _check_routable(expert, base, self.names)
         factory = SimpleNamespace(operations=operations, dtype=dtype, device=device)
         self.sites = nn.ModuleList(_make_site(name, expert, base[name], factory) for name in self.names)
+
+    def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """(module, attribute, value with this expert in it) of every bare parameter."""
+        for name, replaced, tensor in zip(self.bare_names, self.bare_replaced, self.bare, strict=True):
+            module_name, _, attribute = name.rpartition(".")
+            module = find_module(root, module_name)
+            base = getattr(module, attribute)
+            own = tensor.to(base)
+            yield module, attribute, torch.lerp(base, own, strength) if replaced else base + strength * own
 
     def replaced_weights(self) -> dict[str, str]:
         """Native tensor name -> name of the tensor here that stands in for it."""
@@ -117,44 +137,58 @@ class RoutedExpert(nn.Module):
         return found
 
 
+LAYER_PARAMS = ("weight", "bias")
+
+# The layers that can be routed, and the settings that make another of the same kind. All are linear in their weights, so
+# that a layer of differences adds its output to the base's.
+KINDS: dict[str, tuple[str, ...]] = {
+    "Linear": ("in_features", "out_features"),
+    "LayerNorm": ("normalized_shape", "eps"),
+    "RMSNorm": ("eps",),
+    "Conv2d": ("in_channels", "out_channels", "kernel_size", "stride", "padding"),
+    "Conv3d": ("in_channels", "out_channels", "kernel_size", "stride", "padding"),
+}
+
+
+def bare_parameters(expert: Expert) -> dict[str, Tensor]:
+    """The expert's tensors that are no layer's weight or bias, by name."""
+    tensors = expert.replaced | expert.diff
+    return {name: tensor for name, tensor in sorted(tensors.items()) if name.rpartition(".")[2] not in LAYER_PARAMS}
+
+
 def _touched(expert: Expert) -> set[str]:
-    return set(expert.low_rank) | {name.rpartition(".")[0] for name in (*expert.replaced, *expert.diff)}
+    names = (name.rpartition(".") for name in (*expert.replaced, *expert.diff))
+    return set(expert.low_rank) | {module for module, _, param in names if param in LAYER_PARAMS}
 
 
 def _is_linear(module: nn.Module) -> bool:
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return type(module).__name__ in ("LayerNorm", "RMSNorm")
+def _kind(module: nn.Module) -> str:
+    return "Linear" if _is_linear(module) else type(module).__name__
 
 
-def _check_routable(expert: Expert, base: Mapping[str, nn.Module], names: list[str]) -> None:
+def _check_fits(expert: Expert, base: Mapping[str, nn.Module]) -> None:
+    names = _touched(expert)
     absent = [name for name in names if name not in base]
+    absent += [name for name in bare_parameters(expert) if not hasattr(base.get(name.rpartition(".")[0]), name.rpartition(".")[2])]
     if absent:
-        raise ExpertError(f"The model has no module {name_some(absent)}. Use an expert made for a model of this size.")
-    bare = [f"{name}.{param}" for name in names for param in _params(expert, name) if param not in ("weight", "bias")]
-    other = [name for name in names if not (_is_linear(base[name]) or (_is_norm(base[name]) and name not in expert.low_rank))]
-    if bare or other:
-        raise ExpertError(
-            f"{name_some(bare + other)} cannot be switched during sampling: only linears and norms can. "
-            "Attach this file as a semantic expert with the detail expert stacked on it, or leave these tensors out."
-        )
+        raise ExpertError(f"The model has no {name_some(absent)}. Use an expert made for a model of this size.")
+    other = [name for name in names if _kind(base[name]) not in KINDS or (name in expert.low_rank and not _is_linear(base[name]))]
+    if other:
+        raise ExpertError(f"{name_some(other)} cannot be switched during sampling. Leave these tensors out of the expert.")
     partial = [
         name
         for name in names
-        if (given := {p for p in ("weight", "bias") if f"{name}.{p}" in expert.replaced})
-        and (name in expert.low_rank or given != {p for p in ("weight", "bias") if getattr(base[name], p, None) is not None})
+        if (given := {p for p in LAYER_PARAMS if f"{name}.{p}" in expert.replaced})
+        and (name in expert.low_rank or given != {p for p in LAYER_PARAMS if getattr(base[name], p, None) is not None})
     ]
     if partial:
         raise ExpertError(
             f"{name_some(partial)} is replaced only in part. An expert replaces a layer's weight and bias together, "
             "without a low-rank pair on the same layer. Convert or train the expert again."
         )
-
-
-def _params(expert: Expert, module: str) -> set[str]:
-    return {name[len(module) + 1 :] for name in (*expert.replaced, *expert.diff) if name.rpartition(".")[0] == module}
 
 
 def _make_site(name: str, expert: Expert, base: nn.Module, factory: SimpleNamespace) -> RoutedSite:
@@ -168,13 +202,13 @@ def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: 
     weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
     if weight is None and bias is None:
         return None
-    kind = {"dtype": factory.dtype, "device": factory.device}
-    if _is_linear(base):
-        module = factory.operations.Linear(base.in_features, base.out_features, bias=bias is not None, **kind)
-    elif type(base).__name__ == "LayerNorm":
-        module = factory.operations.LayerNorm(base.normalized_shape, eps=base.eps, bias=bias is not None, **kind)
-    else:
-        module = factory.operations.RMSNorm(weight.shape[-1], eps=base.eps, **kind)
+    kind = _kind(base)
+    settings = {name: getattr(base, name) for name in KINDS[kind]}
+    if kind != "RMSNorm":
+        settings["bias"] = bias is not None
+    elif weight is not None:
+        settings["normalized_shape"] = weight.shape
+    module = getattr(factory.operations, kind)(**settings, dtype=factory.dtype, device=factory.device)
     with torch.no_grad():
         module.weight.copy_(weight) if weight is not None else module.weight.zero_()
         if bias is not None:

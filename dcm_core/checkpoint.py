@@ -55,8 +55,6 @@ def recognise(file: TensorFile) -> Contents:
         CheckpointError: a file that is half one thing: known keys with others missing or unknown.
     """
     keys = {_without_prefix(key): key for key in file.shapes}
-    if len(keys) < len(file):
-        raise CheckpointError(f"{file.path} holds the same tensors with and without a prefix; expected one model. Load a clean file.")
     for family in FAMILIES.values():
         if family.is_native(keys):
             return Contents(Layout.NATIVE, family)
@@ -66,6 +64,8 @@ def recognise(file: TensorFile) -> Contents:
     family = max(FAMILIES.values(), key=lambda family: _known(family, keys))
     if _known(family, keys) <= len(keys) // 2:
         return Contents(Layout.OTHER)
+    if len(keys) < len(file):
+        raise CheckpointError(f"{file.path} holds the same tensors with and without a prefix; expected one model. Load a clean file.")
     return _diffusers(file, family, keys)
 
 
@@ -77,8 +77,13 @@ def _without_prefix(key: str) -> str:
 
 
 def _known(family: Family, keys: Iterable[str]) -> int:
-    return sum(family.key_map.find(key.replace(BASE_LAYER, ".")) is not None or family.detail_source(key) is not None
-               or split_key(key) is not None for key in keys)
+    """How many of the keys a diffusers-layout file of the family could have."""
+    return sum(
+        family.key_map.find(key.replace(BASE_LAYER, ".")) is not None
+        or family.detail_source(key) is not None
+        or ((name := split_key(key)) is not None and family.key_map.find_module(name.module) is not None)
+        for key in keys
+    )
 
 
 def _diffusers(file: TensorFile, family: Family, keys: Mapping[str, str]) -> Contents:
@@ -92,10 +97,11 @@ def _diffusers(file: TensorFile, family: Family, keys: Mapping[str, str]) -> Con
     layout = Layout.RELEASE if detail or wrapped else Layout.DIFFUSERS
     missing, odd = set(report.missing), set(report.unmatched)
     if layout is Layout.RELEASE:
-        missing_detail, odd_detail = _check_detail(file, family, keys, detail, semantic)
+        missing_detail, odd_detail = _check_detail(file, family, detail, semantic)
         missing, odd = missing | missing_detail, odd | odd_detail
     if missing or odd:
         raise CheckpointError(_half_message(file, family, layout, missing, odd))
+    _check_shapes(file, family, report.matched, keys, semantic, detail)
     matched = {
         target: [Piece(semantic[p.source], p.target, p.part, p.swap_halves) for p in pieces]
         for target, pieces in report.matched.items()
@@ -104,42 +110,53 @@ def _diffusers(file: TensorFile, family: Family, keys: Mapping[str, str]) -> Con
 
 
 def _check_detail(
-    file: TensorFile, family: Family, keys: Mapping[str, str], detail: set[str], semantic: Mapping[str, str]
+    file: TensorFile, family: Family, detail: set[str], semantic: Mapping[str, str]
 ) -> tuple[set[str], set[str]]:
-    """(missing, odd) keys of a release's detail expert; shapes are checked too."""
-    targets = {key.rpartition(".")[0] for key in semantic if family.lora_target_pattern.fullmatch(key.rpartition(".")[0])}
-    pairs = {key: name for key in detail if (name := split_key(key)) and not family.detail_source(key)}
+    """(missing, odd) keys of a release's detail expert."""
+    targets = {module for key in semantic if family.lora_target_pattern.fullmatch(module := key.rpartition(".")[0])}
+    pairs = {key: name for key in detail if not family.detail_source(key) and (name := split_key(key))}
     odd = {key for key, name in pairs.items() if name.module not in targets or name.kind not in ("down", "up")}
     adapters = sorted({name.adapter for name in pairs.values() if name.adapter}) or ["lora1"]
     if len(adapters) > 1:
         raise CheckpointError(f"{file.path} holds the adapters {', '.join(adapters)}; a release has one. Load the unchanged file.")
-    suffixes = {"down": f"lora_A.{adapters[0]}.weight", "up": f"lora_B.{adapters[0]}.weight"}
-    missing = {f"{module}.{suffix}" for module in targets for suffix in suffixes.values()} - detail
-    sources = {key for key in semantic if any(key.startswith(f"{module}.") for module in family.detail_modules)}
-    copies = {source: key for key in detail if (source := family.detail_source(key))}
+    missing = {f"{module}.lora_{part}.{adapters[0]}.weight" for module in targets for part in "AB"} - detail
+    copies = {source for key in detail if (source := family.detail_source(key))}
     for module in family.detail_modules:
-        missing |= {s.replace(module, f"{module}_lora", 1) for s in sources - set(copies) if s.startswith(f"{module}.")}
-    odd |= {key for source, key in copies.items() if family.key_map.find(source) is None}
-    if not missing and not odd:
-        _check_shapes(file, keys, semantic, copies, targets, suffixes)
+        own = {key for key in semantic if key.startswith(f"{module}.")}
+        missing |= {key.replace(module, f"{module}_lora", 1) for key in own - copies}
+    odd |= {key for key in detail if (source := family.detail_source(key)) and family.key_map.find(source) is None}
     return missing, odd
 
 
 def _check_shapes(
     file: TensorFile,
+    family: Family,
+    matched: Mapping[str, Sequence[Piece]],
     keys: Mapping[str, str],
     semantic: Mapping[str, str],
-    copies: Mapping[str, str],
-    targets: set[str],
-    suffixes: Mapping[str, str],
+    detail: set[str],
 ) -> None:
-    wrong = [key for source, key in copies.items() if file.shapes[keys[key]] != file.shapes[semantic[source]]]
-    for module in targets:
-        rows, width = file.shapes[semantic[f"{module}.weight"]]
-        down = file.shapes[keys[f"{module}.{suffixes['down']}"]]
-        up = file.shapes[keys[f"{module}.{suffixes['up']}"]]
-        if down != (down[0], width) or up != (rows, down[0]):
-            wrong.append(f"{module}.{suffixes['down']}")
+    """Every shape fits the ones beside it: parts of a fused tensor, low-rank pairs, detail copies."""
+    wrong = set()
+    for pieces in matched.values():
+        shapes = [file.shapes[semantic[piece.source]] for piece in pieces]
+        if len({(len(shape), shape[1:]) for shape in shapes}) > 1 or () in shapes:
+            wrong |= {piece.source for piece in pieces}
+    ranks: dict[str, set[int]] = {}
+    for key in detail:
+        shape = file.shapes[keys[key]]
+        source = family.detail_source(key)
+        name = split_key(key)
+        if source is not None:
+            fits = shape == file.shapes[semantic[source]]
+        else:
+            base = file.shapes[semantic[f"{name.module}.weight"]]
+            fits = len(shape) == len(base) == 2 and (shape[1] == base[1] if name.kind == "down" else shape[0] == base[0])
+            if fits:
+                ranks.setdefault(name.module, set()).add(shape[0] if name.kind == "down" else shape[1])
+        if not fits:
+            wrong.add(key)
+    wrong |= {module for module, found in ranks.items() if len(found) > 1}
     if wrong:
         raise CheckpointError(
             f"{file.path}: {name_some(wrong)} have shapes that do not fit the base layers in the same file. Download it again."

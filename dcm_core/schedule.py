@@ -75,7 +75,7 @@ def generic_sigmas(steps: int, shift: float = DEFAULT_SHIFT, points: int = DEFAU
             f"steps is {steps}; this schedule takes 1 .. {points} steps, as it picks them from {points} trained noise levels. "
             "Choose fewer steps, or another scheduler for more."
         )
-    index = torch.linspace(0, points, steps + 1, dtype=torch.float64)[:-1].floor().long()
+    index = torch.arange(steps) * points // steps
     return torch.cat([solver_sigmas(shift, points)[index], torch.zeros(1)])
 
 

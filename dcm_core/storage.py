@@ -32,7 +32,11 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
+    "C64": torch.complex64,
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -81,8 +85,11 @@ class TensorFile:
             ) from error
 
     def _refuse_foreign(self) -> None:
-        with self.path.open("rb") as file:
-            start = file.read(32)
+        try:
+            with self.path.open("rb") as file:
+                start = file.read(32)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error}). Check the file's permissions.") from error
         for mark, what in FOREIGN:
             # a pickle's or a page's first byte may also begin a header's length
             if start.startswith(mark) and start[8:9] != b"{":
@@ -153,7 +160,7 @@ def write_stream(
         done = 0
         announced = iter(entries.items())
         for key, tensor in tensors:
-            name, (dtype, shape) = next(announced)
+            name, (dtype, shape) = next(announced, ("nothing", (None, ())))
             if (key, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
                 raise CheckpointError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}; {name} {dtype} {tuple(shape)} was announced.")
             file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
@@ -169,6 +176,8 @@ def _header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: 
     offset = 0
     for key, (dtype, shape) in entries.items():
         end = offset + _nbytes(dtype, shape)
+        if dtype not in NAMES:
+            raise CheckpointError(f"{key} is {dtype}, which no safetensors file holds. Convert it first.")
         description[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(description, separators=(",", ":")).encode()
@@ -219,7 +228,8 @@ def each_read(file: TensorFile, keys: Iterable[str], progress: Progress | None =
     keys = list(keys)
     total, done = sum(file.nbytes(key) for key in keys), 0
     for key in keys:
-        yield key, file.read(key)
+        tensor = file.read(key)
         done += file.nbytes(key)
         if progress is not None:
             progress(done, total)
+        yield key, tensor

@@ -18,7 +18,7 @@ class DCMScheduler(io.ComfyNode):
             node_id="DCMScheduler",
             display_name="DCM Scheduler",
             category="DCM/sampling",
-            description="The noise levels DCM experts are made for, for every node that takes SIGMAS.",
+            description="The noise levels DCM experts are made for.",
             inputs=[
                 io.Model.Input("model", tooltip="auto reads the schedule of its experts."),
                 io.Combo.Input(

@@ -16,11 +16,11 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
-from ...dcm_core.adapters import RoutedExpert, inner_module
+from ...dcm_core.adapters import RoutedExpert, bare_parameters, inner_module
 from ...dcm_core.errors import ExpertError, name_some
 from ...dcm_core.experts import FILE_PREFIX, Expert, expert_to_state_dict
 from ...dcm_core.families import FAMILIES, Family
-from ...dcm_core.routing import check_boundary
+from ...dcm_core.routing import Side, check_boundary
 from .route import KEY, AttachedExperts, attached_experts, route_call
 
 logger = logging.getLogger(__name__)
@@ -89,14 +89,18 @@ def attach_experts(
         boundary = facts.boundary if facts and facts.boundary is not None else family.preset.boundary
     clone = detach_experts(model)
     own_patches: dict[str, tuple[Any, ...]] = {}
-    routed = {"detail": (detail, detail_strength)}
-    if stacked and semantic is not None:
-        own_patches = _patch_base(clone, semantic, semantic_strength)
-    else:
-        routed["semantic"] = (semantic, semantic_strength)
-    routed = {side: pair for side, pair in routed.items() if pair[0] is not None and pair[1] != 0}
-    patchers = [_expert_patcher(clone, dataclasses.replace(expert, role=side)) for side, (expert, _) in routed.items()]
-    clone.set_additional_models(KEY, patchers)
+    routed: list[tuple[Expert, float, tuple[Side, ...]]] = []
+    if semantic is not None and not stacked:
+        routed.append((dataclasses.replace(semantic, role="semantic"), semantic_strength, ("semantic",)))
+    elif semantic is not None:
+        patched, bare = _split_bare(semantic)
+        own_patches = _patch_base(clone, patched, semantic_strength)
+        if bare is not None:
+            routed.append((bare, semantic_strength, ("semantic", "detail")))
+    if detail is not None:
+        routed.append((dataclasses.replace(detail, role="detail"), detail_strength, ("detail",)))
+    routed = [entry for entry in routed if entry[1] != 0]
+    clone.set_additional_models(KEY, [_expert_patcher(clone, expert, sides) for expert, _, sides in routed])
     clone.set_attachments(
         KEY,
         AttachedExperts(
@@ -106,7 +110,7 @@ def attach_experts(
             stacked=stacked,
             semantic=str(semantic) if semantic else None,
             detail=str(detail) if detail else None,
-            strengths={side: strength for side, (_, strength) in routed.items()},
+            strengths={expert.role: strength for expert, strength, _ in routed},
             own_patches=own_patches,
         ),
     )
@@ -144,6 +148,20 @@ def _is_own(patch: tuple, own: tuple[Any, ...]) -> bool:
     return any(patch[1] is value for value in own)
 
 
+def _split_bare(expert: Expert) -> tuple[Expert, Expert | None]:
+    """The part the host can patch, and the bare parameters, which its patching passes over in silence."""
+    bare = bare_parameters(expert)
+
+    def part(chosen: bool, tensors: dict) -> dict:
+        return {name: tensor for name, tensor in tensors.items() if (name in bare) is chosen}
+
+    patched = dataclasses.replace(expert, replaced=part(False, expert.replaced), diff=part(False, expert.diff))
+    rest = dataclasses.replace(
+        expert, role="semantic", low_rank={}, replaced=part(True, expert.replaced), diff=part(True, expert.diff)
+    )
+    return patched, rest if bare else None
+
+
 def _patch_base(clone: Any, expert: Expert, strength: float) -> dict[str, tuple[Any, ...]]:
     """Add the expert as an ordinary LoRA; returns what was added, by base tensor."""
     shapes = module_shapes(clone)
@@ -172,11 +190,11 @@ def _compute_dtype(model: Any) -> torch.dtype:
     return model.model.model_config.supported_inference_dtypes[0]
 
 
-def _expert_patcher(model: Any, expert: Expert) -> Any:
+def _expert_patcher(model: Any, expert: Expert, sides: tuple[Side, ...]) -> Any:
     """The expert as a model of its own, on the base's devices."""
     base = {name.replace("_orig_mod.", "").removesuffix("._orig_mod"): inner_module(module)
             for name, module in diffusion_model(model).named_modules()}
-    module = RoutedExpert(expert, base, comfy.ops.manual_cast, _compute_dtype(model), model.offload_device)
+    module = RoutedExpert(expert, base, comfy.ops.manual_cast, _compute_dtype(model), model.offload_device, sides)
     # looked up late: the host's start-up may rebind it
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return patcher_class(module, load_device=model.load_device, offload_device=model.offload_device)
@@ -203,4 +221,4 @@ def _hand_over(model: Any, patcher: Any, facts: AttachedExperts) -> None:
     if identity != now:
         patcher.patches = wanted
         patcher.patches_uuid = uuid.uuid4()
-        logger.debug("handed %d LoRA patches to the %s expert", len(wanted), patcher.model.side)
+        logger.debug("handed %d LoRA patches to the %s expert", len(wanted), patcher.model.role)

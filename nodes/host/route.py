@@ -75,27 +75,36 @@ def route_call(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -
 
 @contextmanager
 def expert_in_place(patcher: Any, facts: AttachedExperts, side: str) -> Iterator[None]:
-    """For the length of the block, the routed modules answer with this side's expert; then they are as before."""
-    experts = [p.model for p in patcher.get_additional_models_with_key(KEY) if p.model.side == side]
-    if side in facts.strengths and not experts:
-        raise ExpertError(f"The {side} expert of this MODEL is missing. Attach it again with DCMAttachExperts.")
-    before: list[tuple[nn.Module, Forward | None]] = []
+    """For the length of the block the side's experts answer in the base's place; then everything is as before.
+
+    Only instance attributes are set, which hide a layer's `forward` or a block's bare parameter; neither is touched.
+    """
+    experts = [p.model for p in patcher.get_additional_models_with_key(KEY)]
+    present = {expert.role for expert in experts}
+    if missing := sorted(set(facts.strengths) - present):
+        raise ExpertError(f"The {missing[0]} expert of this MODEL is missing. Attach it again with DCMAttachExperts.")
+    root = patcher.model.diffusion_model
+    before: list[tuple[nn.Module, str, Any]] = []
     try:
-        for expert in experts:
-            for module, forward in _forwards(expert, patcher.model.diffusion_model, facts.strengths[side]):
-                before.append((module, module.__dict__.get("forward")))
-                module.__dict__["forward"] = forward
+        for expert in (expert for expert in experts if side in expert.sides):
+            strength = facts.strengths[expert.role]
+            for module, name, value in (*_forwards(expert, root, strength), *expert.bare_values(root, strength)):
+                before.append((module, name, module.__dict__.get(name)))
+                module.__dict__[name] = value
         yield
     finally:
-        for module, forward in reversed(before):
-            if forward is None:
-                module.__dict__.pop("forward", None)
+        for module, name, value in reversed(before):
+            if value is None:
+                module.__dict__.pop(name, None)
             else:
-                module.__dict__["forward"] = forward
+                module.__dict__[name] = value
 
 
-def _forwards(expert: RoutedExpert, root: nn.Module, strength: float) -> list[tuple[nn.Module, Forward]]:
-    """(module, forward with the expert in it) of every site, built once and reused: torch.compile recompiles otherwise."""
+def _forwards(expert: RoutedExpert, root: nn.Module, strength: float) -> list[tuple[nn.Module, str, Forward]]:
+    """(module, "forward", what it is with the expert in it) of every site.
+
+    Built once and reused: torch.compile recompiles otherwise.
+    """
     cache: dict = expert.__dict__.setdefault("_forwards", {})
     found = []
     for name, site in zip(expert.names, expert.sites, strict=True):
@@ -104,7 +113,7 @@ def _forwards(expert: RoutedExpert, root: nn.Module, strength: float) -> list[tu
         known = cache.get(name)
         if known is None or known[0] is not module or known[1] != base or known[2] != strength:
             cache[name] = known = (module, base, strength, _make_forward(site, base, strength))
-        found.append((module, known[3]))
+        found.append((module, "forward", known[3]))
     return found
 
 

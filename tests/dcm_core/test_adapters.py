@@ -53,17 +53,28 @@ def test_replaced_answers_alone_or_interpolates(base, strength):
     assert routed.replaced_weights() == {"head.weight": "sites.0.replaced.weight", "head.bias": "sites.0.replaced.bias"}
 
 
-@pytest.mark.parametrize("name", ["head", "norm", "ln"])
+@pytest.mark.parametrize("name", ["head", "norm", "ln", "conv"])
 def test_diff_equals_merged(base, name):
     module = base[name]
     diff = {f"{name}.{p}": randn(*t.shape) for p, t in module.named_parameters()}
     routed = build(Expert("wan", "detail", diff=diff), base)
-    x = randn(3, 4)
+    x = randn(1, 1, 3, 2, 2) if name == "conv" else randn(3, 4)
     out = run(routed, base, name, x, 0.5)
     with torch.no_grad():
         for param, tensor in module.named_parameters():
             tensor += 0.5 * diff[f"{name}.{param}"]
     torch.testing.assert_close(out, module(x))
+
+
+@pytest.mark.parametrize("kind", ["replaced", "diff"])
+def test_bare_parameter(base, kind):
+    base.modulation = nn.Parameter(randn(1, 6, 4))
+    tensor = randn(1, 6, 4, seed=9)
+    routed = build(Expert("wan", "detail", **{kind: {"block.modulation": tensor}}), nn.ModuleDict({"block": base}))
+    ((module, name, value),) = routed.bare_values(nn.ModuleDict({"block": base}), 0.5)
+    assert (module, name) == (base, "modulation")
+    expected = base.modulation + 0.5 * (tensor if kind == "diff" else tensor - base.modulation)
+    torch.testing.assert_close(value, expected)
 
 
 def test_base_is_not_touched(base):
@@ -77,9 +88,9 @@ def test_base_is_not_touched(base):
 @pytest.mark.parametrize(
     ("expert", "message"),
     [
-        (Expert("wan", "detail", low_rank={"gone": UPDATES}), "no module gone"),
-        (Expert("wan", "detail", diff={"conv.weight": torch.ones(1, 1, 1, 1, 1)}), "conv cannot be switched"),
-        (Expert("wan", "detail", diff={"norm.modulation": torch.ones(4)}), r"norm\.modulation cannot be switched"),
+        (Expert("wan", "detail", low_rank={"gone": UPDATES}), "has no gone"),
+        (Expert("wan", "detail", low_rank={"conv": UPDATES}), "conv cannot be switched"),
+        (Expert("wan", "detail", diff={"norm.modulation": torch.ones(4)}), r"has no norm\.modulation"),
         (Expert("wan", "detail", replaced={"head.weight": torch.ones(6, 4)}), "head is replaced only in part"),
     ],
 )

@@ -98,6 +98,24 @@ def test_stacked_and_independent_experts(wan, attach, base, random_expert, sampl
     assert relative(sample(independent, SIGMAS), sample(two_merged(base, high, low, 0.979), SIGMAS)) < 1e-6
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+def test_bare_parameters_convolutions_and_norms(wan, attach, base, random_expert, sample, module, stacked):
+    """What the host's own patching leaves out in silence (a block's modulation) counts too, on its side."""
+    generator = torch.Generator().manual_seed(3)
+    names = [n for n in attach.module_shapes(base) if n.endswith(("modulation", "norm_q.weight", "norm3.bias")) or "patch" in n]
+    shapes = attach.module_shapes(base)
+    diff = {name: 0.1 * torch.randn(shapes[name], generator=generator) for name in names}
+    semantic = module("dcm_core.experts").Expert("wan", "semantic", diff=diff)
+    detail = random_expert(base, "detail", 2)
+    high = merged(wan, attach, [semantic])
+    low = merged(wan, attach, [semantic, detail] if stacked else [detail])
+    before = copy_of(base)
+    out = sample(attach.attach_experts(base, semantic, detail, stacked=stacked), SIGMAS)
+    assert relative(out, sample(two_merged(base, high, low, 0.979), SIGMAS)) < 1e-5
+    untouched(base, before)
+    assert not [n for n, m in base.model.named_modules() if "modulation" in m.__dict__]
+
+
 def test_base_is_bit_identical_after_everything(attach, base, random_expert, sample):
     before = copy_of(base)
     plain = sample(base, SIGMAS)

@@ -1,0 +1,217 @@
+"""The sampling nodes: plan, seed, progress, masks, and what they refuse."""
+
+import pytest
+import torch
+
+COND = [[torch.randn(1, 5, 4096, generator=torch.Generator().manual_seed(4)), {}]]
+DEFAULTS = {"seed": 3, "schedule": "auto", "steps": 6, "cfg": 1.0, "denoise": 1.0}
+
+
+def latent(batch=1, frames=2, channels=16, **extra):
+    return {"samples": torch.zeros(batch, channels, frames, 4, 6), **extra}
+
+
+@pytest.fixture(scope="module")
+def base(wan):
+    return wan(seed=1)
+
+
+@pytest.fixture(scope="module")
+def routed(module, base, random_expert):
+    return module("nodes.host.attach").attach_experts(base, detail=random_expert(base))
+
+
+@pytest.fixture(scope="module")
+def run(node):
+    def call(model, **kwargs):
+        inputs = {"model": model, "positive": COND, "latent_image": latent(), **DEFAULTS, **kwargs}
+        return node("DCMSampler", **inputs)
+
+    return call
+
+
+def text(output):
+    return output.ui.as_dict()["text"][0]
+
+
+def core_sample(model, sigmas, seed, samples, negative=COND, cfg=1.0, sampler="euler", mask=None):
+    import comfy.sample
+    import comfy.samplers
+
+    noise = comfy.sample.prepare_noise(samples, seed)
+    with torch.inference_mode():
+        return comfy.sample.sample_custom(
+            model, noise, cfg, comfy.samplers.sampler_object(sampler), sigmas, COND, negative, samples, noise_mask=mask,
+            disable_pbar=True, seed=seed,
+        )
+
+
+def test_same_as_the_core_sampler_without_experts(run, base):
+    sigmas = torch.tensor([1.0, 0.8, 0.4, 0.0])
+    out = run(base, sigmas=sigmas, negative=COND)
+    assert torch.equal(out.result[0]["samples"], core_sample(base, sigmas, 3, latent()["samples"]))
+    assert text(out) == "3 steps, no experts attached"
+
+
+def test_same_as_ksampler_on_its_own_sigmas(run, base):
+    import comfy.sample
+    import comfy.samplers
+
+    samples = latent()["samples"]
+    noise = comfy.sample.prepare_noise(samples, 7)
+    with torch.inference_mode():
+        expected = comfy.sample.sample(base, noise, 4, 1.0, "euler", "simple", COND, COND, samples, seed=7, disable_pbar=True)
+    sigmas = comfy.samplers.calculate_sigmas(base.get_model_object("model_sampling"), "simple", 4)
+    assert torch.equal(run(base, sigmas=sigmas, seed=7, negative=COND).result[0]["samples"], expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "step 1-3 semantic, 4-6 detail, boundary 0.979"),
+        ({"schedule": "HunyuanVideo 4 steps", "boundary": 0.982}, "step 1-2 semantic, 3-4 detail, boundary 0.982"),
+        ({"schedule": "generic", "steps": 8}, "step 1-3 semantic, 4-8 detail, boundary 0.979"),
+        ({"denoise": 0.5}, "step 1-3 detail, boundary 0.979 (the semantic side has no step)"),
+        ({"sigmas": torch.tensor([1.0, 0.5, 0.0]), "boundary": 0.7}, "step 1 semantic, 2 detail, boundary 0.7"),
+    ],
+)
+def test_plan(run, routed, settings, expected):
+    assert text(run(routed, **settings)) == expected
+
+
+def test_boundary_widget_moves_the_switch(run, routed, base):
+    moved = run(routed, boundary=0.5).result[0]["samples"]
+    assert not torch.equal(moved, run(routed).result[0]["samples"])
+    assert routed.get_attachment("dcm").boundary == 0.979
+
+
+def test_other_sampler_nodes_route_too(run, routed, base):
+    sigmas = torch.tensor([1.0, 0.99, 0.9, 0.5, 0.0])
+    ours = run(routed, sigmas=sigmas, negative=COND).result[0]["samples"]
+    assert torch.equal(ours, core_sample(routed, sigmas, 3, latent()["samples"]))
+    assert not torch.equal(ours, core_sample(base, sigmas, 3, latent()["samples"]))
+
+
+def test_guider_and_scheduler_equal_the_sampler(node, run, routed):
+    sigmas = node("DCMScheduler", model=routed, schedule="auto", steps=6, shift=17.0, denoise=1.0).result[0]
+    guider = node("DCMGuider", model=routed, positive=COND, cfg=1.0).result[0]
+    import comfy.sample
+    import comfy.samplers
+
+    samples = latent()["samples"]
+    with torch.inference_mode():
+        out = guider.sample(
+            comfy.sample.prepare_noise(samples, 3), samples, comfy.samplers.sampler_object("euler"), sigmas, seed=3, disable_pbar=True
+        )
+    assert torch.equal(out, run(routed).result[0]["samples"])
+
+
+def test_split_run_is_the_whole_run(node, routed, run):
+    """High sigmas, then low sigmas without new noise: the same trajectory in two of the host's sampler nodes."""
+    sigmas = node("DCMScheduler", model=routed, schedule="auto", steps=6, shift=17.0, denoise=1.0).result[0]
+    high, low = node("DCMSplitSigmas", sigmas=sigmas, boundary=0.979).result
+    assert torch.equal(high[-1:], low[:1])
+    assert (len(high), len(low)) == (4, 4)
+    import comfy.samplers
+
+    guider = node("DCMGuider", model=routed, positive=COND, cfg=1.0).result[0]
+    import comfy.sample
+
+    samples = latent()["samples"]
+    with torch.inference_mode():
+        middle = guider.sample(
+            comfy.sample.prepare_noise(samples, 3), samples, comfy.samplers.sampler_object("euler"), high, seed=3, disable_pbar=True
+        )
+        out = guider.sample(
+            torch.zeros_like(samples), middle, comfy.samplers.sampler_object("euler"), low, seed=3, disable_pbar=True
+        )
+    whole = run(routed).result[0]["samples"]
+    assert ((out - whole).norm() / whole.norm()).item() < 1e-4
+
+
+def test_mask_batch_and_extras_are_kept(run, routed):
+    mask = torch.zeros(1, 1, 2, 4, 6)
+    mask[..., 3:] = 1
+    start = torch.randn(2, 16, 2, 4, 6, generator=torch.Generator().manual_seed(8))
+    given = {"samples": start, "noise_mask": mask, "batch_index": [5, 6], "note": "kept"}
+    out = run(routed, latent_image=given, denoise=0.6).result[0]
+    torch.testing.assert_close(out["samples"][..., :3], start[..., :3], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(out["samples"][..., 3:], start[..., 3:])
+    assert out["note"] == "kept"
+    assert torch.equal(given["samples"], start)
+    alone = {"samples": start[1:], "noise_mask": mask, "batch_index": [6]}
+    torch.testing.assert_close(
+        run(routed, latent_image=alone, denoise=0.6).result[0]["samples"], out["samples"][1:], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_empty_latent_of_a_four_channel_node_is_widened(run, routed):
+    assert run(routed, latent_image=latent(channels=4)).result[0]["samples"].shape == (1, 16, 2, 4, 6)
+
+
+def test_one_progress_bar_runs_across_the_switch(run, base, wan, monkeypatch):
+    import comfy.utils
+
+    seen, bars = [], []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: seen.append((value, total)))
+    original = comfy.utils.ProgressBar.__init__
+    monkeypatch.setattr(comfy.utils.ProgressBar, "__init__", lambda self, *a, **k: (bars.append(a), original(self, *a, **k))[1])
+    run(base, detail_model=wan(seed=2), schedule="generic")
+    assert seen == [(step, 6) for step in range(1, 7)]
+    assert len(bars) == 1
+
+
+def test_two_models_in_the_sampler_node(run, base, wan, module):
+    low = wan(seed=2)
+    out = run(base, detail_model=low, schedule="generic", steps=5, shift=5.0)
+    assert text(out) == "step 1-3 semantic, 4-5 detail, boundary 0.875"
+    switch = module("nodes.host.switch")
+    sigmas = module("dcm_core.schedule").generic_sigmas(5, 5.0)
+    pair = switch.with_sides(base, switch.Sides(0.875, low))
+    assert torch.equal(out.result[0]["samples"], core_sample(pair, sigmas, 3, latent()["samples"], negative=COND))
+
+
+def test_image_model_has_its_own_boundary(module, wan):
+    sampling = module("nodes.host.sampling")
+    assert sampling.choose_boundary(wan(channels=36, layers=1, width=128), 0.0, True) == 0.9
+    assert sampling.choose_boundary(wan(layers=1, width=128), 0.0, True) == 0.875
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cfg": 3.0}, "cfg is 3, but no negative is connected"),
+        ({"detail_cfg": 3.0}, "detail_cfg 3, but no negative is connected"),
+        ({"positive": [[torch.zeros(1, 5, 768), {}]]}, "width 768 .* takes 4096. Load the text encoder with type `wan`"),
+        ({"latent_image": {"samples": torch.ones(1, 4, 2, 4, 6)}}, "the model takes 5 dimensions with 16 channels"),
+        ({"latent_image": {"samples": torch.ones(1, 16, 8)}}, "the model takes 5 dimensions"),
+        ({"sigmas": torch.tensor([0.5, 0.9, 0.0])}, "have to fall from step to step"),
+        ({"sigmas": torch.tensor([])}, "hold 0 steps"),
+        ({"sigmas": torch.tensor([14.6, 3.0, 0.0])}, "noise levels lie between 1 and 0"),
+        ({"sigmas": torch.tensor([1.0, float("nan"), 0.0])}, "noise levels lie between 1 and 0"),
+        ({"denoise": 0.0}, "denoise is 0.0"),
+        ({"boundary": 1.0}, "boundary is 1.0"),
+        ({"schedule": "generic", "steps": 0}, "steps is 0"),
+    ],
+)
+def test_bad_input_is_refused_before_sampling(run, routed, settings, message, monkeypatch):
+    import comfy.samplers
+
+    monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", lambda *_, **__: pytest.fail("sampling began"))
+    with pytest.raises(ValueError, match=message):
+        run(routed, **settings)
+
+
+def test_split_refuses_an_empty_side(node):
+    for sigmas, side in (([0.9, 0.5, 0.0], "semantic"), ([1.0, 0.99], "detail")):
+        with pytest.raises(ValueError, match=f"The {side} .* side is empty"):
+            node("DCMSplitSigmas", sigmas=torch.tensor(sigmas), boundary=0.979)
+
+
+def test_plot(node, routed):
+    sigmas = torch.tensor([1.0, 0.99, 0.5, 0.0])
+    image = node("DCMSchedulePlot", sigmas=sigmas, boundary=0.0, width=320, height=200, model=routed).result[0]
+    assert image.shape == (1, 200, 320, 3)
+    assert 0 <= image.min() < image.max() <= 1
+    with pytest.raises(ValueError, match="Set boundary"):
+        node("DCMSchedulePlot", sigmas=sigmas, boundary=0.0, width=320, height=200)
