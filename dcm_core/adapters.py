@@ -92,6 +92,9 @@ class RoutedExpert(nn.Module):
         dtype: of the expert's weights: what the base computes in.
         sides: where it works, if not only on the side of its role.
 
+    Attributes:
+        forwards: for whoever puts the expert in place: what was made for a base, by module name.
+
     Raises:
         ExpertError: an expert that does not fit the base's modules.
     """
@@ -118,6 +121,11 @@ class RoutedExpert(nn.Module):
         self.names: list[str] = sorted(_touched(expert))
         factory = SimpleNamespace(operations=operations, dtype=dtype, device=device)
         self.sites = nn.ModuleList(_make_site(name, expert, base[name], factory) for name in self.names)
+        self.forwards: dict[str, tuple] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy serves another base: it starts without the forwards that were made for this one."""
+        return self.__dict__ | {"forwards": {}}
 
     def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """(module, attribute, value with this expert in it) of every bare parameter."""

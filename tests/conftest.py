@@ -11,7 +11,7 @@ from hypothesis import settings
 ROOT = Path(__file__).parents[1]
 
 # At the end: ComfyUI's own `nodes` module must win over the pack's `nodes` package.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT] + [str(ROOT)]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT] + [str(ROOT), str(ROOT / "scripts")]
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("project")

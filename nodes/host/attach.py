@@ -4,6 +4,7 @@ The experts' weights live in their own ModelPatchers, registered as additional m
 and counts them; `route` runs them. The base weights are neither read nor written.
 """
 
+import copy
 import dataclasses
 import logging
 import uuid
@@ -195,9 +196,27 @@ def _expert_patcher(model: Any, expert: Expert, sides: tuple[Side, ...]) -> Any:
     base = {name.replace("_orig_mod.", "").removesuffix("._orig_mod"): inner_module(module)
             for name, module in diffusion_model(model).named_modules()}
     module = RoutedExpert(expert, base, comfy.ops.manual_cast, _compute_dtype(model), model.offload_device, sides)
+    return make_patcher(module, model.load_device, model.offload_device)
+
+
+def make_patcher(module: RoutedExpert, load_device: torch.device, offload_device: torch.device, **newer: bool) -> Any:
+    """The host's ModelPatcher around an expert.
+
+    Args:
+        newer: what newer hosts pass when they need the model a second time (`disable_dynamic`).
+    """
     # looked up late: the host's start-up may rebind it
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return patcher_class(module, load_device=model.load_device, offload_device=model.offload_device)
+    if newer.get("disable_dynamic"):
+        patcher_class = comfy.model_patcher.ModelPatcher
+    patcher = patcher_class(module, load_device=load_device, offload_device=offload_device)
+    patcher.cached_patcher_init = (copy_patcher, (module, load_device, offload_device))
+    return patcher
+
+
+def copy_patcher(module: RoutedExpert, *devices: torch.device, **newer: bool) -> Any:
+    """An independent second expert, for newer hosts (several GPUs)."""
+    return make_patcher(copy.deepcopy(module), *devices, **newer)
 
 
 def hand_over_patches(executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

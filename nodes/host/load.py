@@ -1,5 +1,6 @@
 """Load a model file of any layout; a released checkpoint comes with its detail expert attached."""
 
+from pathlib import Path
 from typing import Any
 
 import comfy.sd
@@ -7,7 +8,7 @@ import torch
 
 from ...dcm_core.checkpoint import Layout, detail_expert, recognise, semantic_state_dict
 from ...dcm_core.errors import CheckpointError
-from ...dcm_core.storage import TensorFile
+from ...dcm_core.storage import Progress, TensorFile
 from .attach import attach_experts
 from .folders import MODELS, path_of
 from .progress import byte_progress
@@ -37,15 +38,32 @@ def load_model(name: str, weight_dtype: str, node_id: str | None = None) -> tupl
         raise CheckpointError(
             f"{name} holds an expert (a LoRA), not a model. Load the base model here and give this file to DCMAttachExperts."
         )
-    options = dict(WEIGHT_DTYPES[weight_dtype])
     if contents.layout in (Layout.NATIVE, Layout.OTHER):
-        model = comfy.sd.load_diffusion_model(str(path), model_options=options)
+        model = comfy.sd.load_diffusion_model(str(path), model_options=dict(WEIGHT_DTYPES[weight_dtype]))
         return model, f"{name}: {type(model.model).__name__}, loaded by the host as it is"
-    state_dict = semantic_state_dict(file, contents, progress=byte_progress(node_id))
-    model = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options, metadata=file.metadata)
-    if model is None:
-        raise CheckpointError(f"{name} is a {contents.family.title} file, but this ComfyUI cannot build a model of its sizes.")
+    model = load_base(path, weight_dtype, byte_progress(node_id))
     if contents.layout is Layout.DIFFUSERS:
         return model, f"{name}: {contents.family.title} in diffusers layout, no experts inside"
     expert = detail_expert(file, contents)
     return attach_experts(model, detail=expert), f"{name}: {contents.family.title} release, semantic base with {expert}"
+
+
+def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, **newer: bool) -> Any:
+    """The base (semantic) model of a diffusers-layout file.
+
+    Args:
+        newer: what newer hosts pass when they need the model a second time (`disable_dynamic`).
+
+    Raises:
+        CheckpointError: sizes this ComfyUI has no model for.
+    """
+    file = TensorFile(path)
+    contents = recognise(file)
+    model = comfy.sd.load_diffusion_model_state_dict(
+        semantic_state_dict(file, contents, progress), model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer
+    )
+    if model is None:
+        raise CheckpointError(f"{path} is a {contents.family.title} file, but this ComfyUI cannot build a model of its sizes.")
+    # newer hosts make a second, independent model with it (several GPUs, hooks under dynamic VRAM)
+    model.cached_patcher_init = (load_base, (path, weight_dtype))
+    return model

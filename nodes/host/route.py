@@ -105,14 +105,13 @@ def _forwards(expert: RoutedExpert, root: nn.Module, strength: float) -> list[tu
 
     Built once and reused: torch.compile recompiles otherwise.
     """
-    cache: dict = expert.__dict__.setdefault("_forwards", {})
     found = []
     for name, site in zip(expert.names, expert.sites, strict=True):
         module = find_module(root, name)
         base = module.forward
-        known = cache.get(name)
+        known = expert.forwards.get(name)
         if known is None or known[0] is not module or known[1] != base or known[2] != strength:
-            cache[name] = known = (module, base, strength, _make_forward(site, base, strength))
+            expert.forwards[name] = known = (module, base, strength, _make_forward(site, base, strength))
         found.append((module, "forward", known[3]))
     return found
 

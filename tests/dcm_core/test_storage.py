@@ -340,26 +340,29 @@ def test_temporary_file_needs_no_content(tmp_path):
 
 
 MEASURE = """
-import resource, sys
+import sys
 from dcm_core.storage import TensorFile, write_stream
+def peak():
+    # not getrusage: its maximum is inherited from the process that started this one
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 source, target = sys.argv[1:]
 file = TensorFile(source)
 file.read(next(iter(file.shapes)))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 entries = {key: (file.dtypes[key], file.shapes[key]) for key in file.shapes}
 write_stream(target, entries, ((key, file.read(key)) for key in entries), {})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read in Linux units")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_copying_a_file_needs_memory_for_one_tensor(tmp_path):
     path = tmp_path / "big.safetensors"
-    count, size = 50, 8 * 2**20
+    count, size = 30, 8 * 2**20
     entries = {f"t{i}": (torch.uint8, (size,)) for i in range(count)}
     one = torch.ones(size, dtype=torch.uint8)
     write_stream(path, entries, ((key, one) for key in entries), {})
     command = [sys.executable, "-c", MEASURE, str(path), str(tmp_path / "copy.safetensors")]
     grown = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout) / 1024
-    assert path.stat().st_size > 400e6
+    assert path.stat().st_size > 240 * 2**20
     assert grown < 60, f"{grown:.0f} MiB more for tensors of 8 MiB"

@@ -285,3 +285,21 @@ def test_host_loads_and_counts_the_expert(attach, base, random_expert, sample):
     assert any(loaded.model is not None and loaded.model.model is expert.model for loaded in management.current_loaded_models)
     assert expert.model_size() < 0.5 * base.model_size()
     assert not set(map(id, expert.model.parameters())) & set(map(id, base.model.parameters()))
+
+
+def test_copies_for_another_device_are_independent(attach, base, random_expert, sample, module, releases):
+    """What newer hosts do to run one MODEL on several GPUs: `cached_patcher_init` makes a second of each."""
+    routed = attach.attach_experts(base, detail=random_expert(base))
+    sample(routed, SIGMAS)
+    expert = routed.get_additional_models_with_key("dcm")[0]
+    factory, arguments = expert.cached_patcher_init
+    again = factory(*arguments, disable_dynamic=True).model
+    assert not set(map(id, again.parameters())) & set(map(id, expert.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), expert.model.parameters(), strict=True))
+    assert expert.model.forwards
+    assert not again.forwards
+    loaded = module("nodes.host.load").load_base(module("nodes.host.folders").path_of("diffusion_models", releases["wan_tiny"]), "default")
+    factory, arguments = loaded.cached_patcher_init
+    second = factory(*arguments)
+    assert second.model is not loaded.model
+    assert all(torch.equal(a, b) for a, b in zip(second.model.parameters(), loaded.model.parameters(), strict=True))

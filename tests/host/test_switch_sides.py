@@ -90,7 +90,7 @@ def state(patcher):
         "wrappers": copy.copy(patcher.wrappers), "callbacks": copy.copy(patcher.callbacks),
         "options": sorted(patcher.model_options), "hooks": dict(patcher.hook_patches),
         "backup": patcher.hook_patches_backup, "mode": patcher.hook_mode, "patches": dict(patcher.patches),
-        "uuid": patcher.patches_uuid, "attachments": dict(patcher.attachments), "current": patcher.model.current_patcher,
+        "attachments": dict(patcher.attachments), "current": patcher.model.current_patcher,
     }
 
 

@@ -1,0 +1,148 @@
+"""`python -m dcm_core`: the same work with arguments, a bar, and errors without a traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcm_core.__main__ import main, progress_line
+from dcm_core.families import WAN
+from dcm_core.storage import TensorFile
+
+from .conftest import make_release, without_experts
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def source(save):
+    return save(make_release(WAN), "release.safetensors")
+
+
+@pytest.fixture
+def base(save):
+    plain = without_experts(WAN, make_release(WAN))
+    return save({key: tensor * 0.9 for key, tensor in plain.items()}, "base.safetensors")
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_convert(source, tmp_path, capsys):
+    targets = tmp_path / "b.safetensors", tmp_path / "e.safetensors"
+    assert run("convert", source, *targets, "--dtype", "float32") == 0
+    captured = capsys.readouterr()
+    assert str(targets[0]) in captured.out and "detail expert, rank 8" in captured.out
+    assert "100%" in captured.err
+    assert set(TensorFile(targets[0]).dtypes.values()) == {torch.float32}
+    assert run("convert", source, *targets) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert run("convert", source, *targets, "--overwrite") == 0
+
+
+def test_extract(source, base, tmp_path, capsys):
+    out = tmp_path / "l.safetensors"
+    assert run("extract", source, base, out, "--rank", 3, "--dtype", "float16") == 0
+    captured = capsys.readouterr()
+    assert "layers at rank 3" in captured.out and "%" in captured.out
+    assert "100%" in captured.err
+    assert torch.float16 in TensorFile(out).dtypes.values()
+    assert run("extract", source, base, out, "--overwrite", "--layers") == 0
+    assert "blocks.0.self_attn.q\t8\t" in capsys.readouterr().out
+
+
+def test_inspect(source, base, capsys):
+    assert run("inspect", source, base) == 0
+    out = capsys.readouterr().out
+    assert "Wan 2.1" in out and "semantic, detail" in out and "no experts" in out
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_inspect_for_programs(source, base, count, capsys):
+    assert run("inspect", "--json", *[source, base][:count]) == 0
+    data = json.loads(capsys.readouterr().out)
+    reports = data if isinstance(data, list) else [data]
+    assert [report["path"] for report in reports] == list(map(str, [source, base][:count]))
+
+
+def test_one_bad_file_does_not_hide_the_others(source, tmp_path, capsys):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"")
+    assert run("inspect", bad, source) == 2
+    captured = capsys.readouterr()
+    assert str(bad) in captured.err
+    assert str(source) in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "nowhere.safetensors"), "nowhere.safetensors does not exist"),
+        (("convert", "nowhere.safetensors", "a", "b"), "nowhere.safetensors does not exist"),
+        (("extract", "nowhere.safetensors", "b", "c"), "nowhere.safetensors does not exist"),
+        (("extract", "a", "b", "c", "--rank", "0"), "rank is 0"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_device_that_is_not_there(source, base, tmp_path, capsys):
+    try:
+        status = run("extract", source, base, tmp_path / "l.safetensors", "--device", "cuda:77")
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    assert "cuda:77" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nothing",),
+        ("convert",),
+        ("inspect",),
+        ("convert", "a", "b", "c", "--dtype", "int3"),
+        ("extract", "a", "b", "c", "--device", "x y"),
+    ],
+)
+def test_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(*arguments)
+    assert end.value.code == 2
+    assert "usage: python -m dcm_core" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "option"), [("convert", "--overwrite"), ("extract", "--rank"), ("inspect", "--json")])
+def test_help(command, option, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(command, "--help")
+    assert end.value.code == 0
+    assert option in capsys.readouterr().out
+
+
+def test_without_tqdm(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert run("convert", source, tmp_path / "b.safetensors", tmp_path / "e.safetensors") == 0
+    assert "100" in capsys.readouterr().err
+
+
+def test_bar_of_nothing(capsys):
+    progress_line("nothing")(0, 0)
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "dcm_core", "inspect", str(tmp_path / "nowhere.safetensors")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -1,0 +1,296 @@
+"""The rules of the house: imports, node classes, requirements and shipped workflows. No host needed."""
+
+import ast
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = sorted((ROOT / "dcm_core").rglob("*.py"))
+NODES = sorted((ROOT / "nodes").rglob("*.py"))
+NODE_FILES = sorted((ROOT / "nodes").glob("*.py"))
+CODE = [ROOT / "__init__.py", *CORE, *NODES, *sorted((ROOT / "scripts").rglob("*.py"))]
+WORKFLOWS = sorted((ROOT / "workflows").rglob("*.json"))
+
+HOST_MODULES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "latent_preview", "nodes", "server", "execution"}
+# IDs that saved graphs hold; they never change.
+NODE_IDS = {
+    "DCMLoadModel", "DCMAttachExperts", "DCMSampler", "DCMScheduler", "DCMGuider", "DCMSplitSigmas", "DCMConvertCheckpoint",
+    "DCMExtractLoRA", "DCMSchedulePlot", "DCMSaveConditioning", "DCMLoadConditioning",
+}
+MAX_LINES = 330
+PACK = "pack"  # the name of the checkout as a package: anything
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def short(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path):
+    """Absolute dotted names of everything a file imports: `from a import b` gives a and a.b, at any depth."""
+    package = [PACK, *path.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
+        elif isinstance(node, ast.Call) and called(node) == "import_module" and isinstance(node.args[0], ast.Constant):
+            yield node.args[0].value
+
+
+def called(call):
+    """The last name of what is called: `a.b(...)` -> b."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def host_imports(path, allowed=()):
+    return {name for name in imports(path) if name.split(".")[0] in HOST_MODULES - set(allowed)}
+
+
+def offenders(paths, found):
+    """File -> what `found` says of it, where it says anything."""
+    return {short(path): sorted(names) for path in paths if (names := set(found(path)))}
+
+
+def test_the_core_imports_nothing_of_the_host():
+    assert len(CORE) > 10
+    assert offenders(CORE, host_imports) == {}
+
+
+def test_only_nodes_host_imports_more_of_the_host_than_its_node_interface():
+    outside = [path for path in NODES if "host" not in path.relative_to(ROOT).parts]
+    assert outside
+    assert offenders(outside, lambda path: host_imports(path, allowed={"comfy_api"})) == {}
+    assert any("comfy" in {name.split(".")[0] for name in host_imports(path)} for path in NODES)
+
+
+def test_the_core_does_not_import_the_nodes():
+    assert offenders(CORE, lambda path: {name for name in imports(path) if name.startswith(f"{PACK}.nodes")}) == {}
+
+
+def test_nothing_in_the_core_imports_distill_but_distill():
+    outside = [path for path in CORE if "distill" not in path.relative_to(ROOT).parts]
+    assert offenders(outside, lambda path: {name for name in imports(path) if "dcm_core.distill" in name}) == {}
+
+
+def test_the_pack_imports_itself_by_relative_names_only():
+    """It is loaded under any folder name."""
+    shipped = [ROOT / "__init__.py", *CORE, *NODES]
+    assert offenders(shipped, lambda path: {name for name in imports(path) if name.split(".")[0] == "dcm_core"}) == {}
+
+
+def forbidden(path):
+    """Code that runs what a file says."""
+    for name in imports(path):
+        if name.split(".")[0] in {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"} or name == "torch.load":
+            yield name
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Name) and node.id in {"eval", "exec", "NODE_CLASS_MAPPINGS"}:
+            yield node.id
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+            yield "torch.load"
+
+
+def test_no_code_from_files_and_no_old_node_registry():
+    """NODE_CLASS_MAPPINGS, even empty, would make the host pass over comfy_entrypoint."""
+    assert offenders(CODE, forbidden) == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import pickle", "from torch import load", "x = torch.load('a')", "eval('1')", "exec('1')", "NODE_CLASS_MAPPINGS = {}"],
+)
+def test_the_search_for_forbidden_code_finds_it(tmp_path, monkeypatch, line):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "bad.py").write_text(line)
+    (tmp_path / "good.py").write_text("model.eval()\njson.load(file)\n")
+    assert list(forbidden(tmp_path / "bad.py"))
+    assert not list(forbidden(tmp_path / "good.py"))
+
+
+def test_no_file_is_long():
+    long = {short(path): count for path in [*CORE, *NODES] if (count := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES}
+    assert long == {}
+
+
+def node_classes(path):
+    """Classes that are nodes, by what they are or by what they are listed as."""
+    module = tree(path)
+    listed = {
+        element.id
+        for node in module.body
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["NODES"]
+        for element in getattr(node.value, "elts", [])
+    }
+    for node in ast.walk(module):
+        if isinstance(node, ast.ClassDef):
+            methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+            if node.name in listed or "define_schema" in methods or any("ComfyNode" in ast.unparse(base) for base in node.bases):
+                yield node
+
+
+def test_scanners_find_every_node():
+    """The registry and the Manager read the source: io.ComfyNode as the only base, a literal node_id in a call of Schema."""
+    found = [node for path in NODE_FILES for node in node_classes(path)]
+    for node in found:
+        assert [ast.unparse(base) for base in node.bases] == ["io.ComfyNode"], node.name
+        calls = [call for call in ast.walk(node) if isinstance(call, ast.Call) and called(call) == "Schema"]
+        ids = [keyword.value for call in calls for keyword in call.keywords if keyword.arg == "node_id"]
+        assert [getattr(value, "value", None) for value in ids] == [node.name]
+        assert node.name.startswith("DCM")
+    names = [node.name for node in found]
+    assert len(names) == len(set(names))
+    assert set(names) >= NODE_IDS
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_requirements_are_those_of_the_project():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == project()["dependencies"]
+    for line in lines:
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)(\[[a-z,]+\])?((==|>=|<=|~=|!=|<|>)[0-9a-z.*]+(,(?=[=<>!~]))?)*", line)
+        assert match, f"not one plain requirement: {line!r}"
+        assert not match[1].lower().startswith("torch")
+
+
+def test_project_metadata_follow_the_registry():
+    data = project()
+    assert "comfyui" not in data["name"].lower()
+    assert re.fullmatch(r"\d+\.\d+\.\d+", data["version"])
+    assert (ROOT / data["license"]["file"]).is_file()
+    assert data["urls"]["Repository"].startswith("https://")
+
+
+# Workflows
+
+FRONT_END_ONLY = {"MarkdownNote", "Note"}
+# Its files are made by the user.
+NO_DOWNLOAD = {"DCMLoadConditioning"}
+TITLE_HEIGHT = 30
+
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def nodes_of(graph):
+    return {node["id"]: node for node in graph["nodes"]}
+
+
+def box(node):
+    """x0, y0, x1, y1 with the title bar, which lies above `pos`."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE_HEIGHT, x + width, y + height
+
+
+def overlap(a, b):
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def test_workflows_lie_where_the_template_browser_looks():
+    assert len(WORKFLOWS) >= 3
+    assert [short(path) for path in WORKFLOWS if path.parent != ROOT / "workflows"] == []
+    # a second folder of this kind would hide the first
+    assert not [name for name in ("example_workflows", "example", "examples", "workflow") if (ROOT / name).exists()]
+
+
+@each_workflow
+def test_workflow_is_flat_schema_0_4(path):
+    graph = read(path)
+    assert graph["version"] == 0.4
+    assert not graph.get("definitions", {}).get("subgraphs")
+    ids = [node["id"] for node in graph["nodes"]]
+    assert len(ids) == len(set(ids)) and max(ids) <= graph["last_node_id"]
+    assert max((link[0] for link in graph["links"]), default=0) <= graph["last_link_id"]
+
+
+@each_workflow
+def test_every_link_has_two_ends_of_its_type(path):
+    graph = read(path)
+    nodes = nodes_of(graph)
+    links = {link[0]: link for link in graph["links"]}
+    assert len(links) == len(graph["links"])
+    for number, source, output, target, slot, kind in graph["links"]:
+        out, into = nodes[source]["outputs"][output], nodes[target]["inputs"][slot]
+        assert number in out["links"] and into["link"] == number
+        assert out["type"] == into["type"] == kind
+    for node in graph["nodes"]:
+        ends = [slot["link"] for slot in node["inputs"]] + [link for slot in node["outputs"] for link in slot["links"] or []]
+        assert {link for link in ends if link is not None} <= set(links), f"node {node['id']} has a link to nowhere"
+
+
+@each_workflow
+def test_groups_are_numbered_steps_that_hold_the_nodes(path):
+    graph = read(path)
+    groups = sorted(graph["groups"], key=lambda group: group["id"])
+    assert groups
+    for number, group in enumerate(groups, start=1):
+        assert re.match(rf"Step {number} - \S", group["title"])
+    boxes = [(x, y, x + width, y + height) for x, y, width, height in (group["bounding"] for group in groups)]
+    assert not [pair for pair in itertools.combinations(boxes, 2) if overlap(*pair)]
+    for node in graph["nodes"]:
+        x0, y0, x1, y1 = box(node)
+        around = [b for b in boxes if b[0] <= x0 and b[1] <= y0 and x1 <= b[2] and y1 <= b[3]]
+        assert len(around) == (0 if node["type"] in FRONT_END_ONLY else 1), node["type"]
+
+
+@each_workflow
+def test_models_can_be_downloaded_and_are_listed_in_the_note(path):
+    graph = read(path)
+    notes = [node for node in graph["nodes"] if node["type"] == "MarkdownNote" and node.get("title") == "Model links"]
+    assert len(notes) == 1
+    text = notes[0]["widgets_values"][0]
+    for node in graph["nodes"]:
+        values = node.get("widgets_values", [])
+        models = node["properties"].get("models", [])
+        for model in models:
+            assert model["name"] in values
+            assert model["url"].startswith("https://huggingface.co/") and "/resolve/" in model["url"]
+            assert model["url"] in text
+            assert f"{model['directory']}/{model['name']}" in text, "the folder tree lacks it"
+        files = {value for value in values if isinstance(value, str) and value.endswith(".safetensors")}
+        if node["type"] not in NO_DOWNLOAD:
+            assert files == {model["name"] for model in models}, node["type"]
+
+
+@each_workflow
+def test_every_node_names_its_pack(path):
+    for node in read(path)["nodes"]:
+        if node["type"] not in FRONT_END_ONLY:
+            expected = project()["name"] if node["type"].startswith("DCM") else "comfy-core"
+            assert node["properties"]["cnr_id"] == expected, node["type"]
+            assert node["properties"]["Node name for S&R"] == node["type"]
+
+
+@each_workflow
+def test_no_two_nodes_overlap(path):
+    pairs = itertools.combinations(read(path)["nodes"], 2)
+    assert [(a["type"], b["type"]) for a, b in pairs if overlap(box(a), box(b))] == []
+
+
+@each_workflow
+def test_wires_run_from_left_to_right(path):
+    graph = read(path)
+    nodes = nodes_of(graph)
+    ends = [(nodes[source], nodes[target]) for _, source, _, target, _, _ in graph["links"]]
+    assert [(a["type"], b["type"]) for a, b in ends if b["pos"][0] <= a["pos"][0]] == []
