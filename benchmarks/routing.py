@@ -1,6 +1,6 @@
 """What routing costs: 6 routed steps against the plain base model's, and against what core alone offers.
 
-    COMFYUI_PATH=<ComfyUI> python benchmarks/routing.py [--tokens 480 2000] [--layers 2] [--steps 6] [--repeats 3]
+    COMFYUI_PATH=<ComfyUI> python benchmarks/routing.py [--tokens 480 2000] [--layers 2] [--steps 6] [--repeats 3] [--cpu-time]
 
 A Wan model of Wan 2.1 1.3B's layer sizes with random weights, and a detail expert of the release's shape (rank 128 on both
 attentions, its own condition embedder and head), in the real ComfyUI. The workflows, interleaved:
@@ -11,7 +11,8 @@ attentions, its own condition embedder and head), in the real ComfyUI. The workf
 - hook LoRA: the expert as core's LoRA hook on the conditioning, with keyframes 0 and 1 at the boundary
 
 A run ends with the first MODEL in place again, since the next queue needs it. Few layers weigh the embedders more than the
-model's 30 do, in time and even more in weights; `--layers 30` is the whole model.
+model's 30 do, in time and even more in weights; `--layers 30` is the whole model. `--cpu-time` counts the CPU seconds of one
+thread, which stay comparable on a machine that others use too.
 """
 
 import argparse
@@ -37,6 +38,7 @@ RANK, SCALE, BOUNDARY = 128, 2.0, 0.979  # the release
 REPLACED = ("time_embedding.", "time_projection.", "text_embedding.", "head.head.")
 BASE = "plain"
 
+Clock = Callable[[], float]
 Stage = tuple[Any, list, str]  # MODEL, positive conditioning, part of the sigmas: "all", "semantic" or "detail"
 
 
@@ -124,24 +126,26 @@ def semantic_steps(sigmas: Tensor) -> int:
     return int((sigmas[:-1] >= BOUNDARY).sum())
 
 
-def now() -> float:
+def device_time() -> float:
     """Seconds, with the device's work done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def run(stages: list[Stage], sigmas: Tensor, noise: Tensor, watch: Callable[[], None] | None = None) -> tuple[float, list[float], Tensor]:
+def run(
+    stages: list[Stage], sigmas: Tensor, noise: Tensor, clock: Clock, watch: Callable[[], None] | None = None
+) -> tuple[float, list[float], Tensor]:
     """Sample; returns (seconds, seconds of every step, latent). `watch` is called in every step."""
     import comfy.model_management
     import comfy.sample
     import comfy.samplers
 
-    marks, first = [now()], semantic_steps(sigmas)
+    marks, first = [clock()], semantic_steps(sigmas)
     parts = {"all": sigmas, "semantic": sigmas[: first + 1], "detail": sigmas[first:]}
 
     def callback(*_: Any) -> None:
-        marks.append(now())
+        marks.append(clock())
         if watch:
             watch()
 
@@ -152,7 +156,7 @@ def run(stages: list[Stage], sigmas: Tensor, noise: Tensor, watch: Callable[[], 
         )
         noise = torch.zeros_like(noise)
     comfy.model_management.load_models_gpu([stages[0][0]])
-    return now() - marks[0], [after - before for before, after in pairwise(marks)], latent
+    return clock() - marks[0], [after - before for before, after in pairwise(marks)], latent
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -194,18 +198,20 @@ def noise_of(tokens: int) -> Tensor:
     return torch.randn(1, 16, 1, 2 * height, 2 * tokens // height)
 
 
-def measure(workflows: dict[str, list[Stage]], sigmas: Tensor, tokens: int, repeats: int) -> dict[str, tuple[int, list, Tensor]]:
+def measure(
+    workflows: dict[str, list[Stage]], sigmas: Tensor, tokens: int, repeats: int, clock: Clock
+) -> dict[str, tuple[int, list, Tensor]]:
     """Name -> (most bytes of weights in a step, (seconds, step seconds) of every repeat, latent)."""
     noise = noise_of(tokens)
     names, found = list(workflows), {}
     for name, stages in workflows.items():  # warm-up: one step of each side
         held: list[int] = []
-        run(stages, sigmas[[0, -2, -1]], noise, lambda held=held, stages=stages: held.append(weight_bytes(stages)))
+        run(stages, sigmas[[0, -2, -1]], noise, clock, lambda held=held, stages=stages: held.append(weight_bytes(stages)))
         found[name] = (max(held), [], None)
     for repeat in range(repeats):
         print(f"{tokens} tokens, repeat {repeat + 1} of {repeats}", file=sys.stderr)
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            seconds, steps, latent = run(workflows[name], sigmas, noise)
+            seconds, steps, latent = run(workflows[name], sigmas, noise, clock)
             found[name] = (found[name][0], [*found[name][1], (seconds, steps)], latent)
     return found
 
@@ -238,6 +244,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6, help="6: the release's timesteps; others (4 or more): its schedule's generic form")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true", help="CPU only: count the CPU seconds of one thread")
     options = parser.parse_args()
     if options.steps < 4:
         parser.error(f"--steps {options.steps}: at least 4, so that each side has steps of its own")
@@ -245,13 +252,16 @@ def main() -> None:
     from comfyui_version import __version__ as host
 
     torch.manual_seed(0)
+    clock = time.process_time if options.cpu_time else device_time
+    if options.cpu_time:
+        torch.set_num_threads(1)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     preset = pack("dcm_core.families").WAN.preset
     sigmas = preset.sigmas if options.steps == len(preset.timesteps) else pack("dcm_core.schedule").generic_sigmas(options.steps)
     with torch.inference_mode():
         workflows = make_workflows(pack, random_base(options.layers, dtype), dtype)
         for tokens in options.tokens:
-            report(measure(workflows, sigmas, tokens, options.repeats), sigmas, tokens, options.layers)
+            report(measure(workflows, sigmas, tokens, options.repeats, clock), sigmas, tokens, options.layers)
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     print(f"\n{device}; {str(dtype).removeprefix('torch.')}; torch {torch.__version__}; ComfyUI {host}; Python {platform.python_version()}")

@@ -20,9 +20,8 @@ class DCMScheduler(io.ComfyNode):
             category="DCM/sampling",
             description="The noise levels DCM experts are made for.",
             inputs=[
-                io.Model.Input("model", tooltip="auto reads the schedule of its experts."),
                 io.Combo.Input(
-                    "schedule",
+                    "preset",
                     options=[AUTO, *PRESETS, GENERIC],
                     default=AUTO,
                     tooltip="auto: what the model's experts were made for. generic: `steps` levels of the training grid.",
@@ -34,14 +33,15 @@ class DCMScheduler(io.ComfyNode):
                 io.Float.Input(
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="The share of the schedule's steps to keep, from its end."
                 ),
+                io.Model.Input("model", optional=True, tooltip="Needed by auto: it reads the schedule of the model's experts."),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="Falling noise levels, the last 0.")],
             **newer(search_aliases=["dcm sigmas", "few step schedule"]),
         )
 
     @classmethod
-    def execute(cls, model: Any, schedule: str, steps: int, shift: float, denoise: float) -> io.NodeOutput:
-        return io.NodeOutput(choose_sigmas(schedule, steps, shift, denoise, model))
+    def execute(cls, preset: str, steps: int, shift: float, denoise: float, model: Any = None) -> io.NodeOutput:
+        return io.NodeOutput(choose_sigmas(preset, steps, shift, denoise, model))
 
 
 class DCMSplitSigmas(io.ComfyNode):
@@ -67,8 +67,8 @@ class DCMSplitSigmas(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Sigmas.Output(display_name="high_sigmas", tooltip="The semantic expert's steps."),
-                io.Sigmas.Output(display_name="low_sigmas", tooltip="The detail expert's steps."),
+                io.Sigmas.Output(display_name="high", tooltip="The semantic expert's steps."),
+                io.Sigmas.Output(display_name="low", tooltip="The detail expert's steps."),
             ],
             **newer(search_aliases=["split at boundary", "high low sigmas"]),
         )

@@ -59,8 +59,9 @@ class Environment:
     comfyui: Path
 
     def variables(self) -> dict[str, str]:
-        """The process environment for runs in it."""
-        return {**os.environ, "COMFYUI_PATH": str(self.comfyui), "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+        """The process environment for runs in it; they talk to this machine alone."""
+        own = {"COMFYUI_PATH": str(self.comfyui), "DO_NOT_TRACK": "1", "NO_PROXY": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
+        return {**os.environ, **own}
 
     def require(self, *modules: str) -> None:
         """Check that the Python can import these; one that the user named may not.

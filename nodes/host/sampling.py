@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...dcm_core.adapters import find_module
-from ...dcm_core.errors import DCMError
+from ...dcm_core.errors import DCMError, ScheduleError
 from ...dcm_core.families import FAMILIES, WAN
 from ...dcm_core.routing import check_boundary, plan_steps
 from ...dcm_core.schedule import check_sigmas, generic_sigmas, last_part, sigmas_from_timesteps
@@ -37,6 +37,8 @@ def choose_sigmas(schedule: str, steps: int, shift: float, denoise: float, model
     Raises:
         ScheduleError: settings that give no schedule.
     """
+    if schedule == AUTO and model is None:
+        raise ScheduleError("The schedule is auto, but no model is connected to read it from. Connect the model, or choose a schedule.")
     if schedule == AUTO:
         sigmas = _own_sigmas(model)
         sigmas = generic_sigmas(steps, shift) if sigmas is None else sigmas
@@ -49,7 +51,8 @@ def _own_sigmas(model: Any) -> Tensor | None:
     facts = attached_experts(model)
     if facts is not None and facts.timesteps is not None:
         return sigmas_from_timesteps(facts.timesteps)
-    if model.get_attachment(SIDES_KEY) is not None:
+    sides = model.get_attachment(SIDES_KEY)
+    if sides is not None and sides.detail_model is not None:
         return None
     family = model_family(model)
     return family.preset.sigmas if family is not None else None

@@ -65,7 +65,7 @@ def check_pair(model: Any, detail_model: Any) -> None:
     for name, what in (
         ("latent format", lambda m: type(m.get_model_object("latent_format")).__name__),
         ("input channels", lambda m: m.get_model_object("latent_format").latent_channels),
-        ("prediction", lambda m: type(m.get_model_object("model_sampling")).__mro__[1].__name__),
+        ("prediction", lambda m: ", ".join(base.__name__ for base in type(m.get_model_object("model_sampling")).__bases__)),
     ):
         first, second = what(model), what(detail_model)
         if first != second:
@@ -86,17 +86,18 @@ class Run:
         self.cfg = getattr(guider, "cfg", None)
         self.side: Side = "semantic"
         self.detail_options: dict | None = None
+        self.hook_mode: Any = None
         self.loaded: list[Any] = []
 
     def enter(self, side: Side) -> None:
         """Make `side` the active one."""
         if side == self.side:
             return
+        self.side = side
         if self.sides.detail_model is not None:
             self._load(self.sides.detail_model) if side == "detail" else self._return()
         if self.sides.detail_cfg is not None:
             self.guider.cfg = self.sides.detail_cfg if side == "detail" else self.cfg
-        self.side = side
 
     def options(self, given: dict) -> dict:
         """The model options of the active side: its own, plus what the sampler added to the ones it was given."""
@@ -113,8 +114,10 @@ class Run:
         return merged
 
     def _load(self, patcher: Any) -> None:
-        """Let the host load the detail model, as its own `outer_sample` does for the first."""
+        """Let the host load the detail model, as its own `sample` and `outer_sample` do for the first."""
         self.guider.model_patcher.cleanup()
+        self.hook_mode = patcher.hook_mode
+        patcher.hook_mode = self.guider.model_patcher.hook_mode
         options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
         conds = {name: [cond.copy() for cond in conds] for name, conds in self.guider.original_conds.items()}
         comfy.samplers.preprocess_conds_hooks(conds)
@@ -141,16 +144,22 @@ class Run:
         patcher = self.guider.model_patcher
         comfy.sampler_helpers.prepare_sampling(patcher, self.noise.shape, self.guider.conds, self.guider.model_options)
         patcher.pre_run()
+        for conds in self.guider.conds.values():
+            comfy.samplers.pre_run_control(self.guider.inner_model, conds)
 
     def _leave(self) -> None:
-        self.sides.detail_model.cleanup()
+        """Take the detail model off, however far `_load` came."""
+        patcher = self.sides.detail_model
         comfy.sampler_helpers.cleanup_models(self.guider.conds, self.loaded)
+        patcher.cleanup()
+        patcher.restore_hook_patches()
+        patcher.hook_mode = self.hook_mode
         self.guider.inner_model, self.guider.conds = self.first
         self.loaded, self.detail_options = [], None
 
     def close(self) -> None:
         """Leave the guider as it was found."""
-        if self.side == "detail" and self.detail_options is not None:
+        if self.side == "detail" and self.sides.detail_model is not None:
             self._leave()
         if self.cfg is not None:
             self.guider.cfg = self.cfg
@@ -183,6 +192,11 @@ def predict_side(
     executor: Any, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None, **kwargs: Any
 ) -> Tensor:
     """PREDICT_NOISE wrapper: predict with the side that owns the sigma `timestep` (batch,)."""
-    run: Run = getattr(executor.class_obj, STATE)
+    run: Run | None = getattr(executor.class_obj, STATE, None)
+    if run is None:
+        raise DCMError(
+            "This sampler node calls the model outside the host's sampling run, so a detail_model or detail_cfg cannot be switched "
+            "to. Use DCMSampler, KSampler or SamplerCustomAdvanced."
+        )
     run.enter("detail" if bool(is_detail(timestep, run.sides.boundary).all()) else "semantic")
     return executor(x, timestep, run.options(model_options or {}), seed, **kwargs)

@@ -192,6 +192,10 @@ def test_a_release_without_its_low_rank_part(family):
     refuse(shapes, "are missing", ".lora_A.")
 
 
+def test_a_detail_copy_of_a_layer_the_base_lacks():
+    refuse(release_shapes(WAN) | {(key := "condition_embedder_lora.image_embedder.norm1.weight"): (8,)}, f"1 are unknown ({key})")
+
+
 def test_two_adapters(family):
     shapes = release_shapes(family)
     extra = {key.replace("lora1", "other"): shape for key, shape in shapes.items() if ".lora_" in key}

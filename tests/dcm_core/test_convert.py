@@ -198,9 +198,13 @@ def test_disk_room_for_both_is_checked_before_the_work(save, release, targets, m
     sizes = [target.stat().st_size for target in targets]
     for target in targets:
         target.unlink()
-    usage = shutil.disk_usage(targets[0].parent)
-    free = sizes[0] + sizes[1] // 2
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=free))
+    usage, room = shutil.disk_usage(targets[0].parent), sum(sizes) - 1
+
+    def disk(_):
+        used = sum(path.stat().st_size for target in targets for path in target.parent.iterdir())
+        return usage._replace(free=room - used)
+
+    monkeypatch.setattr(storage.shutil, "disk_usage", disk)
     with pytest.raises(CheckpointError, match="GB free"):
         convert_release(source, *targets, progress=never)
     assert written(targets) == []

@@ -209,11 +209,12 @@ def test_an_extracted_lora_restores_the_fine_tune_in_core(golden, node, folder):
     save_file(before_tuning(load_file(folder / "diffusion_models" / name)), folder / "diffusion_models" / base)
     output = node("DCMExtractLoRA", tuned_model=name, base_model=base, rank=4, name=lora, overwrite=False)
     assert output.result[0] == str(folder / "loras" / lora)
-    assert all(line.split("\t")[1:3] == ["4", "100.0000%"] for line in output.result[1].splitlines())
+    for line in output.result[1].splitlines():
+        _, rank, energy, _ = line.split("\t")
+        assert rank == "4" and float(energy.rstrip("%")) > 99.99, line
     model = core_model(base)
     before, after = (relative(velocity(m, expected, boundary), probes(expected)[boundary]) for m in (model, core_lora(model, lora)))
-    print("RATIO", before, after)
-    assert after < before / 30, "what is left is the rounding of the bfloat16 pairs"
+    assert after < before / 100, "what is left is the rounding of the bfloat16 pairs"
 
 
 # conditioning

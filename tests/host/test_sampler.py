@@ -93,7 +93,7 @@ def test_other_sampler_nodes_route_too(run, routed, base):
 
 
 def test_guider_and_scheduler_equal_the_sampler(node, run, routed):
-    sigmas = node("DCMScheduler", model=routed, schedule="auto", steps=6, shift=17.0, denoise=1.0).result[0]
+    sigmas = node("DCMScheduler", model=routed, preset="auto", steps=6, shift=17.0, denoise=1.0).result[0]
     guider = node("DCMGuider", model=routed, positive=COND, cfg=1.0).result[0]
     import comfy.sample
     import comfy.samplers
@@ -108,7 +108,7 @@ def test_guider_and_scheduler_equal_the_sampler(node, run, routed):
 
 def test_split_run_is_the_whole_run(node, routed, run):
     """High sigmas, then low sigmas without new noise: the same trajectory in two of the host's sampler nodes."""
-    sigmas = node("DCMScheduler", model=routed, schedule="auto", steps=6, shift=17.0, denoise=1.0).result[0]
+    sigmas = node("DCMScheduler", model=routed, preset="auto", steps=6, shift=17.0, denoise=1.0).result[0]
     high, low = node("DCMSplitSigmas", sigmas=sigmas, boundary=0.979).result
     assert torch.equal(high[-1:], low[:1])
     assert (len(high), len(low)) == (4, 4)
@@ -200,6 +200,13 @@ def test_bad_input_is_refused_before_sampling(run, routed, settings, message, mo
     monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", lambda *_, **__: pytest.fail("sampling began"))
     with pytest.raises(ValueError, match=message):
         run(routed, **settings)
+
+
+def test_scheduler_without_a_model(node):
+    settings = {"steps": 6, "shift": 17.0, "denoise": 1.0}
+    assert node("DCMScheduler", preset="HunyuanVideo 4 steps", **settings).result[0].tolist() == pytest.approx([1, 0.992, 0.9818, 0.9124, 0])
+    with pytest.raises(ValueError, match="no model is connected"):
+        node("DCMScheduler", preset="auto", **settings)
 
 
 def test_split_refuses_an_empty_side(node):

@@ -121,7 +121,7 @@ def test_previews_come_from_both_sides_on_the_nodes_one_bar(module, base, low, m
         assert image.size == (6, 4)
 
 
-@pytest.mark.parametrize("step", [0, 2, 3, 5])
+@pytest.mark.parametrize("step", [0, 2, 3])
 def test_interrupt_stops_within_the_step_and_the_next_run_is_whole(run, routed, base, monkeypatch, step):
     import comfy.model_management as management
     import comfy.utils
@@ -137,12 +137,8 @@ def test_interrupt_stops_within_the_step_and_the_next_run_is_whole(run, routed, 
 
     with monkeypatch.context() as patch:
         patch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", interrupt)
-        if step < 5:
-            with pytest.raises(management.InterruptProcessingException):
-                run(routed)
-        else:
+        with pytest.raises(management.InterruptProcessingException):
             run(routed)
-            management.interrupt_current_processing(False)
     assert seen == list(range(1, step + 2))
     assert all(torch.equal(weights[name], tensor) for name, tensor in base.model.state_dict().items())
     assert not any("forward" in vars(module) for module in base.model.modules())

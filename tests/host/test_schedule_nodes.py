@@ -6,7 +6,7 @@ import torch
 from dcm_core.families import HUNYUAN_VIDEO, WAN
 from dcm_core.schedule import generic_sigmas
 
-SETTINGS = {"schedule": "auto", "steps": 5, "shift": 9.0, "denoise": 1.0}
+SETTINGS = {"preset": "auto", "steps": 5, "shift": 9.0, "denoise": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def scheduler(node):
 
 @pytest.mark.parametrize("family", [WAN, HUNYUAN_VIDEO], ids=lambda family: family.name)
 def test_presets_are_the_releases_whatever_the_model(scheduler, base, family):
-    assert torch.equal(scheduler(base, schedule=family.preset.title), family.preset.sigmas)
+    assert torch.equal(scheduler(base, preset=family.preset.title), family.preset.sigmas)
 
 
 def test_auto_is_the_experts_own_else_the_familys(scheduler, base, routed, hunyuan):
@@ -55,9 +55,21 @@ def test_auto_of_two_full_models_is_generic(scheduler, module, wan, base):
     assert torch.equal(scheduler(pair), generic_sigmas(5, 9.0))
 
 
+def test_only_auto_needs_a_model(scheduler):
+    assert torch.equal(scheduler(None, preset=WAN.preset.title), WAN.preset.sigmas)
+    with pytest.raises(ValueError, match="auto, but no model is connected"):
+        scheduler(None)
+
+
+def test_a_cfg_of_the_detail_side_leaves_the_schedule(scheduler, module, routed, base):
+    sampling = module("nodes.host.sampling")
+    for model in (base, routed):
+        assert torch.equal(scheduler(sampling.prepare_model(model, detail_cfg=2.0)[0]), scheduler(model))
+
+
 def test_generic_takes_steps_shift_and_denoise(scheduler, base):
-    assert torch.equal(scheduler(base, schedule="generic"), generic_sigmas(5, 9.0))
-    assert torch.equal(scheduler(base, schedule="generic", denoise=0.4), generic_sigmas(5, 9.0)[-3:])
+    assert torch.equal(scheduler(base, preset="generic"), generic_sigmas(5, 9.0))
+    assert torch.equal(scheduler(base, preset="generic", denoise=0.4), generic_sigmas(5, 9.0)[-3:])
 
 
 def test_a_schedule_routes_the_same_in_the_host_s_own_sampler(node, base, routed, scheduler):
@@ -81,8 +93,8 @@ def test_a_schedule_routes_the_same_in_the_host_s_own_sampler(node, base, routed
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"schedule": "generic", "steps": 51}, "takes 1 .. 50 steps"),
-    ({"schedule": "generic", "shift": 0.0}, "shift is 0"),
+    ({"preset": "generic", "steps": 51}, "takes 1 .. 50 steps"),
+    ({"preset": "generic", "shift": 0.0}, "shift is 0"),
     ({"denoise": 0.0}, "denoise is 0"),
 ])
 def test_scheduler_refuses(scheduler, base, settings, message):

@@ -229,6 +229,7 @@ class Control:
     """As the host's ControlNets: ready between pre_run and cleanup, for the model it was made ready for."""
 
     previous_controlnet = extra_hooks = None
+    multigpu_clones: dict = {}  # noqa: RUF012 - as newer hosts', always empty here
 
     def __init__(self):
         self.model, self.calls = None, []

@@ -1,4 +1,4 @@
-"""A real server in a process of its own, with the pack in its custom_nodes and small models."""
+"""A real server in a process of its own, as the demo starts it."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ def server(tmp_path_factory):
     """A running ComfyUI: see `instance.Instance` for its methods."""
     if not (host := os.environ.get("COMFYUI_PATH")):
         pytest.skip("COMFYUI_PATH names no ComfyUI; `python scripts/test.py` brings one")
-    base = tmp_path_factory.mktemp("comfyui")
+    base = tmp_path_factory.mktemp("demo")
     environment = Environment(Path(sys.executable), Path(host))
     make_base(environment, base)
     with start(environment, base) as instance:

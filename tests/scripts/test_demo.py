@@ -1,0 +1,56 @@
+"""The demo in a real ComfyUI: a video comes out, and what goes wrong is told in the server's words."""
+
+import av
+import numpy as np
+import pytest
+from demo import LATENT_NODE, WORKFLOW, render
+from environment import Environment, SetupError
+from instance import LOG, RunError, start
+
+
+@pytest.fixture
+def prompt(server):
+    return server.prompt_of(WORKFLOW)
+
+
+def inputs_of(prompt, node_type):
+    return next(node["inputs"] for node in prompt.values() if node["class_type"] == node_type)
+
+
+def test_demo_renders_a_video(server, capsys):
+    path = render(server, width=64, height=48, frames=5)
+    with av.open(path) as video:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
+    assert frames.shape == (5, 48, 64, 3)
+    assert all(frame.std() > 5 for frame in frames), "a flat picture: NaN, or no signal"
+    said = capsys.readouterr().out
+    assert "rendered 5 frames of 64x48" in said
+    assert "step 1-3 semantic, 4-6 detail, boundary 0.979" in said
+
+
+def test_refused_prompt_says_why(server, prompt):
+    inputs_of(prompt, LATENT_NODE)["width"] = 0
+    with pytest.raises(RunError, match=rf"{LATENT_NODE}: Value 0 smaller than min of 16: width"):
+        server.run(prompt)
+
+
+def test_failing_node_says_why(server, prompt):
+    inputs_of(prompt, LATENT_NODE).update(width=64, height=48, length=5)
+    inputs_of(prompt, "DCMSampler")["denoise"] = 0.0
+    with pytest.raises(RunError, match=r"DCMSampler: denoise is 0"):
+        server.run(prompt)
+
+
+def test_workflow_that_is_none_says_why(server, tmp_path):
+    path = tmp_path / "empty.json"
+    path.write_text("{}")
+    with pytest.raises(RunError, match=r"empty\.json cannot be converted"):
+        server.prompt_of(path)
+
+
+def test_host_that_does_not_start_shows_its_log(server, tmp_path):
+    (tmp_path / "main.py").write_text("raise SystemExit('no such thing')")
+    environment = Environment(server.environment.python, tmp_path)
+    with pytest.raises(SetupError, match="no such thing"), start(environment, tmp_path):
+        pass
+    assert (tmp_path / LOG).is_file()
