@@ -225,6 +225,33 @@ def test_hooks_of_the_prompt_work_on_both_sides_and_are_taken_off(pair, high, lo
     assert torch.equal(guide(pair, visits([0.96, 0.5])), plain)
 
 
+class Movable:
+    """A wrapper with weights of its own, which the host moves with the model."""
+
+    def __init__(self):
+        self.moves = []
+
+    def __call__(self, executor, *args, **kwargs):
+        return executor(*args, **kwargs)
+
+    def to(self, where):
+        self.moves.append(where)
+        return self
+
+
+def test_what_belongs_to_the_second_model_is_moved_as_the_hosts_own_sampling_moves_it(switch, high, low):
+    from comfy.patcher_extension import WrappersMP
+
+    moves = []
+    for run in (lambda model: model, lambda model: switch.with_sides(high, switch.Sides(BOUNDARY, model))):
+        movable, model = Movable(), low.clone()
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "movable", movable)
+        guide(run(model), visits([0.5]))
+        moves.append(movable.moves)
+    assert moves[0] == moves[1]
+    assert moves[0][-1] == low.offload_device
+
+
 class Control:
     """As the host's ControlNets: ready between pre_run and cleanup, for the model it was made ready for."""
 
