@@ -224,16 +224,17 @@ def report(found: dict[str, tuple[int, list, Tensor]], sigmas: Tensor, tokens: i
     reference = found["routed"][2]
     print(f"\n{tokens} tokens, {layers} layers, {first} + {steps - first} steps; median [least, most] of {len(base_runs)} repeats")
     print(f"by arithmetic: detail step {ideal:.3f}, run {1 + (ideal - 1) * (steps - first) / steps:.3f}")
-    print(f"{'workflow':14}{'run s':>8}{'run / plain':>23}{'detail step / plain':>23}{'switch s':>10}{'weights MB':>12}{'/ base':>8}"
-          f"{'vs routed':>11}")
+    print("{:14}{:>7}{:>23}{:>23}{:>10}{:>12}{:>8}{:>11}".format(
+        "workflow", "run s", "run / plain", "detail step / plain", "switch s", "weights MB", "/ base", "vs routed"))
     for name, (size, runs, latent) in found.items():
-        ratios = [seconds / base for (seconds, _), (base, _) in zip(runs, base_runs, strict=True)]
-        # the first detail step holds the switch
-        details = [median(own[first + 1 :]) / median(base[first + 1 :]) for (_, own), (_, base) in zip(runs, base_runs, strict=True)]
+        pairs = list(zip(runs, base_runs, strict=True))
+        totals = [own / base for (own, _), (base, _) in pairs]
+        # without the first detail step, which holds the switch
+        details = [o / b for (_, own), (_, base) in pairs for o, b in zip(own[first + 1 :], base[first + 1 :], strict=True)]
         switch = median(own[first] - median(own[first + 1 :]) for _, own in runs)
         error = "" if name == BASE else f"{(latent - reference).norm() / reference.norm():.0e}"
-        cells = [f"{median(values):.3f} [{min(values):.3f}, {max(values):.3f}]" for values in (ratios, details)]
-        print(f"{name:14}{median(s for s, _ in runs):8.2f}{cells[0]:>23}{cells[1]:>23}{switch:10.2f}{size / 1e6:12.1f}"
+        cells = [f"{median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]" for ratios in (totals, details)]
+        print(f"{name:14}{median(s for s, _ in runs):7.2f}{cells[0]:>23}{cells[1]:>23}{switch:10.2f}{size / 1e6:12.1f}"
               f"{size / base_bytes:8.3f}{error:>11}")
 
 
