@@ -3,7 +3,7 @@
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .routing import plan_steps
+from .routing import Plan, plan_steps
 
 BACKGROUND, GRID, TEXT = "#1e1f26", "#3a3c48", "#d7d9e0"
 COLOURS = {"semantic": "#f2a33c", "detail": "#4cb3ff"}
@@ -21,18 +21,19 @@ def plot_schedule(sigmas: Tensor, boundary: float, width: int = 768, height: int
     draw = ImageDraw.Draw(image)
     unit = min(width, height) * SCALE / 100
     font = ImageFont.load_default(size=4.2 * unit)
-    left, top, right, bottom = 12 * unit, 14 * unit, width * SCALE - 5 * unit, height * SCALE - 12 * unit
+    left, top, right, bottom = 13 * unit, 14 * unit, width * SCALE - 5 * unit, height * SCALE - 13.5 * unit
 
     def at(step: float, sigma: float) -> tuple[float, float]:
         return left + (right - left) * step / plan.steps, bottom - (bottom - top) * sigma
 
     for sigma in (0, 0.25, 0.5, 0.75, 1):
         draw.line([at(0, sigma), at(plan.steps, sigma)], fill=GRID, width=max(1, round(unit / 4)))
-        draw.text((left - 1.5 * unit, at(0, sigma)[1]), f"{sigma:g}", fill=TEXT, font=font, anchor="rm")
+        draw.text((left - 2.5 * unit, at(0, sigma)[1]), f"{sigma:g}", fill=TEXT, font=font, anchor="rm")
     _dashed(draw, at(0, boundary), at(plan.steps, boundary), TEXT, unit)
-    draw.text((left + unit, at(0, boundary)[1] + unit), f"boundary {boundary:g}", fill=TEXT, font=font, anchor="la")
-    draw.text((left, 5 * unit), str(plan).partition(", boundary")[0], fill=TEXT, font=font, anchor="lm")
-    _legend(draw, right, 5 * unit, unit, font)
+    below = boundary > 0.5  # on the side of the line that has room
+    draw.text((left + unit, at(0, boundary)[1] + (unit if below else -unit)), f"boundary {boundary:g}", fill=TEXT, font=font,
+              anchor="la" if below else "ld")
+    _legend(draw, plan, left, 5 * unit, unit, font)
     values = sigmas.tolist()
     every = max(1, round(plan.steps / 12))
     for step in range(plan.steps):
@@ -58,10 +59,9 @@ def _dashed(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[fl
         x += 3.5 * unit
 
 
-def _legend(draw: ImageDraw.ImageDraw, right: float, y: float, unit: float, font: ImageFont.FreeTypeFont) -> None:
-    x = right
-    for side in ("detail", "semantic"):
-        x -= draw.textlength(side, font=font)
-        draw.text((x, y), side, fill=TEXT, font=font, anchor="lm")
-        _dot(draw, (x - 2.5 * unit, y), COLOURS[side], 1.4 * unit)
-        x -= 7 * unit
+def _legend(draw: ImageDraw.ImageDraw, plan: Plan, x: float, y: float, unit: float, font: ImageFont.FreeTypeFont) -> None:
+    """The plan in words, a dot in its colour before each side."""
+    for part in str(plan).partition(", boundary")[0].split(", "):
+        _dot(draw, (x, y), COLOURS[part.rpartition(" ")[2]], 1.4 * unit)
+        draw.text((x + 3 * unit, y), part, fill=TEXT, font=font, anchor="lm")
+        x += draw.textlength(part, font=font) + 8 * unit

@@ -70,8 +70,8 @@ def choose_boundary(model: Any, boundary: float, two_models: bool) -> float | No
     if facts is not None:
         return facts.boundary
     family = model_family(model)
-    if two_models:
-        takes_image = family is WAN and diffusion_model(model).in_dim > model.get_model_object("latent_format").latent_channels
+    if two_models and family is WAN:
+        takes_image = diffusion_model(model).in_dim > model.get_model_object("latent_format").latent_channels
         return WAN22_BOUNDARY[takes_image]
     return family.preset.boundary if family is not None else None
 

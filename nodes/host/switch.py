@@ -118,7 +118,7 @@ class Run:
         self.guider.model_patcher.cleanup()
         self.hook_mode = patcher.hook_mode
         patcher.hook_mode = self.guider.model_patcher.hook_mode
-        options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+        options = self.detail_options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
         conds = {name: [cond.copy() for cond in conds] for name, conds in self.guider.original_conds.items()}
         comfy.samplers.preprocess_conds_hooks(conds)
         comfy.sampler_helpers.prepare_model_patcher(patcher, conds, options)
@@ -131,7 +131,6 @@ class Run:
             inner_model, self.noise, conds, device, self.latent_image, self.mask, self.seed, **self._latent_shapes()
         )
         options.setdefault("transformer_options", {})["sample_sigmas"] = self.first_options["transformer_options"]["sample_sigmas"]
-        self.detail_options = options
         self.guider.inner_model, self.guider.conds = inner_model, conds
 
     def _latent_shapes(self) -> dict[str, list]:
@@ -152,6 +151,7 @@ class Run:
         patcher = self.sides.detail_model
         comfy.sampler_helpers.cleanup_models(self.guider.conds, self.loaded)
         patcher.cleanup()
+        comfy.samplers.cast_to_load_options(self.detail_options, device=patcher.offload_device)
         patcher.restore_hook_patches()
         patcher.hook_mode = self.hook_mode
         self.guider.inner_model, self.guider.conds = self.first

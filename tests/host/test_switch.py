@@ -165,5 +165,5 @@ def test_models_that_do_not_fit(switch, module, high, releases):
         pair(switch, high, hunyuan)
     with pytest.raises(ValueError, match="a detail model of its own"):
         pair(switch, high, pair(switch, high, high))
-    with pytest.raises(ValueError, match="boundary is 1.5"):
+    with pytest.raises(ValueError, match=r"boundary is 1\.5"):
         switch.with_sides(high, switch.Sides(1.5, high))
