@@ -28,7 +28,7 @@ class DCMScheduler(io.ComfyNode):
                 ),
                 io.Int.Input("steps", default=6, min=1, max=50, tooltip="Number of steps of the generic schedule."),
                 io.Float.Input(
-                    "shift", default=17.0, min=0.01, max=100.0, step=0.1, tooltip="Flow shift of the generic schedule; DCM is trained at 17."
+                    "shift", default=17.0, min=0.01, max=100.0, step=0.1, tooltip="Flow shift of the generic schedule. DCM uses 17."
                 ),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="The share of the schedule's steps to keep, from its end."
