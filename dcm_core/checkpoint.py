@@ -97,7 +97,7 @@ def _diffusers(file: TensorFile, family: Family, keys: Mapping[str, str]) -> Con
     layout = Layout.RELEASE if detail or wrapped else Layout.DIFFUSERS
     missing, odd = set(report.missing), set(report.unmatched)
     if layout is Layout.RELEASE:
-        missing_detail, odd_detail = _check_detail(file, family, detail, semantic)
+        missing_detail, odd_detail = _check_detail(file, family, detail, set(semantic), missing)
         missing, odd = missing | missing_detail, odd | odd_detail
     if missing or odd:
         raise CheckpointError(_half_message(file, family, layout, missing, odd))
@@ -110,9 +110,9 @@ def _diffusers(file: TensorFile, family: Family, keys: Mapping[str, str]) -> Con
 
 
 def _check_detail(
-    file: TensorFile, family: Family, detail: set[str], semantic: Mapping[str, str]
+    file: TensorFile, family: Family, detail: set[str], semantic: set[str], semantic_missing: set[str]
 ) -> tuple[set[str], set[str]]:
-    """(missing, odd) keys of a release's detail expert."""
+    """(missing, odd) keys of a release's detail expert, given the base's keys and which of them are missing."""
     targets = {module for key in semantic if family.lora_target_pattern.fullmatch(module := key.rpartition(".")[0])}
     pairs = {key: name for key in detail if not family.detail_source(key) and (name := split_key(key))}
     odd = {key for key, name in pairs.items() if name.module not in targets or name.kind not in ("down", "up")}
@@ -124,7 +124,7 @@ def _check_detail(
     for module in family.detail_modules:
         own = {key for key in semantic if key.startswith(f"{module}.")}
         missing |= {key.replace(module, f"{module}_lora", 1) for key in own - copies}
-    odd |= {key for key in detail if (source := family.detail_source(key)) and family.key_map.find(source) is None}
+    odd |= {key for key in detail if (source := family.detail_source(key)) and source not in semantic | semantic_missing}
     return missing, odd
 
 

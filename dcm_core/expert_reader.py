@@ -16,39 +16,10 @@ from .errors import ExpertError, name_some
 from .experts import FILE_FORMAT, Expert, LowRank, place_low_rank, split_update
 from .families import FAMILIES, Family
 from .keymap import Piece
-from .lora_names import LoraKey, candidates, flat_name, split_key
+from .lora_names import LoraKey, ModuleNames, Shapes, candidates, count_known, split_key
 from .routing import Side, check_boundary
 
 RELEASE_ADAPTER = "lora1"
-
-Shapes = Mapping[str, Sequence[int]]
-
-
-class ModuleNames:
-    """Finds the native module behind whatever a file calls it."""
-
-    def __init__(self, family: Family, shapes: Shapes):
-        self.key_map = family.key_map
-        self.aliases = family.alias_map
-        self.tensors = set(shapes)
-        self.modules = {name.rpartition(".")[0] for name in shapes}
-        self.flat: dict[str, Piece] = {}
-        for module in sorted(self.modules | self.tensors):
-            pieces = [*self.aliases.sources_of(module), *self.key_map.sources_of(module), Piece(module, module)]
-            self.flat |= {piece.source.replace(".", "_"): piece for piece in pieces}
-
-    def find(self, module: str) -> Piece | None:
-        """The native place of a module (or of a tensor that is no module's weight), None if the model has none."""
-        flat = flat_name(module)
-        if flat is not None:
-            return self.flat.get(flat)
-        for name in candidates(module):
-            if name in self.modules or name in self.tensors:
-                return Piece(name, name)
-            piece = self.aliases.find_module(name) or self.key_map.find_module(name)
-            if piece is not None and (piece.target in self.modules or piece.target in self.tensors):
-                return piece
-        return None
 
 
 @dataclass
@@ -170,7 +141,7 @@ def _name_of(key: str, family: Family) -> LoraKey | None:
 
 def _unplaced_message(unplaced: list[str], count: int, family: Family) -> str:
     for other in FAMILIES.values():
-        if other is not family and _knows(other, unplaced) > len(unplaced) // 2:
+        if other is not family and count_known(other, unplaced) > len(unplaced) // 2:
             return (
                 f"This expert is for {other.title} ({name_some(unplaced)}), the model is {family.title}. "
                 f"Load the expert made for {family.title}."
@@ -179,24 +150,6 @@ def _unplaced_message(unplaced: list[str], count: int, family: Family) -> str:
         f"{len(unplaced)} of {count} tensors fit nothing in this {family.title} model: {name_some(unplaced)}. Expected LoRA "
         "keys in ComfyUI, kohya, diffusers or PEFT naming, made for a model of the same size."
     )
-
-
-def _knows(family: Family, keys: Iterable[str]) -> int:
-    """How many of the keys a model of the family could have, whatever its depth."""
-    native = {re.sub(r"\d+", "{n}", rule.target) for rule in family.DIFFUSERS_TO_NATIVE}
-    flat = {name.replace(".", "_") for name in native}
-    count = 0
-    for key in keys:
-        module = name.module if (name := split_key(key)) else key
-        bare = flat_name(module)
-        if bare is not None:
-            count += re.sub(r"\d+", "{n}", bare) in flat
-        else:
-            count += any(
-                re.sub(r"\d+", "{n}", part) in native or family.key_map.find_module(part) is not None
-                for part in candidates(module)
-            )
-    return count
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:

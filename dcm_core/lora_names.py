@@ -1,8 +1,14 @@
 """How the world names LoRA tensors: the ending says what a tensor is, the rest which module it belongs to."""
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from .families import Family
+from .keymap import Piece
+
+Shapes = Mapping[str, Sequence[int]]
 
 Kind = Literal["down", "up", "alpha", "diff", "diff_b", "set_weight", "set_bias", "unsupported"]
 
@@ -61,3 +67,48 @@ def flat_name(module: str) -> str | None:
         if module.startswith(prefix):
             return module[len(prefix):]
     return None
+
+
+class ModuleNames:
+    """Finds the native module behind whatever a file calls it."""
+
+    def __init__(self, family: Family, shapes: Shapes):
+        self.key_map = family.key_map
+        self.aliases = family.alias_map
+        self.tensors = set(shapes)
+        self.modules = {name.rpartition(".")[0] for name in shapes}
+        self.flat: dict[str, Piece] = {}
+        for module in sorted(self.modules | self.tensors):
+            pieces = [*self.aliases.sources_of(module), *self.key_map.sources_of(module), Piece(module, module)]
+            self.flat |= {piece.source.replace(".", "_"): piece for piece in pieces}
+
+    def find(self, module: str) -> Piece | None:
+        """The native place of a module (or of a tensor that is no module's weight), None if the model has none."""
+        flat = flat_name(module)
+        if flat is not None:
+            return self.flat.get(flat)
+        for name in candidates(module):
+            if name in self.modules or name in self.tensors:
+                return Piece(name, name)
+            piece = self.aliases.find_module(name) or self.key_map.find_module(name)
+            if piece is not None and (piece.target in self.modules or piece.target in self.tensors):
+                return piece
+        return None
+
+
+def count_known(family: Family, keys: Iterable[str]) -> int:
+    """How many of the keys a model of the family could have, whatever its depth."""
+    native = {re.sub(r"\d+", "{n}", rule.target) for rule in family.DIFFUSERS_TO_NATIVE}
+    flat = {name.replace(".", "_") for name in native}
+    count = 0
+    for key in keys:
+        module = name.module if (name := split_key(key)) else key
+        bare = flat_name(module)
+        if bare is not None:
+            count += re.sub(r"\d+", "{n}", bare) in flat
+        else:
+            count += any(
+                re.sub(r"\d+", "{n}", part) in native or family.key_map.find_module(part) is not None
+                for part in candidates(module)
+            )
+    return count

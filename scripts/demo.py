@@ -8,6 +8,7 @@ The last line is the video's path.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import time
 from pathlib import Path
@@ -31,9 +32,8 @@ def render(instance: Instance, width: int, height: int, frames: int) -> Path:
     if not videos:
         raise RunError(f"the workflow ran but saved no video; the log ends with:\n{instance.log_tail()}")
     say(f"rendered {frames} frames of {width}x{height} in {time.monotonic() - started:.1f} s")
-    for line in instance.log().splitlines():
-        if line.startswith("step "):
-            say(f"experts: {line}")
+    for plan in re.findall(r"step \d.*, boundary [\d.]+", instance.log()):
+        say(f"experts: {plan}")
     return videos[0]
 
 

@@ -25,6 +25,8 @@ HELD = [
     torch.uint16, torch.uint32, torch.uint64, torch.complex64,
 ]  # fmt: skip
 
+FOUR = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
 
 def bits(tensor):
     return tensor.contiguous().reshape(-1).view(torch.uint8)
@@ -110,6 +112,18 @@ def test_reading_in_turn_reports_bytes(tmp_path):
     assert seen == [(4, 20), (20, 20)]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs sparse files and the size of memory")
+def test_a_file_larger_than_the_memory(tmp_path):
+    size = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    big = {"dtype": "U8", "shape": [size], "data_offsets": [16, 16 + size]}
+    path = raw_file(tmp_path / "x.safetensors", {"a": FOUR, "big": big}, struct.pack("<4f", 1, 2, 3, 4))
+    with path.open("rb+") as file:
+        file.truncate(path.stat().st_size + size)
+    file = TensorFile(path)
+    assert file.shapes["big"] == (size,)
+    assert file.read("a").tolist() == [1, 2, 3, 4]
+
+
 # refused input
 
 
@@ -145,7 +159,6 @@ def test_files_given_by_mistake(tmp_path, make, message):
     assert str(path) in str(caught.value)
 
 
-FOUR = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
 
 
 @pytest.mark.parametrize(
