@@ -54,7 +54,7 @@ def recognise(file: TensorFile) -> Contents:
     Raises:
         CheckpointError: a file that is half one thing: known keys with others missing or unknown.
     """
-    keys = {_without_prefix(key): key for key in file.shapes}
+    keys = {without_prefix(key): key for key in file.shapes}
     for family in FAMILIES.values():
         if family.is_native(keys):
             return Contents(Layout.NATIVE, family)
@@ -69,7 +69,8 @@ def recognise(file: TensorFile) -> Contents:
     return _diffusers(file, family, keys)
 
 
-def _without_prefix(key: str) -> str:
+def without_prefix(key: str) -> str:
+    """A key as the model itself names it."""
     for prefix in PREFIXES:
         if key.startswith(prefix):
             return key[len(prefix) :]
@@ -182,11 +183,17 @@ def semantic_state_dict(file: TensorFile, contents: Contents, progress: Progress
 
 
 def each_native(file: TensorFile, contents: Contents, progress: Progress | None = None) -> Iterable[tuple[str, Tensor]]:
-    """The base's tensors in native names, one at a time."""
+    """The base's tensors in native names, one at a time.
+
+    Raises:
+        CheckpointError: NaN or infinite weights.
+    """
     sources = [piece.source for pieces in contents.matched.values() for piece in pieces]
     reader = each_read(file, sources, progress)
     for target, pieces in contents.matched.items():
-        yield target, fuse(pieces, dict(next(reader) for _ in pieces))
+        tensors = dict(next(reader) for _ in pieces)
+        check_finite(file, tensors)
+        yield target, fuse(pieces, tensors)
 
 
 def detail_expert(file: TensorFile, contents: Contents) -> Expert:

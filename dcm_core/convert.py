@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Contents, Layout, check_finite, detail_expert, each_native, recognise
+from .checkpoint import Contents, Layout, detail_expert, each_native, is_finite, recognise
 from .errors import CheckpointError
-from .experts import write_expert
-from .keymap import fused_shape
-from .storage import Progress, TensorFile, temporary_file, write_stream
+from .experts import expert_entries, expert_metadata, write_expert
+from .storage import Entries, Progress, TensorFile, check_room, file_size, temporary_file, write_stream
 
 KEEP = "keep"
 DTYPES: dict[str, torch.dtype | None] = {
@@ -72,11 +71,19 @@ def convert_release(
     targets = [base, expert] if released else [base]
     _check_targets(source, targets, overwrite)
     found = detail_expert(file, contents) if released else None
+    shapes = contents.native_shapes(file)
+    entries = _base_entries(file, contents, dtype)
+    metadata = _base_metadata(contents)
+    sizes = {base: file_size(entries, metadata)}
+    expert_dtype = dtype if dtype is not None and dtype.itemsize > 1 else None
+    if found is not None:
+        expert_file = expert_entries(found, shapes, expert_dtype)
+        sizes[expert] = file_size(expert_file, expert_metadata(found, len(expert_file)))
+    check_room(sizes)
     with temporary_file(base) as base_part:
-        _write_base(file, contents, base_part, dtype, progress)
+        write_stream(base_part, entries, _base_tensors(file, contents, entries, progress), metadata)
         if found is not None:
-            kept = dtype if dtype is not None and dtype.itemsize > 1 else None
-            write_expert(expert, found, contents.native_shapes(file), kept)
+            write_expert(expert, found, shapes, expert_dtype)
     return Conversion(contents.family.title, base, len(contents.matched), expert if found else None, str(found))
 
 
@@ -89,21 +96,29 @@ def _check_targets(source: Path, targets: list[Path], overwrite: bool) -> None:
         raise CheckpointError(f"{' and '.join(existing)} exists already. Choose another name, or allow overwriting.")
 
 
-def _write_base(file: TensorFile, contents: Contents, path: Path, dtype: torch.dtype | None, progress: Progress | None) -> None:
-    entries = {}
-    for target, pieces in contents.matched.items():
-        shape = fused_shape([file.shapes[piece.source] for piece in pieces])
-        entries[target] = (_target_dtype(target, file.dtypes[pieces[0].source], shape, dtype), shape)
+def _base_entries(file: TensorFile, contents: Contents, dtype: torch.dtype | None) -> Entries:
+    stored = {target: file.dtypes[pieces[0].source] for target, pieces in contents.matched.items()}
+    return {
+        target: (_target_dtype(target, stored[target], shape, dtype), shape)
+        for target, shape in contents.native_shapes(file).items()
+    }
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for target, tensor in each_native(file, contents, progress):
-            check_finite(file, {target: tensor})
-            yield target, tensor.to(entries[target][0])
 
+def _base_tensors(
+    file: TensorFile, contents: Contents, entries: Entries, progress: Progress | None
+) -> Iterator[tuple[str, Tensor]]:
+    for target, tensor in each_native(file, contents, progress):
+        value = tensor.to(entries[target][0])
+        if not is_finite(value):
+            raise CheckpointError(f"{target} has values too large for {value.dtype}. Choose bfloat16 or float32.")
+        yield target, value
+
+
+def _base_metadata(contents: Contents) -> dict[str, str]:
     metadata = {"dcm.family": contents.family.name}
     if contents.layout is Layout.RELEASE:
         metadata |= {"dcm.expert": "semantic", "dcm.boundary": repr(contents.family.preset.boundary)}
-    write_stream(path, entries, tensors(), metadata)
+    return metadata
 
 
 def _target_dtype(name: str, stored: torch.dtype, shape: tuple[int, ...], dtype: torch.dtype | None) -> torch.dtype:

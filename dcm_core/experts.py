@@ -143,14 +143,23 @@ def write_expert(
 
     Args:
         dtype: of the written tensors (alphas stay as they are), None to keep.
+
+    Raises:
+        CheckpointError: too little room on the disk.
     """
+    entries = expert_entries(expert, shapes, dtype)
+    tensors = ((key, tensor.to(entries[key][0])) for key, tensor in expert_tensors(expert, shapes))
+    write_stream(path, entries, tensors, expert_metadata(expert, len(entries)))
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for key, tensor in expert_tensors(expert, shapes):
-            yield key, tensor.to(dtype) if dtype is not None and not key.endswith(".alpha") else tensor
 
-    entries = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors()}
-    write_stream(path, entries, tensors(), expert_metadata(expert, len(entries)))
+def expert_entries(
+    expert: Expert, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype | None = None
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """key -> (dtype, shape) of our expert file."""
+    return {
+        key: (tensor.dtype if dtype is None or key.endswith(".alpha") else dtype, tuple(tensor.shape))
+        for key, tensor in expert_tensors(expert, shapes)
+    }
 
 
 def expert_tensors(expert: Expert, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:

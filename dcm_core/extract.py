@@ -8,17 +8,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Contents, Layout, check_finite, recognise
+from .checkpoint import Contents, Layout, check_finite, recognise, without_prefix
 from .errors import CheckpointError, name_some
 from .experts import Expert, LowRank, write_expert
 from .families import Family
 from .keymap import Piece, fuse, fused_shape
-from .storage import Progress, TensorFile
+from .storage import Progress, TensorFile, check_room
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
 # Below this many rows or columns the whole SVD is as fast and exact.
 SMALL = 512
+# How quantised files name what belongs to a weight.
+QUANTISED = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,13 @@ class NativeView:
         return self.contents.family
 
     def _native_pieces(self) -> dict[str, list[Piece]]:
-        pieces = {}
-        for key in self.file.shapes:
-            name = key.removeprefix("model.").removeprefix("diffusion_model.")
-            pieces[name] = [Piece(key, name)]
-        return pieces
+        quantised = [key for key in self.file.shapes if key.endswith(QUANTISED)]
+        if quantised:
+            raise CheckpointError(
+                f"{self.file.path} is quantised: its weights need the scales beside them ({name_some(quantised)}). "
+                "Use the bf16, fp16 or fp32 version of the model."
+            )
+        return {name: [Piece(key, name)] for key in self.file.shapes for name in [without_prefix(key)]}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return fused_shape([self.file.shapes[piece.source] for piece in self.pieces[name]])
@@ -126,6 +130,10 @@ def extract_lora(
     if rank < 1:
         raise CheckpointError(f"rank is {rank}; it has to be at least 1 (128 is what the released experts use).")
     out = Path(out)
+    if out.resolve() in (Path(tuned).resolve(), Path(base).resolve()):
+        raise CheckpointError(f"{out} is an input; the LoRA needs a file of its own. Choose another name.")
+    check_room({out: 0})
+    _check_device(device)
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already. Choose another name, or allow overwriting.")
     new, old = NativeView(tuned), NativeView(base)
@@ -146,6 +154,14 @@ def extract_lora(
     expert = Expert(new.family.name, "semantic", low_rank, diff=diff, boundary=new.family.preset.boundary)
     write_expert(out, expert, {name: new.shape(name) for name in new.pieces})
     return Extraction(out, layers, tuple(sorted(diff)), len(new.pieces) - len(low_rank) - len(diff))
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"The device {device} cannot be used ({reason}). Choose cpu, or a device this machine has.") from error
 
 
 def _check_same(new: NativeView, old: NativeView) -> None:

@@ -1,7 +1,7 @@
 """One safetensors file: read tensor by tensor, or written as a stream, whatever its size.
 
-Resident memory stays at about one tensor: the safetensors library maps what it reads, so a file is opened for each
-tensor anew and nothing stays mapped; what is written goes to disk as it is made.
+Resident memory stays at about one tensor, also for files larger than the memory: the safetensors library checks a file,
+tensors are then read at their offsets (it would map the whole file), and what is written goes to disk as it is made.
 """
 
 import json
@@ -71,12 +71,14 @@ class TensorFile:
             raise CheckpointError(f"{self.path} {what}; expected a .safetensors file. Check the name.")
         self._refuse_foreign()
         try:
-            with safe_open(self.path, framework="pt") as file:
+            with safe_open(self.path, framework="np") as file:
                 self.metadata: dict[str, str] = dict(file.metadata() or {})
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     part = file.get_slice(key)
                     self.shapes[key] = tuple(part.get_shape())
                     self.dtypes[key] = self._dtype(key, str(part.get_dtype()))
+            self._offsets = self._read_offsets()
+            self._state = self._file_state()
         except (SafetensorError, OSError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -97,6 +99,18 @@ class TensorFile:
                     f"{self.path} is {what}; only .safetensors files are read. Download or convert the safetensors version."
                 )
 
+    def _file_state(self) -> tuple[int, int, int]:
+        """Changes when the file does."""
+        found = self.path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _read_offsets(self) -> dict[str, int]:
+        """Where each tensor begins in the file."""
+        with self.path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        return {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
+
     def _dtype(self, key: str, name: str) -> torch.dtype:
         if name not in DTYPES:
             raise CheckpointError(f"{self.path}: {key} is stored as {name}; expected one of {', '.join(DTYPES)}.")
@@ -115,11 +129,18 @@ class TensorFile:
         Raises:
             CheckpointError: a file that changed since it was opened.
         """
+        data = bytearray(self.nbytes(key))
         try:
-            with safe_open(self.path, framework="pt") as file:
-                return file.get_tensor(key).clone()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path}: {key} cannot be read ({error}). Was the file changed? Load it again.") from error
+            changed = self._file_state() != self._state
+            with self.path.open("rb") as file:
+                file.seek(self._offsets[key])
+                whole = file.readinto(data) == len(data)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {key} cannot be read ({error}). Was the file moved? Load it again.") from error
+        if changed or not whole:
+            raise CheckpointError(f"{self.path}: {key} cannot be read: the file has changed since it was opened. Load it again.")
+        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return flat.view(self.dtypes[key]).reshape(self.shapes[key])
 
     def read_all(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The tensors called `keys`, all by default, in memory."""
@@ -133,9 +154,17 @@ def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     return count
 
 
+Entries = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+
+
+def file_size(entries: Entries, metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that will hold these tensors."""
+    return len(_header(entries, metadata)) + sum(_nbytes(*entry) for entry in entries.values())
+
+
 def write_stream(
     path: str | os.PathLike,
-    entries: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    entries: Entries,
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str],
     progress: Progress | None = None,
@@ -171,7 +200,7 @@ def write_stream(
             raise CheckpointError(f"{left[0]} was announced for {path} but never came.")
 
 
-def _header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+def _header(entries: Entries, metadata: Mapping[str, str]) -> bytes:
     description: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for key, (dtype, shape) in entries.items():
@@ -185,6 +214,26 @@ def _header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: 
     return struct.pack("<Q", len(text)) + text
 
 
+def check_room(sizes: Mapping[Path, int]) -> None:
+    """See that the files (path -> bytes) can be written before any work is done.
+
+    Raises:
+        CheckpointError: a missing folder, or too little room on the disk they share.
+    """
+    disks: dict[int, list[Path]] = {}
+    for path in sizes:
+        if not path.parent.is_dir():
+            raise CheckpointError(f"The folder {path.parent} does not exist. Create it, or choose another place for {path.name}.")
+        disks.setdefault(path.parent.stat().st_dev, []).append(path)
+    for paths in disks.values():
+        needed, free = sum(sizes[path] for path in paths), shutil.disk_usage(paths[0].parent).free
+        if free < needed:
+            names = " and ".join(map(str, paths)) + (" need" if len(paths) > 1 else " needs")
+            raise CheckpointError(
+                f"{names} {needed / 1e9:.1f} GB, but {paths[0].parent} has {free / 1e9:.1f} GB free. Make room, or choose another disk."
+            )
+
+
 @contextmanager
 def temporary_file(path: Path, nbytes: int = 0) -> Iterator[Path]:
     """A name beside `path` that takes its place if the block ends well and vanishes if not.
@@ -192,15 +241,8 @@ def temporary_file(path: Path, nbytes: int = 0) -> Iterator[Path]:
     Raises:
         CheckpointError: a missing folder, or less free disk than `nbytes`.
     """
-    folder = path.parent
-    if not folder.is_dir():
-        raise CheckpointError(f"The folder {folder} does not exist. Create it, or choose another place for {path.name}.")
-    free = shutil.disk_usage(folder).free
-    if free < nbytes:
-        raise CheckpointError(
-            f"{path} needs {nbytes / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free. Make room, or choose another disk."
-        )
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=folder)
+    check_room({path: nbytes})
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:

@@ -37,7 +37,7 @@ TORCH = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
 # ComfyUI imports requests without asking for it.
 TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "requests")
 NODE_TOOLS = ("comfy-cli==1.23.0",)
-GIGABYTES_NEEDED = 12
+GIGABYTES_NEEDED = 13
 
 DONE = ".complete"
 # The downloads worth a line of progress, such as `Downloading torch-2.9.1-....whl (899.7 MB)`.

@@ -146,6 +146,8 @@ def broken(kind, tensors):
         tensors["blocks.1.attn2.to_v.lora_B.lora1.weight"] = torch.zeros(256, 9)
     elif kind == "nan":
         tensors["proj_out_lora.weight"] = tensors["proj_out_lora.weight"] * float("nan")
+    elif kind == "nan base":
+        tensors["blocks.1.ffn.net.2.bias"] = tensors["blocks.1.ffn.net.2.bias"] / 0
     elif kind == "lora only":
         tensors = {k: v for k, v in tensors.items() if ".lora_" in k}
     elif kind == "both names":
@@ -161,6 +163,7 @@ def broken(kind, tensors):
         ("half lora", r"missing \(blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\)"),
         ("shape", r"blocks\.1\.attn2\.to_v have shapes that do not fit"),
         ("nan", r"proj_out_lora\.weight hold NaN"),
+        ("nan base", r"blocks\.1\.ffn\.net\.2\.bias hold NaN"),
         ("lora only", "holds an expert .* Load the base model here"),
         ("both names", "with and without a prefix"),
     ],
