@@ -1,8 +1,11 @@
 """`python -m dcm_core convert | extract | inspect`: the library on the command line."""
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,18 +17,42 @@ from .storage import Progress
 
 
 def progress_line(label: str) -> Progress:
-    """A progress bar on stderr, counted in percent."""
-    from tqdm import tqdm
-
-    bar = tqdm(total=100, desc=label, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
+    """A progress bar on stderr, in percent; it appears with the first progress."""
+    bar = None
 
     def update(done: int, total: int) -> None:
-        bar.n = 100 * done // max(1, total)
-        bar.refresh()
+        nonlocal bar
+        percent = 100 * done // total if total else 100
+        bar = bar or make_bar(label)
+        bar.update(percent - bar.n)
         if done >= total:
             bar.close()
 
     return update
+
+
+def make_bar(label: str) -> Any:
+    """tqdm's bar, which every ComfyUI has, else plain lines."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return PlainBar(label)
+    return tqdm(total=100, desc=label, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+
+
+class PlainBar:
+    """A line for every tenth part."""
+
+    def __init__(self, label: str):
+        self.label, self.n = label, 0
+
+    def update(self, percent: int) -> None:
+        if (self.n + percent) // 10 > self.n // 10:
+            print(f"{self.label} {self.n + percent}%", file=sys.stderr)
+        self.n += percent
+
+    def close(self) -> None:
+        """Nothing is left open."""
 
 
 def convert(args: argparse.Namespace) -> str:
@@ -51,8 +78,29 @@ def extract(args: argparse.Namespace) -> str:
 
 
 def inspect(args: argparse.Namespace) -> str:
-    reports = [inspect_file(path) for path in args.files]
-    return "\n\n".join(report.to_json() if args.json else str(report) for report in reports)
+    """All files that can be read are described, then the others are told of."""
+    reports, errors = [], []
+    for path in args.files:
+        try:
+            reports.append(inspect_file(path))
+        except DCMError as error:
+            errors.append(str(error))
+    if args.json and reports:
+        data = [asdict(report) for report in reports]
+        text = json.dumps(data if len(args.files) > 1 else data[0], indent=2)
+    else:
+        text = "\n\n".join(map(str, reports))
+    if errors:
+        print(text, end="\n" if text else "")
+        raise DCMError("\n".join(errors))
+    return text
+
+
+def device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is no device; expected cpu, cuda, cuda:1, mps ...") from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -74,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--rank", type=int, default=128, help="rank of every layer (default: %(default)s)")
     floats = [name for name, dtype in DTYPES.items() if dtype is not None and dtype.itemsize > 1]
     command.add_argument("--dtype", choices=floats, default="bfloat16", help="of the LoRA (default: %(default)s)")
-    command.add_argument("--device", type=torch.device, default="cpu", help="where to decompose, e.g. cuda (default: %(default)s)")
+    command.add_argument("--device", type=device, default="cpu", help="where to decompose, e.g. cuda (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of the decomposition (default: %(default)s)")
     command.add_argument("--layers", action="store_true", help="print a line for each layer")
     command.add_argument("--overwrite", action="store_true", help="write over an existing file")

@@ -7,19 +7,17 @@ import json
 import os
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .errors import DCMError
 from .storage import TensorFile, write_tensors
 
 FORMAT = "dcm-conditioning"
-EMBEDDING = "cond"
 Conditioning = list[list[Any]]
 
 
 def save_conditioning(path: str | os.PathLike, conditioning: Conditioning, prompt: str = "") -> None:
-    """Write a conditioning.
+    """Write a conditioning: embeddings as `0`, `1` ..., their extras as `0.pooled_output` ...
 
     Args:
         prompt: kept in the metadata, for people who look at the file.
@@ -32,10 +30,13 @@ def save_conditioning(path: str | os.PathLike, conditioning: Conditioning, promp
     tensors: dict[str, Tensor] = {}
     values: list[dict[str, Any]] = []
     for index, (embedding, extras) in enumerate(conditioning):
+        if not isinstance(embedding, Tensor):
+            raise DCMError("The conditioning holds no text embedding. Connect the output of a text encode node.")
+        tensors[str(index)] = _data(embedding)
         values.append({})
-        for name, value in {EMBEDDING: embedding, **extras}.items():
+        for name, value in extras.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = _data(value)
             elif value is None or isinstance(value, (bool, int, float, str)):
                 values[-1][name] = value
             else:
@@ -47,30 +48,37 @@ def save_conditioning(path: str | os.PathLike, conditioning: Conditioning, promp
     write_tensors(path, tensors, metadata)
 
 
+def _data(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
 def load_conditioning(path: str | os.PathLike) -> Conditioning:
     """Read a conditioning back, bit for bit.
 
     Raises:
-        DCMError: a file that is no saved conditioning.
+        DCMError: a file that is no saved conditioning, or a damaged one.
     """
     file = TensorFile(path)
     if file.metadata.get("format") != FORMAT:
         raise DCMError(f"{path} holds no saved conditioning. Choose a file that DCM Save Conditioning wrote.")
     try:
-        values: list[dict[str, Any]] = json.loads(file.metadata["values"])
-        entries: list[dict[str, Any]] = [dict(value) for value in values]
+        values = json.loads(file.metadata["values"])
+        if not values or not all(isinstance(extras, dict) for extras in values):
+            raise ValueError("no list of entries")
+        conditioning: Conditioning = [[file.read(str(index)), dict(extras)] for index, extras in enumerate(values)]
         for key in file.shapes:
-            index, _, name = key.partition(".")
-            entries[int(index)][name] = file.read(key)
-        return [[entry.pop(EMBEDDING), entry] for entry in entries]
-    except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise DCMError(f"{path} is a damaged conditioning file ({error!r}). Save the conditioning again.") from error
+            index, dot, name = key.partition(".")
+            if not index.isdecimal() or int(index) >= len(values):
+                raise ValueError(f"{key} belongs to no entry")
+            if dot:
+                conditioning[int(index)][1][name] = file.read(key)
+        return conditioning
+    except (KeyError, ValueError, TypeError) as error:
+        raise DCMError(f"{path} is a damaged conditioning file ({error}). Save the conditioning again.") from error
 
 
 def describe_conditioning(conditioning: Conditioning) -> str:
     """A line about it: `1 prompt, 512 tokens of width 4096, torch.bfloat16`."""
     embedding = conditioning[0][0]
     plural = "s" if len(conditioning) > 1 else ""
-    if not isinstance(embedding, torch.Tensor):
-        return f"{len(conditioning)} prompt{plural}, no embedding"
     return f"{len(conditioning)} prompt{plural}, {embedding.shape[-2]} tokens of width {embedding.shape[-1]}, {embedding.dtype}"

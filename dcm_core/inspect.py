@@ -3,11 +3,13 @@
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from .checkpoint import Contents, Layout, recognise
 from .errors import CheckpointError, name_some
-from .lora_names import split_key
+from .families import FAMILIES
+from .lora_names import LoraKey, split_key
 from .storage import TensorFile
 
 
@@ -46,9 +48,6 @@ class Inspection:
         }
         return "\n".join(f"{name:>10}: {value}" for name, value in facts.items() if value is not None)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
-
 
 def inspect_file(path: str | os.PathLike) -> Inspection:
     """Look at a safetensors file; an incomplete model is described, with what is wrong in `problem`.
@@ -64,7 +63,8 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         contents, problem = Contents(Layout.OTHER), str(error)
     names = {key: split_key(key) for key in file.shapes}
     family = contents.family
-    title = family.title if family else file.metadata.get("dcm.family")
+    said = file.metadata.get("dcm.family")
+    title = family.title if family else FAMILIES[said].title if said in FAMILIES else said
     preset = family.preset if family and contents.layout is Layout.RELEASE else None
     is_lora = contents.layout is Layout.EXPERT
     return Inspection(
@@ -75,13 +75,30 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         tensors=len(file),
         gigabytes=sum(map(file.nbytes, file.shapes)) / 1e9,
         dtypes=dict(Counter(str(dtype).removeprefix("torch.") for dtype in file.dtypes.values()).most_common()),
-        ranks=tuple(sorted({file.shapes[key][0] for key, name in names.items() if name and name.kind == "down" and file.shapes[key]})),
-        alpha=file.metadata.get("dcm.alpha") or (f"{family.lora_scale:g} x rank (the release's)" if preset else None),
+        ranks=_ranks(file, names),
+        alpha=_alpha(file, names) or (f"{family.lora_scale:g} x rank (the release's)" if preset else None),
         boundary=file.metadata.get("dcm.boundary") or (f"{preset.boundary:g}" if preset else None),
         timesteps=file.metadata.get("dcm.timesteps") or (json.dumps(preset.timesteps) if preset else None),
         unplaced=tuple(key for key, name in names.items() if name is None) if is_lora else (),
         problem=problem,
     )
+
+
+def _ranks(file: TensorFile, names: Mapping[str, LoraKey | None]) -> tuple[int, ...]:
+    """Of our files the rank of one update, not of the stacked ones of fused modules."""
+    said = file.metadata.get("dcm.rank", "")
+    if said.isdecimal():
+        return (int(said),)
+    downs = (file.shapes[key] for key, name in names.items() if name and name.kind == "down")
+    return tuple(sorted({shape[0] for shape in downs if shape}))
+
+
+def _alpha(file: TensorFile, names: Mapping[str, LoraKey | None]) -> str | None:
+    """As the file says it, else the alphas it stores."""
+    if "dcm.alpha" in file.metadata:
+        return file.metadata["dcm.alpha"]
+    keys = (key for key, name in names.items() if name and name.kind == "alpha" and not file.shapes[key])
+    return ", ".join(f"{value:g}" for value in sorted({file.read(key).item() for key in keys})) or None
 
 
 def _experts(file: TensorFile, contents: Contents) -> tuple[str, ...]:
