@@ -171,6 +171,8 @@ def _patch_base(clone: Any, expert: Expert, strength: float) -> dict[str, tuple[
     patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
     added = set(clone.add_patches(patches, strength))
     lost = {name for name in _targets(expert) if FILE_PREFIX + name not in added}
+    # the host keeps one patch of a LoRA file for each tensor
+    lost |= {f"{module}.weight" for module in expert.low_rank} & (set(expert.diff) | set(expert.replaced))
     if lost:
         raise ExpertError(
             f"The host could not place {len(lost)} of the semantic expert's tensors: {name_some(lost)}. "

@@ -116,6 +116,19 @@ def test_bare_parameters_convolutions_and_norms(wan, attach, base, random_expert
     assert not [n for n, m in base.model.named_modules() if "modulation" in m.__dict__]
 
 
+def test_what_the_host_would_drop_from_a_stacked_expert_is_an_error(attach, base, random_expert, sample):
+    """A pair and a difference on one tensor: the host keeps only one; routed, both count."""
+    import dataclasses
+
+    name = "blocks.0.self_attn.q.weight"
+    both = dataclasses.replace(random_expert(base, "semantic", replaced=False), diff={name: torch.eye(256) * 3})
+    with pytest.raises(ValueError, match=r"could not place 1 .* blocks\.0\.self_attn\.q\.weight"):
+        attach.attach_experts(base, both)
+    without = dataclasses.replace(both, diff={})
+    independent = [sample(attach.attach_experts(base, expert, stacked=False), SIGMAS) for expert in (both, without)]
+    assert relative(*independent) > 1e-4
+
+
 def test_base_is_bit_identical_after_everything(attach, base, random_expert, sample):
     before = copy_of(base)
     plain = sample(base, SIGMAS)
