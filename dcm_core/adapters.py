@@ -226,12 +226,13 @@ def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: 
 
 def inner_module(module: nn.Module) -> nn.Module:
     """The module itself where torch.compile has wrapped it."""
-    return getattr(module, "_orig_mod", module)
+    return module._modules.get("_orig_mod") or module
 
 
 def find_module(root: nn.Module, name: str) -> nn.Module:
     """The submodule called `name`, through every compiled wrapper on the way."""
     module = inner_module(root)
     for part in name.split("."):
-        module = inner_module(getattr(module, part))
+        # not getattr: it is ten times slower, and this runs for every site in every step
+        module = inner_module(module._modules[part])
     return module

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,23 @@ def test_truncated_release(family, save, release, targets):
         file.truncate(source.stat().st_size - 2)
     with pytest.raises(CheckpointError, match="no whole safetensors file"):
         convert_release(source, *targets)
+
+
+def test_the_expert_is_written_and_freed_before_the_base(save, release, targets, monkeypatch):
+    """Both in memory are more than 2 GB for HunyuanVideo in float32."""
+    from dcm_core import convert
+
+    experts, alive = [], []
+    original = convert.detail_expert
+
+    def watched(*arguments):
+        expert = original(*arguments)
+        experts.append(weakref.ref(expert))
+        return expert
+
+    monkeypatch.setattr(convert, "detail_expert", watched)
+    convert_release(save(release), *targets, progress=lambda *_: alive.append(experts[0]() is not None))
+    assert alive and not any(alive)
 
 
 MEASURE = """
