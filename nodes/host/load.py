@@ -31,6 +31,8 @@ def load_model(name: str, weight_dtype: str, node_id: str | None = None) -> tupl
     Raises:
         CheckpointError: a file that cannot be read, is incomplete, or is no model.
     """
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise CheckpointError(f"weight_dtype is {weight_dtype!r}; choose one of {', '.join(WEIGHT_DTYPES)}.")
     path = path_of(MODELS, name)
     file = TensorFile(path)
     contents = recognise(file)

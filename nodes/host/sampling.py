@@ -37,6 +37,8 @@ def choose_sigmas(schedule: str, steps: int, shift: float, denoise: float, model
     Raises:
         ScheduleError: settings that give no schedule.
     """
+    if schedule not in (AUTO, GENERIC, *PRESETS):
+        raise ScheduleError(f"The schedule is {schedule!r}; choose one of {', '.join((AUTO, *PRESETS, GENERIC))}.")
     if schedule == AUTO and model is None:
         raise ScheduleError("The schedule is auto, but no model is connected to read it from. Connect the model, or choose a schedule.")
     if schedule == AUTO:

@@ -196,6 +196,11 @@ def test_files_that_are_no_safetensors(node, folder, name, data, message):
         node("DCMLoadModel", model_name=name, weight_dtype="default")
 
 
+def test_unknown_weight_dtype(node, releases):
+    with pytest.raises(ValueError, match="weight_dtype is 'fp4'; choose one of default, fp8_e4m3fn"):
+        node("DCMLoadModel", model_name=releases["wan_tiny"], weight_dtype="fp4")
+
+
 def test_truncated_file(node, folder, releases):
     whole = (folder / "diffusion_models" / releases["wan_tiny"]).read_bytes()
     (folder / "diffusion_models" / "cut.safetensors").write_bytes(whole[: len(whole) // 2])

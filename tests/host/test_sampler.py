@@ -190,6 +190,7 @@ def test_image_model_has_its_own_boundary(module, wan):
         ({"sigmas": torch.tensor([14.6, 3.0, 0.0])}, "noise levels lie between 1 and 0"),
         ({"sigmas": torch.tensor([1.0, float("nan"), 0.0])}, "noise levels lie between 1 and 0"),
         ({"denoise": 0.0}, "denoise is 0.0"),
+        ({"schedule": "karras"}, r"The schedule is 'karras'; choose one of auto, Wan 2\.1 6 steps"),
         ({"boundary": 1.0}, "boundary is 1.0"),
         ({"schedule": "generic", "steps": 0}, "steps is 0"),
     ],
