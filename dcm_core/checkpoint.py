@@ -1,5 +1,6 @@
 """What a model file is, by its content, and its parts in native names."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +17,7 @@ from .storage import Progress, TensorFile, each_read
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.")
 BASE_LAYER = ".base_layer."
+NATIVE_WEIGHT = re.compile(r"(?P<stem>blocks|double_blocks|single_blocks)\.(?P<index>\d+)\.(?P<rest>.+\.weight)")
 
 
 class Layout(Enum):
@@ -57,6 +59,7 @@ def recognise(file: TensorFile) -> Contents:
     keys = {without_prefix(key): key for key in file.shapes}
     for family in FAMILIES.values():
         if family.is_native(keys):
+            _check_blocks(file, family, keys)
             return Contents(Layout.NATIVE, family)
     lora = {key for key in keys if split_key(key)}
     if lora and not any(BASE_LAYER in key for key in keys) and len(lora) > len(keys) // 2:
@@ -67,6 +70,22 @@ def recognise(file: TensorFile) -> Contents:
     if len(keys) < len(file):
         raise CheckpointError(f"{file.path} holds the same tensors with and without a prefix; expected one model. Load a clean file.")
     return _diffusers(file, family, keys)
+
+
+def _check_blocks(file: TensorFile, family: Family, keys: Iterable[str]) -> None:
+    """A native file is the host's to load, but every block has to have the weights that any block of its kind has."""
+    layers: dict[str, dict[int, set[str]]] = {}
+    for key in keys:
+        if match := NATIVE_WEIGHT.fullmatch(key):
+            layers.setdefault(match["stem"], {}).setdefault(int(match["index"]), set()).add(match["rest"])
+    missing = {
+        f"{stem}.{index}.{rest}"
+        for stem, blocks in layers.items()
+        for index in range(max(blocks) + 1)
+        for rest in set().union(*blocks.values()) - blocks.get(index, set())
+    }
+    if missing:
+        raise CheckpointError(_half_message(file, family, Layout.NATIVE, missing, set()))
 
 
 def without_prefix(key: str) -> str:

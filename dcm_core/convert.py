@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,11 +81,15 @@ def convert_release(
         expert_file = expert_entries(found, shapes, expert_dtype)
         sizes[expert] = file_size(expert_file, expert_metadata(found, len(expert_file)))
     check_room(sizes)
-    with temporary_file(base) as base_part:
-        write_stream(base_part, entries, _base_tensors(file, contents, entries, progress), metadata)
+    line = str(found)
+    with ExitStack() as stack:
+        base_part, *expert_part = [stack.enter_context(temporary_file(target)) for target in targets]
         if found is not None:
-            write_expert(expert, found, shapes, expert_dtype)
-    return Conversion(contents.family.title, base, len(contents.matched), expert if found else None, str(found))
+            write_expert(expert_part[0], found, shapes, expert_dtype)
+            # not kept while the base's large tensors pass
+            found = None
+        write_stream(base_part, entries, _base_tensors(file, contents, entries, progress), metadata)
+    return Conversion(contents.family.title, base, len(contents.matched), expert if released else None, line)
 
 
 def _check_targets(source: Path, targets: list[Path], overwrite: bool) -> None:

@@ -87,6 +87,13 @@ def test_native_with_more_than_the_base_has(family, base):
     assert recognise(Listing(more)).layout is Layout.NATIVE
 
 
+def test_native_with_a_cut_down_block(family, base):
+    shapes = {key: (1,) for key in native(family, base)}
+    key = next(k for k in sorted(shapes) if "blocks.1." in k and k.endswith(".weight") and not k.startswith("txt_in"))
+    del shapes[key]
+    refuse(shapes, family.title, f"1 tensors are missing ({key})")
+
+
 @pytest.mark.parametrize("adapter", ["default", "0", "x_y"])
 def test_the_adapter_may_have_another_name(family, adapter):
     shapes = {key.replace(".lora1.", f".{adapter}."): shape for key, shape in release_shapes(family).items()}
