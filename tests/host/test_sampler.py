@@ -157,7 +157,10 @@ def test_one_progress_bar_runs_across_the_switch(run, base, wan, monkeypatch):
     original = comfy.utils.ProgressBar.__init__
     monkeypatch.setattr(comfy.utils.ProgressBar, "__init__", lambda self, *a, **k: (bars.append(a), original(self, *a, **k))[1])
     run(base, detail_model=wan(seed=2), schedule="generic")
-    assert seen == [(step, 6) for step in range(1, 7)]
+    # newer hosts pass on only some of the steps
+    assert set(seen) <= {(step, 6) for step in range(1, 7)}
+    assert (seen[0], seen[-1]) == ((1, 6), (6, 6))
+    assert seen == sorted(set(seen))
     assert len(bars) == 1
 
 
