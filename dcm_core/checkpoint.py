@@ -64,8 +64,9 @@ def recognise(file: TensorFile) -> Contents:
     lora = {key for key in keys if split_key(key)}
     if lora and not any(BASE_LAYER in key for key in keys) and len(lora) > len(keys) // 2:
         return Contents(Layout.EXPERT)
-    family = max(FAMILIES.values(), key=lambda family: _known(family, keys))
-    if _known(family, keys) <= len(keys) // 2:
+    known = {name: _known(family, keys) for name, family in FAMILIES.items()}
+    family = FAMILIES[max(known, key=known.__getitem__)]
+    if known[family.name] <= len(keys) // 2:
         return Contents(Layout.OTHER)
     if len(keys) < len(file):
         raise CheckpointError(f"{file.path} holds the same tensors with and without a prefix; expected one model. Load a clean file.")

@@ -62,9 +62,9 @@ def route_call(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -
             "Put DCMAttachExperts (or DCMLoadModel) after that node."
         )
     detail = is_detail(t, facts.boundary)
-    if bool(detail.all()) or not bool(detail.any()):
-        side = "detail" if bool(detail.any()) else "semantic"
-        with expert_in_place(patcher, facts, side):
+    rows = int(detail.sum())  # one wait for the device, not one for each question
+    if rows in (0, len(t)):
+        with expert_in_place(patcher, facts, "detail" if rows else "semantic"):
             return executor(x, t, *args, **kwargs)
     with expert_in_place(patcher, facts, "semantic"):
         semantic = executor(x, t, *args, **kwargs)
