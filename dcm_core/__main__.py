@@ -1,4 +1,4 @@
-"""`python -m dcm_core convert | extract | inspect`: the library on the command line."""
+"""`python -m dcm_core convert | extract | inspect | train`: the library on the command line."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from .convert import DTYPES, KEEP, convert_release
 from .errors import DCMError
 from .extract import extract_lora
 from .inspect import inspect_file
+from .launch import find_comfyui, load_pack
 from .storage import Progress
 
 
@@ -96,6 +97,38 @@ def inspect(args: argparse.Namespace) -> str:
     return text
 
 
+def train(args: argparse.Namespace) -> str:
+    """The host does it: it has the models."""
+    settings = read_settings(args.config)
+    pack = load_pack(find_comfyui(args.comfyui))
+    try:
+        return pack("nodes.host.command").train(args.expert, settings, args.config.resolve().parent)
+    except pack("dcm_core.errors").DCMError as error:
+        raise DCMError(str(error)) from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON or TOML file.
+
+    Raises:
+        DCMError: a file that cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            import tomllib
+
+            return tomllib.loads(text)
+        settings = json.loads(text)
+    except ImportError as error:
+        raise DCMError(f"{path}: TOML needs Python 3.11. Write the settings as JSON.") from error
+    except (OSError, ValueError) as error:
+        raise DCMError(f"{path} cannot be read as settings ({error}). Write JSON or TOML as docs/training.md shows.") from error
+    if not isinstance(settings, dict):
+        raise DCMError(f"{path} holds a {type(settings).__name__}; expected settings by name, as docs/training.md shows.")
+    return settings
+
+
 def device(name: str) -> torch.device:
     try:
         return torch.device(name)
@@ -132,6 +165,12 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="+", type=Path, help="safetensors files")
     command.add_argument("--json", action="store_true", help="machine-readable")
     command.set_defaults(run=inspect)
+
+    command = commands.add_parser("train", help="distil an expert, or go on with an interrupted run")
+    command.add_argument("expert", choices=["semantic", "detail"], help="which expert")
+    command.add_argument("--config", type=Path, required=True, help="settings, a .json or .toml file (docs/training.md)")
+    command.add_argument("--comfyui", type=Path, help="ComfyUI's folder (default: COMFYUI_PATH, or where the pack is installed)")
+    command.set_defaults(run=train)
     return parser
 
 

@@ -3,7 +3,8 @@
 Holds only the expert's tensors; the base weights are neither read nor written.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,6 +144,58 @@ class RoutedExpert(nn.Module):
             if site.replaced is not None:
                 found |= {f"{name}.{p}": f"sites.{index}.replaced.{p}" for p, _ in site.replaced.named_parameters()}
         return found
+
+
+@contextmanager
+def in_place(
+    root: nn.Module, experts: Iterable[tuple[RoutedExpert, float]], weight_of: CastWeight = cast_weight
+) -> Iterator[None]:
+    """For the length of the block the experts answer in the base's place, later ones on top; then everything is as before.
+
+    Only instance attributes are set, which hide a layer's `forward` or a block's bare parameter; neither is touched.
+
+    Args:
+        root: the base model.
+        experts: each with its strength.
+    """
+    before: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for expert, strength in experts:
+            for module, name, value in (*_forwards(expert, root, strength, weight_of), *expert.bare_values(root, strength)):
+                before.append((module, name, module.__dict__.get(name)))
+                module.__dict__[name] = value
+        yield
+    finally:
+        for module, name, value in reversed(before):
+            if value is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value
+
+
+def _forwards(
+    expert: RoutedExpert, root: nn.Module, strength: float, weight_of: CastWeight
+) -> list[tuple[nn.Module, str, Forward]]:
+    """(module, "forward", what it is with the expert in it) of every site.
+
+    Built once and reused: torch.compile recompiles otherwise.
+    """
+    found = []
+    for name, site in zip(expert.names, expert.sites, strict=True):
+        module = find_module(root, name)
+        base = module.forward
+        known = expert.forwards.get(name)
+        if known is None or known[0] is not module or known[1] != base or known[2] != strength:
+            expert.forwards[name] = known = (module, base, strength, _make_forward(site, base, strength, weight_of))
+        found.append((module, "forward", known[3]))
+    return found
+
+
+def _make_forward(site: RoutedSite, base: Forward, strength: float, weight_of: CastWeight) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        return site(x, base, strength, weight_of)
+
+    return forward
 
 
 LAYER_PARAMS = ("weight", "bias")

@@ -3,6 +3,7 @@
 Also our expert file: keys that ComfyUI's own LoRA loader applies exactly, plus metadata.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,6 +73,26 @@ class Expert:
     def __str__(self) -> str:
         rank = "-".join(str(rank) for rank in (self.ranks[:1] + self.ranks[1:][-1:])) or "none"
         return f"{self.role} expert, rank {rank}: {len(self.low_rank)} low-rank sites, {len(self.replaced)} replaced tensors"
+
+
+def expert_tensor_list(expert: Expert) -> list[Tensor]:
+    """Every tensor of the expert, in the order of the names."""
+    pairs = [update for _, updates in sorted(expert.low_rank.items()) for update in updates]
+    named = [tensor for tensors in (expert.replaced, expert.diff) for _, tensor in sorted(tensors.items())]
+    return [tensor for update in pairs for tensor in (update.down, update.up)] + named
+
+
+def size_of(expert: Expert) -> int:
+    """Number of values."""
+    return sum(tensor.numel() for tensor in expert_tensor_list(expert))
+
+
+def expert_id(expert: Expert) -> str:
+    """A hash of all its tensors."""
+    digest = hashlib.sha256(str(expert).encode())
+    for tensor in expert_tensor_list(expert):
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def place_low_rank(piece: Piece, down: Tensor, up: Tensor, scale: float) -> LowRank:

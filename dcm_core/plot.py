@@ -1,4 +1,7 @@
-"""Draw a schedule: noise levels over steps, coloured by the expert that owns them."""
+"""Draw a schedule (noise levels over steps, coloured by the expert that owns them) and the losses of a training run."""
+
+import math
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -65,3 +68,46 @@ def _legend(draw: ImageDraw.ImageDraw, plan: Plan, x: float, y: float, unit: flo
         _dot(draw, (x, y), COLOURS[part.rpartition(" ")[2]], 1.4 * unit)
         draw.text((x + 3 * unit, y), part, fill=TEXT, font=font, anchor="lm")
         x += draw.textlength(part, font=font) + 8 * unit
+
+
+def plot_losses(history: Sequence[Mapping[str, float]], term: str, width: int = 768, height: int = 432) -> Image.Image:
+    """A loss over the steps: every value faint, their running mean strong.
+
+    Args:
+        history: for each step its `step` and losses by name; steps without `term` are passed over.
+    """
+    points = [(entry["step"], entry[term]) for entry in history if math.isfinite(entry.get(term, math.nan))]
+    image = Image.new("RGB", (width * SCALE, height * SCALE), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    unit = min(width, height) * SCALE / 100
+    font = ImageFont.load_default(size=4.2 * unit)
+    left, top, right, bottom = 17 * unit, 12 * unit, width * SCALE - 5 * unit, height * SCALE - 12 * unit
+    draw.text((left, 5 * unit), term.replace("_", " "), fill=TEXT, font=font, anchor="lm")
+    if not points:
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    steps, values = zip(*points, strict=True)
+    # one wild step must not flatten the rest
+    ordered = sorted(values)
+    low, high = min(ordered), ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
+    high = high if high > low else low + 1e-12
+
+    def at(step: float, value: float) -> tuple[float, float]:
+        across = (step - steps[0]) / max(1, steps[-1] - steps[0])
+        return left + (right - left) * across, bottom - (bottom - top) * min(1.0, (value - low) / (high - low))
+
+    for part in (0, 0.5, 1):
+        value = low + part * (high - low)
+        draw.line([at(steps[0], value), (right, at(steps[0], value)[1])], fill=GRID, width=max(1, round(unit / 4)))
+        draw.text((left - 1.5 * unit, at(steps[0], value)[1]), f"{value:.3g}", fill=TEXT, font=font, anchor="rm")
+    for step, anchor in ((steps[0], "la"), (steps[-1], "ra")):
+        draw.text((at(step, low)[0], bottom + 3 * unit), f"{step:g}", fill=TEXT, font=font, anchor=anchor)
+    mean, smooth = values[0], []
+    for count, value in enumerate(values, start=1):
+        mean += (value - mean) * max(0.03, 1 / count)
+        smooth.append(mean)
+    if len(points) > 1:
+        draw.line([at(*point) for point in points], fill=GRID, width=max(1, round(0.5 * unit)))
+        draw.line([at(*point) for point in zip(steps, smooth, strict=True)], fill=COLOURS["semantic"], width=round(0.9 * unit))
+    else:
+        _dot(draw, at(*points[0]), COLOURS["semantic"], 1.4 * unit)
+    return image.resize((width, height), Image.Resampling.LANCZOS)

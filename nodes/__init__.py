@@ -2,10 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import conditioning, convert, experts, load, sample, schedule, view
+from . import conditioning, convert, dataset, experts, load, sample, schedule, train, view
 
 NODES: list[type[io.ComfyNode]] = [
-    node for module in (load, experts, sample, schedule, view, convert, conditioning) for node in module.NODES
+    node for module in (load, experts, sample, schedule, view, convert, conditioning, dataset, train) for node in module.NODES
 ]
 
 

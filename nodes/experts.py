@@ -10,6 +10,8 @@ from .host.compat import newer
 from .host.expert_files import expert_names, load_expert
 from .host.report import report
 
+TrainedExpert = io.Custom("DCM_EXPERT")
+
 STACKED = "detail on top of semantic (as released)"
 INDEPENDENT = "independent, each on its side"
 
@@ -62,6 +64,12 @@ class DCMAttachExperts(io.ComfyNode):
                     tooltip="Released pairs stack: the semantic expert works at all steps, the detail expert on top of it at its "
                     "own. Pairs trained apart are independent: each works only on its side of the boundary.",
                 ),
+                TrainedExpert.Input(
+                    "semantic_expert", optional=True, tooltip="A semantic expert straight from its training; goes before semantic_lora."
+                ),
+                TrainedExpert.Input(
+                    "detail_expert", optional=True, tooltip="A detail expert straight from its training; goes before detail_lora."
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with its experts, for any sampler.")],
             hidden=[io.Hidden.unique_id],
@@ -78,9 +86,11 @@ class DCMAttachExperts(io.ComfyNode):
         detail_strength: float,
         boundary: float,
         experts: str = STACKED,
+        semantic_expert: Any = None,
+        detail_expert: Any = None,
     ) -> io.NodeOutput:
-        semantic = load_expert(semantic_lora, "semantic", model)
-        detail = load_expert(detail_lora, "detail", model)
+        semantic = semantic_expert or load_expert(semantic_lora, "semantic", model)
+        detail = detail_expert or load_expert(detail_lora, "detail", model)
         if semantic is None and detail is None:
             raise ExpertError(
                 "semantic_lora and detail_lora are both none. Choose at least one expert file, or remove this node."

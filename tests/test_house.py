@@ -25,7 +25,8 @@ HOST_MODULES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder
 # IDs that saved graphs hold; they never change.
 NODE_IDS = {
     "DCMLoadModel", "DCMAttachExperts", "DCMSampler", "DCMScheduler", "DCMGuider", "DCMSplitSigmas", "DCMConvertCheckpoint",
-    "DCMExtractLoRA", "DCMSchedulePlot", "DCMSaveConditioning", "DCMLoadConditioning",
+    "DCMExtractLoRA", "DCMSchedulePlot", "DCMSaveConditioning", "DCMLoadConditioning", "DCMVideoDataset", "DCMSaveDataset",
+    "DCMLoadDataset", "DCMTrainSemanticExpert", "DCMTrainDetailExpert",
 }
 MAX_LINES = 330
 PACK = "pack"  # the name of the checkout as a package: anything
@@ -69,7 +70,9 @@ def offenders(paths, found):
 
 def test_the_core_imports_nothing_of_the_host():
     assert len(CORE) > 10
-    assert offenders(CORE, host_imports) == {}
+    # which starts the host for the command line
+    launch = ROOT / "dcm_core" / "launch.py"
+    assert offenders([path for path in CORE if path != launch], host_imports) == {}
 
 
 def test_only_nodes_host_imports_more_of_the_host_than_its_node_interface():

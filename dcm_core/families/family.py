@@ -21,6 +21,12 @@ class Family:
         native_marks: native keys that only this family has.
         text_module: native module that takes the text embeddings.
         clip_type: what the host's CLIPLoader calls the text encoder.
+        block_lists: native module lists of transformer blocks.
+        feature_blocks: the list whose outputs the discriminator sees.
+        head: native module of the output norm and projection.
+        feature_weight: of the feature matching loss in the release's training.
+        fps: frames per second of its videos.
+        text_extras: (entry of a conditioning, argument of the transformer) beside the text embedding.
         ALIAS_TO_NATIVE: the original code's module names where they differ from the native ones (LoRA files use them).
     """
 
@@ -33,6 +39,12 @@ class Family:
     native_marks: tuple[str, ...]
     text_module: str
     clip_type: str
+    block_lists: tuple[str, ...]
+    feature_blocks: str
+    head: str
+    feature_weight: float
+    fps: int
+    text_extras: tuple[tuple[str, str], ...] = ()
     lora_scale: float = 2.0
     ALIAS_TO_NATIVE: tuple[Rule, ...] = ()
 

@@ -104,5 +104,11 @@ HUNYUAN_VIDEO = Family(
     native_marks=("txt_in.input_embedder.weight", "single_blocks.0.linear1.weight", "final_layer.linear.weight"),
     text_module="txt_in.input_embedder",
     clip_type="hunyuan_video",
+    block_lists=("double_blocks", "single_blocks"),
+    feature_blocks="single_blocks",
+    head="final_layer",
+    fps=24,
+    feature_weight=1.0,
+    text_extras=(("pooled_output", "y"), ("guidance", "guidance")),
     ALIAS_TO_NATIVE=ORIGINAL,
 )

@@ -60,4 +60,9 @@ WAN = Family(
     native_marks=("patch_embedding.weight", "head.modulation", "time_projection.1.weight"),
     text_module="text_embedding.0",
     clip_type="wan",
+    block_lists=("blocks",),
+    feature_blocks="blocks",
+    head="head",
+    fps=16,
+    feature_weight=10.0,
 )

@@ -185,7 +185,7 @@ def _targets(expert: Expert) -> set[str]:
     return {f"{module}.weight" for module in expert.low_rank} | set(expert.replaced) | set(expert.diff)
 
 
-def _compute_dtype(model: Any) -> torch.dtype:
+def compute_dtype(model: Any) -> torch.dtype:
     """What the base computes in: never a storage-only dtype such as fp8."""
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     if dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -197,7 +197,7 @@ def _expert_patcher(model: Any, expert: Expert, sides: tuple[Side, ...]) -> Any:
     """The expert as a model of its own, on the base's devices."""
     base = {name.replace("_orig_mod.", "").removesuffix("._orig_mod"): inner_module(module)
             for name, module in diffusion_model(model).named_modules()}
-    module = RoutedExpert(expert, base, comfy.ops.manual_cast, _compute_dtype(model), model.offload_device, sides)
+    module = RoutedExpert(expert, base, comfy.ops.manual_cast, compute_dtype(model), model.offload_device, sides)
     return make_patcher(module, model.load_device, model.offload_device)
 
 

@@ -4,14 +4,21 @@ from pathlib import Path
 
 import folder_paths
 
-from ...dcm_core.errors import CheckpointError
+from ...dcm_core.errors import CheckpointError, DCMError
 
-MODELS, LORAS, CONDITIONING = "diffusion_models", "loras", "dcm_conditioning"
+MODELS, LORAS, VAES = "diffusion_models", "loras", "vae"
+CONDITIONING, DATASETS = "dcm_conditioning", "dcm_datasets"
 SUFFIX = ".safetensors"
+# Small models that come with the pack.
+SHIPPED = Path(__file__).resolve().parents[2] / "small_world" / "models"
 
-if CONDITIONING not in folder_paths.folder_names_and_paths:
-    folder_paths.add_model_folder_path(CONDITIONING, str(Path(folder_paths.models_dir) / CONDITIONING))
-    folder_paths.folder_names_and_paths[CONDITIONING] = (folder_paths.folder_names_and_paths[CONDITIONING][0], {SUFFIX})
+for category in (CONDITIONING, DATASETS):
+    if category not in folder_paths.folder_names_and_paths:
+        folder_paths.add_model_folder_path(category, str(Path(folder_paths.models_dir) / category))
+        folder_paths.folder_names_and_paths[category] = (folder_paths.folder_names_and_paths[category][0], {SUFFIX})
+for category in (MODELS, LORAS, VAES, CONDITIONING, DATASETS):
+    if (SHIPPED / category).is_dir():
+        folder_paths.add_model_folder_path(category, str(SHIPPED / category))
 
 
 def files(category: str) -> list[str]:
@@ -38,4 +45,33 @@ def new_file(category: str, name: str, overwrite: bool) -> Path:
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists already. Choose another name, or switch `overwrite` on.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def source_path(name: str) -> Path:
+    """A folder or file the user named: a full path, or one in the host's input directory.
+
+    Raises:
+        DCMError: an empty name.
+    """
+    if not name.strip():
+        raise DCMError("No folder is given. Enter the path of a folder of videos, or of a .jsonl file.")
+    return Path(folder_paths.get_input_directory()) / Path(name.strip()).expanduser()
+
+
+def data_cache() -> Path:
+    """The folder of encoded training data."""
+    return Path(folder_paths.get_output_directory()) / "dcm_cache"
+
+
+def run_folder(name: str) -> Path:
+    """Where the states and samples of a training run are kept.
+
+    Raises:
+        DCMError: a name that is none, or leads elsewhere.
+    """
+    folder = Path(folder_paths.get_output_directory(), "dcm_training").resolve()
+    path = (folder / name.strip()).resolve()
+    if not name.strip() or folder not in path.parents:
+        raise DCMError(f"The name of the run is {name!r}; expected a plain name, such as my_expert. Choose another name.")
     return path

@@ -31,9 +31,14 @@ def load_model(name: str, weight_dtype: str, node_id: str | None = None) -> tupl
     Raises:
         CheckpointError: a file that cannot be read, is incomplete, or is no model.
     """
+    return load_file(path_of(MODELS, name), weight_dtype, node_id)
+
+
+def load_file(path: Path, weight_dtype: str, node_id: str | None = None) -> tuple[Any, str]:
+    """The same for a file anywhere."""
     if weight_dtype not in WEIGHT_DTYPES:
         raise CheckpointError(f"weight_dtype is {weight_dtype!r}; choose one of {', '.join(WEIGHT_DTYPES)}.")
-    path = path_of(MODELS, name)
+    name = path.name
     file = TensorFile(path)
     contents = recognise(file)
     if contents.layout is Layout.EXPERT:

@@ -3,8 +3,8 @@
 A stateless APPLY_MODEL wrapper puts the expert's forwards in place for the length of one call.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,11 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ...dcm_core.adapters import RoutedExpert, RoutedSite, find_module
+from ...dcm_core.adapters import in_place
 from ...dcm_core.errors import ExpertError
 from ...dcm_core.routing import is_detail
 
 KEY = "dcm"
-
-Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -73,51 +71,11 @@ def route_call(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -
     return torch.where(detail.view(-1, *[1] * (out.ndim - 1)), out, semantic)
 
 
-@contextmanager
-def expert_in_place(patcher: Any, facts: AttachedExperts, side: str) -> Iterator[None]:
-    """For the length of the block the side's experts answer in the base's place; then everything is as before.
-
-    Only instance attributes are set, which hide a layer's `forward` or a block's bare parameter; neither is touched.
-    """
+def expert_in_place(patcher: Any, facts: AttachedExperts, side: str) -> AbstractContextManager[None]:
+    """For the length of the block the side's experts answer in the base's place."""
     experts = [p.model for p in patcher.get_additional_models_with_key(KEY)]
     present = {expert.role for expert in experts}
     if missing := sorted(set(facts.strengths) - present):
         raise ExpertError(f"The {missing[0]} expert of this MODEL is missing. Attach it again with DCMAttachExperts.")
-    root = patcher.model.diffusion_model
-    before: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for expert in (expert for expert in experts if side in expert.sides):
-            strength = facts.strengths[expert.role]
-            for module, name, value in (*_forwards(expert, root, strength), *expert.bare_values(root, strength)):
-                before.append((module, name, module.__dict__.get(name)))
-                module.__dict__[name] = value
-        yield
-    finally:
-        for module, name, value in reversed(before):
-            if value is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = value
-
-
-def _forwards(expert: RoutedExpert, root: nn.Module, strength: float) -> list[tuple[nn.Module, str, Forward]]:
-    """(module, "forward", what it is with the expert in it) of every site.
-
-    Built once and reused: torch.compile recompiles otherwise.
-    """
-    found = []
-    for name, site in zip(expert.names, expert.sites, strict=True):
-        module = find_module(root, name)
-        base = module.forward
-        known = expert.forwards.get(name)
-        if known is None or known[0] is not module or known[1] != base or known[2] != strength:
-            expert.forwards[name] = known = (module, base, strength, _make_forward(site, base, strength))
-        found.append((module, "forward", known[3]))
-    return found
-
-
-def _make_forward(site: RoutedSite, base: Forward, strength: float) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        return site(x, base, strength, cast_weight)
-
-    return forward
+    working = [(expert, facts.strengths[expert.role]) for expert in experts if side in expert.sides]
+    return in_place(patcher.model.diffusion_model, working, cast_weight)

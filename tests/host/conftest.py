@@ -81,39 +81,41 @@ def releases(pack, models, recipe):
     return names
 
 
-@pytest.fixture(scope="session")
-def wan(pack, recipe, module):
-    """Make a small Wan model in float32: wan(seed=..., width=..., layers=..., channels=...) -> MODEL without experts."""
+def make_wan(seed=0, width=256, layers=2, channels=16):
+    """A small Wan model in float32: a MODEL without experts."""
     import comfy.sd
 
     from dcm_core.families import WAN
 
-    def make(seed=0, width=256, layers=2, channels=16):
-        generator = torch.Generator().manual_seed(seed)
-        shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "head.modulation": (1, 2, width)}
-        special = {
-            "time_projection.1": (6 * width, width), "time_embedding.0": (width, 256), "text_embedding.0": (width, 4096),
-            "ffn.0": (2 * width, width), "ffn.2": (width, 2 * width), "head.head": (64, width),
-        }
-        for rule in WAN.DIFFUSERS_TO_NATIVE:
-            for index in [] if rule.optional else range(layers if "{n}" in rule.target else 1):
-                name = rule.target.replace("{n}", str(index))
-                shape = next((s for end, s in special.items() if name.endswith(end)), (width, width))
-                if name.endswith("modulation"):
-                    shapes.setdefault(name, (1, 6, width))
-                elif "norm" in name:
-                    shapes |= {f"{name}.{param}": (width,) for param in rule.params}
-                else:
-                    shapes.setdefault(f"{name}.weight", shape)
-                    shapes.setdefault(f"{name}.bias", shape[:1])
-        state_dict = {}
-        for name, shape in shapes.items():
-            value = torch.randn(shape, generator=generator)
-            scale = 0.05 if len(shape) == 1 else 0.7 / max(1, torch.Size(shape[1:]).numel()) ** 0.5
-            state_dict[name] = 1 + 0.05 * value if "norm" in name and name.endswith("weight") else scale * value
-        return comfy.sd.load_diffusion_model_state_dict(state_dict, model_options={"dtype": torch.float32})
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "head.modulation": (1, 2, width)}
+    special = {
+        "time_projection.1": (6 * width, width), "time_embedding.0": (width, 256), "text_embedding.0": (width, 4096),
+        "ffn.0": (2 * width, width), "ffn.2": (width, 2 * width), "head.head": (64, width),
+    }
+    for rule in WAN.DIFFUSERS_TO_NATIVE:
+        for index in [] if rule.optional else range(layers if "{n}" in rule.target else 1):
+            name = rule.target.replace("{n}", str(index))
+            shape = next((s for end, s in special.items() if name.endswith(end)), (width, width))
+            if name.endswith("modulation"):
+                shapes.setdefault(name, (1, 6, width))
+            elif "norm" in name:
+                shapes |= {f"{name}.{param}": (width,) for param in rule.params}
+            else:
+                shapes.setdefault(f"{name}.weight", shape)
+                shapes.setdefault(f"{name}.bias", shape[:1])
+    state_dict = {}
+    for name, shape in shapes.items():
+        value = torch.randn(shape, generator=generator)
+        scale = 0.05 if len(shape) == 1 else 0.7 / max(1, torch.Size(shape[1:]).numel()) ** 0.5
+        state_dict[name] = 1 + 0.05 * value if "norm" in name and name.endswith("weight") else scale * value
+    return comfy.sd.load_diffusion_model_state_dict(state_dict, model_options={"dtype": torch.float32})
 
-    return make
+
+@pytest.fixture(scope="session")
+def wan(pack):
+    """Make a small Wan model: wan(seed=..., width=..., layers=..., channels=...)."""
+    return make_wan
 
 
 @pytest.fixture(scope="session")

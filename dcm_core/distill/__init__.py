@@ -1,0 +1,1 @@
+"""Distillation: training of the semantic and the detail expert."""

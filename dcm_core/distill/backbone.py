@@ -1,0 +1,160 @@
+"""The frozen transformer that teacher, student and target network share.
+
+One copy of its weights: the teacher is the transformer as it is, the others put their experts in place for one call.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..adapters import RoutedExpert, find_module, in_place
+from ..families import Family
+from ..schedule import TIMESTEPS
+
+Working = Sequence[tuple[RoutedExpert, float]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A batch of text conditionings.
+
+    Attributes:
+        context: embeddings, (batch, tokens, width).
+        extras: further arguments of the transformer, each (batch, ...) (HunyuanVideo: `y`, `guidance`).
+    """
+
+    context: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Text":
+        return Text(self.context.to(device), {name: value.to(device) for name, value in self.extras.items()})
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the teacher's blocks gave for one video.
+
+    Attributes:
+        raw: block outputs, each (batch, video tokens, width).
+        projected: the same after the teacher's own output norm and projection.
+        grid: (frames, height, width) in tokens.
+    """
+
+    raw: tuple[Tensor, ...]
+    projected: tuple[Tensor, ...]
+    grid: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A transformer of the host, called with noise levels.
+
+    Attributes:
+        module: the native model class; its weights are never written, and get no gradient.
+        dtype: what it computes in.
+        options: makes the host's `transformer_options` for a call.
+        checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
+    """
+
+    module: nn.Module
+    family: Family
+    dtype: torch.dtype = torch.float32
+    options: Callable[[], dict[str, Any]] = dict
+    checkpointing: bool = False
+
+    def velocity(self, x: Tensor, sigma: Tensor, text: Text, experts: Working = ()) -> Tensor:
+        """Velocity (float32, like x) at the noise levels `sigma` (batch,), with the experts in place."""
+        with self._checkpointed(experts), self._in_place(experts):
+            return self._call(x, sigma, text)
+
+    def features(self, x: Tensor, sigma: Tensor, text: Text) -> Features:
+        """Outputs of every second feature block of the teacher, and what its output layer makes of them."""
+        frames, height, width = x.shape[2], -(-x.shape[3] // 2), -(-x.shape[4] // 2)
+        tokens = frames * height * width
+        found: list[Tensor] = []
+        head = find_module(self.module, self.family.head)
+        arguments: dict[str, Any] = {}
+
+        def keep(_: nn.Module, __: Any, out: Tensor) -> None:
+            # a family that joins video and text keeps the video first
+            found.append(out[:, :tokens])
+
+        def remember(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            arguments.update(args=args[1:], kwargs=kwargs)
+
+        hooks = [block.register_forward_hook(keep) for block in self.feature_blocks()]
+        hooks.append(head.register_forward_pre_hook(remember, with_kwargs=True))
+        try:
+            with self._checkpointed(()), self._in_place(()):
+                self._call(x, sigma, text)
+                for hook in hooks:
+                    hook.remove()
+                projected = tuple(head(feature, *arguments["args"], **arguments["kwargs"]).float() for feature in found)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Features(tuple(found), projected, (frames, height, width))
+
+    def feature_blocks(self) -> list[nn.Module]:
+        """Every second block of the family's feature list."""
+        return list(find_module(self.module, self.family.feature_blocks))[::2]
+
+    def _call(self, x: Tensor, sigma: Tensor, text: Text) -> Tensor:
+        extras = {name: value.to(self.dtype) for name, value in text.extras.items()}
+        out = self.module(
+            x.to(self.dtype), TIMESTEPS * sigma, context=text.context.to(self.dtype), transformer_options=self.options(), **extras
+        )
+        return out.float()
+
+    @contextmanager
+    def _in_place(self, experts: Working) -> Iterator[None]:
+        with usable_weights(self.module), in_place(self.module, experts):
+            yield
+
+    @contextmanager
+    def _checkpointed(self, experts: Working) -> Iterator[None]:
+        """Blocks that forget their inner activations; computed again with the same experts in place."""
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            yield
+            return
+        blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
+
+        def again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self._in_place(experts)
+
+        def forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, context_fn=again, **kwargs)
+
+        try:
+            for block in blocks:
+                block.__dict__["forward"] = forgetful(type(block).forward.__get__(block))
+            yield
+        finally:
+            for block in blocks:
+                block.__dict__.pop("forward", None)
+
+
+@contextmanager
+def usable_weights(module: nn.Module) -> Iterator[None]:
+    """For the length of the block, weights that were loaded in inference mode can be part of a backward pass.
+
+    Each is hidden by a plain tensor over the same memory: nothing is copied, moved or replaced.
+    """
+    hidden: list[tuple[nn.Module, str]] = []
+    try:
+        for owner in module.modules():
+            for name, weight in owner._parameters.items():
+                if weight is not None and weight.is_inference() and type(weight.data) is Tensor:
+                    plain = torch.empty(0, dtype=weight.dtype, device=weight.device)
+                    plain.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
+                    owner.__dict__[name] = plain
+                    hidden.append((owner, name))
+        yield
+    finally:
+        for owner, name in hidden:
+            owner.__dict__.pop(name, None)

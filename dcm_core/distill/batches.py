@@ -1,0 +1,95 @@
+"""Which videos, noise and noise levels a step works on: a function of seed and step alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..conditioning import Conditioning
+from ..families import Family
+from .backbone import Text
+from .config import TrainingError
+from .consistency import Batch
+from .phases import Phases
+
+
+def generator_of(seed: int, step: int, element: int) -> torch.Generator:
+    """The randomness of one video of one step, whichever process works on it."""
+    return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 65_537 + element) % 2**63)
+
+
+@dataclass(frozen=True)
+class Video:
+    """One element of a batch, not yet stacked with others."""
+
+    x0: Tensor
+    text: Text
+    no_text: Text
+    generator: torch.Generator
+
+    @property
+    def kind(self) -> tuple:
+        """Videos of one kind can be stacked."""
+        texts = (self.text.context.shape, self.no_text.context.shape)
+        return (tuple(self.x0.shape), *texts)
+
+
+def text_of(conditioning: Conditioning, family: Family, guidance: float | None) -> Text:
+    """A conditioning as the transformer takes it; of masked text only the valid tokens.
+
+    Args:
+        guidance: embedded guidance, for a transformer that has it.
+
+    Raises:
+        TrainingError: an entry that the family needs is missing.
+    """
+    context, entries = conditioning[0]
+    mask = entries.get("attention_mask")
+    if mask is not None:
+        context = context[:, mask[0].bool()]
+    values = {**entries, "guidance": torch.tensor([guidance]) if guidance is not None else None}
+    extras = {}
+    for entry, argument in family.text_extras:
+        value = values.get(entry)
+        if value is None and entry == "guidance":
+            continue
+        if value is None:
+            raise TrainingError(
+                f"A caption's conditioning has no {entry}, which {family.title} needs. Encode the captions with a CLIP of type "
+                f"{family.clip_type}."
+            )
+        extras[argument] = value.float().cpu()
+    return Text(context.float().cpu(), extras)
+
+
+def stacked(videos: Sequence[Video], phases: Phases, device: torch.device) -> Iterator[tuple[Batch, float]]:
+    """Batches of videos of one kind, each with its share of all videos."""
+    kinds = {video.kind: None for video in videos}
+    for kind in kinds:
+        group = [video for video in videos if video.kind == kind]
+        yield make_batch(group, phases, device), len(group) / len(videos)
+
+
+def make_batch(videos: Sequence[Video], phases: Phases, device: torch.device) -> Batch:
+    """Draw points and noise for each video from its own generator."""
+    index = torch.cat([phases.draw(1, video.generator) for video in videos])
+    level = torch.cat([phases.draw_above_phase(index[i : i + 1], video.generator) for i, video in enumerate(videos)])
+
+    def noise() -> Tensor:
+        return torch.stack([torch.randn(video.x0.shape, generator=video.generator) for video in videos]).to(device)
+
+    return Batch(
+        x0=torch.stack([video.x0 for video in videos]).to(device),
+        text=_join([video.text for video in videos]).to(device),
+        no_text=_join([video.no_text for video in videos]).to(device),
+        noise=noise(),
+        index=index,
+        level=level,
+        level_noise=noise(),
+    )
+
+
+def _join(texts: Sequence[Text]) -> Text:
+    extras = {name: torch.cat([text.extras[name] for text in texts]) for name in texts[0].extras}
+    return Text(torch.cat([text.context for text in texts]), extras)

@@ -1,0 +1,275 @@
+"""Video clips with captions: found, checked, and read as pixels at one frame rate and size."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DCMError
+from ..storage import Progress
+from .video_file import NO_TIMES, ClipError, probe, shown_frames, upright
+
+SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif"})
+VIDEO_KEYS, CAPTION_KEYS = ("video", "file_name", "path"), ("caption", "text", "prompt")
+
+SIZE_STEP = 16  # 8 of the VAE times 2 of the transformer's patches
+MAX_ASPECT = 4.0
+MAX_ENLARGEMENT = 1.5
+STEADY = 0.2  # gaps between frames that differ by less, in medians, are rounding
+# A frame counts as shown this much of a gap before its time: files round times, some to milliseconds.
+EARLY = 0.25
+
+
+class Problem(NamedTuple):
+    """A clip that was left out, and why."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video file and its caption, empty if it has none."""
+
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """What every clip becomes.
+
+    Attributes:
+        frames: length, 1 more than a multiple of 4.
+        fps: frames per second.
+        width, height: size in pixels, multiples of 16.
+        buckets: keep each clip near its own aspect ratio, in a size of about the same area.
+
+    Raises:
+        DCMError: a value outside these bounds.
+    """
+
+    frames: int = 81
+    fps: float = 16.0
+    width: int = 832
+    height: int = 480
+    buckets: bool = True
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.frames % 4 != 1:
+            near = max(0, round((self.frames - 1) / 4)) * 4 + 1
+            raise DCMError(f"frames is {self.frames}; expected 1 more than a multiple of 4. Choose {near}.")
+        if not 0 < self.fps <= 1000:
+            raise DCMError(f"fps is {self.fps}; expected more than 0, at most 1000. Wan 2.1 is made for 16, HunyuanVideo for 24.")
+        for name, size in (("width", self.width), ("height", self.height)):
+            if size < SIZE_STEP or size % SIZE_STEP:
+                near = max(1, round(size / SIZE_STEP)) * SIZE_STEP
+                raise DCMError(f"{name} is {size}; expected a multiple of {SIZE_STEP}. Choose {near}.")
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """A clip that can be trained on.
+
+    Attributes:
+        width, height: size as shown in pixels, after rotation and with square pixels.
+        gap: time from frame to frame in seconds.
+        bucket: width and height it will be read at.
+        notes: what is worth knowing but no error.
+    """
+
+    clip: Clip
+    width: int
+    height: int
+    gap: float
+    bucket: tuple[int, int]
+    notes: tuple[str, ...] = ()
+
+
+def find_clips(source: Path) -> list[Clip]:
+    """The clips of a folder (`clip.mp4` beside `clip.txt`) by name, or of a .jsonl file of {"video": ..., "caption": ...} lines.
+
+    Raises:
+        DCMError: no such folder or file, one without clips, or a line that cannot be read.
+    """
+    if source.is_dir():
+        videos = sorted(path for path in source.iterdir() if _is_video(path))
+        clips = [Clip(path, _text(path.with_suffix(".txt")).strip()) for path in videos]
+    elif source.is_file() and source.suffix.lower() == ".jsonl":
+        lines = _text(source).split("\n")
+        clips = [_clip_of_line(source, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    else:
+        what = "is no .jsonl file" if source.exists() else "does not exist"
+        raise DCMError(f"{source} {what}; expected a folder of videos or a .jsonl file. Check the path.")
+    if not clips:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise DCMError(f"{source} holds no clips; expected videos ({kinds}), each with a .txt of its name that holds its caption.")
+    return clips
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _text(path: Path) -> str:
+    """The text of a file, empty if there is none; bytes that are no UTF-8 become U+FFFD."""
+    return path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+
+
+def _clip_of_line(source: Path, number: int, line: str) -> Clip:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise DCMError(f"{source}, line {number} is no JSON ({error}). Write one object a line.") from error
+    if not isinstance(entry, dict):
+        raise DCMError(f'{source}, line {number} is no object; expected {{"video": ..., "caption": ...}}.')
+    video = next((entry[key] for key in VIDEO_KEYS if key in entry), None)
+    caption = next((entry[key] for key in CAPTION_KEYS if key in entry), "")
+    if not isinstance(video, str) or not video or not isinstance(caption, str):
+        raise DCMError(f'{source}, line {number} names no video; expected {{"video": "clip.mp4", "caption": "text"}}.')
+    return Clip(source.parent / video, caption.strip())
+
+
+def source_state(source: Path) -> str:
+    """Changes when the clips change: a hash of names, sizes, times of the last change, and captions. Reads no video.
+
+    Raises:
+        DCMError: as `find_clips`.
+    """
+    digest = hashlib.sha256()
+    for clip in find_clips(source):
+        found = clip.path.stat() if clip.path.is_file() else None
+        state = (str(clip.path), clip.caption, found and (found.st_size, found.st_mtime_ns))
+        digest.update(json.dumps(state).encode())
+    return digest.hexdigest()
+
+
+def bucket_of(width: int, height: int, settings: ClipSettings) -> tuple[int, int]:
+    """The size, as width and height, that a clip of this size is read at: of the sizes of about the settings' area the one
+    whose aspect ratio is nearest (at most 4 to 1), or the settings' own without buckets."""
+    if not settings.buckets:
+        return settings.width, settings.height
+    own = settings.width // SIZE_STEP, settings.height // SIZE_STEP
+    area = own[0] * own[1]
+    narrowest, widest = math.ceil(math.sqrt(area / MAX_ASPECT)), math.floor(math.sqrt(area * MAX_ASPECT))
+    sizes = [own, *((columns, max(1, round(area / columns))) for columns in range(narrowest, widest + 1))]
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        columns, rows = size
+        return abs(math.log(columns / rows * height / width)), abs(columns * rows - area)
+
+    columns, rows = min(sizes, key=distance)
+    return columns * SIZE_STEP, rows * SIZE_STEP
+
+
+def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
+    """Check one clip: its caption, that its first frame decodes, its length and its size.
+
+    Raises:
+        ClipError: what is wrong.
+    """
+    _check_caption(clip)
+    times, (width, height) = probe(clip.path)
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    gap = median(gaps) if gaps else 1 / settings.fps
+    if gap <= 0:
+        raise ClipError(clip.path, NO_TIMES)
+    length = times[-1] - times[0] + gap
+    frames = math.ceil((length - EARLY * gap) * settings.fps)
+    if frames < settings.frames:
+        raise ClipError(
+            clip.path,
+            f"lasts {length:.3g} s, {frames} frames at {settings.fps:g} per second; {settings.frames} are wanted. "
+            "Choose fewer frames, or leave the clip out.",
+        )
+    bucket = bucket_of(width, height, settings)
+    enlargement = max(bucket[0] / width, bucket[1] / height)
+    if enlargement > MAX_ENLARGEMENT:
+        raise ClipError(
+            clip.path, f"is {width}x{height}, too small for {bucket[0]}x{bucket[1]}. Choose a smaller size, or leave the clip out."
+        )
+    facts = {
+        "variable frame rate, frames taken by their time": gaps and max(gaps) - min(gaps) > STEADY * gap,
+        f"{1 / gap:.3g} frames per second, so frames repeat at {settings.fps:g}": gap * settings.fps > 1 + STEADY,
+        f"{width}x{height} enlarged to {bucket[0]}x{bucket[1]}": enlargement > 1,
+    }
+    return ClipFacts(clip, width, height, gap, bucket, tuple(note for note, true in facts.items() if true))
+
+
+def _check_caption(clip: Clip) -> None:
+    if not clip.caption:
+        raise ClipError(clip.path, f"has no caption. Write one to {clip.path.stem}.txt beside it, or to its line of the .jsonl.")
+    if "\ufffd" in clip.caption:
+        raise ClipError(clip.path, "has a caption that is not UTF-8. Save the text as UTF-8.")
+
+
+def check_clips(
+    clips: Sequence[Clip], settings: ClipSettings, progress: Progress | None = None
+) -> tuple[list[ClipFacts], list[Problem]]:
+    """Inspect every clip; the good ones in order, and what is wrong with the others.
+
+    Raises:
+        DCMError: none is good.
+    """
+    good, problems = [], []
+    for done, clip in enumerate(clips, start=1):
+        try:
+            good.append(inspect_clip(clip, settings))
+        except ClipError as error:
+            problems.append(Problem(error.path, error.reason))
+        if progress is not None:
+            progress(done, len(clips))
+    if not good:
+        raise no_clip_left(problems)
+    return good, problems
+
+
+def no_clip_left(problems: Sequence[Problem]) -> DCMError:
+    """The error for data of which nothing can be used; it shows the first three reasons."""
+    more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
+    return DCMError("\n".join([f"None of the {len(problems)} clips can be used.", *map(str, problems[:3]), *more]))
+
+
+def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
+    """The clip's pixels from its start, scaled to cover its bucket and cropped at the centre.
+
+    Returns:
+        float32 (frames, height, width, 3) from 0 to 1: at each i / fps the frame that is shown then.
+
+    Raises:
+        ClipError: a file that is damaged after its first frame.
+    """
+    width, height = facts.bucket
+    pixels, filled = torch.empty(settings.frames, height, width, 3), 0
+    for frame, until in shown_frames(facts.clip.path, facts.gap):
+        image = None
+        while filled < settings.frames and filled / settings.fps + EARLY * facts.gap < until:
+            image = _fitted(frame, facts) if image is None else image
+            pixels[filled] = image
+            filled += 1
+        if filled == settings.frames:
+            return pixels
+    raise ClipError(facts.clip.path, f"ends after {filled} of {settings.frames} frames. Encode or download it again.")
+
+
+def _fitted(frame: Any, facts: ClipFacts) -> Tensor:
+    """One frame at the size of its bucket: (height, width, 3) from 0 to 1."""
+    width, height = facts.bucket
+    scale = max(width / facts.width, height / facts.height)
+    covering = max(height, round(scale * facts.height)), max(width, round(scale * facts.width))
+    image = upright(frame).permute(2, 0, 1)[None].float() / 255
+    image = F.interpolate(image, covering, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return image[:, top : top + height, left : left + width].permute(1, 2, 0)

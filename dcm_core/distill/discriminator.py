@@ -1,0 +1,44 @@
+"""The discriminator: a small head on each of the frozen teacher's features (paper, section 3.4)."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HIDDEN = 1024
+GROUPS = 32
+SLOPE = 0.01
+
+
+class Head(nn.Module):
+    """1x1 convolutions over the (height, width) grid of each latent frame, one score a token; any grid size."""
+
+    def __init__(self, width: int, hidden: int = HIDDEN):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(width, hidden, 1), nn.GroupNorm(GROUPS, hidden))
+        self.conv2 = nn.Sequential(nn.Conv2d(hidden, hidden, 1), nn.GroupNorm(GROUPS, hidden))
+        self.conv_out = nn.Conv2d(hidden, 1, 1)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """feature: (batch x frames, width, height, width) -> scores (batch x frames, 1, height, width)."""
+        x = F.leaky_relu(self.conv1(feature), SLOPE)
+        x = x + F.leaky_relu(self.conv2(x), SLOPE)
+        return self.conv_out(x)
+
+
+class Discriminator(nn.Module):
+    """One head a feature."""
+
+    def __init__(self, features: int, width: int, hidden: int = HIDDEN):
+        super().__init__()
+        self.heads = nn.ModuleList(Head(width, hidden) for _ in range(features))
+
+    def forward(self, features: Sequence[Tensor], grid: tuple[int, int, int]) -> list[Tensor]:
+        """Scores of each feature (batch, tokens, width) of a video of `grid` = (frames, height, width) tokens."""
+        frames, height, width = grid
+
+        def maps(feature: Tensor) -> Tensor:
+            batch, _, channels = feature.shape
+            return feature.float().reshape(batch * frames, height, width, channels).permute(0, 3, 1, 2)
+
+        return [head(maps(feature)) for head, feature in zip(self.heads, features, strict=True)]

@@ -1,0 +1,73 @@
+"""Several processes that train one expert: `torchrun` or `accelerate launch` starts them, this averages over them."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: list[int]) -> list[tuple[int, int]]:
+        """(position, item) of this process's part of a global batch, whose length `count` divides."""
+        each = len(items) // self.count
+        return list(enumerate(items))[self.rank * each : (self.rank + 1) * each]
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Every process gets the mean of all processes' gradients."""
+        if self.count == 1:
+            return
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.count
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean of all processes' values."""
+        if self.count == 1:
+            return values
+        tensor = torch.tensor(list(values.values()), dtype=torch.float64)
+        if dist.get_backend() == "nccl":
+            tensor = tensor.cuda()
+        dist.all_reduce(tensor)
+        return dict(zip(values, (tensor / self.count).tolist(), strict=True))
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def join(device: torch.device) -> Processes:
+    """This process among those a launcher started (it sets RANK and WORLD_SIZE), or alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def device_of_process() -> str | None:
+    """The GPU that a launcher meant for this process, None without."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
+
+
+def total(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

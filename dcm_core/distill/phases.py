@@ -1,0 +1,86 @@
+"""The noise levels that training draws from, and where its consistency phases end (paper, section 3.2).
+
+The solver points (schedule.solver_sigmas) are numbered upwards from the cleanest: sigma[0] < ... < sigma[points - 1] = 1.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import ScheduleError
+from ..routing import Side, check_boundary, is_detail
+from ..schedule import DEFAULT_POINTS, DEFAULT_SHIFT, TIMESTEPS, shift_sigma, solver_sigmas
+
+
+@dataclass(frozen=True)
+class Phases:
+    """An expert's share of the solver points, split into consistency phases.
+
+    Attributes:
+        side: the expert. It owns exactly the points that sampling gives it (`routing.is_detail`).
+        boundary: sigma where the detail expert takes over.
+        count: phases of this expert; each ends where the next cleaner one begins.
+        shared: one expert for all noise levels; `side` and `boundary` then only name what is stored.
+
+    Raises:
+        ScheduleError: a side without points, or more phases than points.
+    """
+
+    side: Side
+    boundary: float
+    shift: float = DEFAULT_SHIFT
+    points: int = DEFAULT_POINTS
+    count: int = 1
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        check_boundary(self.boundary)
+        owned = len(self.owned)
+        if not owned:
+            raise ScheduleError(
+                f"The boundary {self.boundary:g} leaves the {self.side} expert no noise level to train on: the {self.points} points "
+                f"of shift {self.shift:g} lie between {float(self.sigmas[0]):.4g} and 1. Move the boundary or change the shift."
+            )
+        if not 1 <= self.count <= owned:
+            raise ScheduleError(f"phases is {self.count}; the {self.side} expert owns {owned} points. Choose 1 .. {owned}.")
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """sigma[k], rising, shape (points,)."""
+        return solver_sigmas(self.shift, self.points).flip(0)
+
+    @cached_property
+    def previous(self) -> Tensor:
+        """The next cleaner level of each point: sigma[k - 1]; for k = 0 the cleanest of all 1000 levels."""
+        cleanest = torch.tensor([shift_sigma(1 / TIMESTEPS, self.shift)], dtype=torch.float32)
+        return torch.cat([cleanest, self.sigmas[:-1]])
+
+    @cached_property
+    def owned(self) -> Tensor:
+        """Numbers of the expert's points, rising."""
+        if self.shared:
+            return torch.arange(self.points)
+        mine = is_detail(self.sigmas, self.boundary) == (self.side == "detail")
+        return mine.nonzero().flatten()
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """For every owned point, the cleanest point of its phase."""
+        parts = self.owned.tensor_split(self.count)
+        return torch.cat([part[:1].expand(len(part)) for part in parts])
+
+    def ends(self, index: Tensor) -> Tensor:
+        """sigma where the phases of the points `index` (batch,) end."""
+        return self.previous[self.starts[index - self.owned[0]]]
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Points drawn uniformly from the expert's, (count,)."""
+        return self.owned[torch.randint(len(self.owned), (count,), generator=generator)]
+
+    def draw_above_phase(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """For each point one drawn uniformly from the expert's whose `previous` is no cleaner than the end of its phase."""
+        first = self.starts[index - self.owned[0]]
+        last = int(self.owned[-1])
+        return first + (torch.rand(len(index), generator=generator) * (last + 1 - first)).long()

@@ -1,0 +1,129 @@
+"""The whole state of a run in one safetensors file, so that a resumed run equals one that was never interrupted.
+
+Randomness and the order of the data follow from seed and step; they need no state.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..storage import TensorFile, write_tensors
+from .config import TrainingConfig, TrainingError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "dcm-training"
+NAME = re.compile(r"step_(\d{8})\.safetensors")
+
+History = list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A saved run: `steps` are done."""
+
+    steps: int
+    config: TrainingConfig
+    facts: dict[str, str]
+    history: History
+    tensors: dict[str, Tensor]
+
+    def check(self, config: TrainingConfig, facts: dict[str, str], path: Path) -> None:
+        """Refuse to go on with other settings or data than the run was started with.
+
+        Raises:
+            TrainingError: names every difference.
+        """
+        found = config.differences(self.config)
+        found += [f"{name}: {self.facts.get(name)} -> {value}" for name, value in facts.items() if self.facts.get(name) != value]
+        if found:
+            raise TrainingError(
+                f"{path} is the state of another run; it differs in {'; '.join(found)}. "
+                "Set these back to resume it, or start anew under another name."
+            )
+
+
+def optimizer_tensors(prefix: str, names: list[str], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by the names of its parameters."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}.{name}.{key}": torch.as_tensor(value)
+        for index, name in enumerate(names)
+        for key, value in state.get(index, {}).items()
+    }
+
+
+def load_optimizer(prefix: str, names: list[str], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give the optimizer its state back."""
+    state: dict[int, dict[str, Any]] = {}
+    for index, name in enumerate(names):
+        start = f"{prefix}.{name}."
+        found = {key[len(start):]: value for key, value in tensors.items() if key.startswith(start)}
+        if found:
+            state[index] = found
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def save_state(folder: Path, saved: SavedState, keep: int) -> Path:
+    """Write the state, then remove all but the newest `keep`.
+
+    Raises:
+        CheckpointError: too little room on the disk; the older states stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{saved.steps:08d}.safetensors"
+    metadata = {
+        "format": FORMAT,
+        "steps": str(saved.steps),
+        "config": saved.config.to_json(),
+        "facts": json.dumps(saved.facts),
+        "history": json.dumps(saved.history),
+    }
+    write_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}, metadata)
+    for old in sorted(saved_states(folder))[:-keep]:
+        old.unlink()
+    return path
+
+
+def saved_states(folder: Path) -> Iterator[Path]:
+    """The states in a folder."""
+    return (path for path in folder.glob("step_*.safetensors") if NAME.fullmatch(path.name))
+
+
+def newest_state(folder: Path) -> tuple[Path, SavedState] | None:
+    """The newest state that can be read, None without any; a damaged one is passed over for the one before."""
+    for path in sorted(saved_states(folder), reverse=True):
+        try:
+            return path, read_state(path)
+        except CheckpointError as error:
+            logger.warning("%s cannot be read (%s); trying the state before it", path, error)
+    return None
+
+
+def read_state(path: Path) -> SavedState:
+    """Read a state.
+
+    Raises:
+        CheckpointError: a damaged file, or no training state.
+    """
+    file = TensorFile(path)
+    if file.metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} holds no training state. Choose the folder of a training run.")
+    try:
+        return SavedState(
+            int(file.metadata["steps"]),
+            TrainingConfig(**json.loads(file.metadata["config"])),
+            json.loads(file.metadata["facts"]),
+            json.loads(file.metadata["history"]),
+            file.read_all(),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is a damaged training state ({error}). Remove it to go on from the one before.") from error

@@ -1,0 +1,175 @@
+"""An expert under training: float32 tensors beside the frozen base."""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..adapters import RoutedExpert
+from ..errors import ExpertError, name_some
+from ..experts import Expert, LowRank
+from ..families import Family
+from .backbone import Working
+
+
+def _casting(kind: type[nn.Module]) -> type[nn.Module]:
+    """The layer, computing in its input's dtype while its weights stay float32."""
+
+    class Casting(kind):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype == self.weight.dtype:
+                return super().forward(x)
+            return functional_call(self, {name: value.to(x.dtype) for name, value in self.named_parameters()}, (x,))
+
+    return Casting
+
+
+CASTING = SimpleNamespace(**{
+    kind.__name__: _casting(kind) for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d, nn.Conv3d)
+})
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The modules of an expert under training.
+
+    Low-rank pairs work at `scale` = alpha / rank, which stays outside the weights as in the paper's training; what replaces
+    a layer works alone.
+    """
+
+    expert: Expert
+    low_rank: RoutedExpert
+    replaced: RoutedExpert
+    scale: float
+
+    @property
+    def working(self) -> Working:
+        """For `Backbone.velocity`."""
+        return ((self.low_rank, self.scale), (self.replaced, 1.0))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every trained tensor, by a name that a resumed run finds again."""
+        for part in ("low_rank", "replaced"):
+            for name, parameter in getattr(self, part).named_parameters():
+                yield f"{part}.{name}", parameter
+
+    def copy(self) -> "Trainee":
+        """An independent one with the same values (for the moving average), without gradients."""
+        low_rank, replaced = copy.deepcopy(self.low_rank), copy.deepcopy(self.replaced)
+        return Trainee(self.expert, low_rank.requires_grad_(False), replaced.requires_grad_(False), self.scale)
+
+    @torch.no_grad()
+    def average(self, other: "Trainee", decay: float) -> None:
+        """self = decay self + (1 - decay) other."""
+        for (_, mine), (_, theirs) in zip(self.named_parameters(), other.named_parameters(), strict=True):
+            mine.lerp_(theirs, 1 - decay)
+
+    @torch.no_grad()
+    def result(self) -> Expert:
+        """What has been learned, as an expert of its own on the CPU."""
+        low_rank: dict[str, tuple[LowRank, ...]] = {}
+        for name, site in zip(self.low_rank.names, self.low_rank.sites, strict=True):
+            downs = site.branch.down.weight.split(site.branch.ranks)
+            low_rank[name] = tuple(
+                LowRank(_free(down), _free(up.weight), self.scale, start)
+                for down, up, start in zip(downs, site.branch.ups, site.branch.starts, strict=True)
+            )
+        replaced = {
+            name: _free(value) for name, value in zip(self.replaced.bare_names, self.replaced.bare, strict=True)
+        }
+        for name, site in zip(self.replaced.names, self.replaced.sites, strict=True):
+            replaced |= {f"{name}.{param}": _free(value) for param, value in site.replaced.named_parameters()}
+        return Expert(
+            self.expert.family, self.expert.role, low_rank, replaced,
+            boundary=self.expert.boundary, timesteps=self.expert.timesteps,
+        )
+
+
+def _free(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def make_trainee(expert: Expert, modules: Mapping[str, nn.Module], device: torch.device, trainable: bool = True) -> Trainee:
+    """Modules for the expert's tensors, in float32.
+
+    Args:
+        modules: native name -> module of the base.
+        trainable: False for an expert that others are trained on top of.
+
+    Raises:
+        ExpertError: an expert that does not fit, or one whose pairs differ in alpha / rank, or that holds differences.
+    """
+    if expert.diff:
+        raise ExpertError(f"{name_some(expert.diff)} are differences to the base. Training starts from low-rank pairs and replaced layers.")
+    scales = {update.scale for updates in expert.low_rank.values() for update in updates}
+    if len(scales) > 1:
+        raise ExpertError(f"The expert's alpha / rank differs between layers ({sorted(scales)}). Training starts from one for all.")
+    unscaled = {
+        name: tuple(LowRank(update.down, update.up, 1.0, update.start) for update in updates)
+        for name, updates in expert.low_rank.items()
+    }
+
+    def build(**tensors: Any) -> RoutedExpert:
+        part = Expert(expert.family, expert.role, **tensors)
+        return RoutedExpert(part, modules, CASTING, torch.float32, device).requires_grad_(trainable)
+
+    return Trainee(expert, build(low_rank=unscaled), build(replaced=expert.replaced), scales.pop() if scales else 1.0)
+
+
+def new_semantic(
+    family: Family, modules: Mapping[str, nn.Module], rank: int, alpha: float, generator: torch.Generator
+) -> Expert:
+    """A semantic expert that changes nothing yet: low-rank pairs on every linear of the blocks; rank 0 is a full fine-tune."""
+    if rank == 0:
+        replaced = {
+            f"{name}.{param}" if name else param: _free(value).float()
+            for name, module in modules.items()
+            for param, value in module.named_parameters(recurse=False)
+        }
+        return Expert(family.name, "semantic", replaced=replaced)
+    lists = tuple(f"{name}." for name in family.block_lists)
+    names = [name for name, module in modules.items() if name.startswith(lists) and hasattr(module, "in_features")]
+    pairs = {name: (_new_pair(modules[name], rank, alpha, generator),) for name in sorted(names)}
+    return Expert(family.name, "semantic", pairs)
+
+
+def new_detail(
+    family: Family,
+    modules: Mapping[str, nn.Module],
+    rank: int,
+    alpha: float,
+    generator: torch.Generator,
+    semantic: Expert | None = None,
+) -> Expert:
+    """A detail expert that changes nothing yet: the release's low-rank sites, and its copies of embedders and head.
+
+    Args:
+        semantic: the expert it will work on top of, whose replaced layers it starts from.
+    """
+    low_rank: dict[str, tuple[LowRank, ...]] = {}
+    replaced: dict[str, Tensor] = {}
+    instead = semantic.replaced if semantic else {}
+    for name in sorted(modules):
+        pieces = family.key_map.sources_of(name)
+        targets = [piece for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)]
+        if targets:
+            low_rank[name] = tuple(_new_pair(modules[name], rank, alpha, generator, piece.part) for piece in targets)
+        if any(piece.source.split(".")[0] in family.detail_modules for piece in pieces):
+            values = {f"{name}.{param}": value for param, value in modules[name].named_parameters(recurse=False)}
+            replaced |= {key: _free(instead.get(key, value)).float() for key, value in values.items()}
+    return Expert(family.name, "detail", low_rank, replaced)
+
+
+def _new_pair(module: nn.Module, rank: int, alpha: float, generator: torch.Generator, part: int | None = None) -> LowRank:
+    """A fresh pair that adds nothing: down uniform like nn.Linear's weight, up zero; `part` of a fused layer's q, k, v."""
+    width = module.in_features
+    bound = 1 / math.sqrt(width)
+    down = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
+    rows, start = (module.out_features, 0) if part is None else (width, part * width)
+    return LowRank(down, torch.zeros(rows, rank), alpha / rank, start)

@@ -1,0 +1,52 @@
+"""Start the host for a command that needs it: ComfyUI's model classes, without its server."""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from .errors import DCMError
+
+ROOT = Path(__file__).resolve().parents[1]
+PACK = "dcm_pack"
+
+
+def find_comfyui(given: Path | None = None) -> Path:
+    """ComfyUI's folder: the given one, COMFYUI_PATH, or the one whose custom_nodes hold this pack.
+
+    Raises:
+        DCMError: none of them holds ComfyUI.
+    """
+    candidates = [given, os.environ.get("COMFYUI_PATH"), ROOT.parents[1] if len(ROOT.parents) > 1 else None]
+    named = [Path(candidate).expanduser() for candidate in candidates if candidate]
+    folder = next((path for path in named if (path / "comfy" / "sd.py").is_file()), None)
+    if folder is None:
+        raise DCMError(
+            f"No ComfyUI was found in {', '.join(str(path) for path in named)} (no comfy/sd.py). "
+            "Give its folder with --comfyui, or set COMFYUI_PATH."
+        )
+    return folder.resolve()
+
+
+def load_pack(comfyui: Path) -> Callable[[str], ModuleType]:
+    """Import ComfyUI and the pack in it; gives the pack's modules by name."""
+    # the pack's own folder comes last: its `nodes` would hide the host's module
+    paths = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
+    sys.path[:] = [str(comfyui), *paths, str(ROOT)]
+    arguments = sys.argv
+    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+    sys.argv = ["main.py"] if accelerated else ["main.py", "--cpu"]
+    try:
+        importlib.import_module("comfy.options").enable_args_parsing()
+        importlib.import_module("comfy.cli_args")
+    finally:
+        sys.argv = arguments
+    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.modules[PACK] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[PACK])
+    return lambda name: importlib.import_module(f"{PACK}.{name}")

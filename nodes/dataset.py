@@ -1,0 +1,147 @@
+"""Training data."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..dcm_core.distill.clips import ClipSettings, find_clips, source_state
+from ..dcm_core.distill.data_file import read_data, write_data
+from ..dcm_core.distill.encode import prepare
+from ..dcm_core.errors import DCMError
+from .host.compat import newer
+from .host.encoders import host_encoders
+from .host.folders import DATASETS, data_cache, files, new_file, path_of, source_path
+from .host.progress import byte_progress
+from .host.report import report
+
+Dataset = io.Custom("DCM_DATASET")
+
+
+class DCMVideoDataset(io.ComfyNode):
+    """A folder of clips -> DCM_DATASET, encoded in output/dcm_cache."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMVideoDataset",
+            display_name="DCM Video Dataset",
+            category="DCM/training",
+            description=(
+                "Checks clips with captions and encodes them for training, each once: what did not change comes from the cache "
+                "in output/dcm_cache. Clips that cannot be used are left out and named."
+            ),
+            inputs=[
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip="A folder of videos, each with a .txt of its name that holds its caption, or a .jsonl file of "
+                    '{"video": ..., "caption": ...} lines. A full path, or one in the input directory.',
+                ),
+                io.Vae.Input("vae", tooltip="The VAE of the model to train."),
+                io.Clip.Input("clip", tooltip="The text encoder of the model to train."),
+                io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip="Width of the training clips in pixels."),
+                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Height of the training clips in pixels."),
+                io.Int.Input(
+                    "frames", default=81, min=1, max=1001, step=4, tooltip="Length of the training clips: 1 more than a multiple of 4."
+                ),
+                io.Float.Input(
+                    "fps",
+                    default=16.0,
+                    min=1.0,
+                    max=120.0,
+                    step=1.0,
+                    tooltip="Frames per second that the model is made for: Wan 2.1 16, HunyuanVideo 24.",
+                ),
+                io.Boolean.Input(
+                    "buckets",
+                    default=True,
+                    tooltip="Keep each clip near its own aspect ratio, at about the same area. Off: crop all to width x height.",
+                ),
+                io.String.Input(
+                    "negative", default="", multiline=True, optional=True, tooltip="Negative prompt: what guidance moves away from."
+                ),
+            ],
+            outputs=[Dataset.Output(display_name="dataset", tooltip="Encoded clips for a training node.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **newer(search_aliases=["training data", "video folder", "cache latents"]),
+        )
+
+    @classmethod
+    def validate_inputs(cls, folder: str | None) -> bool | str:
+        # none: it comes from another node, whose text is not known yet
+        try:
+            return folder is None or bool(find_clips(source_path(folder)))
+        except DCMError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str | None, **settings: Any) -> str:
+        return source_state(source_path(folder)) if folder is not None else ""
+
+    @classmethod
+    def execute(
+        cls, folder: str, vae: Any, clip: Any, width: int, height: int, frames: int, fps: float, buckets: bool, negative: str = ""
+    ) -> io.NodeOutput:
+        dataset = prepare(
+            source_path(folder),
+            ClipSettings(frames, fps, width, height, buckets),
+            host_encoders(vae, clip),
+            data_cache(),
+            negative,
+            byte_progress(cls.hidden.unique_id),
+        )
+        return io.NodeOutput(dataset, ui=report(dataset.report(), cls.hidden.unique_id))
+
+
+class DCMSaveDataset(io.ComfyNode):
+    """DCM_DATASET -> one file in models/dcm_datasets."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMSaveDataset",
+            display_name="DCM Save Dataset",
+            category="DCM/training",
+            description="Writes encoded training data to one file, to train where there is no VAE and no text encoder.",
+            inputs=[
+                Dataset.Input("dataset", tooltip="Encoded clips from DCM Video Dataset."),
+                io.String.Input("file_name", default="dataset", tooltip="Name of the file, written to models/dcm_datasets."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Write over an existing file."),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **newer(search_aliases=["cache dataset", "export latents"]),
+        )
+
+    @classmethod
+    def execute(cls, dataset: Any, file_name: str, overwrite: bool) -> io.NodeOutput:
+        path = new_file(DATASETS, file_name, overwrite)
+        write_data(path, dataset)
+        return io.NodeOutput(ui=report(f"saved {len(dataset)} clips to {path}", cls.hidden.unique_id))
+
+
+class DCMLoadDataset(io.ComfyNode):
+    """A file of models/dcm_datasets -> DCM_DATASET."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMLoadDataset",
+            display_name="DCM Load Dataset",
+            category="DCM/training",
+            description="Reads encoded training data from a file, without VAE and text encoder.",
+            inputs=[io.Combo.Input("file_name", options=files(DATASETS), tooltip="A file in models/dcm_datasets.")],
+            outputs=[Dataset.Output(display_name="dataset", tooltip="Encoded clips for a training node.")],
+            hidden=[io.Hidden.unique_id],
+            **newer(search_aliases=["training data", "cached latents"]),
+        )
+
+    @classmethod
+    def execute(cls, file_name: str) -> io.NodeOutput:
+        data = read_data(path_of(DATASETS, file_name))
+        return io.NodeOutput(data, ui=report(f"{len(data)} clips, {len(data.buckets)} sizes", cls.hidden.unique_id))
+
+
+NODES = [DCMVideoDataset, DCMSaveDataset, DCMLoadDataset]

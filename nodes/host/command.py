@@ -1,0 +1,95 @@
+"""`python -m dcm_core train`: training from a settings file, in the host but without its server."""
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+
+from ...dcm_core.distill.clips import ClipSettings
+from ...dcm_core.distill.config import TrainingConfig, TrainingError
+from ...dcm_core.distill.data_file import read_data
+from ...dcm_core.distill.dataset import TrainingData
+from ...dcm_core.distill.encode import prepare
+from ...dcm_core.expert_reader import read_expert
+from ...dcm_core.experts import Expert
+from ...dcm_core.routing import Side
+from ...dcm_core.storage import TensorFile
+from .attach import module_shapes, require_family
+from .encoders import host_encoders
+from .folders import data_cache
+from .load import load_file
+from .training import save_expert, train_expert
+
+SETTINGS = {"model", "weight_dtype", "vae", "text_encoders", "dataset", "output", "states", "semantic", "continue_from", "training"}
+
+
+def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
+    """Run or resume what the settings say; relative paths are looked up in `folder`.
+
+    Returns:
+        A line about the result.
+
+    Raises:
+        DCMError: settings, files or data that do not fit, before any training.
+    """
+    unknown = sorted(set(settings) - SETTINGS)
+    if unknown:
+        raise TrainingError(f"{', '.join(unknown)} is no setting of a training run. There are: {', '.join(sorted(SETTINGS))}.")
+
+    def path(name: str) -> Path:
+        if not isinstance(settings.get(name), str):
+            raise TrainingError(f"`{name}` is {settings.get(name)!r}; it has to be the path of a file.")
+        return folder / Path(settings[name]).expanduser()
+
+    config = TrainingConfig.from_dict({**settings.get("training", {}), "expert": side})
+    output = path("output")
+    states = folder / settings["states"] if "states" in settings else output.with_name(f"{output.stem}_states")
+    model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
+    below = load_expert(path("semantic"), "semantic", model) if "semantic" in settings else None
+    start = load_expert(path("continue_from"), side, model) if "continue_from" in settings else None
+    data, vae = load_data(settings, folder, model)
+    result = train_expert(model, data, config, states, start=start, below=below, vae=vae)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_expert(output, result.expert, model)
+    return f"{result.expert}, {len(result.history)} steps, saved to {output}"
+
+
+def load_expert(path: Path, side: Side, model: Any) -> Expert:
+    """An expert file for the MODEL."""
+    file = TensorFile(path)
+    return read_expert(file.read_all(), file.metadata, side, require_family(model), module_shapes(model))
+
+
+def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[TrainingData, Any]:
+    """The data, and the VAE where there is one."""
+    given = settings.get("dataset")
+    if isinstance(given, str):
+        return read_data(folder / given), None
+    if not isinstance(given, dict) or "folder" not in given:
+        raise TrainingError(f"`dataset` is {given!r}; it has to be a file of DCM Save Dataset, or settings with a `folder` of clips.")
+    values = dict(given)
+    source, negative = folder / values.pop("folder"), values.pop("negative", "")
+    try:
+        clip_settings = ClipSettings(**values)
+    except TypeError as error:
+        raise TrainingError(f"`dataset` has a setting that is none ({error}). There are: folder, negative, frames, fps, width, "
+                            "height, buckets.") from error
+    vae, clip = load_vae(folder / settings.get("vae", "")), load_clip(settings, folder, model)
+    return prepare(source, clip_settings, host_encoders(vae, clip), data_cache(), negative), vae
+
+
+def load_vae(path: Path) -> Any:
+    """The host's VAE of a safetensors file."""
+    return comfy.sd.VAE(sd=TensorFile(path).read_all())
+
+
+def load_clip(settings: dict[str, Any], folder: Path, model: Any) -> Any:
+    """The host's text encoder of the model's family."""
+    paths = [folder / name for name in settings.get("text_encoders", [])]
+    if not paths:
+        raise TrainingError("`text_encoders` is missing; list the files of the model's text encoder.")
+    for path in paths:
+        TensorFile(path)  # only safetensors are read
+    kind = require_family(model).clip_type.upper()
+    return comfy.sd.load_clip(ckpt_paths=[str(path) for path in paths], clip_type=comfy.sd.CLIPType[kind])

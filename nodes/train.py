@@ -1,0 +1,187 @@
+"""Train experts."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..dcm_core.distill.config import TrainingConfig
+from .dataset import Dataset
+from .experts import TrainedExpert
+from .host.compat import advanced, newer
+from .host.expert_files import expert_names
+from .host.report import report
+from .host.training import train_and_save
+
+SCHEDULERS = ["constant", "cosine"]
+
+
+def first_inputs(side: str) -> list[io.Input]:
+    """What both nodes begin with."""
+    return [
+        io.Model.Input("model", tooltip="The base model: Wan 2.1 or HunyuanVideo, without experts. It is the teacher, and stays as it is."),
+        Dataset.Input("dataset", tooltip="Encoded clips from DCM Video Dataset."),
+        io.String.Input(
+            "name",
+            default=f"my_{side}_expert",
+            tooltip="Name of the run. States are kept in output/dcm_training/<name>, where a run with the same settings goes on; the "
+            "expert is written to models/loras/dcm/<name>.safetensors.",
+        ),
+    ]
+
+
+def common_inputs(steps: int, learning_rate: float, rank_floor: int) -> list[io.Input]:
+    """The settings both stages share."""
+    full = " 0 trains every weight of the model." if rank_floor == 0 else ""
+    return [
+        io.Int.Input("steps", default=steps, min=1, max=1_000_000, tooltip="Optimiser steps in all; raise it to train a finished run on."),
+        io.Float.Input(
+            "learning_rate", default=learning_rate, min=1e-9, max=1.0, step=1e-7, round=False, tooltip="Peak learning rate of AdamW."
+        ),
+        io.Int.Input("rank", default=128, min=rank_floor, max=1024, tooltip=f"Rank of the low-rank pairs (the release has 128).{full}"),
+        io.Float.Input("alpha", default=256.0, min=0.01, max=4096.0, step=0.5, tooltip="The pairs work at alpha / rank (the release: 2)."),
+        io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="Videos in memory at once."),
+        io.Int.Input("accumulate", default=1, min=1, max=1024, tooltip="Batches that make one optimiser step."),
+        io.Int.Input("seed", default=0, min=0, max=2**31, tooltip="Of everything random: weights, noise, order of the clips."),
+        io.Float.Input(
+            "boundary", default=0.0, min=0.0, max=1.0, step=0.001, round=False,
+            tooltip="Sigma between the experts, stored with the expert; both experts need the same. 0 takes the family's "
+            "(Wan 2.1: 0.979, HunyuanVideo: 0.982).",
+        ),
+        io.Boolean.Input(
+            "gradient_checkpointing", default=True, tooltip="Needs far less memory, and about a third more time.",
+        ),
+    ]
+
+
+def last_inputs() -> list[io.Input]:
+    """Settings that seldom change."""
+    return [
+        io.Float.Input("shift", default=17.0, min=0.01, max=100.0, tooltip="Shift of the noise levels.", **advanced(io.Float.Input)),
+        io.Int.Input(
+            "sample_steps", default=6, min=1, max=50, tooltip="Steps the expert is meant for, where shift is not the release's 17.",
+            **advanced(io.Int.Input),
+        ),
+        io.Float.Input(
+            "cfg", default=5.0, min=0.0, max=30.0, step=0.1, **advanced(io.Float.Input),
+            tooltip="Guidance of the teacher, w in cond + w (cond - negative); the expert learns it, and samples at cfg 1.",
+        ),
+        io.Float.Input(
+            "ema_decay", default=0.95, min=0.0, max=0.9999, step=0.01, round=False, **advanced(io.Float.Input),
+            tooltip="Of the averaged expert, which is what is saved. 0: no average.",
+        ),
+        io.Combo.Input("scheduler", options=SCHEDULERS, tooltip="Learning rate after the warm-up.", **advanced(io.Combo.Input)),
+        io.Int.Input("save_every", default=100, min=1, max=100_000, tooltip="Steps between saved states.", **advanced(io.Int.Input)),
+        io.Int.Input(
+            "held_out", default=0, min=0, max=10_000, tooltip="Clips kept for the held-out loss.", **advanced(io.Int.Input)
+        ),
+        io.Int.Input(
+            "sample_every", default=100, min=0, max=100_000, tooltip="Steps between sample videos, 0 for none.", **advanced(io.Int.Input)
+        ),
+        io.Combo.Input(
+            "continue_from", options=expert_names(), default="none", optional=True,
+            tooltip="An expert file to begin with, instead of one that changes nothing.",
+        ),
+        io.Vae.Input("vae", optional=True, tooltip="Decodes the sample videos into output/dcm_training/<name>."),
+    ]
+
+
+def outputs() -> list[io.Output]:
+    """What both nodes give."""
+    return [
+        io.Model.Output(display_name="trained_model", tooltip="The model with the trained expert on it, for any sampler."),
+        TrainedExpert.Output(display_name="expert", tooltip="The expert itself, for DCM Attach Experts."),
+        io.String.Output(display_name="file", tooltip="Where it was saved."),
+        io.Image.Output(display_name="losses", tooltip="A plot of each loss."),
+    ]
+
+
+class DCMTrainSemanticExpert(io.ComfyNode):
+    """MODEL + clips -> the expert for layout and motion."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMTrainSemanticExpert",
+            display_name="DCM Train Semantic Expert",
+            category="DCM/training",
+            description=(
+                "Distils the high-noise steps of a model into an expert that needs few: consistency and temporal coherence losses. "
+                "Interrupting saves; the same settings go on where it stopped."
+            ),
+            inputs=[
+                *first_inputs("semantic"),
+                *common_inputs(1000, 1e-4, rank_floor=0),
+                io.Float.Input(
+                    "temporal_weight", default=1.0, min=0.0, max=100.0, step=0.1, **advanced(io.Float.Input),
+                    tooltip="Weight of the temporal coherence loss, which is for the motion.",
+                ),
+                *last_inputs(),
+            ],
+            outputs=outputs(),
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **newer(search_aliases=["train lora", "distill", "consistency distillation", "train high noise"]),
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, dataset: Any, name: str, gradient_checkpointing: bool, continue_from: str = "none", vae: Any = None,
+        **settings: Any,
+    ) -> io.NodeOutput:
+        config = TrainingConfig("semantic", checkpointing=gradient_checkpointing, **settings)
+        run = train_and_save(model, dataset, config, name, continue_from, vae=vae, node_id=cls.hidden.unique_id)
+        return io.NodeOutput(run.model, run.expert, str(run.file), run.plots, ui=report(str(run), cls.hidden.unique_id))
+
+
+class DCMTrainDetailExpert(io.ComfyNode):
+    """MODEL + clips -> the expert for detail, on top of a semantic one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMTrainDetailExpert",
+            display_name="DCM Train Detail Expert",
+            category="DCM/training",
+            description=(
+                "Distils the low-noise steps of a model into an expert that needs few: consistency, adversarial and feature matching "
+                "losses, on top of a semantic expert. Interrupting saves; the same settings go on where it stopped."
+            ),
+            inputs=[
+                *first_inputs("detail"),
+                *common_inputs(1000, 5e-6, rank_floor=1),
+                io.Float.Input(
+                    "adversarial_weight", default=0.1, min=0.0, max=100.0, step=0.01, **advanced(io.Float.Input),
+                    tooltip="Weight of the GAN and feature matching losses, which are for sharpness. 0: consistency alone.",
+                ),
+                io.Float.Input(
+                    "discriminator_learning_rate", default=5e-6, min=1e-9, max=1.0, step=1e-7, round=False, **advanced(io.Float.Input),
+                    tooltip="Of the discriminator's AdamW.",
+                ),
+                *last_inputs(),
+                io.Combo.Input(
+                    "semantic_lora", options=expert_names(), default="none", optional=True,
+                    tooltip="The semantic expert this one will work on top of. none: the base itself.",
+                ),
+                TrainedExpert.Input(
+                    "semantic_expert", optional=True, tooltip="The same, straight from its training; goes before semantic_lora."
+                ),
+            ],
+            outputs=outputs(),
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **newer(search_aliases=["train lora", "distill", "adversarial distillation", "train low noise"]),
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, dataset: Any, name: str, gradient_checkpointing: bool, continue_from: str = "none", vae: Any = None,
+        semantic_lora: str = "none", semantic_expert: Any = None, **settings: Any,
+    ) -> io.NodeOutput:
+        config = TrainingConfig("detail", checkpointing=gradient_checkpointing, **settings)
+        run = train_and_save(
+            model, dataset, config, name, continue_from, semantic_lora, semantic_expert, vae=vae, node_id=cls.hidden.unique_id
+        )
+        return io.NodeOutput(run.model, run.expert, str(run.file), run.plots, ui=report(str(run), cls.hidden.unique_id))
+
+
+NODES = [DCMTrainSemanticExpert, DCMTrainDetailExpert]

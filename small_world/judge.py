@@ -1,0 +1,106 @@
+"""What a video of the small world shows, measured: its colour, shape and motion, its sharpness, and distances between sets."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from world import COLOURS, MOTIONS, SHAPES
+
+# Shape area over its bounding box.
+FILL = {"circle": math.pi / 4, "square": 1.0, "triangle": 0.5}
+SATURATED = 0.35
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a video shows; None where no shape is found.
+
+    Attributes:
+        path: the shape's centre in every frame, (frames, 2), NaN where it is lost.
+    """
+
+    colour: str | None
+    shape: str | None
+    motion: str | None
+    path: Tensor
+
+    def matches(self, names: tuple[str, str, str]) -> tuple[bool, bool, bool]:
+        """Whether colour, shape and motion are the named ones."""
+        return self.colour == names[0], self.shape == names[1], self.motion == names[2]
+
+
+def look(video: Tensor) -> Seen:
+    """Find the shape by its saturation; video: (3, frames, height, width) in -1 .. 1."""
+    pixels = (video + 1) / 2
+    mask = pixels.amax(0) - pixels.amin(0) > SATURATED
+    area = mask.sum((1, 2)).float()
+    line = torch.arange(video.shape[-1]) + 0.5
+    x, y = (mask * line).sum((1, 2)) / area, (mask * line[:, None]).sum((1, 2)) / area
+    path = torch.stack([x, y], 1)
+    found = area > 40
+    path[~found] = math.nan
+    if int(found.sum()) < len(found) // 2:
+        return Seen(None, None, None, path)
+    mean = torch.stack([pixels[channel][mask].mean() for channel in range(3)])
+    colour = min(COLOURS, key=lambda name: float((torch.tensor(COLOURS[name]) - mean).norm()))
+    fills = [_fill(frame) for frame, good in zip(mask, found, strict=True) if good]
+    fill = sorted(fills)[len(fills) // 2]
+    shape = min(SHAPES, key=lambda name: abs(FILL[name] - fill))
+    good = path[found]
+    way = good[-1] - good[0]
+    moved = float(way.norm()) > 6
+    motion = max(MOTIONS, key=lambda name: float((torch.tensor(MOTIONS[name]) * way).sum())) if moved else None
+    return Seen(colour, shape, motion, path)
+
+
+def _fill(mask: Tensor) -> float:
+    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+    height, width = int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1
+    return float(mask.sum()) / (height * width)
+
+
+def unevenness(path: Tensor) -> float:
+    """Pixels by which a path strays from even motion along a straight line (root mean square); NaN if the shape is lost."""
+    if path.isnan().any():
+        return math.nan
+    time = torch.linspace(-1, 1, len(path))
+    design = torch.stack([torch.ones_like(time), time], 1)
+    fit = design @ torch.linalg.lstsq(design, path).solution
+    return float((path - fit).square().sum(1).mean().sqrt())
+
+
+def path_distance(a: Tensor, b: Tensor) -> float:
+    """Mean distance of two paths in pixels; NaN if either is lost."""
+    return float((a - b).norm(dim=1).mean())
+
+
+def motion_difference(a: Tensor, b: Tensor) -> float:
+    """Mean absolute difference of the videos' changes from frame to frame."""
+    return float((a.diff(dim=-3) - b.diff(dim=-3)).abs().mean())
+
+
+def edge_strength(video: Tensor) -> float:
+    """Mean size of the pixel gradients."""
+    return float(video.diff(dim=-1).abs().mean() + video.diff(dim=-2).abs().mean())
+
+
+def spectrum(videos: Tensor) -> Tensor:
+    """Log power of the frames by spatial frequency (radial), averaged over (videos, 3, frames, height, width)."""
+    size = videos.shape[-1]
+    power = torch.fft.fft2(videos).abs().square().mean((0, 1, 2))
+    frequency = torch.fft.fftfreq(size) * size
+    radius = torch.hypot(frequency[:, None], frequency[None]).round().long()
+    bins = torch.stack([power[radius == r].mean() for r in range(1, size // 2)])
+    return bins.log()
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """Distance between two sets of points (Szekely): 2 E|a - b| - E|a - a'| - E|b - b'|, per root of the dimension."""
+    a, b = a.flatten(1), b.flatten(1)
+
+    def within(points: Tensor) -> Tensor:
+        count = len(points)
+        return torch.cdist(points, points).sum() / (count * (count - 1))
+
+    return float((2 * torch.cdist(a, b).mean() - within(a) - within(b)) / math.sqrt(a.shape[1]))

@@ -1,0 +1,139 @@
+"""Measure the small world's experts against their base: the tables and pictures of docs/small-world.md.
+
+    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 96]
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import host  # noqa: F401
+
+# isort: split
+import comfy.samplers
+import torch
+from comfy.latent_formats import Wan21
+from distill import BOUNDARY, SHIFT, load_base, load_expert, pack
+from judge import (
+    edge_strength,
+    energy_distance,
+    look,
+    motion_difference,
+    path_distance,
+    spectrum,
+    unevenness,
+)
+from PIL import Image
+from torch import Tensor
+from train_base import load_vae
+from world import NAMES, caption, embed
+
+attach, schedule = pack("nodes.host.attach"), pack("dcm_core.schedule")
+
+GUIDANCE = 3.0  # the host's cfg that equals the teacher's 2 of distill.py
+LATENT = (16, 5, 10, 10)
+REFERENCE = "base, 50 steps"
+
+
+def sample(model: Any, steps: int, cfg: float, names: Sequence[tuple[str, str, str]], seed: int) -> Tensor:
+    """Latents as the transformer sees them, (videos, 16, 5, 10, 10), by the host's guider and Euler sampler."""
+    found = []
+    for index, name in enumerate(names):
+        guider = comfy.samplers.CFGGuider(model)
+        positive = [[embed(caption(*name))[None].float(), {}]]
+        negative = [[torch.zeros_like(positive[0][0]), {}]]
+        guider.inner_set_conds({"positive": positive, "negative": negative} if cfg != 1 else {"positive": positive})
+        guider.set_cfg(cfg)
+        noise = torch.randn((1, *LATENT), generator=torch.Generator().manual_seed(seed + index))
+        sigmas = schedule.generic_sigmas(steps, SHIFT)
+        with torch.inference_mode():
+            out = guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+        found.append(model.model.process_latent_in(out.float()))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    return torch.cat([vae.decode(Wan21().process_out(part)) for part in latents.split(8)]).clamp(-1, 1)
+
+
+def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
+    """Name -> (MODEL, steps, cfg) of everything that is compared."""
+    base = load_base(folder)
+
+    def pair(semantic: str, detail: str | None) -> tuple[Any, int, float]:
+        experts = [load_expert(folder, name, base) if name else None for name in (semantic, detail)]
+        return attach.attach_experts(base, *experts, boundary=BOUNDARY), 6, 1.0
+
+    found = {f"base, {steps} steps": (base, steps, GUIDANCE) for steps in (50, 25, 10, 6)}
+    runs = {
+        "one expert, 6 steps": ("one_expert", None),
+        "two experts": ("semantic_without_temporal", "detail_on_semantic_without_temporal"),
+        "+ temporal coherence": ("semantic", "detail_without_gan"),
+        "+ GAN and feature matching (DCM), 6 steps": ("semantic", "detail"),
+    }
+    return found | {
+        name: pair(*run) for name, run in runs.items() if all((folder / f"{part}.safetensors").exists() for part in run if part)
+    }
+
+
+def judge(latents: Tensor, videos: Tensor, reference: dict[str, Tensor], names: Sequence[tuple[str, str, str]]) -> dict[str, float]:
+    """All measures of one method."""
+    small = torch.nn.functional.avg_pool3d
+    seen, wanted = [look(video) for video in videos], [look(video) for video in reference["videos"]]
+    matches = torch.tensor([one.matches(name) for one, name in zip(seen, names, strict=True)]).float().mean(0)
+    strays = torch.tensor([unevenness(one.path) for one in seen])
+    ways = torch.tensor([path_distance(a.path, b.path) for a, b in zip(seen, wanted, strict=True)])
+    return {
+        "latent distance": energy_distance(latents, reference["latents"]),
+        "pixel distance": energy_distance(small(videos, (1, 4, 4)), small(reference["videos"], (1, 4, 4))),
+        "latent error": float((latents - reference["latents"]).square().mean().sqrt()),
+        "motion error": motion_difference(videos, reference["videos"]),
+        "path error (px)": float(ways.nanmean()),
+        "unevenness (px)": float(strays.nanmean()),
+        "edges": edge_strength(videos) / edge_strength(reference["videos"]),
+        "spectrum error": float((spectrum(videos) - spectrum(reference["videos"])).abs().mean()),
+        "colour": float(matches[0]),
+        "shape": float(matches[1]),
+        "motion": float(matches[2]),
+    }
+
+
+def contact_sheet(rows: dict[str, Tensor], path: Path, videos: int = 3) -> None:
+    """A row for each method: five frames each of the first videos."""
+    strips = []
+    for found in rows.values():
+        frames = [found[index, :, time] for index in range(0, 16 * videos, 16) for time in (0, 4, 8, 12, 16)]
+        strips.append(torch.cat(frames, -1))
+    pixels = ((torch.cat(strips, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
+    Image.fromarray(pixels.numpy()).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--videos", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=1000)
+    args = parser.parse_args()
+    names = [NAMES[index % len(NAMES)] for index in range(args.videos)]
+    vae = load_vae(args.folder)
+    reference: dict[str, Tensor] = {}
+    rows, table = {}, {}
+    for title, (model, steps, cfg) in models(args.folder).items():
+        started = time.monotonic()
+        latents = sample(model, steps, cfg, names, args.seed)
+        videos = decode(vae, latents)
+        reference = reference or {"latents": latents, "videos": videos}
+        rows[title] = videos
+        table[title] = judge(latents, videos, reference, names)
+        print(f"{title} ({time.monotonic() - started:.0f} s): "
+              + ", ".join(f"{name} {value:.4g}" for name, value in table[title].items()), flush=True)
+    (args.folder / f"measured_{args.seed}.json").write_text(json.dumps(table, indent=1))
+    contact_sheet(rows, args.folder / f"frames_{args.seed}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Training settings."""
+
+import pytest
+
+from dcm_core.distill.config import TrainingConfig, TrainingError
+from dcm_core.families import HUNYUAN_VIDEO, WAN
+
+
+def test_the_paper_s_values_are_the_defaults():
+    semantic, detail = (TrainingConfig(side).for_family(WAN) for side in ("semantic", "detail"))
+    assert (semantic.boundary, semantic.shift, semantic.points, semantic.cfg, semantic.ema_decay) == (0.979, 17, 50, 5, 0.95)
+    assert (detail.learning_rate, detail.rank, detail.alpha, detail.adversarial_weight, detail.feature_weight) == (5e-6, 128, 256, 0.1, 10)
+    assert TrainingConfig("semantic", rank=0).for_family(WAN).learning_rate == 1e-6
+    assert TrainingConfig("detail").for_family(HUNYUAN_VIDEO).feature_weight == 1
+    assert semantic.timesteps(WAN) == WAN.preset.timesteps
+    assert len(TrainingConfig("semantic", shift=5.0, sample_steps=4).timesteps(WAN)) == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"expert": "both"}, "expert is 'both'; choose semantic or detail"),
+        ({"expert": "detail", "rank": 0}, "rank is 0; the detail expert is a LoRA"),
+        ({"expert": "semantic", "learning_rate": float("nan")}, "learning_rate is nan; it has to be a number from"),
+        ({"expert": "semantic", "steps": 0}, "steps is 0"),
+        ({"expert": "semantic", "scheduler": "linear"}, "choose one of constant, cosine"),
+        ({"expert": "detail", "discriminator_width": 100}, "multiple of 32"),
+        ({"expert": "semantic", "step": 5}, "step is no training setting. There are: expert, steps"),
+        ({"expert": "semantic", "steps": "many"}, "steps is 'many'; it has to be a int"),
+        ({"expert": "semantic", "steps": True}, "steps is True; it has to be a int"),
+    ],
+)
+def test_wrong_settings_are_named(values, message):
+    with pytest.raises(TrainingError, match=message):
+        TrainingConfig.from_dict(values)
+
+
+def test_a_resumed_run_may_be_longer_but_not_another():
+    config = TrainingConfig("semantic", steps=10)
+    assert TrainingConfig("semantic", steps=99, save_every=7).differences(config) == []
+    assert TrainingConfig("semantic", rank=4, seed=3).differences(config) == ["rank: 128 -> 4", "seed: 0 -> 3"]

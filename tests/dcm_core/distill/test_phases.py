@@ -1,0 +1,59 @@
+"""Noise levels and phases; the boundary is the one that sampling uses."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcm_core.distill.phases import Phases
+from dcm_core.errors import ScheduleError
+from dcm_core.routing import is_detail
+
+
+def test_the_release_s_levels():
+    semantic = Phases("semantic", 0.9765)
+    assert semantic.sigmas[-1] == 1 and len(semantic.sigmas) == 50
+    assert float(semantic.previous[0]) == pytest.approx(0.0167323, rel=1e-5)
+    assert torch.equal(semantic.previous[1:], semantic.sigmas[:-1])
+    assert semantic.owned.tolist() == list(range(35, 50))
+    assert set(semantic.ends(semantic.owned).tolist()) == {float(semantic.sigmas[34])}
+    detail = Phases("detail", 0.9765)
+    assert detail.owned.tolist() == list(range(35))
+    assert set(detail.ends(detail.owned).tolist()) == {float(detail.previous[0])}
+
+
+@given(st.floats(0.05, 0.99), st.floats(1, 20), st.integers(10, 100), st.integers(1, 4))
+def test_every_point_has_one_owner_and_phases_follow_each_other(boundary, shift, points, count):
+    try:
+        sides = [Phases(side, boundary, shift, points, count) for side in ("semantic", "detail")]
+    except ScheduleError:
+        return
+    owned = torch.cat([phases.owned for phases in sides])
+    assert sorted(owned.tolist()) == list(range(points))
+    for phases in sides:
+        assert (is_detail(phases.sigmas[phases.owned], boundary) == (phases.side == "detail")).all()
+        ends = phases.ends(phases.owned)
+        assert len(set(ends.tolist())) == count
+        assert (ends <= phases.previous[phases.owned]).all() and (ends < phases.sigmas[phases.owned]).all()
+        index = phases.draw(20, torch.Generator().manual_seed(0))
+        assert set(index.tolist()) <= set(phases.owned.tolist())
+        level = phases.draw_above_phase(index, torch.Generator().manual_seed(0))
+        assert (phases.previous[level] >= phases.ends(index)).all() and set(level.tolist()) <= set(phases.owned.tolist())
+
+
+def test_a_batch_has_the_end_of_each_element():
+    phases = Phases("detail", 0.9765, count=5)
+    index = torch.tensor([0, 6, 7, 34])
+    assert phases.ends(index).tolist() == [float(phases.previous[start]) for start in (0, 0, 7, 28)]
+
+
+def test_one_expert_for_all_levels():
+    phases = Phases("semantic", 0.9, shared=True)
+    assert phases.owned.tolist() == list(range(50))
+
+
+def test_a_side_without_points_is_refused():
+    with pytest.raises(ScheduleError, match=r"leaves the detail expert no noise level.*Move the boundary"):
+        Phases("detail", 0.1)
+    with pytest.raises(ScheduleError, match="phases is 99"):
+        Phases("semantic", 0.9, count=99)

@@ -1,0 +1,144 @@
+"""An expert under training: what it starts as, what it gives back, and PEFT's LoRA as an independent reference."""
+
+import pytest
+import torch
+from torch import nn
+
+from dcm_core.adapters import in_place
+from dcm_core.distill.trainee import make_trainee, new_detail, new_semantic
+from dcm_core.errors import ExpertError
+from dcm_core.experts import Expert, LowRank
+from dcm_core.families import HUNYUAN_VIDEO, WAN
+
+WIDTH = 8
+
+
+def linears(*names, rows=WIDTH):
+    torch.manual_seed(0)
+    return {name: nn.Linear(WIDTH, rows) for name in names}
+
+
+WAN_MODULES = linears(
+    "blocks.0.self_attn.q", "blocks.0.self_attn.o", "blocks.0.cross_attn.k", "blocks.0.ffn.0", "time_embedding.0", "text_embedding.2",
+    "head.head",
+)
+HUNYUAN_MODULES = {
+    **linears("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.qkv", rows=3 * WIDTH),
+    **linears("double_blocks.0.img_attn.proj", "time_in.in_layer", "final_layer.linear"),
+    **linears("single_blocks.0.linear1", rows=7 * WIDTH),
+    **linears("single_blocks.0.linear2"),
+}
+
+
+def generator():
+    return torch.Generator().manual_seed(1)
+
+
+def test_a_new_detail_expert_has_the_release_s_sites():
+    expert = new_detail(WAN, WAN_MODULES, 2, 4.0, generator())
+    assert set(expert.low_rank) == {"blocks.0.self_attn.q", "blocks.0.self_attn.o", "blocks.0.cross_attn.k"}
+    replaced = {name.rpartition(".")[0] for name in expert.replaced}
+    assert replaced == {"time_embedding.0", "text_embedding.2", "head.head"}
+    assert torch.equal(expert.replaced["head.head.weight"], WAN_MODULES["head.head"].weight)
+
+
+def test_fused_layers_get_a_pair_for_each_of_q_k_and_v():
+    expert = new_detail(HUNYUAN_VIDEO, HUNYUAN_MODULES, 2, 4.0, generator())
+    starts = {name: [update.start for update in updates] for name, updates in expert.low_rank.items()}
+    assert starts == {
+        "double_blocks.0.img_attn.qkv": [0, 8, 16],
+        "double_blocks.0.img_attn.proj": [0],
+        "single_blocks.0.linear1": [0, 8, 16],
+    }
+    assert {name.rpartition(".")[0] for name in expert.replaced} == {"time_in.in_layer", "final_layer.linear"}
+
+
+@pytest.mark.parametrize(("family", "modules"), [(WAN, WAN_MODULES), (HUNYUAN_VIDEO, HUNYUAN_MODULES)], ids=["wan", "hunyuan"])
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_a_new_expert_changes_nothing_and_comes_back_as_it_was(family, modules, side):
+    root = nn.Module()
+    for name, module in modules.items():
+        parent = root
+        *path, last = name.split(".")
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent._modules[part]
+        parent.add_module(last, module)
+    new = new_semantic if side == "semantic" else new_detail
+    expert = new(family, modules, 2, 4.0, generator())
+    trainee = make_trainee(expert, modules, torch.device("cpu"))
+    x = torch.randn(3, WIDTH)
+    before = {name: module(x) for name, module in modules.items()}
+    with in_place(root, trainee.working):
+        for name, module in modules.items():
+            assert torch.allclose(module(x), before[name], atol=1e-7), name
+    result = trainee.result()
+    assert set(result.low_rank) == set(expert.low_rank) and set(result.replaced) == set(expert.replaced)
+    for name, updates in result.low_rank.items():
+        for ours, theirs in zip(updates, expert.low_rank[name], strict=True):
+            assert torch.equal(ours.down, theirs.down) and torch.equal(ours.up, theirs.up)
+            assert (ours.scale, ours.start) == (2.0, theirs.start)
+
+
+def test_the_same_output_and_gradients_as_peft():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    base = nn.Linear(WIDTH, WIDTH)
+    down, up = torch.randn(2, WIDTH), torch.randn(WIDTH, 2)
+    expert = Expert("wan", "detail", {"q": (LowRank(down, up, 2.0),)})
+    root = nn.ModuleDict({"q": base})
+    trainee = make_trainee(expert, {"q": base}, torch.device("cpu"))
+    x = torch.randn(5, WIDTH)
+    with in_place(root, trainee.working):
+        ours = root["q"](x)
+    ours.square().sum().backward()
+    site = trainee.low_rank.sites[0].branch
+    copied = nn.ModuleDict({"q": nn.Linear(WIDTH, WIDTH)})
+    copied.load_state_dict(root.state_dict())
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q"]), copied)
+    theirs.q.lora_A["default"].weight.data.copy_(down)
+    theirs.q.lora_B["default"].weight.data.copy_(up)
+    out = theirs["q"](x)
+    out.square().sum().backward()
+    assert torch.allclose(ours, out, atol=1e-6)
+    assert torch.allclose(site.down.weight.grad, theirs.q.lora_A["default"].weight.grad, rtol=1e-5)
+    assert torch.allclose(site.ups[0].weight.grad, theirs.q.lora_B["default"].weight.grad, rtol=1e-5)
+
+
+def test_low_precision_bases_take_float32_experts():
+    base = nn.Linear(WIDTH, WIDTH).bfloat16()
+    modules = {"blocks.0.self_attn.q": base, "head.head": nn.Linear(WIDTH, WIDTH).bfloat16()}
+    trainee = make_trainee(new_detail(WAN, modules, 2, 4.0, generator()), modules, torch.device("cpu"))
+    assert all(value.dtype is torch.float32 for _, value in trainee.named_parameters())
+    x = torch.randn(3, WIDTH, dtype=torch.bfloat16)
+    for part in (trainee.low_rank.sites[0], trainee.replaced.sites[0]):
+        out = part(x, base.forward, 1.0, lambda linear, like: linear.weight.to(like))
+        assert out.dtype is torch.bfloat16
+        out.float().square().sum().backward()
+    assert all(value.grad is not None for _, value in trainee.named_parameters())
+
+
+def test_averaging():
+    expert = new_semantic(WAN, WAN_MODULES, 2, 4.0, generator())
+    trainee = make_trainee(expert, WAN_MODULES, torch.device("cpu"))
+    average = trainee.copy()
+    start = [value.clone() for _, value in average.named_parameters()]
+    for _, value in trainee.named_parameters():
+        value.data += 1
+    average.average(trainee, 0.75)
+    for (_, value), old in zip(average.named_parameters(), start, strict=True):
+        assert torch.allclose(value, old + 0.25, atol=1e-6) and not value.requires_grad
+
+
+def test_experts_that_cannot_be_trained_on_are_refused():
+    pair = LowRank(torch.zeros(2, WIDTH), torch.zeros(WIDTH, 2), 1.0)
+    other = LowRank(torch.zeros(2, WIDTH), torch.zeros(WIDTH, 2), 2.0)
+    device = torch.device("cpu")
+    mixed = Expert("wan", "semantic", {"blocks.0.self_attn.q": (pair,), "blocks.0.self_attn.o": (other,)})
+    with pytest.raises(ExpertError, match=r"alpha / rank differs between layers"):
+        make_trainee(mixed, WAN_MODULES, device)
+    with pytest.raises(ExpertError, match="are differences to the base"):
+        make_trainee(Expert("wan", "semantic", diff={"head.head.weight": torch.zeros(8, 8)}), WAN_MODULES, device)
+    with pytest.raises(ExpertError, match=r"The model has no blocks\.9\.q"):
+        make_trainee(Expert("wan", "semantic", {"blocks.9.q": (pair,)}), WAN_MODULES, device)

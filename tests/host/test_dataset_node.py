@@ -1,0 +1,206 @@
+"""DCM Video Dataset in the host: a small Wan VAE of the real class, and a text encoder with the host's interface."""
+
+import sys
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def vae(pack):
+    import comfy.sd
+
+    path, argv = sys.path.copy(), sys.argv
+    import tiny_models
+
+    weights = tiny_models.wan_vae()
+    sys.path[:], sys.argv = path, argv
+    return comfy.sd.VAE(sd=weights)
+
+
+class Tokenizer:
+    def tokenize_with_weights(self, text, return_word_ids=False):
+        return [ord(letter) for letter in text]
+
+
+class TextEncoder(torch.nn.Module):
+    dtypes = (torch.float32,)
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(256, 8)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(self.table.weight)
+
+    def reset_clip_options(self):
+        pass
+
+    def encode_token_weights(self, tokens):
+        return self.table(torch.tensor([tokens], dtype=torch.int64)), None
+
+
+@pytest.fixture
+def clip(pack):
+    """The host's CLIP around a table of letters."""
+    import comfy.sd
+
+    class Target:
+        params, clip, tokenizer = {}, staticmethod(lambda **params: TextEncoder()), staticmethod(lambda **options: Tokenizer())
+
+    return comfy.sd.CLIP(Target)
+
+
+@pytest.fixture
+def data(pack, tmp_path, monkeypatch):
+    """Folders of the host of their own, with two clips and one that is too short in input/clips."""
+    import folder_paths
+
+    folder = tmp_path / "input" / "clips"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    for name, frames, size in (("a", 9, (64, 48)), ("b", 9, (48, 64)), ("c", 2, (64, 48))):
+        write_video(folder / f"{name}.mp4", frames, size)
+        (folder / f"{name}.txt").write_text(f"clip {name}")
+    return folder
+
+
+def write_video(path, frames, size):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for index in range(frames):
+            pixels = np.full((size[1], size[0], 3), 20 * index, dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = index, Fraction(1, 16)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.fixture
+def dataset_node(module):
+    """Run the node as the host does -> its NodeOutput."""
+    cls = module("nodes.dataset").DCMVideoDataset
+    cls.GET_SCHEMA()
+
+    def run(vae, clip, folder="clips", **changes):
+        settings = {"width": 64, "height": 48, "frames": 5, "fps": 16.0, "buckets": True, "negative": "bad"} | changes
+        with torch.inference_mode():
+            return cls.PREPARE_CLASS_CLONE({"hidden_inputs": {}}).execute(folder=folder, vae=vae, clip=clip, **settings)
+
+    run.cls = cls
+    return run
+
+
+def text(output):
+    return output.ui.as_dict()["text"][0]
+
+
+def test_clips_are_encoded_by_the_hosts_own_models(dataset_node, vae, clip, data, module):
+    out = dataset_node(vae, clip)
+    dataset = out.result[0]
+    assert text(out).split("\n")[:3] == ["2 clips, 2 sizes, 1 file left out", "48x64: 1", "64x48: 1"]
+    assert "left out c.mp4: lasts" in text(out)
+    clips = module("dcm_core.distill.clips")
+    settings = clips.ClipSettings(5, 16, 64, 48)
+    pixels = clips.read_clip(clips.inspect_clip(clips.find_clips(data)[0], settings), settings)
+    latent = dataset.latent(0)
+    assert latent.shape == (16, 2, 6, 8) and not latent.is_inference()
+    torch.testing.assert_close(latent, vae.encode(pixels)[0])
+    tokens = clip.tokenize("clip a")
+    assert torch.equal(dataset.conditioning(0)[0][0], clip.encode_from_tokens_scheduled(tokens)[0][0])
+    assert dataset.unconditional()[0][0].shape == (1, 3, 8)
+    assert all(path.parent.name == "dcm_cache" for entry in dataset.entries for path in (entry.latent, entry.conditioning))
+
+
+def test_a_second_run_calls_no_model(dataset_node, vae, clip, data, monkeypatch):
+    first = dataset_node(vae, clip).result[0]
+    for model, method in ((vae, "encode"), (clip, "encode_from_tokens_scheduled")):
+        monkeypatch.setattr(model, method, lambda *args, **options: pytest.fail("called"))
+    assert dataset_node(vae, clip, folder=str(data)).result[0] == first
+
+
+def test_both_models_are_unloaded_and_no_other(dataset_node, vae, clip, data, wan):
+    import comfy.model_management as management
+
+    other = wan(width=128, layers=1)
+    management.load_models_gpu([other, vae.patcher])
+    dataset_node(vae, clip)
+    loaded = [entry.model for entry in management.current_loaded_models]
+    assert any(model is other for model in loaded)
+    assert not [model for model in loaded if model.is_clone(vae.patcher) or model.is_clone(clip.patcher)]
+
+
+def test_weights_are_named_by_what_they_are(module, vae, clip):
+    weights_id = module("nodes.host.encoders").weights_id
+    first = weights_id(vae.patcher)
+    assert weights_id(vae.patcher.clone()) == first
+    bias = next(value for name, value in vae.first_stage_model.named_parameters() if name.endswith("conv1.bias"))
+    with torch.no_grad():
+        bias[-1] += 1
+        changed = weights_id(vae.patcher)
+        bias[-1] -= 1
+    assert changed != first and weights_id(clip.patcher) != first
+
+
+def test_a_lora_on_the_text_encoder_gives_it_another_name_loaded_or_not(module, clip):
+    import comfy.model_management as management
+
+    encoders = module("nodes.host.encoders")
+    plain = encoders.weights_id(clip.patcher)
+    tuned = clip.clone()
+    tuned.add_patches({"table.weight": ("diff", (torch.full((256, 8), 0.5),))}, 0.7)
+    stronger = clip.clone()
+    stronger.add_patches({"table.weight": ("diff", (torch.full((256, 8), 0.5),))}, 0.9)
+    name = encoders.weights_id(tuned.patcher)
+    assert len({plain, name, encoders.weights_id(stronger.patcher)}) == 3
+    management.load_models_gpu([tuned.patcher])
+    assert (encoders.weights_id(tuned.patcher), encoders.weights_id(clip.patcher)) == (name, plain)
+    encoders.unload([clip.patcher])
+
+
+def test_layer_of_the_text_encoder_is_part_of_its_name(module, vae, clip):
+    host_encoders = module("nodes.host.encoders").host_encoders
+    skipping = clip.clone()
+    skipping.clip_layer(-2)
+    assert host_encoders(vae, clip).text_id != host_encoders(vae, skipping).text_id
+
+
+def test_a_vae_for_pictures_is_refused(dataset_node, vae, clip, data, monkeypatch):
+    monkeypatch.setattr(vae, "encode", lambda pixels: torch.zeros(len(pixels), 4, 6, 8))
+    with pytest.raises(ValueError, match=r"\(5, 4, 6, 8\) of 5 frames; expected one video. Connect the VAE of Wan 2.1"):
+        dataset_node(vae, clip)
+
+
+def test_interrupting_stops_the_work(dataset_node, vae, clip, data):
+    import comfy.model_management as management
+
+    management.interrupt_current_processing(True)
+    with pytest.raises(management.InterruptProcessingException):
+        dataset_node(vae, clip)
+
+
+def test_changed_files_are_noticed(dataset_node, data):
+    fingerprint = dataset_node.cls.fingerprint_inputs
+    first = fingerprint(folder="clips", width=64)
+    assert fingerprint(folder=str(data), width=32) == first
+    (data / "a.txt").write_text("another")
+    assert fingerprint(folder="clips", width=64) != first
+
+
+def test_a_wrong_folder_is_refused_before_anything_is_loaded(dataset_node, data):
+    validate = dataset_node.cls.validate_inputs
+    assert validate(folder="clips") is True
+    assert validate(folder=None) is True, "the text of another node is not known yet"
+    assert "does not exist; expected a folder of videos" in validate(folder="nowhere")
+    assert "No folder is given" in validate(folder=" ")
+
+
+def test_the_node_says_what_everything_is(dataset_node):
+    schema = dataset_node.cls.GET_SCHEMA()
+    assert (schema.node_id, schema.category) == ("DCMVideoDataset", "DCM/training")
+    assert schema.description and all(item.tooltip for item in [*schema.inputs, *schema.outputs])

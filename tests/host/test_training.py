@@ -1,0 +1,258 @@
+"""Training on the host's own model classes: what it changes, resuming, several processes, errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCHEDULE = {"boundary": 0.9, "shift": 5.0}
+SMALL = {"batch_size": 2, "rank": 4, "alpha": 8.0, "checkpointing": False, "warmup_steps": 2, **SCHEDULE}
+
+
+def random_data(dataset, count=4, channels=16, size=(2, 4, 6), words=3):
+    generator = torch.Generator().manual_seed(5)
+    latents = [torch.randn(channels, *size, generator=generator) for _ in range(count)]
+    texts = [[[torch.randn(1, words, 4096, generator=generator), {}]] for _ in range(count)]
+    return dataset.TensorData(latents, texts, list(range(count)), [[torch.zeros(1, words, 4096), {}]])
+
+
+@pytest.fixture(scope="module")
+def data(module):
+    return random_data(module("dcm_core.distill.dataset"))
+
+
+@pytest.fixture(scope="module")
+def model(wan):
+    return wan(layers=2)
+
+
+@pytest.fixture(scope="module")
+def config(module):
+    """config("semantic", steps=3, ...) -> small settings."""
+    return lambda side, **values: module("dcm_core.distill.config").TrainingConfig(side, **{"steps": 3, **SMALL, **values})
+
+
+@pytest.fixture(scope="module")
+def train(module):
+    """Train as a node does: in the host's inference mode."""
+    training = module("nodes.host.training")
+
+    def run(*args, **keywords):
+        with torch.inference_mode():
+            return training.train_expert(*args, **keywords)
+
+    return run
+
+
+def tensors_of(expert):
+    pairs = [tensor for updates in expert.low_rank.values() for update in updates for tensor in (update.down, update.up)]
+    return [*pairs, *expert.replaced.values()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()}
+
+
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_training_changes_the_expert_and_nothing_else(side, train, model, data, config, tmp_path):
+    before = weights(model)
+    result = train(model, data, config(side, clip_norm=1e6), tmp_path)
+    assert [entry["step"] for entry in result.history] == [1, 2, 3]
+    terms = {"semantic": {"huber", "temporal"}, "detail": {"huber", "gan", "feature_matching", "discriminator"}}[side]
+    assert terms <= set(result.history[-1])
+    assert all(value.isfinite().all() for value in tensors_of(result.expert))
+    assert all(update.up.abs().sum() > 0 for updates in result.expert.low_rank.values() for update in updates)
+    assert result.expert.boundary == 0.9 and result.expert.role == side
+    after = weights(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    left = ("forward", "weight", "bias", "modulation")
+    assert not [m for m in model.model.diffusion_model.modules() if any(m.__dict__.get(name) is not None for name in left)]
+
+
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_every_trained_tensor_gets_a_gradient(side, module, model, data, config, tmp_path):
+    training, trainer_module = module("nodes.host.training"), module("dcm_core.distill.trainer")
+    family = module("dcm_core.families").WAN
+    settings = config(side).for_family(family)
+    expert = training.first_expert(model, family, settings, None, None)
+    trainer = trainer_module.Trainer(
+        training.make_backbone(model, family, settings), data, settings, expert, tmp_path, torch.device("cpu")
+    )
+    # a fresh `up` is zero, which keeps `down` from having a gradient
+    for name, value in trainer.parameters.items():
+        if ".ups." in name:
+            value.data.normal_(std=0.02)
+    for batch, share in trainer._batches(0):
+        loss, _, discriminator_loss = trainer.losses(batch)
+        (share * loss).backward()
+        assert trainer.discriminator is None or all(value.grad is None for value in trainer.discriminator.parameters())
+        if discriminator_loss is not None:
+            discriminator_loss().backward()
+    untouched = [name for name, value in trainer.parameters.items() if value.grad is None or not value.grad.abs().sum() > 0]
+    assert untouched == []
+    assert all(value.grad is None for value in model.model.diffusion_model.parameters())
+    assert trainer.discriminator is None or all(value.grad is not None for value in trainer.discriminator.parameters())
+
+
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_resumed_equals_uninterrupted(side, train, module, model, data, config, tmp_path, monkeypatch):
+    settings = config(side, steps=5, save_every=2, scheduler="cosine", accumulate=2)
+    whole = train(model, data, settings, tmp_path / "whole")
+    show = module("nodes.host.training").Show
+    step = show.step
+
+    def interrupted(self, done, steps, terms):
+        step(self, done, steps, terms)
+        if done == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(show, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, settings, tmp_path / "parts")
+    monkeypatch.setattr(show, "step", step)
+    resumed = train(model, data, settings, tmp_path / "parts")
+    assert same(whole.expert, resumed.expert)
+    assert whole.history == resumed.history
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) == settings.keep
+
+
+def test_checkpointing_and_accumulation_do_not_change_the_gradients(train, model, data, config, tmp_path):
+    plain = train(model, data, config("detail", ema_decay=0.0, batch_size=4), tmp_path / "a")
+    again = train(model, data, config("detail", ema_decay=0.0, batch_size=4, checkpointing=True), tmp_path / "b")
+    parts = train(model, data, config("detail", ema_decay=0.0, batch_size=2, accumulate=2), tmp_path / "c")
+    for other in (again, parts):
+        for name in ("loss", "huber", "gan", "discriminator", "grad_norm"):
+            ours, theirs = ([entry[name] for entry in run.history] for run in (plain, other))
+            assert ours == pytest.approx(theirs, rel=2e-3), name
+
+
+def test_a_full_fine_tune_and_a_shared_expert(train, model, data, config, tmp_path):
+    result = train(model, data, config("semantic", rank=0, shared=True, learning_rate=1e-4), tmp_path)
+    assert set(result.expert.replaced) == {name for name, _ in model.model.diffusion_model.named_parameters()}
+
+
+def test_weights_loaded_in_inference_mode_can_be_trained_on(wan, train, data, config, tmp_path):
+    with torch.inference_mode():
+        model = wan(layers=1)
+    assert model.model.diffusion_model.head.head.weight.is_inference()
+    assert len(train(model, data, config("detail"), tmp_path).history) == 3
+
+
+def test_the_trained_expert_samples_as_it_trained(train, module, model, data, config, sample, tmp_path):
+    result = train(model, data, config("detail"), tmp_path)
+    attached = module("nodes.host.attach").attach_experts(model, detail=result.expert)
+    sigmas = [1.0, 0.95, 0.5, 0.0]
+    assert not torch.equal(sample(model, sigmas), sample(attached, sigmas))
+    only_semantic = [1.0, 0.95, 0.91]
+    assert torch.equal(sample(model, only_semantic), sample(attached, only_semantic))
+
+
+def test_another_configuration_or_other_data_is_not_resumed(train, module, model, data, config, tmp_path):
+    errors = module("dcm_core.distill.config")
+    train(model, data, config("semantic", steps=1), tmp_path)
+    with pytest.raises(errors.TrainingError, match=r"it differs in rank: 4 -> 8"):
+        train(model, data, config("semantic", rank=8), tmp_path)
+    other = random_data(module("dcm_core.distill.dataset"), count=3)
+    with pytest.raises(errors.TrainingError, match="it differs in data: "):
+        train(model, other, config("semantic"), tmp_path)
+    assert len(train(model, data, config("semantic", steps=2), tmp_path).history) == 2
+
+
+def test_a_damaged_state_is_passed_over(train, model, data, config, tmp_path):
+    settings = config("semantic", steps=4, save_every=2, keep=3)
+    whole = train(model, data, settings, tmp_path)
+    newest = sorted(tmp_path.glob("*.safetensors"))[-1]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert same(whole.expert, train(model, data, settings, tmp_path).expert)
+
+
+def test_nan_losses_end_the_run_and_keep_the_expert(train, module, model, config, tmp_path):
+    dataset, errors = module("dcm_core.distill.dataset"), module("dcm_core.distill.config")
+    broken = dataset.TensorData([torch.full((16, 2, 4, 6), float("nan"))], [[[torch.zeros(1, 3, 4096), {}]]], [0],
+                                [[torch.zeros(1, 3, 4096), {}]])
+    with pytest.raises(errors.TrainingError, match=r"no number 5 times in a row.*Lower learning_rate"):
+        train(model, broken, config("semantic", steps=20, batch_size=1), tmp_path)
+    state = module("dcm_core.distill.state").newest_state(tmp_path)[1]
+    assert all(value.isfinite().all() for value in state.tensors.values())
+
+
+def test_a_full_disk_loses_no_state(train, module, model, data, config, tmp_path, monkeypatch):
+    errors = module("dcm_core.errors")
+    train(model, data, config("semantic", steps=2), tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def full(*_):
+        raise errors.CheckpointError("The disk is full.")
+
+    monkeypatch.setattr(module("dcm_core.distill.state"), "write_tensors", full)
+    with pytest.raises(errors.CheckpointError, match="full"):
+        train(model, data, config("semantic", steps=3), tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_does_not_fit_is_refused_before_training(train, module, model, data, config, random_expert, tmp_path):
+    errors = module("dcm_core.errors")
+    import dataclasses
+
+    foreign = dataclasses.replace(random_expert(model), family="hunyuan_video")
+    with pytest.raises(errors.DCMError, match=r"The expert is of hunyuan_video, the model is Wan 2.1"):
+        train(model, data, config("semantic"), tmp_path, start=foreign)
+    wide = random_data(module("dcm_core.distill.dataset"), channels=48)
+    with pytest.raises(errors.DCMError, match="have 48 channels, the model takes 16"):
+        train(model, wide, config("semantic"), tmp_path)
+    with pytest.raises(errors.DCMError, match="4 of 4 clips cannot be held out"):
+        train(model, data, config("semantic", held_out=4), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_refused_with_advice(train, module, model, data, config, tmp_path, monkeypatch):
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**20)
+    with pytest.raises(module("dcm_core.errors").DCMError, match=r"needs about .* GiB beside the base model.*batch_size below 2"):
+        train(model, data, config("detail"), tmp_path)
+
+
+def test_the_memory_estimate_grows_as_the_graph_does(module, model, data, config, tmp_path):
+    training, trainer_module = module("nodes.host.training"), module("dcm_core.distill.trainer")
+    family = module("dcm_core.families").WAN
+
+    def activations(**values):
+        settings = config("semantic", **values).for_family(family)
+        expert = training.first_expert(model, family, settings, None, None)
+        backbone = training.make_backbone(model, family, settings)
+        return trainer_module.Trainer(backbone, data, settings, expert, tmp_path, torch.device("cpu")).memory().activations
+
+    one = activations(batch_size=1)
+    assert activations(batch_size=3) == pytest.approx(3 * one, rel=1e-3)
+    assert activations(batch_size=1, checkpointing=True) < one
+
+
+def test_two_processes_train_as_one(train, model, data, config, tmp_path):
+    """torchrun's environment, two CPU processes, against one with the same global batch."""
+    alone = train(model, data, config("detail", steps=3, batch_size=4), tmp_path / "alone")
+    script = Path(__file__).with_name("train_in_parallel.py")
+    port = str(29500 + os.getpid() % 1000)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "together"), json.dumps({**SMALL, "steps": 3, "batch_size": 2})],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                 "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-3000:]
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    assert first == second
+    for name in ("loss", "huber", "gan", "feature_matching", "discriminator"):
+        assert [entry[name] for entry in first] == pytest.approx([entry[name] for entry in alone.history], rel=1e-4), name

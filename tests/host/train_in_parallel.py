@@ -1,0 +1,32 @@
+"""One of several processes of test_training: trains the detail expert, prints its losses."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT] + [str(ROOT)]
+
+from dcm_core.launch import find_comfyui, load_pack  # noqa: E402
+
+pack = load_pack(find_comfyui())
+
+
+def helpers(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    folder, values = Path(sys.argv[1]), json.loads(sys.argv[2])
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    conftest, tests = helpers("conftest"), helpers("test_training")
+    model = conftest.make_wan(layers=2)
+    data = tests.random_data(pack("dcm_core.distill.dataset"))
+    config = pack("dcm_core.distill.config").TrainingConfig("detail", **values)
+    result = pack("nodes.host.training").train_expert(model, data, config, folder)
+    print(json.dumps(result.history))
