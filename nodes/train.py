@@ -41,7 +41,11 @@ def common_inputs(steps: int, learning_rate: float, rank_floor: int) -> list[io.
         io.Float.Input("alpha", default=256.0, min=0.01, max=4096.0, step=0.5, tooltip="The pairs work at alpha / rank (the release: 2)."),
         io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="Videos in memory at once."),
         io.Int.Input("accumulate", default=1, min=1, max=1024, tooltip="Batches that make one optimiser step."),
-        io.Int.Input("seed", default=0, min=0, max=2**31, tooltip="Of everything random: weights, noise, order of the clips."),
+        io.Int.Input(
+            # left alone after a run: another seed would be another run
+            "seed", default=0, min=0, max=2**31, control_after_generate=False,
+            tooltip="Of everything random: weights, noise, order of the clips.",
+        ),
         io.Float.Input(
             "boundary", default=0.0, min=0.0, max=1.0, step=0.001, round=False,
             tooltip="Sigma between the experts, stored with the expert; both experts need the same. 0 takes the family's "
@@ -156,6 +160,10 @@ class DCMTrainDetailExpert(io.ComfyNode):
                 io.Float.Input(
                     "discriminator_learning_rate", default=5e-6, min=1e-9, max=1.0, step=1e-7, round=False, **advanced(io.Float.Input),
                     tooltip="Of the discriminator's AdamW.",
+                ),
+                io.Int.Input(
+                    "discriminator_width", default=1024, min=32, max=4096, step=32, **advanced(io.Int.Input),
+                    tooltip="Channels of the discriminator's heads; small models do with fewer.",
                 ),
                 *last_inputs(),
                 io.Combo.Input(

@@ -1,6 +1,6 @@
-"""Render a DCM video in a real ComfyUI: a shipped workflow through the server, with small random models on the CPU.
+"""Render a DCM video in a real ComfyUI: a shipped workflow through the server, with the small world's models on the CPU.
 
-    python scripts/demo.py [--width 256 --height 192 --frames 17]
+    python scripts/demo.py [--prompt "a blue square moving up"] [--seed 0]
 
 The last line is the video's path.
 """
@@ -16,22 +16,36 @@ from pathlib import Path
 from environment import ROOT, Environment, SetupError, add_options, cache_folder, lock, prepare, say
 from instance import Instance, RunError, make_base, server_command, start
 
-WORKFLOW = ROOT / "workflows" / "DCM Wan 2.1 text to video (cached prompt).json"
-LATENT_NODE = "EmptyHunyuanLatentVideo"
+WORKFLOW = ROOT / "workflows" / "DCM small world (CPU).json"
+PROMPTS = ROOT / "small_world" / "models" / "dcm_conditioning"
 BROWSER_PORT = 8188
 
 
-def render(instance: Instance, width: int, height: int, frames: int) -> Path:
-    """Run the shipped workflow with a video size for the CPU; nothing else of it is changed."""
-    prompt = instance.prompt_of(WORKFLOW)
-    for node in prompt.values():
-        if node["class_type"] == LATENT_NODE:
-            node["inputs"] |= {"width": width, "height": height, "length": frames}
+def prompt_file(text: str) -> str:
+    """The name of a cached prompt among the host's files.
+
+    Raises:
+        SetupError: no such prompt.
+    """
+    known = {path.stem: path.relative_to(PROMPTS).as_posix() for path in sorted(PROMPTS.rglob("*.safetensors"))}
+    if text not in known:
+        raise SetupError(f"--prompt is {text!r}; the small world knows {', '.join(known)}.")
+    return known[text]
+
+
+def render(instance: Instance, prompt: str, seed: int) -> Path:
+    """Run the shipped workflow with this prompt and seed; nothing else of it is changed."""
+    graph = instance.prompt_of(WORKFLOW)
+    for node in graph.values():
+        if node["class_type"] == "DCMLoadConditioning":
+            node["inputs"]["name"] = prompt_file(prompt)
+        if node["class_type"] == "DCMSampler":
+            node["inputs"]["seed"] = seed
     started = time.monotonic()
-    videos = instance.saved(instance.run(prompt))
+    videos = instance.saved(instance.run(graph))
     if not videos:
         raise RunError(f"the workflow ran but saved no video; the log ends with:\n{instance.log_tail()}")
-    say(f"rendered {frames} frames of {width}x{height} in {time.monotonic() - started:.1f} s")
+    say(f"rendered {prompt!r} in {time.monotonic() - started:.1f} s")
     for plan in re.findall(r"step \d.*, boundary [\d.]+", instance.log()):
         say(f"experts: {plan}")
     return videos[0]
@@ -45,20 +59,19 @@ def tell_how_to_look(environment: Environment, base: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=256, help="pixels, a multiple of 16 (default: %(default)s)")
-    parser.add_argument("--height", type=int, default=192, help="pixels, a multiple of 16 (default: %(default)s)")
-    parser.add_argument("--frames", type=int, default=17, help="1 more than a multiple of 4 (default: %(default)s)")
+    parser.add_argument("--prompt", default="a yellow triangle moving right", help="what moves (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
     add_options(parser)
     args = parser.parse_args()
+    prompt_file(args.prompt)
     environment = prepare()
     base = cache_folder() / "demo"
     with lock(cache_folder() / ".demo-lock"):
-        say("making small models of the real architecture")
-        make_base(environment, base)
+        make_base(base)
         say("starting ComfyUI")
         with start(environment, base) as instance:
             try:
-                video = render(instance, args.width, args.height, args.frames)
+                video = render(instance, args.prompt, args.seed)
             except RunError as error:
                 raise SetupError(str(error)) from error
     tell_how_to_look(environment, base)

@@ -1,4 +1,4 @@
-"""A running ComfyUI on the CPU with the pack and small models in it, and a client of its API. Standard library only."""
+"""A running ComfyUI on the CPU with the pack in it, and a client of its API. Standard library only."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def _refusal(body: str) -> str:
         return body
 
 
-def make_base(environment: Environment, base: Path) -> None:
-    """A base directory of ComfyUI with the pack and the small models in it; the host's own folder stays untouched."""
+def make_base(base: Path) -> None:
+    """A base directory of ComfyUI with the pack in it; the host's own folder stays untouched."""
     for name in ("custom_nodes", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     pack = base / "custom_nodes" / PACK_FOLDER
@@ -126,6 +126,10 @@ def make_base(environment: Environment, base: Path) -> None:
         pack.symlink_to(ROOT, target_is_directory=True)
     except OSError:  # Windows without the right to make links
         shutil.copytree(ROOT, pack, ignore=shutil.ignore_patterns(".git", "__pycache__"))
+
+
+def make_models(environment: Environment, base: Path) -> None:
+    """Small random models under the names that the workflows for released models ask for."""
     command = [environment.python, ROOT / "scripts" / "tiny_models.py", base / "models"]
     made = subprocess.run(command, env=environment.variables(), capture_output=True, text=True, check=False)
     if made.returncode:

@@ -59,9 +59,9 @@ def load_base(folder: Path) -> Any:
     return comfy.sd.load_diffusion_model_state_dict(file.read_all(), model_options={"dtype": torch.float32})
 
 
-def load_data(folder: Path, model: Any) -> Any:
-    """The base's own training clips, with their captions."""
-    latents = storage.TensorFile(folder / "latents.safetensors").read("latents").float()
+def load_data(folder: Path, model: Any, count: int | None = None) -> Any:
+    """The base's own training clips (the first `count`), with their captions."""
+    latents = storage.TensorFile(folder / "latents.safetensors").read("latents")[:count].float()
     latents = model.model.process_latent_out(latents)
     texts = [[[embed(caption)[None].float(), {}]] for caption in CAPTIONS]
     no_text = [[torch.zeros_like(texts[0][0][0]), {}]]

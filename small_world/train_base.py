@@ -1,12 +1,13 @@
 """Train the small world's base: the host's Wan 2.1 transformer, tiny, by plain flow matching.
 
-    COMFYUI_PATH=... python small_world/train_base.py <folder with vae.safetensors> [--steps 8000]
+    COMFYUI_PATH=... python small_world/train_base.py <folder with vae.safetensors>
+
+In cycles of the learning rate; each begins with the averaged model of the one before, and one that is done is passed over.
 """
 
 import argparse
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import host  # noqa: F401
@@ -27,6 +28,7 @@ from dcm_core.storage import TensorFile, write_tensors
 
 WIDTH, LAYERS, HEADS = 128, 4, 1
 CLIPS, ENCODED_AT_ONCE, BATCH = 2400, 16, 16
+CYCLES = (8000, 3000)
 LEARNING_RATE, DECAY, SHIFT, NO_CAPTION = 2e-3, 0.999, 3.0, 0.1
 
 
@@ -80,10 +82,8 @@ def flow_matching_loss(model: WanModel, x0: Tensor, context: Tensor, generator: 
     return F.mse_loss(velocity, noise - x0)
 
 
-def train(latents: Tensor, steps: int, seed: int) -> Iterator[nn.Module]:
-    """The averaged model, every 2000 steps and at the end."""
-    torch.manual_seed(seed)
-    model = make_transformer()
+def train(model: WanModel, latents: Tensor, steps: int, seed: int) -> nn.Module:
+    """One cycle; returns the averaged model."""
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.03)
@@ -106,21 +106,25 @@ def train(latents: Tensor, steps: int, seed: int) -> Iterator[nn.Module]:
         mean += (loss.item() - mean) * max(0.005, 1 / step)
         if step % 200 == 0:
             print(f"base step {step} loss {mean:.4f}, {time.monotonic() - started:.0f} s", flush=True)
-        if step % 2000 == 0:
-            yield average.module
-    yield average.module
+    return average.module
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     latents = encode_clips(args.folder, CLIPS, args.seed)
-    for model in train(latents, args.steps, args.seed):
-        tensors = {name: tensor.detach().bfloat16() for name, tensor in model.state_dict().items()}
-        write_tensors(args.folder / "base.safetensors", tensors, {})
+    torch.manual_seed(args.seed)
+    model = make_transformer()
+    for cycle, steps in enumerate(CYCLES):
+        path = args.folder / f"base_{cycle}.safetensors"
+        if not path.exists():
+            trained = train(model, latents, steps, args.seed + cycle)
+            write_tensors(path, {name: tensor.detach().bfloat16() for name, tensor in trained.state_dict().items()}, {})
+        file = TensorFile(path)
+        model.load_state_dict({name: file.read(name).float() for name in file.shapes})
+    write_tensors(args.folder / "base.safetensors", file.read_all(), {})
 
 
 if __name__ == "__main__":

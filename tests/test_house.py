@@ -174,6 +174,15 @@ def test_requirements_are_those_of_the_project():
         assert not match[1].lower().startswith("torch")
 
 
+def test_the_shipped_models_are_small_and_have_a_card():
+    files = list(SHIPPED.rglob("*.safetensors"))
+    sizes = {kind: sum(path.stat().st_size for path in files if path.relative_to(SHIPPED).parts[0] == kind)
+             for kind in ("diffusion_models", "vae", "loras", "dcm_conditioning", "dcm_datasets")}
+    assert all(sizes.values())
+    assert sum(sizes.values()) - sizes["dcm_datasets"] < 15e6
+    assert (ROOT / "small_world" / "README.md").is_file()
+
+
 def test_project_metadata_follow_the_registry():
     data = project()
     assert "comfyui" not in data["name"].lower()
@@ -188,6 +197,7 @@ FRONT_END_ONLY = {"MarkdownNote", "Note"}
 # Its files are made by the user.
 NO_DOWNLOAD = {"DCMLoadConditioning"}
 TITLE_HEIGHT = 30
+SHIPPED = ROOT / "small_world" / "models"
 
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
@@ -272,6 +282,9 @@ def test_models_can_be_downloaded_and_are_listed_in_the_note(path):
             assert model["url"] in text
             assert f"{model['directory']}/{model['name']}" in text, "the folder tree lacks it"
         files = {value for value in values if isinstance(value, str) and value.endswith(".safetensors")}
+        # these come with the pack
+        shipped = {path.relative_to(SHIPPED / path.relative_to(SHIPPED).parts[0]).as_posix() for path in SHIPPED.rglob("*.safetensors")}
+        files -= shipped
         if node["type"] not in NO_DOWNLOAD:
             assert files == {model["name"] for model in models}, node["type"]
 

@@ -58,7 +58,8 @@ class Backbone:
         module: the native model class; its weights are never written, and get no gradient.
         dtype: what it computes in.
         options: makes the host's `transformer_options` for a call.
-        checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
+        checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again (always so for a family
+            whose blocks overwrite what a backward pass needs).
     """
 
     module: nn.Module
@@ -81,8 +82,8 @@ class Backbone:
         arguments: dict[str, Any] = {}
 
         def keep(_: nn.Module, __: Any, out: Tensor) -> None:
-            # a family that joins video and text keeps the video first
-            found.append(out[:, :tokens])
+            # a family that joins video and text keeps the video first; the next block may write into its input
+            found.append(out[:, :tokens].clone())
 
         def remember(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             arguments.update(args=args[1:], kwargs=kwargs)
@@ -119,7 +120,8 @@ class Backbone:
     @contextmanager
     def _checkpointed(self, experts: Working) -> Iterator[None]:
         """Blocks that forget their inner activations; computed again with the same experts in place."""
-        if not (self.checkpointing and torch.is_grad_enabled()):
+        wanted = self.checkpointing or self.family.writes_in_place
+        if not (wanted and torch.is_grad_enabled()):
             yield
             return
         blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
@@ -128,7 +130,11 @@ class Backbone:
             return nullcontext(), self._in_place(experts)
 
         def forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, context_fn=again, **kwargs)
+            def run(*args: Any, **kwargs: Any) -> Any:
+                # what is kept has to stay as it is, and a block may write into its input
+                return forward(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
+
+            return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, context_fn=again, **kwargs)
 
         try:
             for block in blocks:
@@ -137,6 +143,11 @@ class Backbone:
         finally:
             for block in blocks:
                 block.__dict__.pop("forward", None)
+
+
+def _own(value: Any) -> Any:
+    """A copy of what may be written into."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 @contextmanager

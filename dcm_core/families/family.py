@@ -26,6 +26,7 @@ class Family:
         head: native module of the output norm and projection.
         feature_weight: of the feature matching loss in the release's training.
         fps: frames per second of its videos.
+        writes_in_place: the host's blocks overwrite tensors that a backward pass needs.
         text_extras: (entry of a conditioning, argument of the transformer) beside the text embedding.
         ALIAS_TO_NATIVE: the original code's module names where they differ from the native ones (LoRA files use them).
     """
@@ -44,6 +45,7 @@ class Family:
     head: str
     feature_weight: float
     fps: int
+    writes_in_place: bool = False
     text_extras: tuple[tuple[str, str], ...] = ()
     lora_scale: float = 2.0
     ALIAS_TO_NATIVE: tuple[Rule, ...] = ()

@@ -108,6 +108,7 @@ HUNYUAN_VIDEO = Family(
     feature_blocks="single_blocks",
     head="final_layer",
     fps=24,
+    writes_in_place=True,
     feature_weight=1.0,
     text_extras=(("pooled_output", "y"), ("guidance", "guidance")),
     ALIAS_TO_NATIVE=ORIGINAL,

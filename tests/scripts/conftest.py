@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from environment import Environment
-from instance import make_base, start
+from instance import make_base, make_models, start
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +16,7 @@ def server(tmp_path_factory):
         pytest.skip("COMFYUI_PATH names no ComfyUI; `python scripts/test.py` brings one")
     base = tmp_path_factory.mktemp("demo")
     environment = Environment(Path(sys.executable), Path(host))
-    make_base(environment, base)
+    make_base(base)
+    make_models(environment, base)
     with start(environment, base) as instance:
         yield instance

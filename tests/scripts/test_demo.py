@@ -3,9 +3,11 @@
 import av
 import numpy as np
 import pytest
-from demo import LATENT_NODE, WORKFLOW, render
+from demo import PROMPTS, WORKFLOW, prompt_file, render
 from environment import Environment, SetupError
 from instance import LOG, RunError, start
+
+LATENT_NODE = "EmptyHunyuanLatentVideo"
 
 
 @pytest.fixture
@@ -17,15 +19,24 @@ def inputs_of(prompt, node_type):
     return next(node["inputs"] for node in prompt.values() if node["class_type"] == node_type)
 
 
-def test_demo_renders_a_video(server, capsys):
-    path = render(server, width=64, height=48, frames=5)
+def test_demo_renders_a_shape_of_the_colour_that_was_asked_for(server, capsys):
+    path = render(server, "a yellow triangle moving right", seed=0)
     with av.open(path) as video:
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
-    assert frames.shape == (5, 48, 64, 3)
-    assert all(frame.std() > 5 for frame in frames), "a flat picture: NaN, or no signal"
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]).astype(float)
+    assert frames.shape == (17, 80, 80, 3)
+    red, green, blue = np.moveaxis(frames, -1, 0)
+    yellow = (np.minimum(red, green) - blue) > 80
+    assert yellow.any((1, 2)).mean() > 0.7, "no yellow shape in most frames"
+    assert 0.005 < yellow.mean() < 0.3
     said = capsys.readouterr().out
-    assert "rendered 5 frames of 64x48" in said
-    assert "step 1-3 semantic, 4-6 detail, boundary 0.979" in said
+    assert "rendered 'a yellow triangle moving right'" in said
+    assert "step 1-3 semantic, 4-6 detail, boundary 0.875" in said
+
+
+def test_an_unknown_prompt_names_the_known_ones():
+    assert (PROMPTS / prompt_file("a red circle moving up")).is_file()
+    with pytest.raises(SetupError, match=r"'a cat'; the small world knows a blue circle moving down"):
+        prompt_file("a cat")
 
 
 def test_refused_prompt_says_why(server, prompt):

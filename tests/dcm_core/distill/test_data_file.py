@@ -1,0 +1,49 @@
+"""Training data in one file."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dcm_core.distill.data_file import read_data, write_data
+from dcm_core.distill.dataset import TensorData
+from dcm_core.errors import DCMError
+
+
+def text(seed, **extras):
+    return [[torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(seed)).bfloat16(), extras]]
+
+
+@pytest.fixture
+def data():
+    latents = [torch.full((2, 1, 2, 2), float(value)) for value in range(4)]
+    texts = [text(0, pooled_output=torch.ones(1, 4).bfloat16(), guidance=6.0), text(1), text(1)]
+    return TensorData(latents, texts, [0, 1, 2, 0], text(9))
+
+
+def test_what_is_written_comes_back(data, tmp_path):
+    write_data(tmp_path / "data.safetensors", data)
+    back = read_data(tmp_path / "data.safetensors")
+    assert len(back) == 4 and back.buckets == data.buckets
+    for index in range(4):
+        assert torch.equal(back.latent(index).float(), data.latent(index))
+        (context, extras), (wanted, wanted_extras) = back.conditioning(index)[0], data.conditioning(index)[0]
+        assert torch.equal(context, wanted) and set(extras) == set(wanted_extras)
+    assert back.conditioning(0)[0][1]["guidance"] == 6.0
+    assert torch.equal(back.unconditional()[0][0], data.unconditional()[0][0])
+
+
+def test_equal_texts_are_written_once(data, tmp_path):
+    from safetensors import safe_open
+
+    write_data(tmp_path / "data.safetensors", data)
+    with safe_open(tmp_path / "data.safetensors", "pt") as file:
+        assert len([key for key in list(file.keys()) if key.endswith(".context")]) == 3
+
+
+def test_other_and_damaged_files_are_refused(data, tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(DCMError, match=r"holds no training data\. Choose a file that DCM Save Dataset wrote"):
+        read_data(tmp_path / "other.safetensors")
+    save_file({"latent.0": torch.zeros(1)}, tmp_path / "damaged.safetensors", {"format": "dcm-dataset", "facts": "{}"})
+    with pytest.raises(DCMError, match="damaged data file"):
+        read_data(tmp_path / "damaged.safetensors")

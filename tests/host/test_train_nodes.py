@@ -1,0 +1,144 @@
+"""The training nodes and the command, as their users run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[2]
+COMMON = {
+    "steps": 2, "learning_rate": 1e-3, "rank": 4, "alpha": 8.0, "batch_size": 2, "accumulate": 1, "seed": 0, "boundary": 0.9,
+    "gradient_checkpointing": True, "shift": 5.0, "sample_steps": 4, "cfg": 2.0, "ema_decay": 0.9, "scheduler": "constant",
+    "save_every": 1, "held_out": 1, "sample_every": 1,
+}
+SEMANTIC = {**COMMON, "temporal_weight": 1.0}
+DETAIL = {**COMMON, "adversarial_weight": 0.1, "discriminator_learning_rate": 1e-4, "discriminator_width": 64}
+
+
+@pytest.fixture(scope="module")
+def data(module):
+    generator = torch.Generator().manual_seed(5)
+    latents = [torch.randn(16, 2, 4, 6, generator=generator) for _ in range(4)]
+    texts = [[[torch.randn(1, 3, 4096, generator=generator), {}]] for _ in range(4)]
+    return module("dcm_core.distill.dataset").TensorData(latents, texts, list(range(4)), [[torch.zeros(1, 3, 4096), {}]])
+
+
+@pytest.fixture
+def output(pack, tmp_path, monkeypatch):
+    """The host's output folder."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def trained(node, wan, data, output, models):
+    """(model, semantic node output, detail node output)"""
+    model = wan(layers=2)
+    semantic = node("DCMTrainSemanticExpert", model=model, dataset=data, name="one", **SEMANTIC)
+    detail = node("DCMTrainDetailExpert", model=model, dataset=data, name="two", semantic_expert=semantic.result[1], **DETAIL)
+    yield model, semantic, detail
+    for path in (models / "loras" / "dcm").glob("*"):
+        path.unlink()
+
+
+def test_nodes_train_save_and_show(trained, output, models):
+    _, semantic, detail = trained
+    for node_output, name, terms in ((semantic, "one", 5), (detail, "two", 7)):
+        _, expert, file, losses = node_output.result
+        assert Path(file) == models / "loras" / "dcm" / f"{name}.safetensors" and Path(file).is_file()
+        assert losses.shape == (terms, 432, 768, 3) and losses.min() >= 0 and losses.max() <= 1
+        assert list((output / "dcm_training" / name).glob("step_*.safetensors"))
+        text = node_output.ui.as_dict()["text"][0]
+        assert f"{expert.role} expert, rank 4" in text and "2 steps" in text and file in text
+
+
+def test_experts_are_usable_at_once_and_from_their_files(trained, node, sample):
+    model, semantic, detail = trained
+    sigmas = [1.0, 0.95, 0.8, 0.0]
+    straight = sample(detail.result[0], sigmas)
+    names = {"semantic_strength": 1.0, "detail_strength": 1.0, "boundary": 0.0}
+    objects = node(
+        "DCMAttachExperts", model=model, semantic_lora="none", detail_lora="none", semantic_expert=semantic.result[1],
+        detail_expert=detail.result[1], **names,
+    )
+    assert torch.equal(straight, sample(objects.result[0], sigmas))
+    files = node("DCMAttachExperts", model=model, semantic_lora="dcm/one.safetensors", detail_lora="dcm/two.safetensors", **names)
+    # the files are bfloat16
+    other = sample(files.result[0], sigmas)
+    assert (straight - other).norm() / straight.norm() < 1e-2
+    assert (straight - sample(model, sigmas)).norm() / straight.norm() > 1e-3
+    assert "boundary 0.9" in files.ui.as_dict()["text"][0]
+
+
+def test_sampler_takes_the_trained_schedule(trained, node):
+    _, _, detail = trained
+    plan = node(
+        "DCMSampler", model=detail.result[0], positive=[[torch.zeros(1, 3, 4096), {}]],
+        latent_image={"samples": torch.zeros(1, 16, 2, 4, 6)}, seed=0, schedule="auto", steps=9, cfg=1.0, denoise=1.0,
+    ).ui.as_dict()["text"][0]
+    assert plan.startswith("step 1-2 semantic, 3-4 detail, boundary 0.9")
+
+
+def test_the_host_s_memory_is_as_before(wan, node, data, output):
+    import comfy.model_management
+
+    model = wan(layers=1)
+    loaded = len(comfy.model_management.current_loaded_models)
+    node("DCMTrainSemanticExpert", model=model, dataset=data, name="memory", **{**SEMANTIC, "sample_every": 0})
+    assert len(comfy.model_management.current_loaded_models) <= loaded + 1
+    assert not model.patches and not model.additional_models
+
+
+def test_wrong_names_and_experts_are_refused(wan, node, data, output, module, models, random_expert):
+    errors = module("dcm_core.errors")
+    model = wan(layers=1)
+    for name in ("", "../elsewhere"):
+        with pytest.raises(errors.DCMError, match="name"):
+            node("DCMTrainSemanticExpert", model=model, dataset=data, name=name, **SEMANTIC)
+    save_file({"transformer.nothing.lora_A.weight": torch.zeros(2, 2)}, models / "loras" / "foreign.safetensors")
+    with pytest.raises(errors.DCMError):
+        node("DCMTrainSemanticExpert", model=model, dataset=data, name="x", continue_from="foreign.safetensors", **SEMANTIC)
+    (models / "loras" / "foreign.safetensors").unlink()
+    assert not (output / "dcm_training").exists()
+
+
+def test_saved_dataset_comes_back(node, data, models):
+    node("DCMSaveDataset", dataset=data, file_name="mine", overwrite=True)
+    back = node("DCMLoadDataset", file_name="mine.safetensors").result[0]
+    assert len(back) == 4 and torch.equal(back.latent(0).float(), data.latent(0).bfloat16().float())
+
+
+@pytest.mark.parametrize("kind", ["json", "toml"])
+def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
+    """python -m dcm_core train, in a process of its own."""
+    model = wan(layers=1)
+    save_file({name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()}, tmp_path / "base.safetensors")
+    module("dcm_core.distill.data_file").write_data(tmp_path / "data.safetensors", data)
+    training = {"rank": 2, "alpha": 4.0, "batch_size": 2, "boundary": 0.9, "shift": 5.0}
+
+    def run(steps, **more):
+        settings = {"model": "base.safetensors", "dataset": "data.safetensors", "output": "expert.safetensors", **more}
+        values = {**training, "steps": steps}
+        path = tmp_path / f"run.{kind}"
+        if kind == "json":
+            path.write_text(json.dumps({**settings, "training": values}))
+        else:
+            lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+            path.write_text("\n".join([*lines, "[training]", *(f"{name} = {json.dumps(value)}" for name, value in values.items())]))
+        command = [sys.executable, "-m", "dcm_core", "train", "semantic", "--config", str(path)]
+        return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+
+    first = run(2)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "semantic expert, rank 2" in first.stdout and ", 2 steps, saved to" in first.stdout
+    assert ", 3 steps, saved to" in run(3).stdout
+    assert list((tmp_path / "expert_states").glob("step_00000003.safetensors"))
+    wrong = run(3, modle="x")
+    assert wrong.returncode == 2 and "modle is no setting of a training run" in wrong.stderr

@@ -1,0 +1,157 @@
+"""HunyuanVideo's training steps against a slow implementation: whole copies of the model with merged weights, plain formulas."""
+
+import copy
+
+import pytest
+import torch
+
+TOLERANCE = 2e-4
+BOUNDARY, GUIDANCE, CFG = 0.982, 6.0, 5.0
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def model(module, releases):
+    load = module("nodes.host.load")
+    load.WEIGHT_DTYPES["float32"] = {"dtype": torch.float32}
+    loaded, _ = load.load_model(releases["hy_tiny"], "float32")
+    del load.WEIGHT_DTYPES["float32"]
+    return module("nodes.host.attach").detach_experts(loaded)
+
+
+@pytest.fixture(scope="module")
+def trainer(module, model, tmp_path_factory):
+    """trainer(side) -> a Trainer on random data, its pairs' `up` no longer zero."""
+    training, dataset = module("nodes.host.training"), module("dcm_core.distill.dataset")
+    family = module("dcm_core.families").HUNYUAN_VIDEO
+    generator = torch.Generator().manual_seed(0)
+
+    def conditioning():
+        return [[torch.randn(1, 5, 4096, generator=generator) * 0.3, {"pooled_output": torch.randn(1, 768, generator=generator) * 0.5}]]
+
+    latents = [torch.randn(16, 5, 6, 8, generator=generator) for _ in range(2)]
+    data = dataset.TensorData(latents, [conditioning(), conditioning()], [0, 1], conditioning())
+
+    def make(side):
+        config = module("dcm_core.distill.config").TrainingConfig(
+            side, batch_size=2, rank=4, alpha=8.0, cfg=CFG, guidance=GUIDANCE, discriminator_width=64, checkpointing=False
+        ).for_family(family)
+        made = module("dcm_core.distill.trainer").Trainer(
+            training.make_backbone(model, family, config), data, config, training.first_expert(model, family, config, None, None),
+            tmp_path_factory.mktemp(side), torch.device("cpu"),
+        )
+        for name, value in made.parameters.items():
+            value.data += 0.02 * torch.randn(value.shape, generator=generator) * (".ups." in name or ".replaced." in name)
+        return made
+
+    return make
+
+
+def merged(network, trainee):
+    """A whole copy of the transformer with the expert in its weights."""
+    result = copy.deepcopy(network).requires_grad_(True)
+    weights = dict(result.named_parameters())
+    expert = trainee.result()
+    with torch.no_grad():
+        for name, updates in expert.low_rank.items():
+            for update in updates:
+                rows = slice(update.start, update.start + len(update.up))
+                weights[f"{name}.weight"][rows] += update.scale * update.up @ update.down
+        for name, value in expert.replaced.items():
+            weights[name].copy_(value)
+    return result
+
+
+def call(network, x, sigma, text):
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+    guidance = torch.full((len(x),), GUIDANCE)
+    return network(x, 1000 * sigma, context=text.context, y=text.extras["y"], guidance=guidance, transformer_options=options)
+
+
+def slow_pair(student, teacher, batch, phases):
+    """(pred, target), video by video."""
+    preds, targets = [], []
+    for i, k in enumerate(batch.index.tolist()):
+        one = [type(text)(text.context[i : i + 1], {"y": text.extras["y"][i : i + 1]}) for text in (batch.text, batch.no_text)]
+        high, low = phases.sigmas[k], phases.previous[k]
+        end = phases.previous[int(phases.owned[0])]
+        x = high * batch.noise[i : i + 1] + (1 - high) * batch.x0[i : i + 1]
+        preds.append(x + (end - high) * call(student, x, high.view(1), one[0]))
+        with torch.no_grad():
+            cond, uncond = (call(teacher, x, high.view(1), text) for text in one)
+            near = x + (low - high) * (cond + CFG * (cond - uncond))
+            targets.append(near + (end - low) * call(student, near, low.view(1), one[0]))
+    return torch.cat(preds), torch.cat(targets)
+
+
+def slow_features(teacher, x, sigma, text):
+    """Outputs of single blocks 0, 2 ... for the video's tokens, and what the output layer makes of each."""
+    tokens, found, seen = x.shape[2] * x.shape[3] * x.shape[4] // 4, [], {}
+    hooks = [block.register_forward_hook(lambda m, a, out: found.append(out[:, :tokens].clone())) for block in teacher.single_blocks]
+    hooks.append(teacher.final_layer.register_forward_hook(lambda m, a, out: seen.update(vec=a[1])))
+    call(teacher, x, sigma, text)
+    for hook in hooks:
+        hook.remove()
+    raw = found[0::2]
+    return raw, [teacher.final_layer(feature, seen["vec"]) for feature in raw]
+
+
+def slow_detail_loss(pred, target, trainer, batch, teacher):
+    phases, discriminator = trainer.phases, trainer.discriminator
+    end, sigma = phases.previous[0], phases.previous[batch.level]
+    level = sigma.view(-1, 1, 1, 1, 1)
+
+    def noised(video):
+        return ((1 - level) * video + (level - end) * batch.level_noise) / (1 - end)
+
+    fake, fake_out = slow_features(teacher, noised(pred), sigma, batch.text)
+    _, real_out = slow_features(teacher, noised(target), sigma, batch.text)
+    grid = (pred.shape[2], pred.shape[3] // 2, pred.shape[4] // 2)
+    gan = sum((1 - score).clamp(min=0).mean() for score in discriminator(fake, grid)) / len(fake)
+    matching = sum((a - b).square().mean() for a, b in zip(fake_out, real_out, strict=True)) / len(fake)
+    huber = (((pred - target).square() + 1e-6).sqrt() - 1e-3).mean()
+    return huber + 0.1 * (5 * gan + 1 * matching)
+
+
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_step_equals_the_slow_one(side, trainer, model):
+    made = trainer(side)
+    teacher = model.model.diffusion_model
+    student = merged(teacher, made.trainee)
+    # the averaged expert is the semantic stage's target network; here it is the student
+    for (_, mine), (_, theirs) in zip(made.average.named_parameters(), made.trainee.named_parameters(), strict=True):
+        mine.data.copy_(theirs.data)
+    (batch, share), = made._batches(0)
+    assert share == 1
+    loss, _, _ = made.losses(batch)
+    loss.backward()
+    # the host's blocks write in place
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        pred, target = slow_pair(student, teacher, batch, made.phases)
+        if side == "semantic":
+            moved = (pred[:, :, 3:] - pred[:, :, :-3]) - (target[:, :, 3:] - target[:, :, :-3])
+            slow = (((pred - target).square() + 1e-6).sqrt() - 1e-3).mean() + moved.square().mean()
+        else:
+            slow = slow_detail_loss(pred, target, made, batch, teacher)
+        assert float(loss.detach()) == pytest.approx(float(slow.detach()), rel=TOLERANCE)
+        slow.backward()
+    gradients = {name: value.grad for name, value in student.named_parameters()}
+    checked = 0
+    for name, site in zip(made.trainee.low_rank.names, made.trainee.low_rank.sites, strict=True):
+        branch, whole = site.branch, gradients[f"{name}.weight"]
+        downs = branch.down.weight.split(branch.ranks)
+        for start, up, down, grad in zip(branch.starts, branch.ups, downs, branch.down.weight.grad.split(branch.ranks), strict=True):
+            part = whole[start : start + len(up.weight)]
+            assert relative(up.weight.grad, made.trainee.scale * part @ down.detach().t()) < 2e-2, name
+            assert relative(grad, made.trainee.scale * up.weight.detach().t() @ part) < 2e-2, name
+            checked += 1
+    for name, site in zip(made.trainee.replaced.names, made.trainee.replaced.sites, strict=True):
+        for param, value in site.replaced.named_parameters():
+            assert relative(value.grad, gradients[f"{name}.{param}"]) < 2e-2, name
+            checked += 1
+    assert checked > 5
