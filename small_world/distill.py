@@ -22,7 +22,7 @@ config_module, dataset = pack("dcm_core.distill.config"), pack("dcm_core.distill
 storage, training = pack("dcm_core.storage"), pack("nodes.host.training")
 experts, reader = pack("dcm_core.experts"), pack("dcm_core.expert_reader")
 
-STEPS = 1000
+STEPS = 500
 # The noise levels of a small picture are decided lower than those of a large one: shift 5 instead of 17.
 SHIFT, BOUNDARY = 5.0, 0.875
 

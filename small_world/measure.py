@@ -1,6 +1,6 @@
 """Measure the small world's experts against their base: the tables and pictures of docs/small-world.md.
 
-    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 96]
+    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 48]
 """
 
 import argparse
@@ -106,16 +106,24 @@ def contact_sheet(rows: dict[str, Tensor], path: Path, videos: int = 3) -> None:
     """A row for each method: five frames each of the first videos."""
     strips = []
     for found in rows.values():
-        frames = [found[index, :, time] for index in range(0, 16 * videos, 16) for time in (0, 4, 8, 12, 16)]
+        frames = [found[index, :, time] for index in range(0, 17 * videos, 17) for time in (0, 4, 8, 12, 16)]
         strips.append(torch.cat(frames, -1))
     pixels = ((torch.cat(strips, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
     Image.fromarray(pixels.numpy()).save(path)
 
 
+def markdown(table: dict[str, dict[str, float]]) -> str:
+    """The measures as a table, a row for each method."""
+    columns = list(next(iter(table.values())))
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {title} | {' | '.join(f'{row[name]:.3g}' for name in columns)} |" for title, row in table.items()]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--videos", type=int, default=96)
+    parser.add_argument("--videos", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
     names = [NAMES[index % len(NAMES)] for index in range(args.videos)]
@@ -132,6 +140,7 @@ def main() -> None:
         print(f"{title} ({time.monotonic() - started:.0f} s): "
               + ", ".join(f"{name} {value:.4g}" for name, value in table[title].items()), flush=True)
     (args.folder / f"measured_{args.seed}.json").write_text(json.dumps(table, indent=1))
+    (args.folder / f"measured_{args.seed}.md").write_text(markdown(table))
     contact_sheet(rows, args.folder / f"frames_{args.seed}.png")
 
 

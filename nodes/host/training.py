@@ -1,6 +1,7 @@
 """Train an expert on the host's model: its memory, its progress, its sampler for the samples."""
 
 import logging
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from .sampling import as_image
 from .video import save_video
 
 logger = logging.getLogger("ComfyUI-DCM")
+
+# between two plots on the node
+SHOW_SECONDS = 1.0
 
 
 def gradient_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,6 +73,7 @@ class Show:
     vae: Any = None
     history: list[dict[str, float]] = field(default_factory=list)
     picture: Image.Image | None = None
+    shown: float = 0.0
 
     def __post_init__(self) -> None:
         self.bar = comfy.utils.ProgressBar(self.config.steps, node_id=self.node_id)
@@ -78,7 +83,10 @@ class Show:
         self.history.append(terms)
         losses = ", ".join(f"{name} {value:.4g}" for name, value in terms.items() if name != "step")
         tell(f"step {done}/{steps}: {losses}", self.node_id)
-        self.bar.update_absolute(done, steps, ("JPEG", self._preview(), 768))
+        preview = None
+        if time.monotonic() - self.shown > SHOW_SECONDS or done == steps:
+            preview, self.shown = ("JPEG", self._preview(), 768), time.monotonic()
+        self.bar.update_absolute(done, steps, preview)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def sample(self, done: int, expert: Expert) -> None:
