@@ -68,7 +68,7 @@ def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
         experts = [load_expert(folder, name, base) if name else None for name in (semantic, detail)]
         return attach.attach_experts(base, *experts, boundary=BOUNDARY), 6, 1.0
 
-    found = {f"base, {steps} steps": (base, steps, GUIDANCE) for steps in (50, 25, 10, 6)}
+    found = {f"base, {steps} steps": (base, steps, GUIDANCE) for steps in (50, 25, 10, 6, 3)}
     runs = {
         "one expert, 6 steps": ("one_expert", None),
         "two experts": ("semantic_without_temporal", "detail_on_semantic_without_temporal"),
