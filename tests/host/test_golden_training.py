@@ -110,7 +110,7 @@ def test_semantic_step(case, core, recipe, networks, expected):
 
 
 @pytest.mark.parametrize("case", DETAIL)
-def test_detail_step(case, core, recipe, networks, expected):
+def test_detail_step(case, core, recipe, networks, expected, monkeypatch):
     facts = META[case]
     trainee, stages, keys = core("distill.trainee"), core("distill.stages"), recipe.keys("wan_train")
     base, family = networks["student"], networks["student"].family
@@ -134,7 +134,11 @@ def test_detail_step(case, core, recipe, networks, expected):
     tensors = recipe.discriminator(keys["discriminator"])
     discriminator.load_state_dict({key.replace("heads.0.0.", "heads.0.").replace("heads.1.0.", "heads.1."): value
                                    for key, value in tensors.items()})
+    pairs_made = []
+    monkeypatch.setattr(stages, "predict", lambda *args: pairs_made.append(core("distill.consistency").predict(*args)) or pairs_made[0])
     loss, terms, discriminator_loss = stage.losses(roles, batch, teacher.features, discriminator)
+    for made, name in zip(pairs_made[0], ("student_pred", "target"), strict=True):
+        assert relative(made.detach()[:, :, :, :10, :10], expected[f"{case}.{name}"]) < TOLERANCE, name
     assert close(terms["huber"], facts["huber"])
     assert close(terms["feature_matching"], facts["feature_matching_weighted"])
     assert close(terms["gan"], facts["gan_generator_weighted"])
