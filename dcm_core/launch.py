@@ -38,6 +38,9 @@ def load_pack(comfyui: Path) -> Callable[[str], ModuleType]:
     # the pack's own folder comes last: its `nodes` would hide the host's module
     paths = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
     sys.path[:] = [str(comfyui), *paths, str(ROOT)]
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        # one of several processes: the host takes the current GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     arguments = sys.argv
     accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
     sys.argv = ["main.py"] if accelerated else ["main.py", "--cpu"]

@@ -62,12 +62,6 @@ def join(device: torch.device) -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
-def device_of_process() -> str | None:
-    """The GPU that a launcher meant for this process, None without."""
-    rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if rank is not None and torch.cuda.is_available() else None
-
-
 def total(tensors: Iterable[Tensor]) -> int:
     """Bytes of all tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
