@@ -29,23 +29,23 @@ def data(module):
 
 
 @pytest.fixture
-def output(pack, tmp_path, monkeypatch):
-    """The host's output folder."""
+def output(pack, models, tmp_path, monkeypatch):
+    """The host's output folder; experts that a test writes are removed after it."""
     import folder_paths
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    for path in (models / "loras" / "dcm").glob("*"):
+        path.unlink()
 
 
 @pytest.fixture
-def trained(node, wan, data, output, models):
+def trained(node, wan, data, output):
     """(model, semantic node output, detail node output)"""
     model = wan(layers=2)
     semantic = node("DCMTrainSemanticExpert", model=model, dataset=data, name="one", **SEMANTIC)
     detail = node("DCMTrainDetailExpert", model=model, dataset=data, name="two", semantic_expert=semantic.result[1], **DETAIL)
-    yield model, semantic, detail
-    for path in (models / "loras" / "dcm").glob("*"):
-        path.unlink()
+    return model, semantic, detail
 
 
 def test_nodes_train_save_and_show(trained, output, models):
