@@ -4,15 +4,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dcm_core.distill.config import TrainingConfig
+from ..dcm_core.distill.config import SCHEDULERS, TrainingConfig
 from .dataset import Dataset
 from .experts import TrainedExpert
 from .host.compat import advanced, newer
 from .host.expert_files import expert_names
 from .host.report import report
 from .host.training import train_and_save
-
-SCHEDULERS = ["constant", "cosine"]
 
 
 def first_inputs(side: str) -> list[io.Input]:
@@ -73,7 +71,7 @@ def last_inputs() -> list[io.Input]:
             "ema_decay", default=0.95, min=0.0, max=0.9999, step=0.01, round=False, **advanced(io.Float.Input),
             tooltip="Of the averaged expert, which is what is saved. 0: no average.",
         ),
-        io.Combo.Input("scheduler", options=SCHEDULERS, tooltip="Learning rate after the warm-up.", **advanced(io.Combo.Input)),
+        io.Combo.Input("scheduler", options=list(SCHEDULERS), tooltip="Learning rate after the warm-up.", **advanced(io.Combo.Input)),
         io.Int.Input("save_every", default=100, min=1, max=100_000, tooltip="Steps between saved states.", **advanced(io.Int.Input)),
         io.Int.Input(
             "held_out", default=0, min=0, max=10_000, tooltip="Clips kept for the held-out loss.", **advanced(io.Int.Input)

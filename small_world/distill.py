@@ -20,7 +20,6 @@ from world import CAPTIONS, embed
 
 config_module, dataset = pack("dcm_core.distill.config"), pack("dcm_core.distill.dataset")
 storage, training = pack("dcm_core.storage"), pack("nodes.host.training")
-experts, reader = pack("dcm_core.experts"), pack("dcm_core.expert_reader")
 
 STEPS = 500
 # The noise levels of a small picture are decided lower than those of a large one: shift 5 instead of 17.
@@ -73,11 +72,7 @@ def load_data(folder: Path, model: Any, count: int | None = None) -> Any:
 
 def load_expert(folder: Path, name: str, model: Any) -> Any:
     """A trained expert."""
-    file = storage.TensorFile(folder / f"{name}.safetensors")
-    attach = pack("nodes.host.attach")
-    return reader.read_expert(
-        file.read_all(), file.metadata, file.metadata["dcm.expert"], attach.require_family(model), attach.module_shapes(model)
-    )
+    return pack("nodes.host.expert_files").read_expert_file(folder / f"{name}.safetensors", RUNS[name].config.expert, model)
 
 
 def main() -> None:
@@ -97,7 +92,7 @@ def main() -> None:
         config = replace(plan.config, seed=args.seed)
         started = time.monotonic()
         result = training.train_expert(model, data, config, args.folder / "states" / name, below=below)
-        experts.write_expert(path, result.expert, pack("nodes.host.attach").module_shapes(model), torch.bfloat16)
+        training.save_expert(path, result.expert, model)
         last = result.history[-100:]
         means = {term: sum(entry[term] for entry in last) / len(last) for term in last[-1]}
         print(f"{name}: {time.monotonic() - started:.0f} s, last losses {means}", flush=True)

@@ -31,7 +31,7 @@ from torch import Tensor
 from train_base import load_vae
 from world import NAMES, caption, embed
 
-attach, schedule = pack("nodes.host.attach"), pack("dcm_core.schedule")
+attach, sampling, schedule = pack("nodes.host.attach"), pack("nodes.host.sampling"), pack("dcm_core.schedule")
 
 GUIDANCE = 3.0  # the host's cfg that equals the teacher's 2 of distill.py
 LATENT = (16, 5, 10, 10)
@@ -42,11 +42,9 @@ def sample(model: Any, steps: int, cfg: float, names: Sequence[tuple[str, str, s
     """Latents as the transformer sees them, (videos, 16, 5, 10, 10), by the host's guider and Euler sampler."""
     found = []
     for index, name in enumerate(names):
-        guider = comfy.samplers.CFGGuider(model)
         positive = [[embed(caption(*name))[None].float(), {}]]
         negative = [[torch.zeros_like(positive[0][0]), {}]]
-        guider.inner_set_conds({"positive": positive, "negative": negative} if cfg != 1 else {"positive": positive})
-        guider.set_cfg(cfg)
+        guider = sampling.make_guider(model, positive, negative, cfg)
         noise = torch.randn((1, *LATENT), generator=torch.Generator().manual_seed(seed + index))
         sigmas = schedule.generic_sigmas(steps, SHIFT)
         with torch.inference_mode():

@@ -10,13 +10,12 @@ import math
 import time
 from pathlib import Path
 
-import host  # noqa: F401
+from host import pack
 
 # isort: split
 import torch
 import torch.nn.functional as F
 from comfy.latent_formats import Wan21
-from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.wan.model import WanModel
 from comfy.ldm.wan.vae import WanVAE
 from torch import Tensor, nn
@@ -76,8 +75,7 @@ def flow_matching_loss(model: WanModel, x0: Tensor, context: Tensor, generator: 
     sigma = shift_sigma(torch.rand(len(x0), generator=generator), SHIFT)
     noise = torch.randn(x0.shape, generator=generator)
     level = sigma.view(-1, 1, 1, 1, 1)
-    # the host's default attention on a CPU has no gradient
-    options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+    options = {"optimized_attention_override": pack("nodes.host.training").gradient_attention}
     velocity = model(torch.lerp(x0, noise, level), TIMESTEPS * sigma, context, transformer_options=options)
     return F.mse_loss(velocity, noise - x0)
 

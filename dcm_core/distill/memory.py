@@ -5,6 +5,7 @@
 The bytes a token are measured on the model itself: two short backward graphs are built, and what they keep is counted.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from .backbone import Backbone, Text
 from .config import TrainingConfig, TrainingError
 from .discriminator import Discriminator
-from .parallel import total
 from .trainee import Trainee
 
 GIB = 2**30
@@ -59,6 +59,11 @@ class Memory:
             f"Training needs about {self.beside_base / GIB:.2f} GiB beside the base model, {available / GIB:.2f} GiB can be had. "
             f"Try {', '.join(fixes)}."
         )
+
+
+def total(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def estimate(

@@ -1,6 +1,7 @@
 """An expert under training: float32 tensors beside the frozen base."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,9 +42,12 @@ class Trainee:
 
     Low-rank pairs work at `scale` = alpha / rank, which stays outside the weights as in the paper's training; what replaces
     a layer works alone.
+
+    Attributes:
+        facts: the expert without its tensors.
     """
 
-    expert: Expert
+    facts: Expert
     low_rank: RoutedExpert
     replaced: RoutedExpert
     scale: float
@@ -62,7 +66,7 @@ class Trainee:
     def copy(self) -> "Trainee":
         """An independent one with the same values (for the moving average), without gradients."""
         low_rank, replaced = copy.deepcopy(self.low_rank), copy.deepcopy(self.replaced)
-        return Trainee(self.expert, low_rank.requires_grad_(False), replaced.requires_grad_(False), self.scale)
+        return Trainee(self.facts, low_rank.requires_grad_(False), replaced.requires_grad_(False), self.scale)
 
     @torch.no_grad()
     def average(self, other: "Trainee", decay: float) -> None:
@@ -85,10 +89,7 @@ class Trainee:
         }
         for name, site in zip(self.replaced.names, self.replaced.sites, strict=True):
             replaced |= {f"{name}.{param}": _free(value) for param, value in site.replaced.named_parameters()}
-        return Expert(
-            self.expert.family, self.expert.role, low_rank, replaced,
-            boundary=self.expert.boundary, timesteps=self.expert.timesteps,
-        )
+        return dataclasses.replace(self.facts, low_rank=low_rank, replaced=replaced)
 
 
 def _free(tensor: Tensor) -> Tensor:
@@ -119,7 +120,8 @@ def make_trainee(expert: Expert, modules: Mapping[str, nn.Module], device: torch
         part = Expert(expert.family, expert.role, **tensors)
         return RoutedExpert(part, modules, CASTING, torch.float32, device).requires_grad_(trainable)
 
-    return Trainee(expert, build(low_rank=unscaled), build(replaced=expert.replaced), scales.pop() if scales else 1.0)
+    facts = dataclasses.replace(expert, low_rank={}, replaced={})
+    return Trainee(facts, build(low_rank=unscaled), build(replaced=expert.replaced), scales.pop() if scales else 1.0)
 
 
 def new_semantic(

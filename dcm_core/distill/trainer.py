@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -69,7 +69,7 @@ class Trainer:
     """One run.
 
     Attributes:
-        start: the expert that is trained, as it begins.
+        start: the expert that is trained, as it begins; it is not kept.
         below: a finished expert that stays in place under the trained one (the semantic one, for the detail stage).
         latent_in: the host's scaling of VAE latents to what the transformer sees.
         folder: where states are kept.
@@ -79,21 +79,21 @@ class Trainer:
     backbone: Backbone
     data: TrainingData
     config: TrainingConfig
-    start: Expert
+    start: InitVar[Expert]
     folder: Path
     device: torch.device
-    below: Expert | None = None
+    below: InitVar[Expert | None] = None
     latent_in: Callable[[Tensor], Tensor] = torch.Tensor.float
     facts: dict[str, str] = field(default_factory=dict)
     watcher: Watcher = field(default_factory=Quiet)
     processes: Processes = field(default_factory=Processes)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, start: Expert, below: Expert | None) -> None:
         config = self.config
         modules = dict(self.backbone.module.named_modules())
         self.phases = config.make_phases()
-        self.trainee = make_trainee(self.start, modules, self.device)
-        self.below_working = make_trainee(self.below, modules, self.device, trainable=False).working if self.below else ()
+        self.trainee = make_trainee(start, modules, self.device)
+        self.below_working = make_trainee(below, modules, self.device, trainable=False).working if below else ()
         self.average = self.trainee.copy() if config.ema_decay else None
         self.parameters = dict(self.trainee.named_parameters())
         self.optimizer = torch.optim.AdamW(
@@ -132,7 +132,6 @@ class Trainer:
             # the last good state is worth keeping, whatever ended the run
             self._save()
             raise
-        self._save()
         return Result(self.expert(), self.history, time.monotonic() - began)
 
     def expert(self) -> Expert:
@@ -236,7 +235,7 @@ class Trainer:
         config, done = self.config, self.done
         if self.held_out and (done % config.held_out_every == 0 or done == config.steps):
             self.history[-1]["held_out"] = self.held_out_loss()
-        if done % config.save_every == 0:
+        if done % config.save_every == 0 or done == config.steps:
             self._save()
         if config.sample_every and done % config.sample_every == 0 and self.processes.first:
             self.watcher.sample(done, self.expert())
@@ -252,16 +251,20 @@ class Trainer:
                 total += float(self.losses(batch)[1]["huber"])
         return total / len(self.held_out)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        names = list(self.parameters)
-        tensors = {f"expert.{name}": value for name, value in self.parameters.items()}
-        tensors |= optimizer_tensors("optimizer", names, self.optimizer)
+    def _parts(self) -> Iterator[tuple[str, dict[str, nn.Parameter], torch.optim.Optimizer | None]]:
+        """(name, tensors, their optimiser) of everything a state holds."""
+        yield "expert", self.parameters, self.optimizer
         if self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.named_parameters()}
+            yield "average", dict(self.average.named_parameters()), None
         if self.discriminator is not None:
-            parameters = dict(self.discriminator.named_parameters())
-            tensors |= {f"discriminator.{name}": value for name, value in parameters.items()}
-            tensors |= optimizer_tensors("discriminator_optimizer", list(parameters), self.discriminator_optimizer)
+            yield "discriminator", dict(self.discriminator.named_parameters()), self.discriminator_optimizer
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for part, parameters, optimizer in self._parts():
+            tensors |= {f"{part}.{name}": value for name, value in parameters.items()}
+            if optimizer is not None:
+                tensors |= optimizer_tensors(f"{part}_optimizer", list(parameters), optimizer)
         return tensors
 
     def _save(self) -> None:
@@ -277,17 +280,11 @@ class Trainer:
             return
         path, saved = found
         saved.check(self.config, self.facts, path)
-        for prefix, parameters in (
-            ("expert", self.parameters),
-            ("average", dict(self.average.named_parameters()) if self.average else {}),
-            ("discriminator", dict(self.discriminator.named_parameters()) if self.discriminator else {}),
-        ):
+        for part, parameters, optimizer in self._parts():
             for name, parameter in parameters.items():
-                parameter.copy_(saved.tensors[f"{prefix}.{name}"])
-        load_optimizer("optimizer", list(self.parameters), self.optimizer, saved.tensors)
-        if self.discriminator is not None:
-            names = [name for name, _ in self.discriminator.named_parameters()]
-            load_optimizer("discriminator_optimizer", names, self.discriminator_optimizer, saved.tensors)
+                parameter.copy_(saved.tensors[f"{part}.{name}"])
+            if optimizer is not None:
+                load_optimizer(f"{part}_optimizer", list(parameters), optimizer, saved.tensors)
         self.done, self.history = saved.steps, saved.history
         for _ in range(self.done):
             self.schedule.step()

@@ -4,19 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import comfy.sd
-import comfy.utils
 
 from ...dcm_core.distill.clips import ClipSettings
 from ...dcm_core.distill.config import TrainingConfig, TrainingError
 from ...dcm_core.distill.data_file import read_data
 from ...dcm_core.distill.dataset import TrainingData
 from ...dcm_core.distill.encode import prepare
-from ...dcm_core.expert_reader import read_expert
-from ...dcm_core.experts import Expert
 from ...dcm_core.routing import Side
 from ...dcm_core.storage import TensorFile
-from .attach import module_shapes, require_family
+from .attach import require_family
 from .encoders import host_encoders
+from .expert_files import read_expert_file
 from .folders import data_cache
 from .load import load_file
 from .training import save_expert, train_expert
@@ -46,19 +44,13 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     output = path("output")
     states = folder / settings["states"] if "states" in settings else output.with_name(f"{output.stem}_states")
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
-    below = load_expert(path("semantic"), "semantic", model) if "semantic" in settings else None
-    start = load_expert(path("continue_from"), side, model) if "continue_from" in settings else None
+    below = read_expert_file(path("semantic"), "semantic", model) if "semantic" in settings else None
+    start = read_expert_file(path("continue_from"), side, model) if "continue_from" in settings else None
     data, vae = load_data(settings, folder, model)
     result = train_expert(model, data, config, states, start=start, below=below, vae=vae)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_expert(output, result.expert, model)
     return f"{result.expert}, {len(result.history)} steps, saved to {output}"
-
-
-def load_expert(path: Path, side: Side, model: Any) -> Expert:
-    """An expert file for the MODEL."""
-    file = TensorFile(path)
-    return read_expert(file.read_all(), file.metadata, side, require_family(model), module_shapes(model))
 
 
 def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[TrainingData, Any]:

@@ -26,9 +26,11 @@ def load_expert(name: str, role: Side, model: Any) -> Expert | None:
     Raises:
         DCMError: a file that cannot be read, or an expert that does not fit.
     """
-    if name == NONE:
-        return None
-    path = path_of(LORAS, name)
+    return None if name == NONE else read_expert_file(path_of(LORAS, name), role, model)
+
+
+def read_expert_file(path: Path, role: Side, model: Any) -> Expert:
+    """The same for a file anywhere."""
     file = TensorFile(path)
     return read_expert(
         file.read_all(), file.metadata, role, require_family(model), module_shapes(model), _peft_config(path)

@@ -38,14 +38,20 @@ def new_file(category: str, name: str, overwrite: bool) -> Path:
         CheckpointError: an empty or outside name, or an existing file without `overwrite`.
     """
     folder = Path(folder_paths.get_folder_paths(category)[0]).resolve()
-    path = (folder / name.strip()).resolve()
-    if not name.strip() or folder not in path.parents:
+    path = _inside(folder, name)
+    if path is None:
         raise CheckpointError(f"The output name is {name!r}; expected a file name inside {folder}. Choose another name.")
     path = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists already. Choose another name, or switch `overwrite` on.")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _inside(folder: Path, name: str) -> Path | None:
+    """The path of `name` in the (resolved) folder; None for no name, or one that leads elsewhere."""
+    path = (folder / name.strip()).resolve()
+    return path if name.strip() and folder in path.parents else None
 
 
 def source_path(name: str) -> Path:
@@ -71,7 +77,7 @@ def run_folder(name: str) -> Path:
         DCMError: a name that is none, or leads elsewhere.
     """
     folder = Path(folder_paths.get_output_directory(), "dcm_training").resolve()
-    path = (folder / name.strip()).resolve()
-    if not name.strip() or folder not in path.parents:
+    path = _inside(folder, name)
+    if path is None:
         raise DCMError(f"The name of the run is {name!r}; expected a plain name, such as my_expert. Choose another name.")
     return path

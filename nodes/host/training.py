@@ -31,7 +31,7 @@ from .encoders import weights_id
 from .expert_files import NONE, load_expert
 from .folders import LORAS, new_file, run_folder
 from .report import tell
-from .sampling import as_image
+from .sampling import as_image, make_guider
 from .video import save_video
 
 logger = logging.getLogger("ComfyUI-DCM")
@@ -54,6 +54,11 @@ def make_backbone(model: Any, family: Family, config: TrainingConfig) -> Backbon
         lambda: {"optimized_attention_override": gradient_attention},
         config.checkpointing,
     )
+
+
+def in_words(terms: dict[str, float]) -> str:
+    """The losses of a step in a line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in terms.items() if name != "step")
 
 
 @dataclass
@@ -81,8 +86,7 @@ class Show:
     def step(self, done: int, steps: int, terms: dict[str, float]) -> None:
         """Update bar, text and plot; raises where the user has interrupted."""
         self.history.append(terms)
-        losses = ", ".join(f"{name} {value:.4g}" for name, value in terms.items() if name != "step")
-        tell(f"step {done}/{steps}: {losses}", self.node_id)
+        tell(f"step {done}/{steps}: {in_words(terms)}", self.node_id)
         preview = None
         if time.monotonic() - self.shown > SHOW_SECONDS or done == steps:
             preview, self.shown = ("JPEG", self._preview(), 768), time.monotonic()
@@ -120,8 +124,7 @@ def with_experts(model: Any, expert: Expert, other: Expert | None) -> Any:
 
 def sample_latent(model: Any, conditioning: Any, shape: tuple[int, ...], expert: Expert, seed: int) -> Tensor:
     """One video by the host's Euler sampler on the expert's own schedule, as the transformer sees it."""
-    guider = comfy.samplers.CFGGuider(model)
-    guider.inner_set_conds({"positive": conditioning})
+    guider = make_guider(model, conditioning, None, cfg=1.0)
     noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))
     sampler = comfy.samplers.sampler_object("euler")
     out = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas_from_timesteps(expert.timesteps), disable_pbar=True, seed=seed)
@@ -159,10 +162,9 @@ class Run:
         return self.result.expert
 
     def __str__(self) -> str:
-        last = {name: value for name, value in self.result.history[-1].items() if name != "step"}
-        losses = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
-        steps = int(self.result.history[-1]["step"])
-        return f"{self.expert}\n{steps} steps, {self.result.seconds:.0f} s in this run: {losses}\nsaved to {self.file}"
+        last = self.result.history[-1]
+        steps = f"{int(last['step'])} steps, {self.result.seconds:.0f} s in this run"
+        return f"{self.expert}\n{steps}: {in_words(last)}\nsaved to {self.file}"
 
 
 def train_and_save(
@@ -265,7 +267,7 @@ def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expe
     """What training begins with.
 
     Raises:
-        TrainingError: an expert of another family or role, or one with a boundary of its own.
+        TrainingError: an expert of another family.
     """
     modules = dict(diffusion_model(model).named_modules())
     generator = generator_of(config.seed, 0, 0)
