@@ -7,6 +7,9 @@ from comfy_api.latest import io
 from ..dcm_core.errors import DCMError
 from ..dcm_core.plot import plot_schedule
 from .host.compat import newer
+from .host.expert_files import NONE
+from .host.inspect import file_names, inspect, path_of_choice
+from .host.report import report_picture
 from .host.sampling import as_image, choose_boundary
 
 
@@ -47,4 +50,50 @@ class DCMSchedulePlot(io.ComfyNode):
         return io.NodeOutput(as_image(plot_schedule(sigmas, sigma, width, height)))
 
 
-NODES = [DCMSchedulePlot]
+class DCMInspectModel(io.ComfyNode):
+    """A file or a MODEL -> what it carries, in words and as a picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DCMInspectModel",
+            display_name="DCM Inspect Model",
+            category="DCM/loaders",
+            description=(
+                "Shows what a file or a model carries: family, experts, rank, boundary, strengths, matched keys, and how much each "
+                "expert changes each block. With both it says whether the file fits the model."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=file_names(),
+                    default=NONE,
+                    tooltip="A model or expert file in models/diffusion_models or models/loras. none: look at the connected model only.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="A model to look at. With a file, too: whether the file's keys fit it, and the base of its changes.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="text", tooltip="What was found, a line for each fact."),
+                io.Image.Output(display_name="plot", tooltip="How much each expert changes each block, for Preview Image or Save Image."),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **newer(search_aliases=["what is this file", "model info", "lora info", "check lora", "matched keys", "expert magnitude"]),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **inputs: Any) -> float:
+        return path_of_choice(file).stat().st_mtime if file != NONE else 0.0
+
+    @classmethod
+    def execute(cls, file: str, model: Any = None) -> io.NodeOutput:
+        text, picture = inspect(file, model, cls.hidden.unique_id)
+        plot = as_image(picture)
+        return io.NodeOutput(text, plot, ui=report_picture(text, plot, cls.hidden.unique_id))
+
+
+NODES = [DCMSchedulePlot, DCMInspectModel]

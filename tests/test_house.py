@@ -26,7 +26,7 @@ HOST_MODULES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder
 NODE_IDS = {
     "DCMLoadModel", "DCMAttachExperts", "DCMSampler", "DCMScheduler", "DCMGuider", "DCMSplitSigmas", "DCMConvertCheckpoint",
     "DCMExtractLoRA", "DCMSchedulePlot", "DCMSaveConditioning", "DCMLoadConditioning", "DCMVideoDataset", "DCMSaveDataset",
-    "DCMLoadDataset", "DCMTrainSemanticExpert", "DCMTrainDetailExpert",
+    "DCMLoadDataset", "DCMTrainSemanticExpert", "DCMTrainDetailExpert", "DCMInspectModel",
 }
 MAX_LINES = 330
 PACK = "pack"  # the name of the checkout as a package: anything

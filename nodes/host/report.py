@@ -16,9 +16,18 @@ def report(text: str, node_id: str | None) -> Any:
     return ui.PreviewText(text)
 
 
+def server() -> Any:
+    """The running server; None in a script or a test."""
+    # not imported: that would be the first step of starting one
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
+def report_picture(text: str, image: Any, node_id: str | None) -> dict[str, Any]:
+    """The same with a picture below the text; image: (1, height, width, 3)."""
+    return {**report(text, node_id).as_dict(), **ui.PreviewImage(image).as_dict()}
+
+
 def tell(text: str, node_id: str | None) -> None:
     """Show `text` on the node while it works."""
-    # not imported: without a running server (a script, a test) there is nobody to tell
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)
+    if server() is not None and node_id is not None:
+        server().send_progress_text(text, node_id)
