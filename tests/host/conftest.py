@@ -2,19 +2,37 @@
 
 import importlib
 import importlib.util
-import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-HOST = os.environ.get("COMFYUI_PATH")
+from dcm_core.conditioning import save_conditioning
 
+from .server import HOST, ROOT, make_tiny_models, start_server
+
+NEEDS_HOST = "COMFYUI_PATH names no ComfyUI; `python scripts/test.py` brings one"
 
 if HOST:
     sys.path.insert(0, HOST)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A running host with small random models: see `server.Server`."""
+    if HOST is None:
+        pytest.skip(NEEDS_HOST)
+    base = tmp_path_factory.mktemp("server")
+    make_tiny_models(base / "models")
+    save_conditioning(base / "models" / "dcm_conditioning" / "narrow.safetensors", [[torch.zeros(1, 8, 768), {}]])
+    with start_server(base) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def info(server):
+    """Node id -> what the host says of it."""
+    return server.request("/object_info")
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +45,7 @@ def models(tmp_path_factory):
 def pack(models):
     """The pack, loaded as ComfyUI loads a custom node folder."""
     if HOST is None:
-        pytest.skip("COMFYUI_PATH names no ComfyUI; `python scripts/test.py` brings one")
+        pytest.skip(NEEDS_HOST)
     argv, sys.argv = sys.argv, ["main.py", "--cpu"]
     import comfy.options
 

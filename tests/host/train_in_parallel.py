@@ -1,9 +1,10 @@
 """One of several processes of test_training: trains the detail expert, prints its losses."""
 
-import importlib.util
+import importlib
 import json
 import os
 import sys
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -15,10 +16,10 @@ pack = load_pack(find_comfyui())
 
 
 def helpers(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A module of this folder, which as a package lets its modules import each other."""
+    package = sys.modules.setdefault("host_tests", types.ModuleType("host_tests"))
+    package.__path__ = [str(Path(__file__).parent)]
+    return importlib.import_module(f"host_tests.{name}")
 
 
 if __name__ == "__main__":
