@@ -56,7 +56,7 @@ def read_expert(
     check_facts(metadata, role, family)
     sites = _collect(tensors, family, shapes)
     _check_values(tensors)
-    default_scale = _DefaultScale(family, metadata, peft_config, released=_is_release_part(tensors, family))
+    default_scale = DefaultScale(family, metadata, peft_config, released=is_release_part(tensors, family))
     low_rank: dict[str, list[LowRank]] = {}
     replaced: dict[str, Tensor] = {}
     diff: dict[str, Tensor] = {}
@@ -65,7 +65,7 @@ def read_expert(
     expert = Expert(
         family.name,
         role,
-        {module: _split_fused(module, updates, family) for module, updates in low_rank.items()},
+        {module: split_fused(module, updates, family) for module, updates in low_rank.items()},
         replaced,
         diff,
         boundary=check_boundary(float(metadata["dcm.boundary"])) if "dcm.boundary" in metadata else None,
@@ -92,7 +92,7 @@ def check_facts(metadata: Mapping[str, str], role: Side, family: Family) -> None
         raise ExpertError(f"This expert file has format {metadata['dcm.format']}; this version reads {FILE_FORMAT}. Update the node pack.")
 
 
-def _is_release_part(tensors: Iterable[str], family: Family) -> bool:
+def is_release_part(tensors: Iterable[str], family: Family) -> bool:
     """True if the file follows the release's conventions, so that a missing alpha means the release's scale."""
     return any(
         family.detail_source(key) or ((name := split_key(key)) and name.adapter == RELEASE_ADAPTER) for key in tensors
@@ -104,7 +104,7 @@ def _collect(tensors: Mapping[str, Tensor], family: Family, shapes: Shapes) -> l
     sites: dict[str, Site] = {}
     unplaced, unsupported, collided = [], [], []
     for key, tensor in tensors.items():
-        name = _name_of(key, family)
+        name = name_of(key, family)
         piece = names.find(name.module) if name else None
         if name is not None and name.kind == "unsupported":
             unsupported.append(key)
@@ -129,7 +129,7 @@ def _collect(tensors: Mapping[str, Tensor], family: Family, shapes: Shapes) -> l
     return list(sites.values())
 
 
-def _name_of(key: str, family: Family) -> LoraKey | None:
+def name_of(key: str, family: Family) -> LoraKey | None:
     """The key taken apart; the release's detail copies count as replacements."""
     for name in candidates(key):
         source = family.detail_source(name)
@@ -158,7 +158,7 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
         raise ExpertError(f"{len(broken)} tensors hold NaN or infinite values: {name_some(broken)}. Download or train the file again.")
 
 
-class _DefaultScale:
+class DefaultScale:
     """alpha / rank of a pair that stores no alpha: PEFT's or diffusers' configuration, else the release's, else 1."""
 
     def __init__(self, family: Family, metadata: Mapping[str, str], peft_config: Mapping | None, released: bool):
@@ -187,7 +187,7 @@ def _diffusers_config(metadata: Mapping[str, str]) -> dict:
 def _place(
     site: Site,
     shapes: Shapes,
-    default_scale: _DefaultScale,
+    default_scale: DefaultScale,
     low_rank: dict[str, list[LowRank]],
     replaced: dict[str, Tensor],
     diff: dict[str, Tensor],
@@ -217,7 +217,7 @@ def _place(
             _place_full(site, kind, name, shapes, into)
 
 
-def _low_rank(site: Site, shape: Sequence[int], default_scale: _DefaultScale) -> LowRank:
+def _low_rank(site: Site, shape: Sequence[int], default_scale: DefaultScale) -> LowRank:
     down, up, alpha = site.tensors["down"], site.tensors["up"], site.tensors.get("alpha")
     piece = site.piece
     room = shape[0] if piece.part is None else shape[0] - piece.part * shape[1]
@@ -257,7 +257,8 @@ def _place_full(site: Site, kind: str, name: str, shapes: Shapes, into: dict[str
     )
 
 
-def _split_fused(module: str, updates: Sequence[LowRank], family: Family) -> tuple[LowRank, ...]:
+def split_fused(module: str, updates: Sequence[LowRank], family: Family) -> tuple[LowRank, ...]:
+    """A module's updates in row order, one for each row block they were stacked from."""
     parts = len(family.key_map.sources_of(module))
     ordered = sorted(updates, key=lambda update: update.start)
     return tuple(piece for update in ordered for piece in split_update(update, parts))

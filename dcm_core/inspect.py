@@ -8,14 +8,21 @@ from dataclasses import dataclass
 
 from .checkpoint import Contents, Layout, recognise
 from .errors import CheckpointError, name_some
-from .families import FAMILIES
 from .lora_names import LoraKey, split_key
+from .match import Target, any_model, expert_part, match_expert
 from .storage import TensorFile
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file is. `problem` is None for a sound file; `unplaced` are keys of a LoRA that follow no known naming."""
+    """What a file is.
+
+    Attributes:
+        unplaced: keys of a LoRA that follow no known naming.
+        known: how many of a LoRA's keys its family has a layer for.
+        fits: how many of the expert's keys have a place in the model it was compared with.
+        problem: None for a sound file.
+    """
 
     path: str
     layout: str
@@ -29,6 +36,8 @@ class Inspection:
     boundary: str | None
     timesteps: str | None
     unplaced: tuple[str, ...]
+    known: str | None
+    fits: str | None
     problem: str | None
 
     def __str__(self) -> str:
@@ -44,13 +53,23 @@ class Inspection:
             "boundary": self.boundary,
             "timesteps": self.timesteps,
             "odd keys": name_some(self.unplaced) if self.unplaced else None,
+            "known keys": self.known,
+            "fit model": self.fits,
             "problem": self.problem,
         }
-        return "\n".join(f"{name:>10}: {value}" for name, value in facts.items() if value is not None)
+        return in_lines(facts)
 
 
-def inspect_file(path: str | os.PathLike) -> Inspection:
+def in_lines(facts: Mapping[str, str | None]) -> str:
+    """A line for each fact that is known."""
+    return "\n".join(f"{name:>10}: {value}" for name, value in facts.items() if value is not None)
+
+
+def inspect_file(path: str | os.PathLike, target: Target | None = None) -> Inspection:
     """Look at a safetensors file; an incomplete model is described, with what is wrong in `problem`.
+
+    Args:
+        target: the model its expert is to go on.
 
     Raises:
         CheckpointError: a file that cannot be read at all.
@@ -62,9 +81,10 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
     except CheckpointError as error:
         contents, problem = Contents(Layout.OTHER), str(error)
     names = {key: split_key(key) for key in file.shapes}
-    family = contents.family
     said = file.metadata.get("dcm.family")
-    title = family.title if family else FAMILIES[said].title if said in FAMILIES else said
+    family, expert = expert_part(file, contents)
+    title = family.title if family else said
+    shapes = {key: file.shapes[source] for key, source in expert.items()}
     preset = family.preset if family and contents.layout is Layout.RELEASE else None
     is_lora = contents.layout is Layout.EXPERT
     return Inspection(
@@ -80,6 +100,8 @@ def inspect_file(path: str | os.PathLike) -> Inspection:
         boundary=file.metadata.get("dcm.boundary") or (f"{preset.boundary:g}" if preset else None),
         timesteps=file.metadata.get("dcm.timesteps") or (json.dumps(preset.timesteps) if preset else None),
         unplaced=tuple(key for key, name in names.items() if name is None) if is_lora else (),
+        known=str(match_expert(shapes, family, any_model(family, shapes))) if is_lora and family else None,
+        fits=target.say(shapes, family) if target and expert else None,
         problem=problem,
     )
 

@@ -1,4 +1,6 @@
-"""Draw a schedule (noise levels over steps, coloured by the expert that owns them) and the losses of a training run."""
+"""Draw a schedule (noise levels over steps, coloured by the expert that owns them), the losses of a training run, and how
+much each expert changes each block.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .magnitude import AFTER, BEFORE, Profile
 from .routing import Plan, plan_steps
 
 BACKGROUND, GRID, TEXT = "#1e1f26", "#3a3c48", "#d7d9e0"
@@ -111,3 +114,81 @@ def plot_losses(history: Sequence[Mapping[str, float]], term: str, width: int = 
     else:
         _dot(draw, at(*points[0]), COLOURS["semantic"], 1.4 * unit)
     return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def plot_profile(profile: Profile | None, title: str, width: int = 960, height: int = 432) -> Image.Image:
+    """A bar for each expert at each block, the embedders before and the output head after them; None: no expert."""
+    image = Image.new("RGB", (width * SCALE, height * SCALE), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    unit = min(width, height) * SCALE / 100
+    font, small = (ImageFont.load_default(size=size * unit) for size in (4.2, 3.4))
+    left, top, right, bottom = 12 * unit, 19 * unit, width * SCALE - 3 * unit, height * SCALE - 13 * unit
+    draw.text((left, 5 * unit), _shortened(draw, title, right - left, font), fill=TEXT, font=font, anchor="lm")
+    every = [size for sizes in profile.experts.values() for size in sizes.values()] if profile else []
+    highest = max(every, default=0.0)
+    if not highest:
+        says = "no change to show" if profile else "no expert"
+        draw.text(((left + right) / 2, (top + bottom) / 2), says, fill=TEXT, font=font, anchor="mm")
+        return image.resize((width, height), Image.Resampling.LANCZOS)
+    step = _round_step(highest / 4)
+    lines = math.ceil(highest / step - 1e-9)
+    for line in range(lines + 1):
+        y = bottom - (bottom - top) * line / lines
+        draw.line([(left, y), (right, y)], fill=GRID, width=max(1, round(unit / 4)))
+        label = f"{100 * line * step:g}%" if profile.relative else f"{line * step:g}"
+        draw.text((left - 1.5 * unit, y), label, fill=TEXT, font=small, anchor="rm")
+    x = left
+    for name in profile.experts:
+        _dot(draw, (x + 1.4 * unit, 12 * unit), COLOURS.get(name, TEXT), 1.4 * unit)
+        draw.text((x + 4 * unit, 12 * unit), name, fill=TEXT, font=font, anchor="lm")
+        x += draw.textlength(name, font=font) + 8 * unit
+    says = "size of the change / size of the weights" if profile.relative else "size of the change (Frobenius norm)"
+    says += ", ? needs the base" if profile.unmeasured else ""
+    draw.text((right, 12 * unit), says, fill=TEXT, font=small, anchor="rm")
+    _bars(draw, profile, (left, top, right, bottom), lines * step, unit, small)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _bars(
+    draw: ImageDraw.ImageDraw, profile: Profile, box: tuple[float, float, float, float], highest: float, unit: float,
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    left, top, right, bottom = box
+    groups = {group: count for group, count in profile.groups.items() if count}
+    # a gap before and after each group, as wide as a column
+    column = (right - left) / (sum(groups.values()) + len(groups))
+    bar = min(0.8 * column / len(profile.experts), 10 * unit)
+    every = _round_step(max(1.0, 7 * unit / column))
+    x = left + column / 2
+    for group, count in groups.items():
+        middle = x + count * column / 2
+        single = group in (BEFORE, AFTER)
+        name = group if single else f"{group.removesuffix('s').replace('_', ' ')}"
+        draw.text((middle, bottom + (2 if single else 7) * unit), name, fill=TEXT, font=font, anchor="ma")
+        for index in range(count):
+            if not single and index % every == 0:
+                draw.text((x + column / 2, bottom + 2 * unit), str(index), fill=TEXT, font=font, anchor="ma")
+            for number, (expert, sizes) in enumerate(profile.experts.items()):
+                if (group, index) in sizes:
+                    start = x + column / 2 + (number - len(profile.experts) / 2) * bar
+                    height = (bottom - top) * sizes[group, index] / highest
+                    draw.rectangle([start, bottom - height, start + bar, bottom], fill=COLOURS.get(expert, TEXT))
+            if (group, index) in profile.unmeasured.values():
+                draw.text((x + column / 2, bottom - unit), "?", fill=TEXT, font=font, anchor="md")
+            x += column
+        x += column
+
+
+def _round_step(value: float) -> float:
+    """The next 1, 2 or 5 times a power of ten."""
+    power = 10 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9))
+
+
+def _shortened(draw: ImageDraw.ImageDraw, text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+    """The text, its end left out where it is too wide."""
+    if draw.textlength(text, font=font) <= width:
+        return text
+    while text and draw.textlength(f"{text}...", font=font) > width:
+        text = text[:-1]
+    return f"{text}..."

@@ -91,8 +91,7 @@ class DCMInspectModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, model: Any = None) -> io.NodeOutput:
-        text, picture = inspect(file, model, cls.hidden.unique_id)
-        plot = as_image(picture)
+        text, plot = inspect(file, model, cls.hidden.unique_id)
         return io.NodeOutput(text, plot, ui=report_picture(text, plot, cls.hidden.unique_id))
 
 

@@ -33,11 +33,11 @@ def read_expert_file(path: Path, role: Side, model: Any) -> Expert:
     """The same for a file anywhere."""
     file = TensorFile(path)
     return read_expert(
-        file.read_all(), file.metadata, role, require_family(model), module_shapes(model), _peft_config(path)
+        file.read_all(), file.metadata, role, require_family(model), module_shapes(model), peft_config(path)
     )
 
 
-def _peft_config(path: Path) -> dict | None:
+def peft_config(path: Path) -> dict | None:
     """The adapter_config.json beside a file that PEFT saved."""
     config = path.with_name("adapter_config.json")
     if not (path.name.startswith("adapter_model") and config.exists()):
