@@ -37,6 +37,8 @@ TORCH = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
 # ComfyUI imports requests without asking for it; pip is for the user.
 TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "peft==0.21.2", "requests", "pip")
 NODE_TOOLS = ("comfy-cli==1.23.0",)
+# It imports modules of ComfyUI, which need the other two.
+MANAGER = ("comfyui-manager==4.3", "aiohttp", "PyYAML")
 GIGABYTES_NEEDED = 13
 
 DONE = ".complete"
@@ -135,6 +137,14 @@ def node_tools() -> Path:
     cache = cache_folder()
     with lock(cache / ".lock"):
         return virtual_environment(cache, "comfy-cli", list(NODE_TOOLS), gigabytes=1).parent
+
+
+def manager_tools() -> Path:
+    """The folder of ComfyUI Manager's `cm-cli`. The pack's requirements are there too: to install the pack, nothing is fetched."""
+    cache = cache_folder()
+    with lock(cache / ".lock"):
+        requirements = [*MANAGER, "-r", str(ROOT / "requirements.txt")]
+        return virtual_environment(cache, "comfyui-manager", requirements, gigabytes=1).parent
 
 
 def check_python() -> None:
