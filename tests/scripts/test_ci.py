@@ -1,0 +1,64 @@
+"""The workflows on GitHub: what runs when, and that nothing is published untested."""
+
+import os
+import re
+import subprocess
+
+import pytest
+from environment import ROOT
+
+yaml = pytest.importorskip("yaml", reason="PyYAML comes with ComfyUI")
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def read(path):
+    # YAML 1.1 takes the key `on` for a truth value
+    return {"on" if key is True else key: value for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+
+
+def named(name):
+    return read(ROOT / ".github" / "workflows" / name)
+
+
+def steps_of(job):
+    return [step.get("run") or step["uses"] for step in job.get("steps", [])]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflow_is_well_formed(path):
+    workflow = read(path)
+    assert set(workflow) >= {"name", "on", "jobs"}
+    for job in workflow["jobs"].values():
+        assert ("uses" in job) != ("runs-on" in job and bool(steps_of(job)))
+        needs = job.get("needs", [])
+        assert {needs} if isinstance(needs, str) else set(needs) <= set(workflow["jobs"])
+        for step in job.get("steps", []):
+            assert ("run" in step) != ("uses" in step)
+            assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]), "an action of no fixed version"
+
+
+def test_every_change_is_tested_by_the_script_that_a_user_runs():
+    workflow = named("tests.yml")
+    assert {"push", "pull_request", "workflow_call"} <= set(workflow["on"])
+    assert "bash .ci/run" in steps_of(workflow["jobs"]["tests"])
+    assert "python3 scripts/test.py" in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
+
+
+def test_a_version_tag_is_published_after_the_tests():
+    workflow = named("publish.yml")
+    assert set(workflow["on"]) == {"push"} and set(workflow["on"]["push"]) == {"tags"}
+    jobs = workflow["jobs"]
+    assert jobs["publish"]["needs"] == "tests"
+    assert (ROOT / jobs["tests"]["uses"]).is_file()
+    assert any(step.startswith("Comfy-Org/publish-node-action@") for step in steps_of(jobs["publish"]))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the step runs on Linux")
+@pytest.mark.parametrize(("tag", "fits"), [("v{version}", True), ("v9{version}", False), ("v{version}.1", False)])
+def test_a_tag_that_is_not_the_version_stops_the_publishing(tag, fits):
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    [check] = [step for step in steps_of(named("publish.yml")["jobs"]["publish"]) if "pyproject.toml" in step]
+    environment = {**os.environ, "GITHUB_REF_NAME": tag.format(version=version)}
+    result = subprocess.run(["bash", "-c", check], cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert (result.returncode == 0) == fits
