@@ -39,7 +39,8 @@ def host(environment, tmp_path):
 def manager(host, repository):
     """Run Manager on the host: manager("install", URL); the pack's URL is the repository, and nothing else is reached."""
     variables = repository.variables(**{f"url.{repository.folder.as_uri()}.insteadOf": URL})
-    variables |= {"COMFYUI_PATH": str(host), "HTTP_PROXY": NOWHERE, "HTTPS_PROXY": NOWHERE, "UV_OFFLINE": "1"}
+    variables |= {"COMFYUI_PATH": str(host), "UV_OFFLINE": "1"}
+    variables |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), NOWHERE)
 
     def run(*arguments):
         command = [manager_tools() / "cm-cli", *arguments, "--mode", "local"]
