@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -196,7 +197,10 @@ def test_project_metadata_follow_the_registry():
 FRONT_END_ONLY = {"MarkdownNote", "Note"}
 # Its files are made by the user.
 NO_DOWNLOAD = {"DCMLoadConditioning"}
-TITLE_HEIGHT = 30
+# These write files that other workflows load.
+MAKERS = {"DCMConvertCheckpoint", "DCMExtractLoRA"}
+TITLE_HEIGHT, SLOT_HEIGHT = 30, 20
+SUFFIX = ".safetensors"
 SHIPPED = ROOT / "small_world" / "models"
 
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -220,8 +224,30 @@ def overlap(a, b):
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
+def files_of(node):
+    """File names among the widgets of a node."""
+    return {value for value in node.get("widgets_values", []) if isinstance(value, str) and value.endswith(SUFFIX)}
+
+
+def made_files():
+    """Names of the files that workflows write for each other."""
+    makers = [node for path in WORKFLOWS for node in read(path)["nodes"] if node["type"] in MAKERS]
+    return {f"{value}{SUFFIX}" for node in makers for value in node["widgets_values"] if isinstance(value, str)}
+
+
+def wire(source, output, target, slot):
+    """Points of a link as the front end draws it: a cubic curve that leaves to the right and arrives from the left."""
+    x0, y0 = source["pos"][0] + source["size"][0] - 9, source["pos"][1] + SLOT_HEIGHT * (output + 0.7)
+    x1, y1 = target["pos"][0] + 10, target["pos"][1] + SLOT_HEIGHT * (slot + 0.7)
+    bend = math.dist((x0, y0), (x1, y1)) / 4
+    for t in (step / 80 for step in range(81)):
+        a, b, c, d = (1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3
+        yield a * x0 + b * (x0 + bend) + c * (x1 - bend) + d * x1, (a + b) * y0 + (c + d) * y1
+
+
 def test_workflows_lie_where_the_template_browser_looks():
-    assert len(WORKFLOWS) >= 3
+    assert len(WORKFLOWS) >= 10
+    assert [path.name for path in WORKFLOWS if not path.stem.startswith("DCM ")] == []
     assert [short(path) for path in WORKFLOWS if path.parent != ROOT / "workflows"] == []
     # a second folder of this kind would hide the first
     assert not [name for name in ("example_workflows", "example", "examples", "workflow") if (ROOT / name).exists()]
@@ -246,7 +272,7 @@ def test_every_link_has_two_ends_of_its_type(path):
     for number, source, output, target, slot, kind in graph["links"]:
         out, into = nodes[source]["outputs"][output], nodes[target]["inputs"][slot]
         assert number in out["links"] and into["link"] == number
-        assert out["type"] == into["type"] == kind
+        assert out["type"] == kind and into["type"] in (kind, "*")
     for node in graph["nodes"]:
         ends = [slot["link"] for slot in node["inputs"]] + [link for slot in node["outputs"] for link in slot["links"] or []]
         assert {link for link in ends if link is not None} <= set(links), f"node {node['id']} has a link to nowhere"
@@ -273,20 +299,20 @@ def test_models_can_be_downloaded_and_are_listed_in_the_note(path):
     notes = [node for node in graph["nodes"] if node["type"] == "MarkdownNote" and node.get("title") == "Model links"]
     assert len(notes) == 1
     text = notes[0]["widgets_values"][0]
+    # these come with the pack
+    shipped = {path.relative_to(SHIPPED / path.relative_to(SHIPPED).parts[0]).as_posix() for path in SHIPPED.rglob(f"*{SUFFIX}")}
+    made = made_files()
     for node in graph["nodes"]:
-        values = node.get("widgets_values", [])
         models = node["properties"].get("models", [])
         for model in models:
-            assert model["name"] in values
+            assert model["name"] in files_of(node)
             assert model["url"].startswith("https://huggingface.co/") and "/resolve/" in model["url"]
             assert model["url"] in text
             assert f"{model['directory']}/{model['name']}" in text, "the folder tree lacks it"
-        files = {value for value in values if isinstance(value, str) and value.endswith(".safetensors")}
-        # these come with the pack
-        shipped = {path.relative_to(SHIPPED / path.relative_to(SHIPPED).parts[0]).as_posix() for path in SHIPPED.rglob("*.safetensors")}
-        files -= shipped
         if node["type"] not in NO_DOWNLOAD:
-            assert files == {model["name"] for model in models}, node["type"]
+            assert files_of(node) - shipped - made == {model["name"] for model in models}, node["type"]
+        for name in files_of(node) & made:
+            assert f"loras/{name}" in text, "the folder tree lacks it"
 
 
 @each_workflow
@@ -310,3 +336,16 @@ def test_wires_run_from_left_to_right(path):
     nodes = nodes_of(graph)
     ends = [(nodes[source], nodes[target]) for _, source, _, target, _, _ in graph["links"]]
     assert [(a["type"], b["type"]) for a, b in ends if b["pos"][0] <= a["pos"][0]] == []
+
+
+@each_workflow
+def test_no_wire_runs_under_a_node(path):
+    graph = read(path)
+    nodes = nodes_of(graph)
+    for _, source, output, target, slot, _ in graph["links"]:
+        points = list(wire(nodes[source], output, nodes[target], slot))
+        for node in graph["nodes"]:
+            if node["id"] not in (source, target):
+                x0, y0, x1, y1 = box(node)
+                under = [point for point in points if x0 < point[0] < x1 and y0 < point[1] < y1]
+                assert under == [], f"{nodes[source]['type']} -> {nodes[target]['type']} under {node['type']}"

@@ -99,10 +99,8 @@ def releases(pack, models, recipe):
     return names
 
 
-def make_wan(seed=0, width=256, layers=2, channels=16):
-    """A small Wan model in float32: a MODEL without experts."""
-    import comfy.sd
-
+def native_wan(seed=0, width=256, layers=2, channels=16):
+    """The weights of a small Wan model in the host's layout, float32."""
     from dcm_core.families import WAN
 
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +125,14 @@ def make_wan(seed=0, width=256, layers=2, channels=16):
         value = torch.randn(shape, generator=generator)
         scale = 0.05 if len(shape) == 1 else 0.7 / max(1, torch.Size(shape[1:]).numel()) ** 0.5
         state_dict[name] = 1 + 0.05 * value if "norm" in name and name.endswith("weight") else scale * value
-    return comfy.sd.load_diffusion_model_state_dict(state_dict, model_options={"dtype": torch.float32})
+    return state_dict
+
+
+def make_wan(**sizes):
+    """A small Wan model in float32: a MODEL without experts."""
+    import comfy.sd
+
+    return comfy.sd.load_diffusion_model_state_dict(native_wan(**sizes), model_options={"dtype": torch.float32})
 
 
 @pytest.fixture(scope="session")

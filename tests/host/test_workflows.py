@@ -1,0 +1,233 @@
+"""Every shipped workflow on a real server: it fits the host's nodes, and it runs.
+
+The small world's run as they are. The loaders of the others find small random weights of the same architectures under the official
+names. Text encoders and HunyuanVideo's VAE have but one size in the host: a cached prompt and a small Wan VAE stand in for them.
+"""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dcm_core.conditioning import save_conditioning
+
+from .conftest import native_wan
+from .graphs import BYPASSED, FRONT_END_ONLY, WORKFLOWS, id_of, inputs_of, read, to_prompt, widget_values, widgets_of
+from .server import FOLDER, messages
+
+GRAPHS = {path.stem: read(path) for path in WORKFLOWS}
+CONVERT, EXPERT_FILES = "DCM convert and extract", "DCM Wan 2.1 text to video (expert files)"
+TWO_MODELS, COMPARED = "DCM Wan 2.2 text to video (two models)", "DCM Wan 2.1 one and two experts compared"
+TRAINING = "DCM small world training (CPU)"
+
+# Title -> what its DCM Samplers say.
+WAN = "step 1-3 semantic, 4-6 detail, boundary 0.979"
+SMALL_WORLD = "step 1-3 semantic, 4-6 detail, boundary 0.875"
+PLANS = {
+    "DCM HunyuanVideo text to video": ["step 1-2 semantic, 3-4 detail, boundary 0.982"],
+    "DCM Wan 2.1 text to video": [WAN],
+    "DCM Wan 2.1 text to video (cached prompt)": [WAN],
+    EXPERT_FILES: [WAN],
+    "DCM Wan 2.1 text to video (modular)": [],
+    COMPARED: ["step 1-6 semantic, boundary 0.001 (the detail side has no step)", WAN],
+    TWO_MODELS: ["step 1-11 semantic, 12-20 detail, boundary 0.875"],
+    "DCM Wan 2.2 image to video": ["step 1-2 semantic, 3-4 detail, boundary 0.9"],
+    CONVERT: [],
+    "DCM small world (CPU)": [SMALL_WORLD],
+    TRAINING: [SMALL_WORLD],
+}
+
+each_workflow = pytest.mark.parametrize("title", GRAPHS)
+
+
+# On the host's word
+
+def illegal(kind, options, value):
+    """Whether a widget may not have this value; which files there are is the user's matter."""
+    if kind == "COMBO":
+        return value not in options["options"] and not str(value).endswith((".safetensors", ".png"))
+    if kind in ("INT", "FLOAT"):
+        below, above = value < options.get("min", value), value > options.get("max", value)
+        off_step = kind == "INT" and (value - options.get("min", 0)) % options.get("step", 1)
+        return below or above or bool(off_step)
+    return not isinstance(value, bool if kind == "BOOLEAN" else str)
+
+
+@each_workflow
+def test_every_node_is_known_and_every_value_legal(title, info):
+    for node in GRAPHS[title]["nodes"]:
+        if node["type"] in FRONT_END_ONLY:
+            continue
+        definition = info[node["type"]]
+        widgets, values = widgets_of(definition), widget_values(node, definition)
+        wrong = {name: value for name, value in values.items() if illegal(*widgets[name], value)}
+        assert wrong == {}, node["type"]
+        kinds = {name: kind for name, kind, _ in inputs_of(definition)}
+        slots = {slot["name"]: slot["type"] for slot in node["inputs"]}
+        assert slots == {name: kinds.get(name) for name in slots}, node["type"]
+        linked = {slot["name"] for slot in node["inputs"] if slot["link"] is not None}
+        assert linked | set(values) >= set(definition["input"].get("required", {})), f"{node['type']} lacks a required input"
+        assert [slot["type"] for slot in node["outputs"]] == definition["output"][: len(node["outputs"])]
+
+
+def test_templates_are_listed_and_served(server):
+    listed = server.request("/workflow_templates")
+    assert sorted(listed[FOLDER]) == sorted(GRAPHS)
+    for title, graph in GRAPHS.items():
+        assert server.request(f"/api/workflow_templates/{FOLDER}/{title}.json") == graph
+
+
+# Runs
+
+def light_lora(seed):
+    """A low-rank update of the small Wan model, in the names of the distilled LoRAs for it."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"diffusion_model.blocks.{block}.self_attn.{part}" for block in range(2) for part in "qkvo"]
+    return {
+        f"{name}.{end}.weight": 0.1 * torch.randn(shape, generator=generator)
+        for name in names
+        for end, shape in (("lora_down", (4, 256)), ("lora_up", (256, 4)))
+    }
+
+
+@pytest.fixture(scope="session")
+def files(server, recipe):
+    """Small models under every name that the workflows ask for, beside those of the server."""
+    models = server.base / "models"
+    wan = {"diffusion_models/wan2.1_t2v_1.3B_fp16": native_wan(1)}
+    for kind, channels, version in (("t2v", 16, "v1.1"), ("i2v", 36, "v1")):
+        for seed, side in enumerate(("high", "low")):
+            wan[f"diffusion_models/wan2.2_{kind}_{side}_noise_14B_fp8_scaled"] = native_wan(seed, channels=channels)
+            wan[f"loras/wan2.2_{kind}_lightx2v_4steps_lora_{version}_{side}_noise"] = light_lora(seed)
+    stand_in = {"vae/hunyuan_video_vae_bf16": load_file(models / "vae" / "wan_2.1_vae.safetensors")}
+    release = {"diffusion_models/dcm_hunyuan_video_13B": recipe.release("hy_tiny")}
+    for name, tensors in {**wan, **stand_in, **release}.items():
+        path = models / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, path)
+    embeddings = torch.randn(1, 20, 4096, generator=torch.Generator().manual_seed(2))
+    save_conditioning(models / "dcm_conditioning" / "hunyuan.safetensors", [[embeddings, {"pooled_output": embeddings[:, 0, :768]}]])
+    Image.linear_gradient("L").convert("RGB").save(server.base / "input" / "example.png")
+
+
+SMALL = {"width": 64, "height": 64, "length": 5}
+SMALLER = {
+    "EmptyHunyuanLatentVideo": SMALL,
+    "WanImageToVideo": SMALL,
+    "DCMTrainSemanticExpert": {"steps": 2, "batch_size": 2, "sample_every": 2},
+    "DCMTrainDetailExpert": {"steps": 2, "batch_size": 2, "sample_every": 2},
+}
+PROMPTS = {"CLIPLoader": "prompt.safetensors", "DualCLIPLoader": "hunyuan.safetensors"}
+
+
+def small_prompt(title, info, graph=None):
+    """A workflow in the API's format: small videos except for the small world's, cached prompts, little training."""
+    prompt = to_prompt(graph or GRAPHS[title], info)
+    for node in prompt.values():
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind == "CLIPTextEncode":
+            loader = prompt[inputs["clip"][0]]["class_type"]
+            node.update(class_type="DCMLoadConditioning", inputs={"name": PROMPTS[loader]})
+        elif "Train" in kind or "small world" not in title:
+            inputs |= SMALLER.get(kind, {})
+    return {number: node for number, node in prompt.items() if node["class_type"] not in PROMPTS}
+
+
+@pytest.fixture(scope="session")
+def ran(server, info, files):
+    """Run a workflow once: ran(title) -> (its prompt, its history entry)."""
+    runs = {}
+
+    def run(title):
+        if title == EXPERT_FILES:
+            run(CONVERT)  # writes them
+        if title not in runs:
+            prompt = small_prompt(title, info)
+            runs[title] = prompt, server.run(prompt)
+        return runs[title]
+
+    return run
+
+
+def frames_of(path):
+    """The decoded video, shape (frames, height, width, 3)."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.fixture(scope="session")
+def video(server, ran):
+    """The frames that a workflow saved: video(title)."""
+
+    def frames(title):
+        prompt, entry = ran(title)
+        return frames_of(server.saved(entry, id_of(prompt, "SaveVideo")))
+
+    return frames
+
+
+def plans(prompt, entry):
+    """The first line of what each DCM Sampler says, in the order of the nodes."""
+    samplers = sorted((number for number, node in prompt.items() if node["class_type"] == "DCMSampler"), key=int)
+    return [entry["outputs"][number]["text"][0].splitlines()[0] for number in samplers]
+
+
+def test_every_workflow_has_an_expected_plan():
+    assert set(PLANS) == set(GRAPHS)
+
+
+@each_workflow
+def test_workflow_runs(title, ran, video):
+    prompt, entry = ran(title)
+    assert "execution_success" in messages(entry), messages(entry).get("execution_error", {}).get("exception_message")
+    assert plans(prompt, entry) == PLANS[title]
+    if title != CONVERT:
+        shown = video(title)
+        size = (17, 80, 80) if "small world" in title else (5, 64, 192 if title == COMPARED else 64)
+        assert shown.shape == (*size, 3)
+        # NaN would come out as one flat colour
+        assert (shown.reshape(len(shown), -1, 3).std(axis=1).max(axis=1) > 2).all()
+
+
+def test_the_modular_graph_gives_the_sampler_s_video(video):
+    whole, parts = video("DCM Wan 2.1 text to video"), video("DCM Wan 2.1 text to video (modular)")
+    assert np.abs(whole.astype(float) - parts).mean() < 1
+
+
+def test_compared_videos_stand_side_by_side(video):
+    base, one, two = np.split(video(COMPARED).astype(float), 3, axis=2)
+    for left, right in ((base, one), (one, two), (base, two)):
+        assert np.abs(left - right).mean() > 2
+    # each is decoded from another picture's neighbourhood in H.264
+    assert np.abs(two - video("DCM Wan 2.1 text to video")).mean() < 2
+
+
+def test_converted_files_are_those_the_other_workflow_loads(server, ran):
+    prompt, entry = ran(CONVERT)
+    base, detail, semantic, layers = [
+        entry["outputs"][number]["text"][0] for number, node in prompt.items() if node["class_type"] == "PreviewAny"
+    ]
+    assert Path(base).is_file()
+    loaded, _ = ran(EXPERT_FILES)
+    attach, loras = loaded[id_of(loaded, "DCMAttachExperts")]["inputs"], server.base / "models" / "loras"
+    assert Path(semantic) == loras / attach["semantic_lora"] and Path(detail) == loras / attach["detail_lora"]
+    assert "blocks.0.self_attn.q" in layers
+
+
+def test_the_four_step_loras_work_when_awake(server, info, files):
+    graph = read(next(path for path in WORKFLOWS if path.stem == TWO_MODELS))
+    asleep = [node for node in graph["nodes"] if node["mode"] == BYPASSED]
+    assert [node["type"] for node in asleep] == ["LoraLoaderModelOnly"] * 2
+    for node in asleep:
+        node["mode"] = 0
+    prompt = small_prompt(TWO_MODELS, info, graph)
+    prompt[id_of(prompt, "DCMSampler")]["inputs"].update(steps=4, cfg=1.0, shift=5.0)
+    said = len(server.log())
+    entry = server.run(prompt)
+    assert plans(prompt, entry) == ["step 1-2 semantic, 3-4 detail, boundary 0.875"]
+    assert frames_of(server.saved(entry, id_of(prompt, "SaveVideo"))).shape == (5, 64, 64, 3)
+    assert "lora key not loaded" not in server.log()[said:]
