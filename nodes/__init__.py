@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import conditioning, convert, dataset, experts, load, sample, schedule, train, view
+from .host.plan import add_route
 
 NODES: list[type[io.ComfyNode]] = [
     node for module in (load, experts, sample, schedule, view, convert, conditioning, dataset, train) for node in module.NODES
@@ -13,4 +14,6 @@ class DCMExtension(ComfyExtension):
     """What ComfyUI asks for the nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        # the host of 0.3.75 never calls on_load
+        add_route()
         return NODES

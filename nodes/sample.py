@@ -1,10 +1,12 @@
 """Sample with two experts."""
 
+import time
 from typing import Any
 
 from comfy_api.latest import io
 
 from .host.compat import newer
+from .host.plan import announce
 from .host.report import report
 from .host.sampling import AUTO, GENERIC, PRESETS, choose_sigmas, describe_run, make_guider, prepare_model, run
 
@@ -121,9 +123,12 @@ class DCMSampler(io.ComfyNode):
             sigmas = choose_sigmas(schedule, steps, shift, denoise, model)
         plan = describe_run(model, sigmas, sigma)
         guider = make_guider(model, positive, negative, cfg, detail_cfg)
-        shown = report(plan, cls.hidden.unique_id)
+        report(plan, cls.hidden.unique_id)
+        announce(model, sigmas, sigma, cls.hidden.unique_id)
+        started = time.perf_counter()
         latent, denoised = run(guider, latent_image, sampler, sigmas, seed, cls.hidden.unique_id)
-        return io.NodeOutput(latent, denoised, ui=shown)
+        took = f"{len(sigmas) - 1} steps in {time.perf_counter() - started:.1f} s"
+        return io.NodeOutput(latent, denoised, ui=report(f"{plan}\n{took}", cls.hidden.unique_id))
 
 
 class DCMGuider(io.ComfyNode):

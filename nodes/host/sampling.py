@@ -158,11 +158,15 @@ def check_latent(model: Any, samples: Tensor) -> None:
     )
 
 
+def has_sides(model: Any) -> bool:
+    """Whether anything changes at a boundary: experts are attached, or a prepared MODEL has two sides."""
+    return attached_experts(model) is not None or model.get_attachment(SIDES_KEY) is not None
+
+
 def describe_run(model: Any, sigmas: Tensor, boundary: float | None) -> str:
     """The plan in words: `step 1-3 semantic, 4-6 detail, boundary 0.979`."""
     check_sigmas(sigmas)
-    sides = model.get_attachment(SIDES_KEY)
-    if boundary is None or (attached_experts(model) is None and sides is None):
+    if boundary is None or not has_sides(model):
         return f"{len(sigmas) - 1} steps, no experts attached"
     plan = plan_steps(sigmas, boundary)
     alone = "" if plan.semantic and plan.detail else f" (the {'detail' if plan.semantic else 'semantic'} side has no step)"

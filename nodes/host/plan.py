@@ -1,0 +1,112 @@
+"""Which step runs with which expert, for the step bar of the front end: before a run as far as files and widgets tell, at its
+start as it is."""
+
+import functools
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...dcm_core.checkpoint import Layout, recognise
+from ...dcm_core.errors import DCMError
+from ...dcm_core.families import FAMILIES, WAN
+from ...dcm_core.routing import plan_steps
+from ...dcm_core.schedule import generic_sigmas, last_part, sigmas_from_timesteps
+from ...dcm_core.storage import TensorFile
+from .expert_files import NONE
+from .folders import LORAS, MODELS, path_of
+from .report import server
+from .sampling import AUTO, PRESETS, WAN22_BOUNDARY, has_sides
+
+ROUTE, EVENT = "/dcm/plan", "dcm.plan"
+logger = logging.getLogger("ComfyUI-DCM")
+
+
+def as_message(sigmas: Tensor, boundary: float | None) -> dict[str, Any]:
+    """A plan as the step bar takes it: {"boundary", "steps": [{"sigma", "expert"}, ...]}; None where nothing switches."""
+    plan = plan_steps(sigmas, boundary) if boundary else None
+    steps = [{"sigma": sigma, "expert": plan and plan.side(step)} for step, sigma in enumerate(sigmas[:-1].tolist())]
+    return {"boundary": boundary, "steps": steps}
+
+
+def announce(model: Any, sigmas: Tensor, boundary: float | None, node_id: str | None) -> None:
+    """Tell the front end the plan of the run that begins with a prepared MODEL."""
+    if server() is not None and node_id is not None:
+        message = as_message(sigmas, boundary if has_sides(model) else None)
+        server().send_sync(EVENT, {"node": node_id, **message}, server().client_id)
+
+
+def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The plan of a run that is not begun; None where widgets and files do not tell it.
+
+    Args:
+        asked: the sampler's `schedule`, `steps`, `shift`, `denoise`, `boundary`, `two_models` (bool), and of the nodes before
+            it the files `model`, `semantic`, `detail` and `attached_boundary`.
+
+    Raises:
+        DCMError: settings or files that give no plan.
+    """
+    base = _look(MODELS, asked.get("model"))
+    experts = [found for side in ("detail", "semantic") if (found := _look(LORAS, asked.get(side)))]
+    two_models = bool(asked["two_models"])
+    if not (experts or two_models or (base and base["layout"] is Layout.RELEASE)):
+        return None
+    known = [family for found in (*experts, base) if found and (family := found["family"])]
+    preset = known[0].preset if known else None
+    facts = experts[0] if experts else {}
+    if two_models and known and known[0] is WAN:
+        usual = WAN22_BOUNDARY[base is not None and base["takes_image"]]
+    else:
+        usual = preset.boundary if preset else 0.0
+    boundary = asked["boundary"] or asked.get("attached_boundary") or facts.get("boundary") or usual
+    schedule = asked["schedule"]
+    if schedule in PRESETS:
+        sigmas = PRESETS[schedule].sigmas
+    elif schedule == AUTO and facts.get("timesteps"):
+        sigmas = sigmas_from_timesteps(facts["timesteps"])
+    elif schedule == AUTO and preset and (experts or not two_models):
+        sigmas = preset.sigmas
+    else:
+        sigmas = generic_sigmas(asked["steps"], asked["shift"])
+    return as_message(last_part(sigmas, asked["denoise"]), boundary) if boundary else None
+
+
+def _look(category: str, name: str | None) -> Mapping[str, Any] | None:
+    """What the header of a file says; None without a file."""
+    if not name or name == NONE:
+        return None
+    path = path_of(category, name)
+    return _header(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _header(path: Path, changed: int) -> Mapping[str, Any]:
+    file = TensorFile(path)
+    contents = recognise(file)
+    patches = file.shapes.get("patch_embedding.weight", (0, 0))
+    return {
+        "layout": contents.layout,
+        "family": contents.family or FAMILIES.get(file.metadata.get("dcm.family", "")),
+        "takes_image": patches[1] > 16,
+        "boundary": float(file.metadata.get("dcm.boundary", 0)),
+        "timesteps": json.loads(file.metadata.get("dcm.timesteps", "null")),
+    }
+
+
+def add_route() -> None:
+    """Let the front end ask for plans."""
+    if server() is None:
+        return
+    from aiohttp import web
+
+    @server().routes.post(ROUTE)
+    async def plan(request: web.Request) -> web.Response:
+        try:
+            return web.json_response(foresee(await request.json()))
+        except (DCMError, OSError, KeyError, TypeError, ValueError) as error:
+            # what cannot be foreseen is shown as nothing; the run itself names the fault
+            logger.debug("no plan: %s", error)
+            return web.json_response(None)

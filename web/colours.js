@@ -1,0 +1,30 @@
+// The experts' colours, everywhere the same (dcm_core/plot.py); the training nodes wear theirs.
+
+import { app } from "../../scripts/app.js";
+
+export const COLOURS = { semantic: "#f2a33c", detail: "#4cb3ff" };
+export const NEUTRAL = "#8a8d99";
+
+const NODES = {
+  DCMTrainSemanticExpert: { color: "#6b4514", bgcolor: "#4a3211" },
+  DCMTrainDetailExpert: { color: "#1d4f73", bgcolor: "#173a54" },
+};
+const SIZES = {
+  DCMSampler: [360, 520],
+  DCMAttachExperts: [380, 300],
+  DCMTrainSemanticExpert: [420, 640],
+  DCMTrainDetailExpert: [420, 700],
+  DCMVideoDataset: [400, 360],
+  DCMSchedulePlot: [420, 420],
+};
+
+app.registerExtension({
+  name: "DCM.Colours",
+
+  // a node out of a saved graph gets its own colour and size right after
+  nodeCreated(node) {
+    Object.assign(node, NODES[node.comfyClass] ?? {});
+    const size = SIZES[node.comfyClass];
+    if (size) node.setSize?.([Math.max(size[0], node.size[0]), Math.max(size[1], node.size[1])]);
+  },
+});
