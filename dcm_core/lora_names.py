@@ -98,8 +98,9 @@ class ModuleNames:
 
 def count_known(family: Family, keys: Iterable[str]) -> int:
     """How many of the keys a model of the family could have, whatever its depth."""
-    native = {re.sub(r"\d+", "{n}", rule.target) for rule in family.DIFFUSERS_TO_NATIVE}
-    flat = {name.replace(".", "_") for name in native}
+    rules = (*family.DIFFUSERS_TO_NATIVE, *family.ALIAS_TO_NATIVE)
+    known = {re.sub(r"\d+", "{n}", name) for rule in rules for name in (rule.source, rule.target)}
+    flat = {name.replace(".", "_") for name in known}
     count = 0
     for key in keys:
         module = name.module if (name := split_key(key)) else key
@@ -107,8 +108,5 @@ def count_known(family: Family, keys: Iterable[str]) -> int:
         if bare is not None:
             count += re.sub(r"\d+", "{n}", bare) in flat
         else:
-            count += any(
-                re.sub(r"\d+", "{n}", part) in native or family.key_map.find_module(part) is not None
-                for part in candidates(module)
-            )
+            count += any(re.sub(r"\d+", "{n}", part) in known for part in candidates(module))
     return count

@@ -107,6 +107,7 @@ def match_expert(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> M
     names = ModuleNames(family, shapes)
     sites: dict[tuple[str, int | None], Site] = {}
     misfits: dict[str, list[str]] = {}
+    other_size: set[tuple[str, int | None]] = set()
     for key, shape in keys.items():
         name = name_of(key, family)
         piece = names.find(name.module) if name else None
@@ -116,13 +117,14 @@ def match_expert(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> M
             misfits.setdefault(NO_LAYER, []).append(key)
         elif not _fits(name.kind, tuple(shape), piece, shapes):
             misfits.setdefault(OTHER_SIZE, []).append(key)
+            other_size.add((piece.target, piece.part))
         elif name.kind in (site := sites.setdefault((piece.target, piece.part), Site(piece))).keys:
             misfits.setdefault(TWICE, []).append(key)
         else:
             site.keys[name.kind] = key
-    for site in sites.values():
+    for place, site in sites.items():
         for kind, key in list(_halves(site, keys)):
-            misfits.setdefault(HALF, []).append(key)
+            misfits.setdefault(OTHER_SIZE if place in other_size else HALF, []).append(key)
             del site.keys[kind]
     found = tuple(site for site in sites.values() if site.keys)
     return Match(found, {why: tuple(keys) for why, keys in misfits.items()})

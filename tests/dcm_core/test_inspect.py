@@ -12,6 +12,8 @@ from dcm_core.convert import convert_release
 from dcm_core.errors import CheckpointError
 from dcm_core.families import FAMILIES
 from dcm_core.inspect import inspect_file
+from dcm_core.match import Target
+from dcm_core.storage import TensorFile
 
 from .conftest import release_shapes
 
@@ -76,7 +78,22 @@ def test_a_lora_of_another_tool(save, alpha):
     assert found.ranks == (4,)
     assert float(found.alpha) == alpha
     assert found.unplaced == ("stranger",)
+    assert found.family == "Wan 2.1", "by its keys"
+    assert found.known == "6 of 7; no such layer: stranger"
     assert "stranger" in str(found)
+
+
+def test_an_expert_beside_the_model_it_is_to_go_on(family, converted):
+    base, expert = converted
+    shapes = {name.removeprefix("diffusion_model."): shape for name, shape in TensorFile(base).shapes.items()}
+    count = inspect_file(expert).tensors
+    assert (inspect_file(expert).known, inspect_file(expert).fits) == (f"{count} of {count}", None)
+    assert f"fit model: {count} of {count}" in str(inspect_file(expert, Target("Model", family, shapes)))
+    shallow = {name: shape for name, shape in shapes.items() if "blocks.1." not in name}
+    assert "no such layer: diffusion_model." in inspect_file(expert, Target("Model", family, shallow)).fits
+    other = next(f for f in FAMILIES.values() if f is not family)
+    assert inspect_file(expert, Target("Model", other, {})).fits.startswith("none: the expert is for")
+    assert inspect_file(base, Target("Model", family, shapes)).fits is None, "no expert inside"
 
 
 def test_mixed_dtypes_are_counted(save):

@@ -6,7 +6,8 @@ from PIL import ImageColor
 
 from dcm_core.errors import ScheduleError
 from dcm_core.families import WAN
-from dcm_core.plot import BACKGROUND, COLOURS, plot_schedule
+from dcm_core.magnitude import Profile
+from dcm_core.plot import BACKGROUND, COLOURS, plot_profile, plot_schedule
 from dcm_core.schedule import generic_sigmas
 
 
@@ -75,3 +76,68 @@ def test_refuses_what_has_no_plan():
         plot_schedule(torch.tensor([0.1, 0.5]), 0.979)
     with pytest.raises(ScheduleError, match="boundary"):
         plot_schedule(WAN.preset.sigmas, 1.0)
+
+
+GROUPS = {"in": 1, "blocks": 4, "out": 1}
+DEEP = {"in": 1, "double_blocks": 20, "single_blocks": 40, "out": 1}
+
+
+def profile_of(experts, groups=GROUPS, relative=True, unmeasured=()):
+    return Profile(groups, experts, relative, {str(column): column for column in unmeasured}, ())
+
+
+def bar(image, colour):
+    """Left, right and height of what has this colour below the header, in pixels."""
+    found = of_colour(image, colour)[image.height // 5 :]
+    across = found.any(0).nonzero()
+    return across.min().item(), across.max().item(), found.any(1).sum().item()
+
+
+@pytest.mark.parametrize(("width", "height"), [(960, 432), (512, 512), (480, 216)])
+@pytest.mark.parametrize("title", ["a.safetensors", "long " * 100])
+@pytest.mark.parametrize("relative", [True, False])
+def test_nothing_of_a_profile_is_cut_off(width, height, title, relative):
+    sizes = {(group, index): 0.013 * (1 + index % 7) for group, count in DEEP.items() for index in range(count)}
+    profile = profile_of({"semantic": sizes, "detail": sizes}, DEEP, relative, [("in", 0)])
+    image = plot_profile(profile, title, width, height)
+    assert (image.size, image.mode) == ((width, height), "RGB")
+    inside = empty(image)[1:-1, 1:-1]
+    assert empty(image).logical_not().sum() == inside.logical_not().sum()
+
+
+def test_bars_are_as_high_as_the_changes():
+    heights = [
+        bar(plot_profile(profile_of({"semantic": {("blocks", 0): 0.04}, "detail": {("blocks", 1): size}}), "x"), COLOURS["detail"])[2]
+        for size in (0.01, 0.02, 0.04)
+    ]
+    assert heights[2] > 200
+    assert heights == pytest.approx([heights[2] / 4, heights[2] / 2, heights[2]], abs=6), "but for smoothed edges"
+
+
+def test_blocks_lie_from_left_to_right_between_embedders_and_head():
+    lefts = []
+    for column in [("in", 0), ("blocks", 0), ("blocks", 3), ("out", 0)]:
+        left, right, _ = bar(plot_profile(profile_of({"detail": {column: 1.0}}), "x"), COLOURS["detail"])
+        assert not lefts or left > lefts[-1]
+        lefts.append(right)
+
+
+def test_experts_stand_beside_each_other_in_their_colours():
+    image = plot_profile(profile_of({"semantic": {("blocks", 1): 0.1}, "detail": {("blocks", 1): 0.1}}), "x")
+    semantic, detail = (bar(image, COLOURS[side]) for side in ("semantic", "detail"))
+    assert semantic[1] < detail[0] <= semantic[1] + 8
+    assert semantic[2] == detail[2]
+
+
+def test_what_is_unknown_is_marked():
+    sizes = {"detail": {("blocks", 1): 2.0}}
+    plain, marked = (plot_profile(profile_of(sizes, relative=False, unmeasured=columns), "x") for columns in ((), [("in", 0)]))
+    differs = (pixels(plain).int() - pixels(marked)).abs().amax(-1)[100:] > 8
+    assert differs.any() and differs.any(0).nonzero().max() < plain.width / 3, "a mark where the embedders' bar would be"
+
+
+def test_without_an_expert_no_bar_is_drawn():
+    for profile in (None, profile_of({}), profile_of({"detail": {}}), profile_of({"detail": {("blocks", 0): 0.0}})):
+        image = plot_profile(profile, "x")
+        assert not any(of_colour(image, colour).any() for colour in COLOURS.values())
+        assert not empty(image).all()
