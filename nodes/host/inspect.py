@@ -33,8 +33,17 @@ def file_names() -> list[str]:
 
 
 def path_of_choice(choice: str) -> Path:
-    """Full path of one of `file_names`."""
+    """Full path of one of `file_names`.
+
+    Raises:
+        DCMError: a name without its folder.
+    """
     category, _, name = choice.partition("/")
+    if category not in (MODELS, LORAS):
+        raise DCMError(
+            f"file is {choice!r}; expected none, or a file in models/{MODELS} or models/{LORAS}, such as {LORAS}/my_expert.safetensors. "
+            "Choose it from the list."
+        )
     return path_of(category, name)
 
 

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from dcm_core.families import FAMILIES
 
+from .server import failure
+
 SHIPPED = Path(__file__).parents[2] / "small_world" / "models"
 PAIRS = {"wan_tiny": "wan", "hy_tiny": "hunyuan_video"}
 STACKED, INDEPENDENT = "detail on top of semantic (as released)", "independent, each on its side"
@@ -242,6 +244,14 @@ def test_broken_files(look, folder, name, data, message):
         look(f"loras/{name}")
 
 
+def test_a_file_that_is_not_there(look):
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
+        look("loras/gone.safetensors")
+    for name in ("expert.safetensors", "", "vae/x.safetensors"):
+        with pytest.raises(ValueError, match=r"expected none, or .* such as loras/my_expert\.safetensors"):
+            look(name)
+
+
 def test_nothing_given(look):
     with pytest.raises(ValueError, match=r"file is none and no model is connected\. Choose a file, or connect a model"):
         look()
@@ -275,3 +285,17 @@ def test_work_on_a_file_can_be_interrupted(look, releases):
     management.interrupt_current_processing(True)
     with pytest.raises(management.InterruptProcessingException):
         look(f"diffusion_models/{releases['wan_tiny']}")
+
+
+def test_in_a_server_text_and_picture_are_the_nodes_output(server):
+    release = "dcm_wan2.1_t2v_1.3B.safetensors"
+    graph = {
+        "1": {"class_type": "DCMLoadModel", "inputs": {"model_name": release, "weight_dtype": "default"}},
+        "2": {"class_type": "DCMInspectModel", "inputs": {"file": f"diffusion_models/{release}", "model": ["1", 0]}},
+    }
+    output = server.run(graph)["outputs"]["2"]
+    assert "family: Wan 2.1" in output["text"][0] and "model: WAN21" in output["text"][0]
+    assert [(image["type"], image["filename"].endswith(".png")) for image in output["images"]] == [("temp", True)] * 2
+    graph["2"]["inputs"] = {"file": "none"}
+    error = failure(server.run(graph))
+    assert error["node_id"] == "2" and "Choose a file, or connect a model" in error["exception_message"]
