@@ -8,11 +8,14 @@ import copy
 import dataclasses
 import logging
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.lora
 import comfy.model_patcher
 import comfy.ops
+import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import nn
@@ -169,7 +172,8 @@ def _patch_base(clone: Any, expert: Expert, strength: float) -> dict[str, tuple[
     tensors, _ = expert_to_state_dict(expert, shapes)
     key_map = {FILE_PREFIX + name.removesuffix(".weight"): FILE_PREFIX + name for name in shapes}
     patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
-    added = set(clone.add_patches(patches, strength))
+    with own_objects(clone):
+        added = set(clone.add_patches(patches, strength))
     lost = {name for name in _targets(expert) if FILE_PREFIX + name not in added}
     # the host keeps one patch of a LoRA file for each tensor
     lost |= {f"{module}.weight" for module in expert.low_rank} & (set(expert.diff) | set(expert.replaced))
@@ -179,6 +183,20 @@ def _patch_base(clone: Any, expert: Expert, strength: float) -> dict[str, tuple[
             "Attach the experts as independent, or use an expert made for this model."
         )
     return {key: (value,) for key, value in patches.items()}
+
+
+@contextmanager
+def own_objects(model: Any) -> Iterator[None]:
+    """For the length of the block the model is without the object patches of whichever clone of it was loaded last.
+
+    A compiled block among them would give the host other tensor names.
+    """
+    patched = [(name, comfy.utils.set_attr(model.model, name, own)) for name, own in model.object_patches_backup.items()]
+    try:
+        yield
+    finally:
+        for name, patch in reversed(patched):
+            comfy.utils.set_attr(model.model, name, patch)
 
 
 def _targets(expert: Expert) -> set[str]:
@@ -225,9 +243,25 @@ def hand_over_patches(executor: Any, model: Any, *args: Any, **kwargs: Any) -> A
     """PREPARE_SAMPLING wrapper: the user's patches on a replaced tensor go to the tensor that stands in for it."""
     facts = attached_experts(model)
     if facts is not None:
+        check_compiled(model, facts)
         for patcher in model.get_additional_models_with_key(KEY):
             _hand_over(model, patcher, facts)
     return executor(model, *args, **kwargs)
+
+
+def check_compiled(model: Any, facts: AttachedExperts) -> None:
+    """Refuse a compiled block that was put on as an object patch: the host no longer finds the tensors in it by their names.
+
+    Raises:
+        ExpertError: a stacked semantic expert that the host would pass over in silence.
+    """
+    compiled = [name for name, patch in model.object_patches.items() if isinstance(patch, nn.Module) and "_orig_mod" in patch._modules]
+    lost = [name for name in compiled if any(key.startswith(f"{name}.") for key in facts.own_patches)]
+    if lost:
+        raise ExpertError(
+            f"A node compiled {name_some(lost)} in a way that makes the host pass over LoRA patches there, so the semantic expert "
+            "would have no effect. Compile with TorchCompileModel (or TorchCompileModelWanVideoV2 of KJNodes) instead."
+        )
 
 
 def _hand_over(model: Any, patcher: Any, facts: AttachedExperts) -> None:
