@@ -1,10 +1,15 @@
 """What differs between ComfyUI versions, in one place."""
 
+import contextlib
 import dataclasses
 import inspect
+import sys
+from collections.abc import Iterator
 from typing import Any
 
+import comfy.model_management
 from comfy_api.latest import io
+from torch import Tensor
 
 SCHEMA_FIELDS = frozenset(field.name for field in dataclasses.fields(io.Schema))
 
@@ -17,3 +22,42 @@ def newer(**keywords: Any) -> dict[str, Any]:
 def advanced(input_type: Any) -> dict[str, bool]:
     """`advanced=True` for inputs of this type, where this host knows it."""
     return {"advanced": True} if "advanced" in inspect.signature(input_type.__init__).parameters else {}
+
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotary embedding: the channels of x (..., 2 n) in pairs, times the matrices (..., n, 2, 2)."""
+    pairs = x.to(rotations.dtype).unflatten(-1, (-1, 1, 2))
+    return (rotations * pairs).sum(-1).flatten(-2).type_as(x)
+
+
+def rotate_both(q: Tensor, k: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
+    return rotate(q, rotations), rotate(k, rotations)
+
+
+@contextlib.contextmanager
+def gradients() -> Iterator[None]:
+    """The host's layers with a gradient, for the length of the block: newer hosts rotate by a kernel that has none."""
+    if hasattr(comfy.model_management, "in_training"):
+        before, comfy.model_management.in_training = comfy.model_management.in_training, True
+        try:
+            yield
+        finally:
+            comfy.model_management.in_training = before
+        return
+    # hosts that have the kernels, but no word for training yet
+    kernels = getattr(sys.modules.get("comfy.quant_ops"), "ck", None)
+    ours = {"apply_rope": rotate_both, "apply_rope1": rotate}
+    theirs = {name: getattr(kernels, name, None) for name in ours}
+    places = [
+        (module, name)
+        for path, module in list(sys.modules.items())
+        for name in ours
+        if path.startswith("comfy.ldm.") and theirs[name] is not None and getattr(module, name, None) is theirs[name]
+    ]
+    for module, name in places:
+        setattr(module, name, ours[name])
+    try:
+        yield
+    finally:
+        for module, name in places:
+            setattr(module, name, theirs[name])

@@ -37,7 +37,9 @@ def new_file(category: str, name: str, overwrite: bool) -> Path:
     Raises:
         CheckpointError: an empty or outside name, or an existing file without `overwrite`.
     """
-    folder = Path(folder_paths.get_folder_paths(category)[0]).resolve()
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(category)]
+    # a category may be read from folders of other names first (diffusion_models: unet)
+    folder = next((folder for folder in folders if folder.name == category), folders[0]).resolve()
     path = _inside(folder, name)
     if path is None:
         raise CheckpointError(f"The output name is {name!r}; expected a file name inside {folder}. Choose another name.")

@@ -27,6 +27,7 @@ from ...dcm_core.families import FAMILIES, Family
 from ...dcm_core.plot import plot_losses
 from ...dcm_core.schedule import sigmas_from_timesteps
 from .attach import attach_experts, compute_dtype, detach_experts, diffusion_model, module_shapes, require_family
+from .compat import gradients
 from .encoders import weights_id
 from .expert_files import NONE, load_expert
 from .folders import LORAS, new_file, run_folder
@@ -220,7 +221,7 @@ def train_expert(
     base = detach_experts(model)
     check_latents(base, data)
     device = base.load_device
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), gradients():
         expert = first_expert(base, family, config, start, below)
         comfy.model_management.load_models_gpu([base], memory_required=5 * 4 * size_of(expert))
         trainer = Trainer(

@@ -71,6 +71,13 @@ def module(pack):
     return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 
+@pytest.fixture
+def gradients(module):
+    """What a test needs that trains without `train_expert`."""
+    with module("nodes.host.compat").gradients():
+        yield
+
+
 @pytest.fixture(scope="session")
 def node(module):
     """Run a node as the host does: node("DCMScheduler", model=...) -> its NodeOutput."""

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("gradients")
+
 TOLERANCE = 1e-4
 # The official velocities themselves carry about 2e-4 of rounding noise, which single gradients near the pseudo-Huber's kink
 # enlarge: our float64 gradients are as far from them as our float32 ones, which differ from each other by 1e-5.

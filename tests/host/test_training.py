@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("gradients")
+
 SCHEDULE = {"boundary": 0.9, "shift": 5.0}
 SMALL = {"batch_size": 2, "rank": 4, "alpha": 8.0, "checkpointing": False, "warmup_steps": 2, **SCHEDULE}
 

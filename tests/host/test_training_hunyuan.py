@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("gradients")
+
 TOLERANCE = 2e-4
 BOUNDARY, GUIDANCE, CFG = 0.982, 6.0, 5.0
 
