@@ -63,6 +63,10 @@ def last_inputs() -> list[io.Input]:
             "sample_steps", default=6, min=1, max=50, tooltip="Steps the expert is meant for, where shift is not the release's 17.",
             **advanced(io.Int.Input),
         ),
+        io.Int.Input(
+            "phases", default=1, min=1, max=50, **advanced(io.Int.Input),
+            tooltip="Consistency phases of this expert (the release: 1). As many as it has steps make each step one jump.",
+        ),
         io.Float.Input(
             "cfg", default=5.0, min=0.0, max=30.0, step=0.1, **advanced(io.Float.Input),
             tooltip="Guidance of the teacher, w in cond + w (cond - negative); the expert learns it, and samples at cfg 1.",
