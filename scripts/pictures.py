@@ -70,10 +70,12 @@ BUILD = """([nodes, links]) => {
 }"""
 
 # The part of the graph around some nodes, in the middle and as large as it can be.
-FRAME = """([ids, width, height]) => {
-  const nodes = ids ? ids.map(id => app.graph.getNodeById(id)) : app.graph._nodes, canvas = app.canvas;
+BOX = """const nodes = ids ? ids.map(id => app.graph.getNodeById(id)) : app.graph._nodes;
   const left = Math.min(...nodes.map(n => n.pos[0])) - 40, top = Math.min(...nodes.map(n => n.pos[1])) - 90;
   const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + 40, bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + 40;
+"""
+EXTENT = f"ids => {{ {BOX} return [right - left, bottom - top]; }}"
+FRAME = "([ids, width, height]) => { const canvas = app.canvas; " + BOX + """
   const scale = Math.min(width / (right - left), height / (bottom - top), 1.2);
   canvas.deselectAll?.();
   canvas.ds.scale = scale;
@@ -90,21 +92,27 @@ NEIGHBOURS = """id => {
 }"""
 
 
-def stand_in_for_models(models: Path) -> None:
-    """Empty files under the names that the graphs load: a missing model is drawn in red."""
+def stand_in_for_files(base: Path) -> None:
+    """Empty files under the names that the graphs load: what is missing is drawn in red."""
+    made_by_the_user = {"DCMLoadConditioning": "models/dcm_conditioning", "DCMAttachExperts": "models/loras", "LoadImage": "input"}
     for path in WORKFLOWS:
         for node in read(path)["nodes"]:
-            for model in node["properties"].get("models", []):
-                file = models / model["directory"] / model["name"]
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.touch()
+            files = {f"models/{model['directory']}/{model['name']}" for model in node["properties"].get("models", [])}
+            if folder := made_by_the_user.get(node["type"]):
+                files |= {f"{folder}/{name}" for name in node["widgets_values"] if str(name).endswith((".safetensors", ".png"))}
+            for file in files:
+                (base / file).parent.mkdir(parents=True, exist_ok=True)
+                (base / file).touch()
 
 
 def take(page: Page, path: Path, size: tuple[int, int], ids: list[int] | None = None) -> None:
-    """Photograph some nodes of the graph (all of them for None)."""
-    page.page.set_viewport_size({"width": size[0], "height": size[1]})
+    """Photograph some nodes of the graph (all of them for None), no higher than they are."""
+    width, height = size
+    wide, high = page.run(EXTENT, ids)
+    height = max(height // 2, min(height, round(width * high / wide)))
+    page.page.set_viewport_size({"width": width, "height": height})
     time.sleep(1)
-    page.run(FRAME, [ids, *size])
+    page.run(FRAME, [ids, width, height])
     time.sleep(2)
     picture = Image.open(io.BytesIO(page.page.screenshot())).convert("RGB")
     picture.save(path, quality=82, optimize=True)
@@ -116,7 +124,8 @@ def render(page: Page, seed: int) -> None:
     page.set_widget("DCMSampler", "seed", seed)
     page.queue()
     page.finish()
-    page.wait("() => document.querySelector('video') || app.graph._nodes.some(n => n.imgs?.length)")
+    page.run(FRAME, [None, 1280, 720])
+    page.wait("() => document.querySelector('video')?.videoWidth > 0")
     time.sleep(3)
 
 
@@ -124,7 +133,7 @@ def main() -> None:
     wanted = set(sys.argv[1:])
     with tempfile.TemporaryDirectory() as base, sync_playwright() as running:
         arguments = ("--preview-method", "latent2rgb", "--front-end-root", os.environ["COMFYUI_FRONT_END"])
-        stand_in_for_models(Path(base) / "models")
+        stand_in_for_files(Path(base))
         with start_server(Path(base), extra_args=arguments, folder=FOLDER) as server:
             for key, value in SETTINGS.items():
                 server.request(f"/settings/{key}", value)

@@ -13,10 +13,9 @@ from typing import Any
 import host  # noqa: F401
 
 # isort: split
-import comfy.samplers
 import torch
 from comfy.latent_formats import Wan21
-from distill import BOUNDARY, SHIFT, load_base, load_expert, pack
+from distill import BOUNDARY, GUIDANCE, load_base, load_expert, pack, sample
 from judge import (
     edge_strength,
     energy_distance,
@@ -29,28 +28,17 @@ from judge import (
 from PIL import Image
 from torch import Tensor
 from train_base import load_vae
-from world import NAMES, caption, embed
+from world import LATENT, NAMES, caption
 
-attach, sampling, schedule = pack("nodes.host.attach"), pack("nodes.host.sampling"), pack("dcm_core.schedule")
+attach = pack("nodes.host.attach")
 
-GUIDANCE = 3.0  # the host's cfg that equals the teacher's 2 of distill.py
-LATENT = (16, 5, 10, 10)
 REFERENCE = "base, 50 steps"
 
 
-def sample(model: Any, steps: int, cfg: float, names: Sequence[tuple[str, str, str]], seed: int) -> Tensor:
-    """Latents as the transformer sees them, (videos, 16, 5, 10, 10), by the host's guider and Euler sampler."""
-    found = []
-    for index, name in enumerate(names):
-        positive = [[embed(caption(*name))[None].float(), {}]]
-        negative = [[torch.zeros_like(positive[0][0]), {}]]
-        guider = sampling.make_guider(model, positive, negative, cfg)
-        noise = torch.randn((1, *LATENT), generator=torch.Generator().manual_seed(seed + index))
-        sigmas = schedule.generic_sigmas(steps, SHIFT)
-        with torch.inference_mode():
-            out = guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
-        found.append(model.model.process_latent_in(out.float()))
-    return torch.cat(found)
+def sample_all(model: Any, steps: int, cfg: float, names: Sequence[tuple[str, str, str]], seed: int) -> Tensor:
+    """A video for each, (videos, 16, 5, 10, 10), from the same noise for every model."""
+    noises = [torch.randn((1, *LATENT), generator=torch.Generator().manual_seed(seed + index)) for index in range(len(names))]
+    return torch.cat([sample(model, caption(*name), noise, steps, cfg) for name, noise in zip(names, noises, strict=True)])
 
 
 @torch.no_grad()
@@ -68,10 +56,12 @@ def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
 
     found = {f"base, {steps} steps": (base, steps, GUIDANCE) for steps in (50, 25, 10, 6, 3)}
     runs = {
-        "one expert, 6 steps": ("one_expert", None),
+        "one expert": ("one_expert", None),
         "two experts": ("semantic_without_temporal", "detail_on_semantic_without_temporal"),
         "+ temporal coherence": ("semantic", "detail_without_gan"),
-        "+ GAN and feature matching (DCM), 6 steps": ("semantic", "detail"),
+        "(temporal coherence at weight 50)": ("semantic_temporal_50", "detail_on_temporal_50"),
+        "+ GAN and feature matching": ("semantic", "detail"),
+        "DCM as shipped, 6 steps": ("semantic_full", "detail_on_full"),
     }
     return found | {
         name: pair(*run) for name, run in runs.items() if all((folder / f"{part}.safetensors").exists() for part in run if part)
@@ -130,7 +120,7 @@ def main() -> None:
     rows, table = {}, {}
     for title, (model, steps, cfg) in models(args.folder).items():
         started = time.monotonic()
-        latents = sample(model, steps, cfg, names, args.seed)
+        latents = sample_all(model, steps, cfg, names, args.seed)
         videos = decode(vae, latents)
         reference = reference or {"latents": latents, "videos": videos}
         rows[title] = videos

@@ -1,4 +1,5 @@
-"""Write what the pack ships of the small world: base, VAE, the two experts, the captions' embeddings, clips to train on.
+"""Write what the pack ships of the small world: base, VAE, the two experts, the captions' embeddings, some of
+the base's own videos to train on.
 
     COMFYUI_PATH=... python small_world/ship.py <folder with models and runs>
 """
@@ -14,8 +15,9 @@ from distill import load_base, load_data
 from world import CAPTIONS, embed
 
 MODELS = Path(__file__).parent / "models"
-TRAINING_CLIPS = 192
-EXPERTS = ("semantic", "detail")
+TRAINING_CLIPS = 96
+# what it is shipped as -> the run of distill.py
+EXPERTS = {"semantic": "semantic_full", "detail": "detail_on_full"}
 
 storage, conditioning = host.pack("dcm_core.storage"), host.pack("dcm_core.conditioning")
 
@@ -41,8 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     copy_in_half(args.folder / "base.safetensors", MODELS / "diffusion_models" / "dcm_small_world_base.safetensors")
     copy_in_half(args.folder / "vae.safetensors", MODELS / "vae" / "dcm_small_world_vae.safetensors")
-    for name in EXPERTS:
-        copy_in_half(args.folder / f"{name}.safetensors", MODELS / "loras" / f"dcm_small_world_{name}.safetensors")
+    for name, run in EXPERTS.items():
+        copy_in_half(args.folder / f"{run}.safetensors", MODELS / "loras" / f"dcm_small_world_{name}.safetensors")
     write_captions(MODELS / "dcm_conditioning" / "dcm_small_world")
     data = load_data(args.folder, load_base(args.folder), TRAINING_CLIPS)
     path = MODELS / "dcm_datasets" / "dcm_small_world.safetensors"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SIZE, FRAMES, FPS = 80, 17, 8
+LATENT = (16, 5, 10, 10)
 TEXT_WIDTH = 4096
 
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.75, 0.2), "blue": (0.15, 0.3, 0.95), "yellow": (0.95, 0.85, 0.1)}

@@ -64,7 +64,7 @@ class Page:
 
     def complaints(self):
         """Errors of the console that have to do with us: the front end's own requests to elsewhere are not."""
-        elsewhere = ("Failed to load resource", "[Jobs API]", "Connecting to ", "Fetch API cannot load")
+        elsewhere = ("Failed to load resource", "[Jobs API]", "Connecting to ", "Fetch API cannot load", "Error fetching file size")
         return [(text, url) for text, url in self.errors if not text.startswith(elsewhere) or FOLDER in url]
 
     def clear(self):
@@ -91,8 +91,9 @@ class Page:
     def open_template(self, path):
         """Open a workflow from the template browser."""
         self.command("Comfy.BrowseTemplates")
-        self.text(FOLDER).click()
-        self.text(path.stem).click()
+        dialog = self.page.locator("[role=dialog]")
+        dialog.get_by_text(FOLDER, exact=True).first.click()
+        dialog.get_by_text(path.stem, exact=True).first.click()
         self.wait("count => app.graph._nodes.length === count", len(read(path)["nodes"]))
 
     def dismiss(self):
@@ -140,7 +141,7 @@ class Page:
         """Details of the events of a name since `queue`."""
         return self.run("name => window.heard.filter(([n]) => n === name).map(([_, detail]) => detail)", name)
 
-    def finish(self):
+    def finish(self, seconds=SECONDS):
         """Until the run has ended well."""
-        ended = self.wait("() => window.heard.find(([name]) => name.startsWith('execution_'))")
+        ended = self.wait("() => window.heard.find(([name]) => name.startsWith('execution_'))", seconds=seconds)
         assert ended[0] == "execution_success", json.dumps(ended[1])[:2000]

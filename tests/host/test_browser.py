@@ -11,6 +11,7 @@ from .graphs import WORKFLOWS, read
 from .server import HOST, ROOT, start_server
 
 SMALL_WORLD = ROOT / "workflows" / "DCM small world (CPU).json"
+TRAINING = ROOT / "workflows" / "DCM small world training (CPU).json"
 WAN = ROOT / "workflows" / "DCM Wan 2.1 text to video.json"
 # A folder with the built files of a newer front end; `python scripts/test.py` brings one.
 NEWER = os.environ.get("COMFYUI_FRONT_END")
@@ -171,6 +172,24 @@ def test_a_run_fills_the_bar_and_its_video_plays(page):
     page.run("() => document.querySelectorAll('video').forEach(v => { v.muted = true; v.play() })")
     page.wait("() => [...document.querySelectorAll('video')].some(v => v.currentTime > 0.2 && v.videoWidth === 80)")
     page.shoot("video")
+
+
+def test_training_shows_its_losses_and_samples(page):
+    page.open(TRAINING)
+    for kind, name in (("DCMTrainSemanticExpert", "semantic"), ("DCMTrainDetailExpert", "detail")):
+        page.set_widget(kind, "name", f"{name} {page.name}")
+        page.set_widget(kind, "steps", 4)
+        page.set_widget(kind, "sample_every", 2)
+    page.show("DCMTrainDetailExpert")
+    page.queue()
+    page.finish(seconds=180)
+    for kind in ("DCMTrainSemanticExpert", "DCMTrainDetailExpert"):
+        states = [event["nodes"].get(str(page.node(kind))) for event in page.heard("progress_state")]
+        assert {1, 2, 3, 4} <= {state["value"] for state in states if state and state["max"] == 4}
+    assert len(page.heard("b_preview_with_metadata") + page.heard("b_preview")) >= 4
+    if page.name != "own nodes 2.0":
+        page.wait("() => document.body.innerText.includes('feature_matching')")
+    page.shoot("training")
 
 
 def test_a_saved_video_dropped_on_the_page_brings_its_graph_back(page):
