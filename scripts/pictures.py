@@ -1,9 +1,9 @@
-"""Make the pictures of the front end anew: thumbnails of the workflows, the help pages' nodes, the README's graph.
+"""Make the pictures of the front end anew: thumbnails of the workflows, the nodes of the help pages.
 
     COMFYUI_PATH=... COMFYUI_FRONT_END=... python scripts/pictures.py [name ...]
 
 For developers, after a graph or a node has changed. Run with the Python of scripts/environment.py; Chromium has to be
-installed. With names (of workflows, nodes, or `readme`) only these are made.
+installed. With names (of workflows or nodes) only these are made.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def stand_in_for_files(base: Path) -> None:
             files = {f"models/{model['directory']}/{model['name']}" for model in node["properties"].get("models", [])}
             if folder := made_by_the_user.get(node["type"]):
                 files |= {f"{folder}/{name}" for name in node["widgets_values"] if str(name).endswith((".safetensors", ".png"))}
+            # what comes with the pack is there
+            files = {file for file in files if "dcm_small_world" not in file}
             for file in files:
                 (base / file).parent.mkdir(parents=True, exist_ok=True)
                 (base / file).touch()
@@ -119,13 +121,12 @@ def take(page: Page, path: Path, size: tuple[int, int], ids: list[int] | None = 
     print(path.relative_to(ROOT), f"{path.stat().st_size / 1e3:.0f} kB", flush=True)
 
 
-def render(page: Page, seed: int) -> None:
-    """Run the open graph, its video shown; with a new seed each time, or the host would have nothing to do."""
-    page.set_widget("DCMSampler", "seed", seed)
+def render(page: Page) -> None:
+    """Run the open graph, its video shown."""
     page.queue()
     page.finish()
     page.run(FRAME, [None, 1280, 720])
-    page.wait("() => document.querySelector('video')?.videoWidth > 0")
+    page.wait("() => [...document.querySelectorAll('video')].some(video => video.videoWidth > 0)")
     time.sleep(3)
 
 
@@ -146,7 +147,7 @@ def main() -> None:
                 if not wanted or path.stem in wanted:
                     page.open(path)
                     if path == SMALL_WORLD:
-                        render(page, 0)
+                        render(page)
                     nodes = page.run("() => app.graph._nodes.filter(n => n.type !== 'MarkdownNote').map(n => n.id)")
                     take(page, path.with_suffix(".jpg"), WORKFLOW_SIZE, nodes)
             for help_page in sorted((ROOT / "web" / "docs").glob("*.md")):
@@ -159,11 +160,6 @@ def main() -> None:
                 else:
                     page.open(shown[kind])
                     take(page, help_page.with_suffix(".jpg"), NODE_SIZE, page.run(NEIGHBOURS, page.node(kind)))
-            if not wanted or "readme" in wanted:
-                page.open(SMALL_WORLD)
-                render(page, 1)
-                kinds = ("DCMAttachExperts", "DCMLoadConditioning", "EmptyHunyuanLatentVideo", "DCMSampler", "SaveVideo")
-                take(page, ROOT / "docs" / "images" / "graph.jpg", (1600, 620), [page.node(kind) for kind in kinds])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -251,6 +252,22 @@ def test_workflows_lie_where_the_template_browser_looks():
     assert [short(path) for path in WORKFLOWS if path.parent != ROOT / "workflows"] == []
     # a second folder of this kind would hide the first
     assert not [name for name in ("example_workflows", "example", "examples", "workflow") if (ROOT / name).exists()]
+
+
+@each_workflow
+def test_workflow_has_a_thumbnail(path):
+    with Image.open(path.with_suffix(".jpg")) as picture:
+        assert picture.format == "JPEG" and picture.width >= 640
+    assert path.with_suffix(".jpg").stat().st_size < 200_000
+
+
+def test_every_node_has_a_help_page_with_a_picture_of_it():
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "web" / "docs").glob("*.md")}
+    assert set(pages) == {node.name for path in NODE_FILES for node in node_classes(path)}
+    for name, text in pages.items():
+        assert f"]({name}.jpg)" in text
+        with Image.open(ROOT / "web" / "docs" / f"{name}.jpg") as picture:
+            assert picture.format == "JPEG"
 
 
 @each_workflow
