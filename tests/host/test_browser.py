@@ -174,6 +174,22 @@ def test_a_run_fills_the_bar_and_its_video_plays(page):
     page.shoot("video")
 
 
+def test_a_saved_video_dropped_on_the_page_brings_its_graph_back(page):
+    videos = sorted((page.server.base / "output").rglob("DCM_small_world*.mp4"), key=lambda path: path.stat().st_mtime)
+    assert videos, "the run before this saved one"
+    page.clear()
+    page.run(
+        """([name, data]) => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0)), transfer = new DataTransfer();
+        transfer.items.add(new File([bytes], name, { type: 'video/mp4' }));
+        const canvas = document.querySelector('#graph-canvas');
+        const how = { dataTransfer: transfer, bubbles: true, cancelable: true, clientX: 800, clientY: 500 };
+        for (const kind of ['dragenter', 'dragover', 'drop']) canvas.dispatchEvent(new DragEvent(kind, how)) }""",
+        [videos[-1].name, base64.b64encode(videos[-1].read_bytes()).decode()],
+    )
+    page.wait("() => app.graph._nodes.some(n => n.type === 'DCMSampler')")
+    assert page.run("() => app.graph._nodes.length") == len(read(SMALL_WORLD)["nodes"])
+
+
 def test_training_shows_its_losses_and_samples(page):
     page.open(TRAINING)
     for kind, name in (("DCMTrainSemanticExpert", "semantic"), ("DCMTrainDetailExpert", "detail")):
@@ -190,22 +206,6 @@ def test_training_shows_its_losses_and_samples(page):
     if page.name != "own nodes 2.0":
         page.wait("() => document.body.innerText.includes('feature_matching')")
     page.shoot("training")
-
-
-def test_a_saved_video_dropped_on_the_page_brings_its_graph_back(page):
-    videos = sorted((page.server.base / "output").rglob("DCM_small_world*.mp4"))
-    assert videos, "the run before this saved one"
-    page.clear()
-    page.run(
-        """([name, data]) => { const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0)), transfer = new DataTransfer();
-        transfer.items.add(new File([bytes], name, { type: 'video/mp4' }));
-        const canvas = document.querySelector('#graph-canvas');
-        const how = { dataTransfer: transfer, bubbles: true, cancelable: true, clientX: 800, clientY: 500 };
-        for (const kind of ['dragenter', 'dragover', 'drop']) canvas.dispatchEvent(new DragEvent(kind, how)) }""",
-        [videos[-1].name, base64.b64encode(videos[-1].read_bytes()).decode()],
-    )
-    page.wait("() => app.graph._nodes.some(n => n.type === 'DCMSampler')")
-    assert page.run("() => app.graph._nodes.length") == len(read(SMALL_WORLD)["nodes"])
 
 
 @pytest.mark.parametrize("kind", ["DCMSampler", "DCMAttachExperts"])
