@@ -97,10 +97,10 @@ def attach_experts(
     if semantic is not None and not stacked:
         routed.append((dataclasses.replace(semantic, role="semantic"), semantic_strength, ("semantic",)))
     elif semantic is not None:
-        patched, bare = _split_bare(semantic)
+        patched, routed_part = _split_routed(semantic, semantic_strength)
         own_patches = _patch_base(clone, patched, semantic_strength)
-        if bare is not None:
-            routed.append((bare, semantic_strength, ("semantic", "detail")))
+        if routed_part is not None:
+            routed.append((routed_part, semantic_strength, ("semantic", "detail")))
     if detail is not None:
         routed.append((dataclasses.replace(detail, role="detail"), detail_strength, ("detail",)))
     routed = [entry for entry in routed if entry[1] != 0]
@@ -152,18 +152,19 @@ def _is_own(patch: tuple, own: tuple[Any, ...]) -> bool:
     return any(patch[1] is value for value in own)
 
 
-def _split_bare(expert: Expert) -> tuple[Expert, Expert | None]:
-    """The part the host can patch, and the bare parameters, which its patching passes over in silence."""
-    bare = bare_parameters(expert)
+def _split_routed(expert: Expert, strength: float) -> tuple[Expert, Expert | None]:
+    """The part the host can patch, and what has to be routed: bare parameters, which its patching passes over in silence, and
+    replaced tensors at another strength than 1, which it knows none for."""
+    routed = {*bare_parameters(expert), *(expert.replaced if strength != 1 else ())}
 
     def part(chosen: bool, tensors: dict) -> dict:
-        return {name: tensor for name, tensor in tensors.items() if (name in bare) is chosen}
+        return {name: tensor for name, tensor in tensors.items() if (name in routed) is chosen}
 
     patched = dataclasses.replace(expert, replaced=part(False, expert.replaced), diff=part(False, expert.diff))
     rest = dataclasses.replace(
         expert, role="semantic", low_rank={}, replaced=part(True, expert.replaced), diff=part(True, expert.diff)
     )
-    return patched, rest if bare else None
+    return patched, rest if routed else None
 
 
 def _patch_base(clone: Any, expert: Expert, strength: float) -> dict[str, tuple[Any, ...]]:

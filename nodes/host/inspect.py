@@ -152,8 +152,7 @@ def model_changes(model: Any, facts: AttachedExperts, family: Family, node_id: s
     """What each attached expert changes, at its strength."""
     updates: list[tuple[str, float, Update]] = []
     for (name, patch), strength in _stacked_patches(model, facts):
-        # the host's "set" knows no strength
-        updates += (("semantic", strength if u.replaced is None else 1.0, u) for u in _patch_updates(name, patch, family))
+        updates += (("semantic", strength, update) for update in _patch_updates(name, patch, family))
     for patcher in model.get_additional_models_with_key(KEY):
         role = patcher.model.role
         updates += ((role, facts.strengths[role], u) for u in routed_updates(patcher.model, originals(patcher, patcher.model)))

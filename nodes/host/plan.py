@@ -98,7 +98,8 @@ def _header(path: Path, changed: int) -> Mapping[str, Any]:
 
 def add_route() -> None:
     """Let the front end ask for plans."""
-    if server() is None:
+    # a second copy of the pack in another folder would end the host's start with a route that is there already
+    if server() is None or any(getattr(route, "path", None) == ROUTE for route in server().routes):
         return
     from aiohttp import web
 

@@ -90,10 +90,21 @@ class Page:
 
     def open_template(self, path):
         """Open a workflow from the template browser."""
-        self.command("Comfy.BrowseTemplates")
+        from playwright.sync_api import TimeoutError
+
         dialog = self.page.locator("[role=dialog]")
-        dialog.get_by_text(FOLDER, exact=True).first.click()
-        dialog.get_by_text(path.stem, exact=True).first.click()
+        for _ in range(3):
+            self.dismiss()
+            self.command("Comfy.BrowseTemplates")
+            try:
+                dialog.get_by_text(FOLDER, exact=True).first.click(timeout=10_000)
+                dialog.get_by_text(path.stem, exact=True).first.click(timeout=10_000)
+                break
+            except TimeoutError as error:
+                # the list is drawn anew when the host's own templates have come
+                late = error
+        else:
+            raise late
         self.wait("count => app.graph._nodes.length === count", len(read(path)["nodes"]))
 
     def dismiss(self):
@@ -117,10 +128,11 @@ class Page:
         )
 
     def show(self, kind):
-        """Bring a node to the middle of the screen."""
+        """Bring a node to the middle of the screen, with room for its tools above."""
         self.run(
-            """id => { const node = app.graph.getNodeById(id), canvas = app.canvas; canvas.ds.scale = 0.9;
-            canvas.ds.offset = [750 / 0.9 - node.pos[0] - node.size[0] / 2, 480 / 0.9 - node.pos[1] - node.size[1] / 2];
+            """id => { const node = app.graph.getNodeById(id), canvas = app.canvas;
+            const scale = canvas.ds.scale = Math.min(0.9, 650 / node.size[1]);
+            canvas.ds.offset = [700 / scale - node.pos[0] - node.size[0] / 2, 240 / scale - node.pos[1]];
             canvas.selectNode(node); canvas.setDirty(true, true) }""",
             self.node(kind),
         )

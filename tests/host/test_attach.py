@@ -98,6 +98,15 @@ def test_stacked_and_independent_experts(wan, attach, base, random_expert, sampl
     assert relative(sample(independent, SIGMAS), sample(two_merged(base, high, low, 0.979), SIGMAS)) < 1e-6
 
 
+@pytest.mark.parametrize("strength", [0.5, 0.0, -1.0])
+def test_strength_of_a_stacked_expert_that_replaces_layers(wan, attach, base, random_expert, sample, strength):
+    """The host's own patching would write them whole."""
+    semantic, detail = random_expert(base, "semantic", 1), random_expert(base, "detail", 2)
+    stacked = attach.attach_experts(base, semantic, detail, semantic_strength=strength)
+    high, both = merged(wan, attach, [semantic], [strength]), merged(wan, attach, [semantic, detail], [strength, 1.0])
+    assert relative(sample(stacked, SIGMAS), sample(two_merged(base, high, both, 0.979), SIGMAS)) < 1e-5
+
+
 @pytest.mark.parametrize("stacked", [True, False])
 def test_bare_parameters_convolutions_and_norms(wan, attach, base, random_expert, sample, module, stacked):
     """What the host's own patching leaves out in silence (a block's modulation) counts too, on its side."""

@@ -107,7 +107,7 @@ def test_both_experts_stacked_and_independent(node, look, small_world):
         facts, _ = look(model=attach(node, base, semantic_strength=0.5, detail_strength=-2.0, experts=how, **small_world))
         assert facts["experts"].startswith(f"semantic and detail ({said}")
         assert facts["semantic"].endswith("strength 0.5") and facts["detail"].endswith("strength -2")
-        assert facts["boundary"] == "0.875" and facts["timesteps"].startswith("[1000.0, ")
+        assert facts["boundary"] == "0.84" and facts["timesteps"].startswith("[1000.0, ")
         assert facts["LoRAs"] == "none", "a stacked semantic expert is none of the user's"
         changes.append(facts["change"])
     assert changes[0] == changes[1] and "semantic" in changes[0] and "detail" in changes[0]
@@ -126,16 +126,16 @@ def test_changes_are_shown_at_their_strength(node, look, small_world):
     )
     for side in ("semantic", "detail"):
         assert share(half, side) == pytest.approx(share(full, side) / 2, rel=0.01)
-    assert none["detail"].endswith("strength 0") and share(none, "semantic") == 0
+        assert none[side].endswith("strength 0")
+    assert "change" not in none
 
 
 def test_a_strength_of_a_replaced_layer_in_a_semantic_expert_that_is_stacked(node, look, wan, module, random_expert):
-    """The host writes it whole."""
     attach_experts = module("nodes.host.attach").attach_experts
     model = wan()
     expert = random_expert(model, "semantic")
     whole, half = (look(model=attach_experts(model, expert, semantic_strength=s))[0] for s in (1.0, 0.5))
-    assert whole["change"].split("most in")[1] == half["change"].split("most in")[1], "the replaced head or embedder"
+    assert share(half, "semantic") == pytest.approx(share(whole, "semantic") / 2, rel=0.01)
 
 
 def test_a_plain_model_and_its_loras(node, look, small_world):
@@ -147,9 +147,10 @@ def test_a_plain_model_and_its_loras(node, look, small_world):
     assert "change" not in facts and "computes in" in facts["dtypes"]
     lora = load_file(SHIPPED / "loras" / small_world["semantic_lora"])
     patched, _ = comfy.sd.load_lora_for_models(base, None, lora, 1.0, 0.0)
-    assert look(model=patched)[0]["LoRAs"] == "40 other patches on 40 tensors"
-    both = attach(node, patched, **small_world)
-    assert look(model=both)[0]["LoRAs"] == "40 other patches on 40 tensors"
+    count = len(patched.patches)
+    assert count > 100
+    for model in (patched, attach(node, patched, **small_world)):
+        assert look(model=model)[0]["LoRAs"] == f"{count} other patches on {count} tensors"
 
 
 def test_patches_in_the_weights_do_not_count_as_the_base(node, look, small_world):
@@ -208,9 +209,9 @@ def test_an_expert_of_another_family_beside_a_model(node, look, releases, conver
 
 
 def test_an_expert_of_another_size_beside_a_model(node, look, releases, small_world):
-    (file, _), _ = look("loras/dcm_small_world_semantic.safetensors", load(node, releases["wan_tiny"]))
+    (file, _), _ = look("loras/dcm_small_world_detail.safetensors", load(node, releases["wan_tiny"]))
     assert "another size: diffusion_model." in file["fit model"]
-    assert "semantic norm" in file["change"]
+    assert "detail norm" in file["change"]
 
 
 def test_a_model_of_no_family(node, look, wan, small_world, monkeypatch, module):

@@ -1,5 +1,7 @@
 """The sampling nodes: plan, seed, progress, masks, and what they refuse."""
 
+import re
+
 import pytest
 import torch
 
@@ -31,7 +33,10 @@ def run(node):
 
 
 def text(output):
-    return output.ui.as_dict()["text"][0]
+    """The plan; below it stands the time taken."""
+    plan, took = output.ui.as_dict()["text"][0].splitlines()
+    assert re.fullmatch(r"\d+ steps in \d+\.\d s", took)
+    return plan
 
 
 def core_sample(model, sigmas, seed, samples, negative=COND, cfg=1.0, sampler="euler", mask=None):
