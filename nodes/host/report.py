@@ -12,6 +12,11 @@ logger = logging.getLogger("ComfyUI-DCM")
 def report(text: str, node_id: str | None) -> Any:
     """Log `text`, show it on the node, and return the UI output that keeps it with the result."""
     logger.info(text)
+    return show(text, node_id)
+
+
+def show(text: str, node_id: str | None) -> Any:
+    """The same without a line in the log."""
     tell(text, node_id)
     return ui.PreviewText(text)
 
