@@ -170,6 +170,7 @@ app.registerExtension({
       serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: () => HEIGHT, getMaxHeight: () => HEIGHT,
     });
     widget.serialize = false;
+    widget.label = "experts"; // where a front end lists the widgets
     bars.set(node, bar);
     const removed = node.onRemoved;
     node.onRemoved = function (...args) {
