@@ -64,8 +64,10 @@ RUNS = {
 }
 
 # The experts learn from the base's own videos: guidance leads it away from its training clips, and what an expert does there
-# counts. 50 steps, the host's cfg that equals the teacher's 2 above.
-VIDEOS_PER_CAPTION, TEACHER_STEPS, GUIDANCE = 12, 50, 3.0
+# counts.
+VIDEOS_PER_CAPTION, TEACHER_STEPS = 12, 50
+# the host's cfg that equals the teacher's
+GUIDANCE = 1 + SEMANTIC.cfg
 
 
 def load_base(folder: Path) -> Any:

@@ -129,7 +129,7 @@ def detach_experts(model: Any) -> Any:
     facts = attached_experts(model)
     if facts is not None:
         for key, own in facts.own_patches.items():
-            clone.patches[key] = [patch for patch in clone.patches[key] if not _is_own(patch, own)]
+            clone.patches[key] = [patch for patch in clone.patches[key] if not is_own(patch, own)]
             if not clone.patches[key]:
                 del clone.patches[key]
         if facts.own_patches:
@@ -148,7 +148,8 @@ def with_boundary(model: Any, boundary: float) -> Any:
     return clone
 
 
-def _is_own(patch: tuple, own: tuple[Any, ...]) -> bool:
+def is_own(patch: tuple, own: tuple[Any, ...]) -> bool:
+    """Whether a patch on a tensor is one of the semantic expert's, `AttachedExperts.own_patches` of that tensor."""
     return any(patch[1] is value for value in own)
 
 
@@ -269,7 +270,7 @@ def _hand_over(model: Any, patcher: Any, facts: AttachedExperts) -> None:
     wanted = {}
     for name, own_name in patcher.model.replaced_weights().items():
         key = FILE_PREFIX + name
-        patches = [patch for patch in model.patches.get(key, []) if not _is_own(patch, facts.own_patches.get(key, ()))]
+        patches = [patch for patch in model.patches.get(key, []) if not is_own(patch, facts.own_patches.get(key, ()))]
         if patches:
             wanted[own_name] = patches
     identity = [(name, [id(patch[1]) for patch in patches], [patch[0] for patch in patches]) for name, patches in wanted.items()]

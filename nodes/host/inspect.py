@@ -19,7 +19,7 @@ from ...dcm_core.magnitude import Base, Change, Profile, file_profile, is_plain,
 from ...dcm_core.match import Target
 from ...dcm_core.plot import plot_profile
 from ...dcm_core.updates import Update, routed_updates
-from .attach import compute_dtype, diffusion_model, model_family, module_shapes
+from .attach import compute_dtype, diffusion_model, is_own, model_family, module_shapes
 from .expert_files import NONE, peft_config
 from .folders import LORAS, MODELS, files, path_of
 from .progress import byte_progress
@@ -88,11 +88,11 @@ def _look_at_model(model: Any, node_id: str | None) -> tuple[str, str, Profile |
     strengths = _strengths(model, facts) if facts else {}
     weights = Counter(_kind(tensor) for tensor in diffusion_model(model).parameters())
     experts = sum(patcher.model_size() for patcher in model.get_additional_models_with_key(KEY))
-    own = [(key, value) for key, values in (facts.own_patches if facts else {}).items() for value in values]
+    own = facts.own_patches if facts else {}
     others = {
         key: count
         for key, patches in model.patches.items()
-        if (count := sum(not any(key == k and patch[1] is value for k, value in own) for patch in patches))
+        if (count := sum(not is_own(patch, own.get(key, ())) for patch in patches))
     }
     text = in_lines(
         {
@@ -144,7 +144,7 @@ def _stacked_patches(model: Any, facts: AttachedExperts) -> Iterator[tuple[tuple
     """((base tensor, patch), strength) of a semantic expert that is an ordinary LoRA."""
     for key, own in facts.own_patches.items():
         for patch in model.patches.get(key, []):
-            if any(patch[1] is value for value in own):
+            if is_own(patch, own):
                 yield (key.removeprefix(FILE_PREFIX), patch[1]), patch[0]
 
 

@@ -30,7 +30,7 @@ class Page:
     """
 
     def __init__(self, chromium, server, name, nodes2):
-        self.server, self.name, self.nodes2, self.errors = server, name, nodes2, []
+        self.server, self.name, self.errors = server, name, []
         for key, value in {**SETTINGS, "Comfy.VueNodes.Enabled": nodes2}.items():
             server.request(f"/settings/{key}", value)
         self.page = chromium.new_page(viewport={"width": 1600, "height": 1000})
