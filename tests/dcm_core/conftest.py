@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dcm_core.convert import convert_release
 from dcm_core.families import FAMILIES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -64,3 +65,11 @@ def save(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def converted(save, release, tmp_path):
+    """The base file and the expert file of the small release."""
+    paths = tmp_path / "base.safetensors", tmp_path / "expert.safetensors"
+    convert_release(save(release), *paths)
+    return paths

@@ -8,7 +8,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dcm_core.convert import convert_release
 from dcm_core.errors import CheckpointError
 from dcm_core.families import FAMILIES
 from dcm_core.inspect import inspect_file
@@ -16,13 +15,6 @@ from dcm_core.match import Target
 from dcm_core.storage import TensorFile
 
 from .conftest import release_shapes
-
-
-@pytest.fixture
-def converted(save, release, tmp_path):
-    paths = tmp_path / "base.safetensors", tmp_path / "expert.safetensors"
-    convert_release(save(release), *paths)
-    return paths
 
 
 def test_release(family, save, release):

@@ -13,7 +13,6 @@ from torch import nn
 from dcm_core import magnitude
 from dcm_core.adapters import RoutedExpert
 from dcm_core.checkpoint import detail_expert, recognise, semantic_state_dict
-from dcm_core.convert import convert_release
 from dcm_core.errors import CheckpointError, DCMError
 from dcm_core.expert_reader import read_expert
 from dcm_core.experts import Expert, LowRank, write_expert
@@ -167,13 +166,6 @@ def test_a_release_by_hand(family, save, release):
     expected = {column: (change / base) ** 0.5 for column, (change, base) in by_hand(family, release).items()}
     assert len(expected) > 3
     assert profile.experts == {"detail": pytest.approx(expected, rel=1e-5)}
-
-
-@pytest.fixture
-def converted(save, release, tmp_path):
-    paths = tmp_path / "base.safetensors", tmp_path / "expert.safetensors"
-    convert_release(save(release), *paths)
-    return paths
 
 
 def test_an_expert_file_alone_and_with_its_base(family, converted, release):
