@@ -4,12 +4,15 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from world import COLOURS, MOTIONS, SHAPES
 
 # Shape area over its bounding box.
 FILL = {"circle": math.pi / 4, "square": 1.0, "triangle": 0.5}
 SATURATED = 0.35
+# Pixels around the shape that are not the ground: its rim, and what the VAE blurs.
+NEAR = 4
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,14 @@ def motion_difference(a: Tensor, b: Tensor) -> float:
     return float((a.diff(dim=-3) - b.diff(dim=-3)).abs().mean())
 
 
+def flicker(video: Tensor) -> float:
+    """Mean change from frame to frame of the ground, which stands still: of what is never near the shape."""
+    pixels = (video + 1) / 2
+    shape = (pixels.amax(0) - pixels.amin(0) > SATURATED).any(0)
+    near = F.max_pool2d(shape[None].float(), 2 * NEAR + 1, stride=1, padding=NEAR)[0] > 0
+    return float(video.diff(dim=1)[..., ~near].abs().mean())
+
+
 def edge_strength(video: Tensor) -> float:
     """Mean size of the pixel gradients."""
     return float(video.diff(dim=-1).abs().mean() + video.diff(dim=-2).abs().mean())
@@ -96,11 +107,14 @@ def spectrum(videos: Tensor) -> Tensor:
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """Distance between two sets of points (Szekely): 2 E|a - b| - E|a - a'| - E|b - b'|, per root of the dimension."""
+    """Distance between the distributions of two sets of points (Szekely): 2 E|a - b| - E|a - a'| - E|b - b'|, per root of the
+    dimension. The sets are drawn pair by pair from the same noise, so that no pair is compared with itself: equal sets give 0.
+    """
     a, b = a.flatten(1), b.flatten(1)
 
-    def within(points: Tensor) -> Tensor:
+    def mean(points: Tensor, others: Tensor) -> Tensor:
         count = len(points)
-        return torch.cdist(points, points).sum() / (count * (count - 1))
+        distances = torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
+        return (distances.sum() - distances.diagonal().sum()) / (count * (count - 1))
 
-    return float((2 * torch.cdist(a, b).mean() - within(a) - within(b)) / math.sqrt(a.shape[1]))
+    return float((2 * mean(a, b) - mean(a, a) - mean(b, b)) / math.sqrt(a.shape[1]))

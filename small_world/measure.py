@@ -1,6 +1,6 @@
 """Measure the small world's experts against their base: the tables and pictures of docs/small-world.md.
 
-    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 48]
+    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 2] [--seed 1000]
 """
 
 import argparse
@@ -19,6 +19,7 @@ from distill import BOUNDARY, GUIDANCE, load_base, load_expert, pack, sample
 from judge import (
     edge_strength,
     energy_distance,
+    flicker,
     look,
     motion_difference,
     path_distance,
@@ -35,10 +36,11 @@ attach = pack("nodes.host.attach")
 REFERENCE = "base, 50 steps"
 
 
-def sample_all(model: Any, steps: int, cfg: float, names: Sequence[tuple[str, str, str]], seed: int) -> Tensor:
-    """A video for each, (videos, 16, 5, 10, 10), from the same noise for every model."""
-    noises = [torch.randn((1, *LATENT), generator=torch.Generator().manual_seed(seed + index)) for index in range(len(names))]
-    return torch.cat([sample(model, caption(*name), noise, steps, cfg) for name, noise in zip(names, noises, strict=True)])
+def sample_all(model: Any, steps: int, cfg: float, videos: int, seed: int) -> Tensor:
+    """So many videos of each caption, (captions x videos, 16, frames, height, width), from the same noise for every model."""
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(len(NAMES))]
+    noises = [torch.randn((videos, *LATENT), generator=generator) for generator in generators]
+    return torch.cat([sample(model, caption(*name), noise, steps, cfg) for name, noise in zip(NAMES, noises, strict=True)])
 
 
 @torch.no_grad()
@@ -54,14 +56,12 @@ def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
         experts = [load_expert(folder, name, base) if name else None for name in (semantic, detail)]
         return attach.attach_experts(base, *experts, boundary=BOUNDARY), 6, 1.0
 
-    found = {f"base, {steps} steps": (base, steps, GUIDANCE) for steps in (50, 25, 10, 6, 3)}
+    found = {f"base, {steps} steps": (base, steps, GUIDANCE) for steps in (50, 25, 10, 6)}
     runs = {
         "one expert": ("one_expert", None),
-        "two experts": ("semantic_without_temporal", "detail_on_semantic_without_temporal"),
+        "two experts": ("semantic_by_consistency", "detail_by_consistency"),
         "+ temporal coherence": ("semantic", "detail_without_gan"),
-        "(temporal coherence at weight 50)": ("semantic_temporal_50", "detail_on_temporal_50"),
         "+ GAN and feature matching": ("semantic", "detail"),
-        "DCM as shipped, 6 steps": ("semantic_full", "detail_on_full"),
     }
     return found | {
         name: pair(*run) for name, run in runs.items() if all((folder / f"{part}.safetensors").exists() for part in run if part)
@@ -69,32 +69,32 @@ def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
 
 
 def judge(latents: Tensor, videos: Tensor, reference: dict[str, Tensor], names: Sequence[tuple[str, str, str]]) -> dict[str, float]:
-    """All measures of one method."""
-    small = torch.nn.functional.avg_pool3d
+    """All measures of one method: of the set of its videos, of what each shows, and against the reference's video of the same noise."""
     seen, wanted = [look(video) for video in videos], [look(video) for video in reference["videos"]]
-    matches = torch.tensor([one.matches(name) for one, name in zip(seen, names, strict=True)]).float().mean(0)
+    matches = torch.tensor([one.matches(name) for one, name in zip(seen, names, strict=True)]).float()
     strays = torch.tensor([unevenness(one.path) for one in seen])
     ways = torch.tensor([path_distance(a.path, b.path) for a, b in zip(seen, wanted, strict=True)])
     return {
         "latent distance": energy_distance(latents, reference["latents"]),
-        "pixel distance": energy_distance(small(videos, (1, 4, 4)), small(reference["videos"], (1, 4, 4))),
+        "pixel distance": energy_distance(videos, reference["videos"]),
+        "motion distance": energy_distance(videos.diff(dim=2), reference["videos"].diff(dim=2)),
+        "spectrum error": float((spectrum(videos) - spectrum(reference["videos"])).abs().mean()),
+        "edges": edge_strength(videos) / edge_strength(reference["videos"]),
+        "flicker": sum(map(flicker, videos)) / sum(map(flicker, reference["videos"])),
+        "unevenness (px)": float(strays.nanmean()),
+        **dict(zip(("colour", "shape", "motion"), matches.mean(0).tolist(), strict=True)),
         "latent error": float((latents - reference["latents"]).square().mean().sqrt()),
         "motion error": motion_difference(videos, reference["videos"]),
         "path error (px)": float(ways.nanmean()),
-        "unevenness (px)": float(strays.nanmean()),
-        "edges": edge_strength(videos) / edge_strength(reference["videos"]),
-        "spectrum error": float((spectrum(videos) - spectrum(reference["videos"])).abs().mean()),
-        "colour": float(matches[0]),
-        "shape": float(matches[1]),
-        "motion": float(matches[2]),
     }
 
 
 def contact_sheet(rows: dict[str, Tensor], path: Path, videos: int = 3) -> None:
-    """A row for each method: five frames each of the first videos."""
+    """A row for each method: five frames each of a few videos."""
     strips = []
     for found in rows.values():
-        frames = [found[index, :, time] for index in range(0, 17 * videos, 17) for time in (0, 4, 8, 12, 16)]
+        apart = len(found) // videos - 1
+        frames = [found[index, :, time] for index in range(0, apart * videos, apart) for time in (0, 4, 8, 12, 16)]
         strips.append(torch.cat(frames, -1))
     pixels = ((torch.cat(strips, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
     Image.fromarray(pixels.numpy()).save(path)
@@ -111,20 +111,21 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--videos", type=int, default=48)
+    parser.add_argument("--videos", type=int, default=2, help="of each caption")
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
-    names = [NAMES[index % len(NAMES)] for index in range(args.videos)]
+    names = [name for name in NAMES for _ in range(args.videos)]
     vae = load_vae(args.folder)
     reference: dict[str, Tensor] = {}
     rows, table = {}, {}
     for title, (model, steps, cfg) in models(args.folder).items():
         started = time.monotonic()
-        latents = sample_all(model, steps, cfg, names, args.seed)
+        latents = sample_all(model, steps, cfg, args.videos, args.seed)
         videos = decode(vae, latents)
         reference = reference or {"latents": latents, "videos": videos}
         rows[title] = videos
-        table[title] = judge(latents, videos, reference, names)
+        # guidance asks the model twice a step
+        table[title] = {"calls": steps * (1 + (cfg > 1)), **judge(latents, videos, reference, names)}
         print(f"{title} ({time.monotonic() - started:.0f} s): "
               + ", ".join(f"{name} {value:.4g}" for name, value in table[title].items()), flush=True)
     (args.folder / f"measured_{args.seed}.json").write_text(json.dumps(table, indent=1))

@@ -16,8 +16,8 @@ from world import CAPTIONS, embed
 
 MODELS = Path(__file__).parent / "models"
 TRAINING_CLIPS = 96
-# what it is shipped as -> the run of distill.py
-EXPERTS = {"semantic": "semantic_full", "detail": "detail_on_full"}
+# shipped under the names of their runs in distill.py
+EXPERTS = ("semantic", "detail")
 
 storage, conditioning = host.pack("dcm_core.storage"), host.pack("dcm_core.conditioning")
 
@@ -43,8 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     copy_in_half(args.folder / "base.safetensors", MODELS / "diffusion_models" / "dcm_small_world_base.safetensors")
     copy_in_half(args.folder / "vae.safetensors", MODELS / "vae" / "dcm_small_world_vae.safetensors")
-    for name, run in EXPERTS.items():
-        copy_in_half(args.folder / f"{run}.safetensors", MODELS / "loras" / f"dcm_small_world_{name}.safetensors")
+    for name in EXPERTS:
+        copy_in_half(args.folder / f"{name}.safetensors", MODELS / "loras" / f"dcm_small_world_{name}.safetensors")
     write_captions(MODELS / "dcm_conditioning" / "dcm_small_world")
     data = load_data(args.folder, load_base(args.folder), TRAINING_CLIPS)
     path = MODELS / "dcm_datasets" / "dcm_small_world.safetensors"

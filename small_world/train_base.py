@@ -25,10 +25,10 @@ from world import CAPTIONS, TEXT_WIDTH, clips, embed, render
 from dcm_core.schedule import TIMESTEPS, shift_sigma
 from dcm_core.storage import TensorFile, write_tensors
 
-WIDTH, LAYERS, HEADS = 128, 4, 1
-CLIPS, ENCODED_AT_ONCE, BATCH = 2400, 16, 16
-CYCLES = (8000, 3000)
-LEARNING_RATE, DECAY, SHIFT, NO_CAPTION = 2e-3, 0.999, 3.0, 0.1
+WIDTH, LAYERS, HEADS = 128, 6, 1
+CLIPS, ENCODED_AT_ONCE, BATCH = 3600, 16, 16
+CYCLES = (10500,)
+LEARNING_RATE, DECAY, SHIFT, NO_CAPTION = 2e-3, 0.999, 4.0, 0.1
 
 
 def make_transformer() -> WanModel:

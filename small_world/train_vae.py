@@ -25,7 +25,7 @@ from world import clips, draw_scene, render
 from dcm_core.storage import write_tensors
 
 WIDTH = 8
-NOISE, DECAY = 0.05, 0.99
+NOISE, DECAY = 0.15, 0.99
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The small world: one coloured shape that moves over a striped ground, and the caption that names it.
+"""The small world: one coloured shape that moves over a clouded ground, and the caption that names it.
 
 Videos are (3, FRAMES, SIZE, SIZE) with values -1 .. 1; everything follows from a seed.
 """
@@ -9,10 +9,11 @@ import zlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-SIZE, FRAMES, FPS = 80, 17, 8
-LATENT = (16, 5, 10, 10)
+SIZE, FRAMES, FPS = 64, 17, 8
+LATENT = (16, 5, 8, 8)
 TEXT_WIDTH = 4096
 
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.75, 0.2), "blue": (0.15, 0.3, 0.95), "yellow": (0.95, 0.85, 0.1)}
@@ -20,10 +21,15 @@ SHAPES = ("circle", "square", "triangle")
 MOTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 NAMES = list(itertools.product(COLOURS, SHAPES, MOTIONS))
 
+# Pixels from the first frame to the last.
+DISTANCE = 24.0
+# The ground's clouds: width in pixels, and spread of their brightness.
+CLOUD_WIDTH, CLOUD_SPREAD = 2.5, 0.08
+
 
 @dataclass(frozen=True)
 class Scene:
-    """One video as numbers: pixels, and pixels over the whole video for `distance`."""
+    """One video as numbers, in pixels; `clouds` is the seed of the ground's."""
 
     colour: str
     shape: str
@@ -31,10 +37,8 @@ class Scene:
     x: float
     y: float
     radius: float
-    distance: float
     ground: float
-    stripes: float
-    upright: bool
+    clouds: int
 
     @property
     def caption(self) -> str:
@@ -42,7 +46,7 @@ class Scene:
 
     def path(self) -> Tensor:
         """Centres of the shape, (FRAMES, 2) as x, y."""
-        way = (torch.linspace(-0.5, 0.5, FRAMES) * self.distance)[:, None]
+        way = (torch.linspace(-0.5, 0.5, FRAMES) * DISTANCE)[:, None]
         return torch.tensor([self.x, self.y]) + way * torch.tensor(MOTIONS[self.motion])
 
 
@@ -57,21 +61,28 @@ def draw_scene(generator: torch.Generator, names: tuple[str, str, str] | None = 
     """A random scene, of the given colour, shape and motion or of any; the shape stays inside the picture."""
     if names is None:
         names = NAMES[int(torch.randint(len(NAMES), (), generator=generator))]
-    a, b, c, d, e, f = torch.rand(6, generator=generator).tolist()
-    radius, distance = 9 + 6 * a, 20 + 16 * b
-    along, across = radius + distance / 2 + 2, radius + 2
+    a, b, c, d = torch.rand(4, generator=generator).tolist()
+    radius = 10 + 3 * a
+    along, across = radius + DISTANCE / 2 + 2, radius + 2
     horizontal = MOTIONS[names[2]][0] != 0
     margin_x, margin_y = (along, across) if horizontal else (across, along)
     return Scene(
         *names,
-        x=margin_x + c * (SIZE - 2 * margin_x),
-        y=margin_y + d * (SIZE - 2 * margin_y),
+        x=margin_x + b * (SIZE - 2 * margin_x),
+        y=margin_y + c * (SIZE - 2 * margin_y),
         radius=radius,
-        distance=distance,
-        ground=0.25 + 0.3 * e,
-        stripes=8 * f,
-        upright=bool(torch.rand((), generator=generator) < 0.5),
+        ground=0.35 + 0.2 * d,
+        clouds=int(torch.randint(2**31, (), generator=generator)),
     )
+
+
+def draw_clouds(seed: int) -> Tensor:
+    """A smooth random field with mean 0 and spread CLOUD_SPREAD, (SIZE, SIZE)."""
+    reach = round(3 * CLOUD_WIDTH)
+    noise = torch.randn(1, 1, SIZE + 2 * reach, SIZE + 2 * reach, generator=torch.Generator().manual_seed(seed))
+    bell = torch.exp(-(torch.arange(-reach, reach + 1) / CLOUD_WIDTH).square() / 2)
+    bell = bell / bell.norm()
+    return CLOUD_SPREAD * F.conv2d(F.conv2d(noise, bell.view(1, 1, -1, 1)), bell.view(1, 1, 1, -1))[0, 0]
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
@@ -87,11 +98,10 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
 
 
 def render(scene: Scene) -> Tensor:
-    """The scene's video: a striped grey ground, the shape with a white rim two pixels wide."""
+    """The scene's video: a grey ground with clouds that stand still, the shape with a white rim two pixels wide."""
     line = torch.arange(SIZE) + 0.5
     y, x = torch.meshgrid(line, line, indexing="ij")
-    wave = torch.sin(2 * math.pi * ((x if scene.upright else y) + scene.stripes) / 8)
-    ground = (scene.ground + 0.08 * wave + 0.15 * (y / SIZE - 0.5))[None, None].expand(3, FRAMES, SIZE, SIZE)
+    ground = (scene.ground + draw_clouds(scene.clouds)).expand(3, FRAMES, SIZE, SIZE)
     centre = scene.path()[:, :, None, None]
     inside = signed_distance(scene.shape, x - centre[:, 0], y - centre[:, 1], scene.radius)
 

@@ -13,6 +13,9 @@ from ..errors import ScheduleError
 from ..routing import Side, check_boundary, is_detail
 from ..schedule import DEFAULT_POINTS, DEFAULT_SHIFT, TIMESTEPS, shift_sigma, solver_sigmas
 
+# From the cleanest level upwards.
+SIDES: tuple[Side, ...] = ("detail", "semantic")
+
 
 @dataclass(frozen=True)
 class Phases:
@@ -22,7 +25,7 @@ class Phases:
         side: the expert. It owns exactly the points that sampling gives it (`routing.is_detail`).
         boundary: sigma where the detail expert takes over.
         count: phases of this expert; each ends where the next cleaner one begins.
-        shared: one expert for all noise levels; `side` and `boundary` then only name what is stored.
+        shared: one expert for all noise levels, with `count` phases on each side of the boundary; `side` only names what is stored.
 
     Raises:
         ScheduleError: a side without points, or more phases than points.
@@ -37,14 +40,15 @@ class Phases:
 
     def __post_init__(self) -> None:
         check_boundary(self.boundary)
-        owned = len(self.owned)
-        if not owned:
-            raise ScheduleError(
-                f"The boundary {self.boundary:g} leaves the {self.side} expert no noise level to train on: the {self.points} points "
-                f"of shift {self.shift:g} lie between {float(self.sigmas[0]):.4g} and 1. Move the boundary or change the shift."
-            )
-        if not 1 <= self.count <= owned:
-            raise ScheduleError(f"phases is {self.count}; the {self.side} expert owns {owned} points. Choose 1 .. {owned}.")
+        for side in SIDES if self.shared else (self.side,):
+            points = len(self._points_of(side))
+            if not points:
+                raise ScheduleError(
+                    f"The boundary {self.boundary:g} leaves the {side} expert no noise level to train on: the {self.points} points "
+                    f"of shift {self.shift:g} lie between {float(self.sigmas[0]):.4g} and 1. Move the boundary or change the shift."
+                )
+            if not 1 <= self.count <= points:
+                raise ScheduleError(f"phases is {self.count}; the {side} expert owns {points} points. Choose 1 .. {points}.")
 
     @cached_property
     def sigmas(self) -> Tensor:
@@ -60,15 +64,18 @@ class Phases:
     @cached_property
     def owned(self) -> Tensor:
         """Numbers of the expert's points, rising."""
-        if self.shared:
-            return torch.arange(self.points)
-        mine = is_detail(self.sigmas, self.boundary) == (self.side == "detail")
+        return torch.arange(self.points) if self.shared else self._points_of(self.side)
+
+    def _points_of(self, side: Side) -> Tensor:
+        """Numbers of the points that sampling gives to a side, rising."""
+        mine = is_detail(self.sigmas, self.boundary) == (side == "detail")
         return mine.nonzero().flatten()
 
     @cached_property
     def starts(self) -> Tensor:
         """For every owned point, the cleanest point of its phase."""
-        parts = self.owned.tensor_split(self.count)
+        sides = [self._points_of(side) for side in SIDES] if self.shared else [self.owned]
+        parts = [part for points in sides for part in points.tensor_split(self.count)]
         return torch.cat([part[:1].expand(len(part)) for part in parts])
 
     def ends(self, index: Tensor) -> Tensor:

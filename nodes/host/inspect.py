@@ -152,7 +152,8 @@ def model_changes(model: Any, facts: AttachedExperts, family: Family, node_id: s
     """What each attached expert changes, at its strength."""
     updates: list[tuple[str, float, Update]] = []
     for (name, patch), strength in _stacked_patches(model, facts):
-        updates += (("semantic", strength, update) for update in _patch_updates(name, patch, family))
+        if strength:
+            updates += (("semantic", strength, update) for update in _patch_updates(name, patch, family))
     for patcher in model.get_additional_models_with_key(KEY):
         role = patcher.model.role
         updates += ((role, facts.strengths[role], u) for u in routed_updates(patcher.model, originals(patcher, patcher.model)))

@@ -23,14 +23,14 @@ def test_demo_renders_a_shape_of_the_colour_that_was_asked_for(server, capsys):
     path = render(server, "a yellow triangle moving right", seed=0)
     with av.open(path) as video:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]).astype(float)
-    assert frames.shape == (17, 80, 80, 3)
+    assert frames.shape == (17, 256, 256, 3)
     red, green, blue = np.moveaxis(frames, -1, 0)
     yellow = (np.minimum(red, green) - blue) > 80
     assert yellow.any((1, 2)).mean() > 0.7, "no yellow shape in most frames"
     assert 0.005 < yellow.mean() < 0.3
     said = capsys.readouterr().out
     assert "rendered 'a yellow triangle moving right'" in said
-    assert "step 1-3 semantic, 4-6 detail, boundary 0.84" in said
+    assert "step 1-3 semantic, 4-6 detail, boundary 0.893" in said
 
 
 def test_an_unknown_prompt_names_the_known_ones():

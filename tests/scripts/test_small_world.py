@@ -20,6 +20,6 @@ def test_training_workflow_trains_both_experts_and_renders(server):
         assert [path.name for path in sorted(run.glob("step_*"))] == ["step_00000002.safetensors", "step_00000003.safetensors"]
         assert (run / "sample_00000003.mp4").stat().st_size > 500
         assert (server.base / "models" / "loras" / "dcm" / f"small_world_{side}.safetensors").is_file()
-    assert "step 1-3 semantic, 4-6 detail, boundary 0.84" in by_type["DCMSampler"]["text"][0]
+    assert "step 1-3 semantic, 4-6 detail, boundary 0.893" in by_type["DCMSampler"]["text"][0]
     assert len(by_type["PreviewImage"]["images"]) == 6
     assert [path.suffix for path in server.saved({"video": by_type["SaveVideo"]})] == [".mp4"]

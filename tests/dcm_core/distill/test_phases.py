@@ -47,9 +47,14 @@ def test_a_batch_has_the_end_of_each_element():
     assert phases.ends(index).tolist() == [float(phases.previous[start]) for start in (0, 0, 7, 28)]
 
 
-def test_one_expert_for_all_levels():
-    phases = Phases("semantic", 0.9, shared=True)
-    assert phases.owned.tolist() == list(range(50))
+def test_one_expert_for_all_levels_has_the_phases_of_both():
+    shared = Phases("semantic", 0.9, count=3, shared=True)
+    assert shared.owned.tolist() == list(range(50))
+    for side in ("semantic", "detail"):
+        own = Phases(side, 0.9, count=3)
+        assert torch.equal(shared.ends(own.owned), own.ends(own.owned))
+    with pytest.raises(ScheduleError, match="leaves the detail expert no noise level"):
+        Phases("semantic", 0.1, shared=True)
 
 
 def test_a_side_without_points_is_refused():
