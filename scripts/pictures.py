@@ -83,8 +83,8 @@ FRAME = "([ids, width, height]) => { const canvas = app.canvas; " + BOX + """
   canvas.setDirty(true, true);
 }"""
 
-NEIGHBOURS = """id => {
-  const node = app.graph.getNodeById(id), found = new Set([id]);
+NEIGHBOURS = """kind => {
+  const node = app.graph._nodes.find(other => other.type === kind), found = new Set([node.id]);
   for (let slot = 0; slot < (node.inputs?.length ?? 0); slot++) { const other = node.getInputNode(slot); if (other) found.add(other.id); }
   for (let slot = 0; slot < (node.outputs?.length ?? 0); slot++) for (const other of node.getOutputNodes(slot) ?? []) found.add(other.id);
   const near = other => Math.abs(other.pos[0] - node.pos[0]) < 700 && Math.abs(other.pos[1] - node.pos[1]) < 700;
@@ -159,7 +159,7 @@ def main() -> None:
                     take(page, help_page.with_suffix(".jpg"), NODE_SIZE)
                 else:
                     page.open(shown[kind])
-                    take(page, help_page.with_suffix(".jpg"), NODE_SIZE, page.run(NEIGHBOURS, page.node(kind)))
+                    take(page, help_page.with_suffix(".jpg"), NODE_SIZE, page.run(NEIGHBOURS, kind))
 
 
 if __name__ == "__main__":

@@ -201,9 +201,12 @@ NO_DOWNLOAD = {"DCMLoadConditioning"}
 # These write files that other workflows load.
 MAKERS = {"DCMConvertCheckpoint", "DCMExtractLoRA"}
 TITLE_HEIGHT, SLOT_HEIGHT = 30, 20
+# How far inside their node the outputs and the inputs lie.
+INSETS = {"canvas": (9, 10), "nodes 2.0": (0, 0)}
 SUFFIX = ".safetensors"
 SHIPPED = ROOT / "small_world" / "models"
 
+each_renderer = pytest.mark.parametrize("renderer", INSETS)
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
 
@@ -236,14 +239,50 @@ def made_files():
     return {f"{value}{SUFFIX}" for node in makers for value in node["widgets_values"] if isinstance(value, str)}
 
 
-def wire(source, output, target, slot):
+def wire(source, output, target, slot, renderer):
     """Points of a link as the front end draws it: a cubic curve that leaves to the right and arrives from the left."""
-    x0, y0 = source["pos"][0] + source["size"][0] - 9, source["pos"][1] + SLOT_HEIGHT * (output + 0.7)
-    x1, y1 = target["pos"][0] + 10, target["pos"][1] + SLOT_HEIGHT * (slot + 0.7)
+    inset_out, inset_in = INSETS[renderer]
+    x0, y0 = source["pos"][0] + source["size"][0] - inset_out, source["pos"][1] + SLOT_HEIGHT * (output + 0.7)
+    x1, y1 = target["pos"][0] + inset_in, target["pos"][1] + SLOT_HEIGHT * (slot + 0.7)
     bend = math.dist((x0, y0), (x1, y1)) / 4
     for t in (step / 80 for step in range(81)):
         a, b, c, d = (1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3
         yield a * x0 + b * (x0 + bend) + c * (x1 - bend) + d * x1, (a + b) * y0 + (c + d) * y1
+
+
+def wires(graph, renderer):
+    """Each link with the points of its wire."""
+    nodes = nodes_of(graph)
+    for link in graph["links"]:
+        _, source, output, target, slot, _ = link
+        yield link, list(wire(nodes[source], output, nodes[target], slot, renderer))
+
+
+def boxes_meet(*lines):
+    """Whether the bounding boxes of two lines, each a sequence of points, have a point in common."""
+    spans = [[(min(values), max(values)) for values in zip(*line, strict=True)] for line in lines]
+    return all(a[0] <= b[1] and b[0] <= a[1] for a, b in zip(*spans, strict=True))
+
+
+def turn(a, b, c):
+    """Above 0 if a -> b -> c turns one way, below 0 the other way, 0 on one straight line."""
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+
+
+def cross(one, other):
+    """Whether two lines meet; a touch counts."""
+    if not boxes_meet(one, other):
+        return False
+    for (a, b), (c, d) in itertools.product(itertools.pairwise(one), itertools.pairwise(other)):
+        if boxes_meet((a, b), (c, d)) and turn(a, b, c) * turn(a, b, d) <= 0 and turn(c, d, a) * turn(c, d, b) <= 0:
+            return True
+    return False
+
+
+def crossings(graph, renderer):
+    """Pairs of links whose wires cross. Wires from one output carry the same: they leave together, and part where they like."""
+    pairs = itertools.combinations(wires(graph, renderer), 2)
+    return [(a, b) for (a, points), (b, others) in pairs if a[1:3] != b[1:3] and cross(points, others)]
 
 
 def test_workflows_lie_where_the_template_browser_looks():
@@ -355,14 +394,45 @@ def test_wires_run_from_left_to_right(path):
     assert [(a["type"], b["type"]) for a, b in ends if b["pos"][0] <= a["pos"][0]] == []
 
 
+@each_renderer
 @each_workflow
-def test_no_wire_runs_under_a_node(path):
+def test_no_wire_runs_under_a_node(path, renderer):
     graph = read(path)
     nodes = nodes_of(graph)
-    for _, source, output, target, slot, _ in graph["links"]:
-        points = list(wire(nodes[source], output, nodes[target], slot))
+    for (_, source, _, target, _, _), points in wires(graph, renderer):
         for node in graph["nodes"]:
             if node["id"] not in (source, target):
                 x0, y0, x1, y1 = box(node)
                 under = [point for point in points if x0 < point[0] < x1 and y0 < point[1] < y1]
                 assert under == [], f"{nodes[source]['type']} -> {nodes[target]['type']} under {node['type']}"
+
+
+@each_renderer
+@each_workflow
+def test_no_two_wires_cross(path, renderer):
+    graph = read(path)
+    # a wire into a widget ends lower down, where `wire` does not know
+    assert not [node["type"] for node in graph["nodes"] for slot in node["inputs"] if "widget" in slot]
+    kinds = {number: node["type"] for number, node in nodes_of(graph).items()}
+    names = {link[0]: f"{kinds[link[1]]} -> {kinds[link[3]]} {link[4]}" for link in graph["links"]}
+    assert [(names[a[0]], names[b[0]]) for a, b in crossings(graph, renderer)] == []
+
+
+@pytest.mark.parametrize(
+    "links, count",
+    [
+        ([(1, 0, 3, 0), (2, 0, 3, 1)], 0),
+        ([(1, 0, 3, 1), (2, 0, 3, 0)], 1),  # they meet in the very middle
+        ([(1, 0, 3, 0), (1, 0, 4, 0)], 0),
+        ([(1, 0, 3, 0), (1, 0, 4, 0), (2, 0, 3, 1)], 1),
+        ([(1, 0, 3, 0), (2, 0, 4, 0)], 0),
+        ([(1, 0, 4, 0), (2, 0, 3, 0)], 1),
+        ([(1, 0, 4, 0), (1, 1, 3, 0)], 1),
+    ],
+)
+def test_crossing_wires_are_found(links, count):
+    """Two nodes on the left, two on the right."""
+    places = {1: (0, 0), 2: (0, 200), 3: (400, 0), 4: (400, 200)}
+    nodes = [{"id": number, "pos": place, "size": (100, 100)} for number, place in places.items()]
+    graph = {"nodes": nodes, "links": [(number, *ends, "") for number, ends in enumerate(links)]}
+    assert [len(crossings(graph, renderer)) for renderer in INSETS] == [count] * 2
