@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from .host.compat import newer
 from .host.plan import announce
 from .host.report import report, show
+from .host.route import step_cache_note
 from .host.sampling import AUTO, GENERIC, PRESETS, choose_sigmas, describe_run, make_guider, prepare_model, run
 
 DETAIL_MODEL_TIP = "A second full model for the low-noise side (Wan 2.2 A14B low noise). It is loaded when its side begins."
@@ -128,7 +129,8 @@ class DCMSampler(io.ComfyNode):
         started = time.perf_counter()
         latent, denoised = run(guider, latent_image, sampler, sigmas, seed, cls.hidden.unique_id)
         took = f"{len(sigmas) - 1} steps in {time.perf_counter() - started:.1f} s"
-        return io.NodeOutput(latent, denoised, ui=show(f"{plan}\n{took}", cls.hidden.unique_id))
+        text = "\n".join(filter(None, (plan, took, step_cache_note(model))))
+        return io.NodeOutput(latent, denoised, ui=show(text, cls.hidden.unique_id))
 
 
 class DCMGuider(io.ComfyNode):

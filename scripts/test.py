@@ -1,6 +1,6 @@
-"""Pass the tests: lint, the registry's rules, and the test suite in a real ComfyUI.
+"""Pass the tests: lint, the registry's rules, and the test suite in a real ComfyUI; what runs in the host also in a newer one.
 
-    python scripts/test.py [pytest arguments]
+    python scripts/test.py [--newer] [pytest arguments]
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import os
 import subprocess
 import sys
 
-from environment import ROOT, Environment, add_options, front_end, manager_tools, node_tools, prepare
+from environment import NEWER, ROOT, Environment, add_options, front_end, manager_tools, node_tools, prepare
 
 # What the registry's scan reports as warnings today and will refuse later.
 FORBIDDEN = ("S102", "S307", "E702")
 
 
-def run(title: str, command: list[str], environment: Environment) -> int:
+def run(title: str, command: list[str], environment: Environment, **variables: str) -> int:
     """Run one check in the checkout; returns its status."""
     print(f"== {title}", flush=True)
-    return subprocess.run(command, cwd=ROOT, env=environment.variables(), check=False).returncode
+    return subprocess.run(command, cwd=ROOT, env=environment.variables() | variables, check=False).returncode
 
 
 def validate(environment: Environment) -> int:
@@ -32,20 +32,37 @@ def validate(environment: Environment) -> int:
     return result.returncode or int(any(code in said for code in FORBIDDEN))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
-    _, arguments = parser.parse_known_args()
+def run_all(arguments: list[str]) -> int:
+    """Every check, in the oldest ComfyUI."""
     environment = prepare()
     environment.require("pytest", "hypothesis", "ruff")
     manager_tools()  # a test asks for it; made here, its progress is seen
-    os.environ.setdefault("COMFYUI_FRONT_END", str(front_end()))
+    front = os.environ.get("COMFYUI_FRONT_END") or str(front_end())
     python = str(environment.python)
     return (
         run("ruff", [python, "-m", "ruff", "check", "."], environment)
         or validate(environment)
-        or run("pytest", [python, "-m", "pytest", *arguments], environment)
+        or run("pytest", [python, "-m", "pytest", *arguments], environment, COMFYUI_FRONT_END=front)
     )
+
+
+def run_in_newer(arguments: list[str]) -> int:
+    """The tests of the pack in its host, in a newer ComfyUI."""
+    environment = prepare(NEWER)
+    command = [str(environment.python), "-m", "pytest", *(arguments or ["tests/host"])]
+    return run(f"pytest in {environment.comfyui.name}", command, environment)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--newer", action="store_true", help=f"only in ComfyUI {NEWER.version}; tests/host, or what the arguments name")
+    add_options(parser)
+    options, arguments = parser.parse_known_args()
+    if options.newer:
+        return run_in_newer(arguments)
+    status = run_all(arguments)
+    # named tests are run once, and a ComfyUI of the user's own is the only one
+    return status if status or arguments or "COMFYUI_PATH" in os.environ else run_in_newer([])
 
 
 if __name__ == "__main__":

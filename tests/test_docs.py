@@ -1,6 +1,7 @@
 """The documentation speaks of what is there: links lead to files, the method map names functions and tests that exist."""
 
 import ast
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -66,6 +67,29 @@ def test_paths_in_code_marks_exist(page):
     rooms = "dcm_core|nodes|scripts|tests|benchmarks|small_world|web|workflows|docs"
     for path in re.findall(rf"`((?:{rooms})/[\w./-]*)(?:: [\w.]+)?`", prose(page)):
         assert (ROOT / path).exists(), path
+
+
+README_ORDER = [
+    "Install", "Files to download", "Try it without a GPU, and run the tests", "The nodes", "Train your own experts", "Questions", "Limits",
+    "Does the distillation work?", "How exactness was checked", "Contribute", "Cite",
+]
+ASKED = ("boundary", "3 + 3", "KSampler", "Other samplers", "LoRA for each expert", "GGUF", "memory", "Other packs", "Seeds")
+
+
+def test_the_readme_leads_a_stranger_from_a_picture_to_the_paper():
+    text = prose(ROOT / "README.md")
+    assert re.search(r"!\[.+\]\(.+\)", "\n".join(text.splitlines()[:8]))
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == README_ORDER
+    questions = re.findall(r"^\*\*(.+\?)\*\* \w", text, re.MULTILINE)
+    assert [topic for topic in ASKED if not any(topic in question for question in questions)] == []
+
+
+def test_the_readme_names_every_node():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## The nodes")[1].split("\n## ")[0]
+    named = {name for cell in re.findall(r"^\| (\*\*.+?) \|", table, re.MULTILINE) for name in re.findall(r"\*\*DCM (.+?)\*\*", cell)}
+    named |= {f"{verb} {what}" for pair in named for verbs, what in re.findall(r"^(Save / Load) (.+)", pair) for verb in verbs.split(" / ")}
+    nodes = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert {node["display_name"].removeprefix("DCM ") for node in nodes.values()} <= named
 
 
 def test_the_method_map_leads_from_every_equation_to_code_and_test():

@@ -25,7 +25,7 @@ from ...dcm_core.errors import ExpertError, name_some
 from ...dcm_core.experts import FILE_PREFIX, Expert, expert_to_state_dict
 from ...dcm_core.families import FAMILIES, Family
 from ...dcm_core.routing import Side, check_boundary
-from .route import KEY, AttachedExperts, attached_experts, route_call
+from .route import KEY, AttachedExperts, attached_experts, route_call, step_cache_note
 
 logger = logging.getLogger(__name__)
 
@@ -246,6 +246,8 @@ def hand_over_patches(executor: Any, model: Any, *args: Any, **kwargs: Any) -> A
     facts = attached_experts(model)
     if facts is not None:
         check_compiled(model, facts)
+        if note := step_cache_note(model):
+            logger.warning(note)
         for patcher in model.get_additional_models_with_key(KEY):
             _hand_over(model, patcher, facts)
     return executor(model, *args, **kwargs)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_management
+from comfy.model_patcher import get_key_weight
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -22,6 +23,23 @@ def newer(**keywords: Any) -> dict[str, Any]:
 def advanced(input_type: Any) -> dict[str, bool]:
     """`advanced=True` for inputs of this type, where this host knows it."""
     return {"advanced": True} if "advanced" in inspect.signature(input_type.__init__).parameters else {}
+
+
+def key_patches(patcher: Any) -> dict[str, list]:
+    """Parameter name -> [(the weight as stored and unpatched, what makes it plain), *patches].
+
+    As the host's `get_key_patches`, which on newer hosts fails on quantised layers: it looks for every tensor of their files.
+    """
+    found = {}
+    with patcher.use_ejected():
+        for name, _ in patcher.model.named_parameters(remove_duplicate=False):
+            weight, _, convert = get_key_weight(patcher.model, name)
+            if name in patcher.backup:
+                weight = patcher.backup[name].weight
+            if name in patcher.hook_backup:
+                weight = patcher.hook_backup[name][0]
+            found[name] = [(weight, convert or (lambda stored: stored)), *patcher.patches.get(name, [])]
+    return found
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:

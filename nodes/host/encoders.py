@@ -10,6 +10,7 @@ from torch import Tensor
 from ...dcm_core.conditioning import Conditioning
 from ...dcm_core.distill.encode import Encoders
 from ...dcm_core.errors import DCMError
+from .compat import key_patches
 
 SAMPLED = 8  # values at each end of a tensor that stand for all of it
 
@@ -42,7 +43,7 @@ def weights_id(patcher: Any, *settings: Any) -> str:
     Of every tensor it takes name, shape, dtype and the values at both ends, so that it is fast for any size.
     """
     digest = hashlib.sha256(f"{type(patcher.model).__name__} {settings}".encode())
-    for name, weight_and_patches in sorted(patcher.get_key_patches().items()):
+    for name, weight_and_patches in sorted(key_patches(patcher).items()):
         digest.update(name.encode())
         _add(digest, weight_and_patches)
     return digest.hexdigest()

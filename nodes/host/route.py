@@ -18,6 +18,11 @@ from ...dcm_core.routing import is_detail
 
 KEY = "dcm"
 
+CACHE_NOTE = (
+    "A step cache (EasyCache, TeaCache or the like) is on this model. It may carry the semantic expert's result over the boundary: "
+    "leave it out, a run has few steps."
+)
+
 
 @dataclass(frozen=True)
 class AttachedExperts:
@@ -43,6 +48,17 @@ class AttachedExperts:
 def attached_experts(model: Any) -> AttachedExperts | None:
     """The experts a MODEL carries, None without any."""
     return model.get_attachment(KEY)
+
+
+def step_cache_note(model: Any) -> str:
+    """What to tell the user of a step cache on a MODEL with experts, "" where there is none.
+
+    Nodes that answer a call with an earlier one's result leave a wrapper or an option with "cache" in its name; some only the
+    threshold of TeaCache.
+    """
+    names = {name for wrappers in model.wrappers.values() for name in wrappers} | set(model.model_options["transformer_options"])
+    cached = any("cache" in str(name).lower() or name == "rel_l1_thresh" for name in names)
+    return CACHE_NOTE if cached and attached_experts(model) is not None else ""
 
 
 def cast_weight(linear: nn.Module, like: Tensor) -> Tensor:

@@ -72,6 +72,15 @@ def module(pack):
 
 
 @pytest.fixture
+def every_update(pack, monkeypatch):
+    """Progress is told as often as it is made: newer hosts leave out what follows too fast."""
+    import comfy.utils
+
+    for name in ("PROGRESS_THROTTLE_MIN_INTERVAL", "PROGRESS_THROTTLE_MIN_PERCENT"):
+        monkeypatch.setattr(comfy.utils, name, 0, raising=False)
+
+
+@pytest.fixture
 def gradients(module):
     """What a test needs that trains without `train_expert`."""
     with module("nodes.host.compat").gradients():

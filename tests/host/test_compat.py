@@ -5,6 +5,10 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
+from .conftest import native_wan
+from .test_training_precision import KINDS, stored
 
 
 @pytest.fixture
@@ -50,3 +54,49 @@ def test_a_host_that_knows_training_is_told(compat, pack, monkeypatch):
     with compat.gradients():
         assert comfy.model_management.in_training
     assert not comfy.model_management.in_training
+
+
+@pytest.fixture(scope="module")
+def load(pack, tmp_path_factory):
+    """load(kind, seed, prefix="") -> a MODEL, of weights that are stored in a kind of few bits."""
+    import comfy.sd
+
+    def make(kind, seed=0):
+        path = tmp_path_factory.mktemp(kind) / "model.safetensors"
+        tensors, metadata = stored(kind, native_wan(seed, layers=1))
+        save_file(tensors, path, metadata)
+        options = {"dtype": torch.float8_e4m3fn} if kind == "fp8" else {}
+        with torch.inference_mode():
+            return comfy.sd.load_diffusion_model(str(path), model_options=options)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_the_weights_of_a_model_are_found_however_they_are_stored(compat, load, kind):
+    model = load(kind)
+    found = compat.key_patches(model)
+    for name, value in native_wan(layers=1).items():
+        (weight, convert), *patches = found[f"diffusion_model.{name}"]
+        plain = convert(weight).to(torch.float32)
+        assert plain.shape == value.shape and (plain - value).norm() < 0.1 * value.norm(), name
+        assert patches == []
+
+
+@torch.inference_mode()
+def test_a_patched_weight_is_found_unpatched_with_its_patches(compat, load):
+    name, patch = "diffusion_model.blocks.0.ffn.0.weight", ("diff", (torch.ones(512, 256),))
+    model = load("bfloat16")
+    before = compat.key_patches(model)[name][0][0].clone()
+    model.add_patches({name: patch})
+    model.patch_model()
+    (weight, _), (_, value, *_) = compat.key_patches(model)[name]
+    model.unpatch_model()
+    assert torch.equal(weight, before) and value == patch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_s_name_is_that_of_its_weights_however_they_are_stored(module, load, kind):
+    name = module("nodes.host.encoders").weights_id
+    assert name(load(kind)) == name(load(kind)) != name(load(kind, seed=1))

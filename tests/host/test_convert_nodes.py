@@ -161,7 +161,7 @@ def test_an_interrupt_on_the_way_keeps_what_was_there(golden, releases, node, fo
     assert not comfy.model_management.processing_interrupted(), "the host's flag is used up"
 
 
-def test_progress_reaches_the_end(releases, node, monkeypatch):
+def test_progress_reaches_the_end(releases, node, monkeypatch, every_update):
     import comfy.utils
 
     seen = []

@@ -86,6 +86,49 @@ def test_experts_work_inside_an_exchanged_attention(attach, base, random_expert,
     assert torch.equal(sample(attach.attach_experts(base, detail=detail), SIGMAS), plain)
 
 
+def with_easy_cache(model):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    return EasyCacheNode.execute(model, reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False).args[0]
+
+
+def with_lazy_cache(model):
+    from comfy_extras.nodes_easycache import LazyCacheNode
+
+    return LazyCacheNode.execute(model, reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False).args[0]
+
+
+def with_threshold_of_tea_cache(model):
+    clone = model.clone()
+    clone.model_options["transformer_options"]["rel_l1_thresh"] = 0.2
+    return clone
+
+
+def nothing(model):
+    return model
+
+
+@pytest.mark.parametrize("experts_first", [True, False])
+@pytest.mark.parametrize("patch", [with_easy_cache, with_lazy_cache, with_threshold_of_tea_cache, nothing])
+def test_a_step_cache_is_told_once_in_the_log_and_on_the_node(attach, base, random_expert, node, caplog, patch, experts_first):
+    detail = random_expert(base)
+    model = patch(attach.attach_experts(base, detail=detail)) if experts_first else attach.attach_experts(patch(base), detail=detail)
+    positive = [[torch.zeros(1, 6, 4096), {}]]
+    settings = {"seed": 0, "schedule": "auto", "steps": 6, "cfg": 1.0, "denoise": 1.0}
+    with caplog.at_level("WARNING"):
+        out = node("DCMSampler", model=model, positive=positive, latent_image={"samples": torch.zeros(1, 16, 1, 4, 4)}, **settings)
+    told = [message for message in caplog.messages if "step cache" in message]
+    assert len(told) == (patch is not nothing)
+    assert ("step cache" in out.ui.as_dict()["text"][0]) == (patch is not nothing)
+
+
+def test_a_step_cache_without_experts_is_nobodys_business(base, module, sample, caplog):
+    with caplog.at_level("WARNING"):
+        sample(with_easy_cache(base), SIGMAS)
+    assert "step cache" not in caplog.text
+    assert module("nodes.host.route").step_cache_note(with_easy_cache(base)) == ""
+
+
 def two_stages(called):
     """A second-order sampler in float64 that calls the model at each sigma and half way to the next, in the logarithm."""
 

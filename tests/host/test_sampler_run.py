@@ -122,7 +122,7 @@ def test_previews_come_from_both_sides_on_the_nodes_one_bar(module, base, low, m
 
 
 @pytest.mark.parametrize("step", [0, 2, 3])
-def test_interrupt_stops_within_the_step_and_the_next_run_is_whole(run, routed, base, monkeypatch, step):
+def test_interrupt_stops_within_the_step_and_the_next_run_is_whole(run, routed, base, monkeypatch, every_update, step):
     import comfy.model_management as management
     import comfy.utils
 

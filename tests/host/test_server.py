@@ -77,6 +77,12 @@ def test_every_widget_of_ours_has_a_tooltip(info):
     assert bare == []
 
 
+def test_every_node_is_found_by_other_words_where_the_host_knows_them(info):
+    if "search_aliases" not in info["KSampler"]:
+        pytest.skip("this host knows no search aliases")
+    assert [name for name, node in info.items() if name.startswith("DCM") and len(node["search_aliases"] or []) < 2] == []
+
+
 # Runs
 
 def test_the_shipped_workflow_renders_a_video(server, make_prompt, rendered):

@@ -1,5 +1,6 @@
 """A real server in a process of its own, as the demo starts it; a repository as users get it."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -28,6 +29,15 @@ def server(environment, tmp_path_factory):
     make_models(environment, base)
     with start(environment, base) as instance:
         yield instance
+
+
+@pytest.fixture
+def script():
+    """scripts/test.py, whose name is that of a module of Python."""
+    spec = importlib.util.spec_from_file_location("test_script", ROOT / "scripts" / "test.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass(frozen=True)

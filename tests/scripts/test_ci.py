@@ -45,6 +45,35 @@ def test_every_change_is_tested_by_the_script_that_a_user_runs():
     assert "python3 scripts/test.py" in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "own_comfyui", "runs"),
+    [
+        ([], False, [("all", []), ("newer", [])]),
+        ([], True, [("all", [])]),
+        (["-k", "word"], False, [("all", ["-k", "word"])]),
+        (["--newer", "-k", "word"], False, [("newer", ["-k", "word"])]),
+    ],
+)
+def test_the_script_passes_everything_in_two_hosts(monkeypatch, script, arguments, own_comfyui, runs):
+    done = []
+    monkeypatch.setattr(script, "run_all", lambda given: done.append(("all", given)))
+    monkeypatch.setattr(script, "run_in_newer", lambda given: done.append(("newer", given)))
+    monkeypatch.setattr(script.sys, "argv", ["test.py", *arguments])
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    if own_comfyui:
+        monkeypatch.setenv("COMFYUI_PATH", "comfyui")
+    script.main()
+    assert done == runs
+
+
+def test_a_failure_in_the_first_host_is_the_end(monkeypatch, script):
+    monkeypatch.setattr(script, "run_all", lambda given: 1)
+    monkeypatch.setattr(script, "run_in_newer", lambda given: 0)
+    monkeypatch.setattr(script.sys, "argv", ["test.py"])
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    assert script.main() == 1
+
+
 def test_a_version_tag_is_published_after_the_tests():
     workflow = named("publish.yml")
     assert set(workflow["on"]) == {"push"} and set(workflow["on"]["push"]) == {"tags"}

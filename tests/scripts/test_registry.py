@@ -1,6 +1,5 @@
 """What the Comfy Registry is given: metadata it can read, code it allows, an archive with what users need and no more."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -76,17 +75,8 @@ def test_the_archive_holds_what_users_need_and_nothing_else(archive, repository)
     assert archive.stat().st_size < MAX_BYTES, f"{len(names)} files, {archive.stat().st_size / 1e6:.1f} MB"
 
 
-@pytest.fixture
-def script(monkeypatch, repository):
-    """scripts/test.py, looking at the repository."""
-    spec = importlib.util.spec_from_file_location("test_script", ROOT / "scripts" / "test.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "ROOT", repository.folder)
-    return module
-
-
-def test_the_checks_pass_the_pack_and_fail_on_code_the_registry_forbids(script, environment, repository):
+def test_the_checks_pass_the_pack_and_fail_on_code_the_registry_forbids(monkeypatch, script, environment, repository):
+    monkeypatch.setattr(script, "ROOT", repository.folder)
     assert script.validate(environment) == 0
     for line in ("exec('1')", "eval('1')", "a = 1; b = 2"):
         (repository.folder / "bad.py").write_text(f"{line}\n")
