@@ -9,9 +9,16 @@ const NODES = {
   DCMTrainSemanticExpert: { color: "#6b4514", bgcolor: "#4a3211" },
   DCMTrainDetailExpert: { color: "#1d4f73", bgcolor: "#173a54" },
 };
+// Wide enough for the values that a new node has, high enough for the pictures it will show; 0 is what the widgets need.
 const SIZES = {
   DCMSampler: [360, 520],
-  DCMAttachExperts: [380, 300],
+  DCMAttachExperts: [420, 300],
+  DCMConvertCheckpoint: [420, 0],
+  DCMExtractLoRA: [420, 0],
+  DCMInspectModel: [420, 0],
+  DCMLoadConditioning: [520, 0],
+  DCMLoadDataset: [420, 0],
+  DCMLoadModel: [420, 0],
   DCMTrainSemanticExpert: [420, 640],
   DCMTrainDetailExpert: [420, 700],
   DCMVideoDataset: [400, 360],

@@ -167,7 +167,7 @@ app.registerExtension({
     if (node.comfyClass !== "DCMSampler" || !node.addDOMWidget) return;
     const bar = new Bar(node);
     const widget = node.addDOMWidget("dcm_plan", "dcm_plan", bar.element, {
-      serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: () => HEIGHT, getMaxHeight: () => HEIGHT,
+      serialize: false, hideOnZoom: false, hideInPanel: true, margin: MARGIN, getMinHeight: () => HEIGHT, getMaxHeight: () => HEIGHT,
     });
     widget.serialize = false;
     widget.label = "experts"; // where a front end lists the widgets

@@ -20,21 +20,48 @@ SECONDS = 30
 # Front ends of 2025 find no help page in a folder with a dot in its name.
 FOLDER = "ComfyUI-DCM"
 
+# Ahead of a front end's own scripts: its DCM nodes can hold no element.
+NO_ELEMENTS = """let front; Object.defineProperty(window, 'LiteGraph', { configurable: true, get: () => front, set(value) { front = value;
+const node = value.LGraphNode.prototype; let add = node.addDOMWidget;
+Object.defineProperty(node, 'addDOMWidget', {
+  get() { return this.comfyClass?.startsWith('DCM') ? undefined : add }, set(given) { add = given } }) } })"""
+
+# Node by node: the values that are not drawn whole, and how much of the widgets is below the node's end.
+CUT_ON_CANVAS = """() => app.graph._nodes.map(node => {
+const canvas = app.canvas, drawn = new Set(), { fillText } = CanvasRenderingContext2D.prototype;
+CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) { drawn.add(text); fillText.call(this, text, ...rest) };
+canvas.ds.scale = 1;
+canvas.ds.offset = [100 - node.pos[0], 100 - node.pos[1]];
+canvas.draw(true, true);
+CanvasRenderingContext2D.prototype.fillText = fillText;
+const values = (node.widgets ?? []).filter(widget => ['combo', 'text'].includes(widget.type)).map(widget => widget.value);
+return [node.type, values.filter(value => value && !drawn.has(value)), Math.max(0, node.computeSize()[1] - node.size[1])] })"""
+CUT_IN_NODES_2 = """() => app.graph._nodes.map(node => {
+const element = document.querySelector(`[data-node-id="${node.id}"]`), end = element.getBoundingClientRect().bottom;
+const cut = [...element.querySelectorAll('span, input')].filter(part => part.scrollWidth > part.clientWidth + 1
+  && getComputedStyle(part).overflowX !== 'visible').map(part => part.textContent || part.value);
+const below = [...element.querySelectorAll('input, textarea, button')].filter(part => part.getBoundingClientRect().bottom > end);
+return [node.type, cut, below.length] })"""
+
 
 class Page:
     """A page of the front end, open on an empty graph.
 
     Attributes:
         name: front end and renderer, for screenshots.
-        errors: what the console called errors since `watch`.
+        nodes2: drawn as Nodes 2.0, not on the canvas.
+        errors: what the console called errors.
     """
 
-    def __init__(self, chromium, server, name, nodes2):
-        self.server, self.name, self.errors = server, name, []
+    def __init__(self, chromium, server, name, nodes2, before=None):
+        """`before`: a script to run in the page ahead of the front end's own."""
+        self.server, self.name, self.nodes2, self.errors = server, name, nodes2, []
         for key, value in {**SETTINGS, "Comfy.VueNodes.Enabled": nodes2}.items():
             server.request(f"/settings/{key}", value)
         self.page = chromium.new_page(viewport={"width": 1600, "height": 1000})
         self.page.set_default_timeout(SECONDS * 1000)
+        if before:
+            self.page.add_init_script(before)
         # nothing outside this machine is asked
         self.page.route("**/*", lambda route: route.continue_() if "127.0.0.1" in route.request.url else route.abort())
         self.page.on("console", lambda message: message.type == "error" and self.errors.append((message.text, message.location["url"])))
@@ -64,7 +91,10 @@ class Page:
 
     def complaints(self):
         """Errors of the console that have to do with us: the front end's own requests to elsewhere are not."""
-        elsewhere = ("Failed to load resource", "[Jobs API]", "Connecting to ", "Fetch API cannot load", "Error fetching file size")
+        elsewhere = (
+            "Failed to load resource", "Failed to fetch queue", "[Jobs API]", "Connecting to ", "Fetch API cannot load",
+            "Error fetching file size",
+        )
         return [(text, url) for text, url in self.errors if not text.startswith(elsewhere) or FOLDER in url]
 
     def clear(self):
@@ -115,10 +145,22 @@ class Page:
             self.page.keyboard.press("Escape")
             time.sleep(0.3)
 
+    def add(self, kinds):
+        """New nodes with the widgets and sizes they get when a user adds them."""
+        self.run(
+            """kinds => kinds.forEach((kind, place) => { const node = LiteGraph.createNode(kind);
+            node.pos = [place % 6 * 600, Math.floor(place / 6) * 1000]; app.graph.add(node) })""",
+            kinds,
+        )
+
     def node(self, kind):
         """The id of the graph's only node of a kind."""
         (found,) = self.run("kind => app.graph._nodes.filter(n => n.type === kind).map(n => n.id)", kind)
         return found
+
+    def width(self, kind):
+        """Of the graph's only node of a kind, in pixels of the screen."""
+        return self.run("id => app.graph.getNodeById(id).size[0] * app.canvas.ds.scale", self.node(kind))
 
     def set_widget(self, kind, name, value):
         self.run(
@@ -127,16 +169,39 @@ class Page:
             [self.node(kind), name, value],
         )
 
-    def show(self, kind):
-        """Bring a node to the middle of the screen, with room for its tools above."""
+    def show(self, kind, settle=1):
+        """Select a node alone and bring it to the middle of the screen, with room for its tools above; wait `settle` seconds."""
         self.run(
             """id => { const node = app.graph.getNodeById(id), canvas = app.canvas;
+            canvas.deselectAll?.();
             const scale = canvas.ds.scale = Math.min(0.9, 650 / node.size[1]);
             canvas.ds.offset = [700 / scale - node.pos[0] - node.size[0] / 2, 240 / scale - node.pos[1]];
             canvas.selectNode(node); canvas.setDirty(true, true) }""",
             self.node(kind),
         )
-        time.sleep(1)
+        time.sleep(settle)
+
+    def cut(self):
+        """[type, values that are not to be read whole, how much is below its end] of each node."""
+        if not self.nodes2:
+            return self.run(CUT_ON_CANVAS)
+        self.wait("() => app.graph._nodes.every(({ id }) => document.querySelector(`[data-node-id=\"${id}\"] button`))")
+        return self.run(CUT_IN_NODES_2)
+
+    def listen_to_the_bar(self):
+        """Keep the step bar's words, one after the other, in the page's `captions`."""
+        self.run(
+            """() => { const caption = document.querySelector('.dcm-step-bar').lastElementChild; window.captions = [];
+            new MutationObserver(() => captions.push(caption.textContent)).observe(caption, { childList: true }) }"""
+        )
+
+    def wait_for_preview(self, node):
+        """Until a node shows a preview: drawn by the canvas, or an element of Nodes 2.0."""
+        self.wait(
+            """id => app.graph.getNodeById(id).imgs?.some(image => image.src.startsWith('blob:'))
+            || document.querySelector(`[data-node-id="${id}"] img[src^="blob:"]`) !== null""",
+            node,
+        )
 
     def queue(self):
         """Press Run; the page forgets the messages of earlier runs."""

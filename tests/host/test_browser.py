@@ -5,8 +5,12 @@ import os
 import time
 
 import pytest
+import torch
 
-from .browser import ARGUMENTS, CHROMIUM, FOLDER, Page
+from dcm_core.conditioning import save_conditioning
+from dcm_core.storage import write_tensors
+
+from .browser import ARGUMENTS, CHROMIUM, FOLDER, NO_ELEMENTS, Page
 from .graphs import WORKFLOWS, read
 from .server import HOST, ROOT, start_server
 
@@ -17,6 +21,17 @@ WAN = ROOT / "workflows" / "DCM Wan 2.1 text to video.json"
 NEWER = os.environ.get("COMFYUI_FRONT_END")
 COMBINATIONS = [("own", False), ("own", True), ("newer", False), ("newer", True)]
 RENDERERS = {False: "canvas", True: "nodes 2.0"}
+NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
+
+# kind -> widget -> value that does not fit; the node that says so; its words
+FAULTS = {
+    "no expert": ({"DCMAttachExperts": {"semantic_lora": "none", "detail_lora": "none"}}, "DCMAttachExperts",
+                  "semantic_lora and detail_lora are both none"),
+    "an expert of another family": ({"DCMAttachExperts": {"detail_lora": "hunyuan.safetensors"}}, "DCMAttachExperts",
+                                    "This expert is for HunyuanVideo"),
+    "embeddings of another width": ({"DCMLoadConditioning": {"name": "narrow.safetensors"}}, "DCMSampler",
+                                    "positive has text embeddings of width 768"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +47,14 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory):
-    """serve("own") -> a host without any models but those of the pack, with that front end."""
+    """serve("own") -> a host with that front end, with the models of the pack and `add_unfit_files`."""
     running, contexts = {}, []
 
     def start(front):
         if front not in running:
             arguments = ["--front-end-root", NEWER] if front == "newer" else []
             base = tmp_path_factory.mktemp(f"{front}-front")
+            add_unfit_files(base / "models")
             context = start_server(base, extra_args=("--preview-method", "latent2rgb", *arguments), folder=FOLDER)
             running[front] = context.__enter__()
             contexts.append(context)
@@ -47,6 +63,16 @@ def serve(tmp_path_factory):
     yield start
     for context in contexts:
         context.__exit__(None, None, None)
+
+
+def add_unfit_files(models):
+    """A HunyuanVideo LoRA, and embeddings of another text encoder."""
+    site = "diffusion_model.double_blocks.0.img_attn.proj"
+    lora = {f"{site}.lora_A.weight": torch.zeros(4, 3072), f"{site}.lora_B.weight": torch.zeros(3072, 4)}
+    for folder in ("loras", "dcm_conditioning"):
+        (models / folder).mkdir(parents=True)
+    write_tensors(models / "loras" / "hunyuan.safetensors", lora, {})
+    save_conditioning(models / "dcm_conditioning" / "narrow.safetensors", [[torch.zeros(1, 8, 768), {}]])
 
 
 @pytest.fixture(scope="module", params=COMBINATIONS, ids=lambda pair: f"{pair[0]} front end, {RENDERERS[pair[1]]}")
@@ -100,11 +126,20 @@ def test_missing_models_are_offered_for_download(page):
     page.dismiss()
 
 
-def test_a_node_is_found_in_the_library_and_dragged_out(page):
+def need_aliases(page, kind):
+    if not page.server.request(f"/object_info/{kind}")[kind].get("search_aliases"):
+        pytest.skip("this host knows no search aliases")
+
+
+@pytest.mark.parametrize("words", ["DCM Sampler", "few step video"])
+def test_a_node_is_found_in_the_library_and_dragged_out(page, words):
+    """By its name everywhere, by an alias where the host knows them."""
+    if words == "few step video":
+        need_aliases(page, "DCMSampler")
     page.clear()
     page.command("Workspace.ToggleSidebarTab.node-library")
     search = page.page.get_by_placeholder("Search").first
-    search.fill("DCM Sampler")
+    search.fill(words)
     entry = page.text("DCM Sampler")
     entry.wait_for()
     time.sleep(1)  # the list slides
@@ -121,12 +156,11 @@ def test_a_node_is_found_in_the_library_and_dragged_out(page):
     page.command("Workspace.ToggleSidebarTab.node-library")
 
 
-@pytest.mark.parametrize("words", ["DCM Attach", "semantic expert", "dual expert"])
+@pytest.mark.parametrize("words", ["DCM Attach", "high noise low noise lora", "dual expert"])
 def test_a_node_is_found_by_search(page, words):
     """By its name everywhere, by its aliases where the host knows them."""
-    aliases = page.server.request("/object_info/DCMAttachExperts")["DCMAttachExperts"].get("search_aliases")
-    if words in ("dual expert", "semantic expert") and not aliases:
-        pytest.skip("this host knows no search aliases")
+    if words != "DCM Attach":
+        need_aliases(page, "DCMAttachExperts")
     page.clear()
     page.command("Workspace.SearchBox.Toggle")
     page.page.keyboard.type(words, delay=20)
@@ -140,8 +174,9 @@ def test_the_step_bar_shows_the_plan_before_the_run(page):
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")
     assert page.run(experts) == 3 * ["semantic"] + 3 * ["detail"]
     page.show("DCMSampler")
-    box = page.page.locator(".dcm-step-bar").bounding_box()
-    assert box["width"] > 150 and box["height"] > 20
+    box, width = page.page.locator(".dcm-step-bar").bounding_box(), page.width("DCMSampler")
+    # as wide as the node, whatever panel lists its widgets
+    assert 0.85 * width < box["width"] <= width and box["height"] > 20
     page.set_widget("DCMSampler", "schedule", "generic")
     page.set_widget("DCMSampler", "steps", 10)
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 10")
@@ -150,22 +185,47 @@ def test_the_step_bar_shows_the_plan_before_the_run(page):
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 0")
 
 
+def test_without_what_it_needs_the_bar_is_not_there_and_the_graph_runs(page, chromium):
+    page.open(SMALL_WORLD)
+    bar = page.page.locator(".dcm-step-bar")
+    bar.wait_for()
+    page.page.route("**/dcm/plan", lambda route: route.fulfill(status=404))
+    page.set_widget("DCMSampler", "boundary", 0.5)
+    bar.wait_for(state="hidden")
+    page.page.unroute("**/dcm/plan")
+    lacking = Page(chromium, page.server, page.name, page.nodes2, before=NO_ELEMENTS)
+    lacking.open(SMALL_WORLD)
+    lacking.set_widget("DCMSampler", "seed", time.time_ns() % 2**31)
+    lacking.queue()
+    lacking.finish()
+    assert lacking.heard("dcm.plan")
+    assert not lacking.page.locator(".dcm-step-bar").count()
+    assert [error for error in lacking.errors if "DCM" in str(error)] == []
+    lacking.page.close()
+
+
 def test_a_run_fills_the_bar_and_its_video_plays(page):
     page.open(SMALL_WORLD)
     # another run than that of the page before, which the host would not repeat
     page.set_widget("DCMSampler", "seed", time.time_ns() % 2**31)
     page.show("DCMSampler")
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")
+    page.listen_to_the_bar()
     page.queue()
     page.finish()
     sampler = str(page.node("DCMSampler"))
     (plan,) = page.heard("dcm.plan")
     assert plan["node"] == sampler and [step["expert"] for step in plan["steps"]] == 3 * ["semantic"] + 3 * ["detail"]
     states = [event["nodes"][sampler] for event in page.heard("progress_state") if sampler in event["nodes"]]
-    values = [state["value"] for state in states if state["max"] == 6]
+    values = [state["value"] for state in states if state["state"] == "running"]
     # one bar that passes the switch
     assert values == sorted(values) and set(values) >= {1, 2, 3, 4, 5, 6}
+    assert {state["max"] for state in states if state["value"]} == {6}
+    captions = page.run("() => captions")
+    for number, step in enumerate(plan["steps"], 1):
+        assert f"{number} / 6  {step['expert']}  σ {step['sigma']:.4g}" in captions
     assert "image" in page.heard("b_preview_with_metadata") + page.heard("b_preview")
+    page.wait_for_preview(sampler)
     page.wait("() => [...document.querySelectorAll('.dcm-step-bar [data-done]')].filter(f => f.dataset.done === 'true').length === 6")
     # the first Nodes 2.0 draws no text below the widgets
     if page.name != "own nodes 2.0":
@@ -175,7 +235,7 @@ def test_a_run_fills_the_bar_and_its_video_plays(page):
     video = page.wait("() => [...document.querySelectorAll('video')].map(v => v.currentSrc || v.src).find(Boolean)")
     assert ".mp4" in video
     page.run("() => document.querySelectorAll('video').forEach(v => { v.muted = true; v.play() })")
-    page.wait("() => [...document.querySelectorAll('video')].some(v => v.currentTime > 0.2 && v.videoWidth === 80)")
+    page.wait("() => [...document.querySelectorAll('video')].some(v => v.currentTime > 0.2 && v.videoWidth === 256)")
     page.shoot("video")
 
 
@@ -213,30 +273,38 @@ def test_training_shows_its_losses_and_samples(page):
     page.shoot("training")
 
 
-@pytest.mark.parametrize("kind", ["DCMSampler", "DCMAttachExperts"])
-def test_the_help_page_of_a_node_is_shown(page, kind):
-    page.open(SMALL_WORLD)
-    page.show(kind)
-    page.page.locator("[data-testid=info-button]").first.click()
-    heading = (ROOT / "web" / "docs" / f"{kind}.md").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-    page.page.get_by_role("heading", name=heading).first.wait_for()
-    picture = page.page.locator("img[src*='docs/']").first
-    picture.wait_for()
-    page.wait("() => [...document.querySelectorAll(\"img[src*='docs/']\")].every(image => image.naturalWidth > 0)")
-    page.shoot(f"help {kind}")
-    page.open(SMALL_WORLD)
+def test_the_help_page_of_every_node_is_shown(page):
+    page.clear()
+    page.add(NODES)
+    for kind in NODES:
+        page.show(kind, settle=0)
+        page.page.locator("[data-testid=info-button]").first.click()
+        heading = (ROOT / "web" / "docs" / f"{kind}.md").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        page.page.get_by_role("heading", name=heading, exact=True).first.wait_for()
+        page.wait("kind => document.querySelector(`img[src*='docs/${kind}.jpg']`)?.naturalWidth > 0", kind)
+        if kind in ("DCMAttachExperts", "DCMSampler"):
+            page.shoot(f"help {kind}")
 
 
-def test_our_error_is_shown_on_the_right_node(page):
+def test_a_new_node_shows_all_its_widgets(page):
+    page.clear()
+    page.add(NODES)
+    assert page.cut() == [[kind, [], 0] for kind in NODES]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_our_error_is_shown_on_the_right_node(page, fault):
+    settings, teller, words = FAULTS[fault]
     page.open(SMALL_WORLD)
-    page.set_widget("DCMAttachExperts", "semantic_lora", "none")
-    page.set_widget("DCMAttachExperts", "detail_lora", "none")
+    for kind, values in settings.items():
+        for name, value in values.items():
+            page.set_widget(kind, name, value)
     page.queue()
     (kind, error) = page.wait("() => window.heard.find(([name]) => name.startsWith('execution_'))")
     assert kind == "execution_error"
-    assert error["node_id"] == str(page.node("DCMAttachExperts"))
-    page.wait_for_text("semantic_lora and detail_lora are both none")
-    page.shoot("error")
+    assert error["node_id"] == str(page.node(teller))
+    page.wait_for_text(words)
+    page.shoot(f"error {fault}")
     page.dismiss()
 
 
