@@ -130,10 +130,11 @@ class Backbone:
             return nullcontext(), self._in_place(experts)
 
         def forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                # what is kept has to stay as it is, and a block may write into its input
+            def on_copies(*args: Any, **kwargs: Any) -> Any:
+                # what is kept has to stay as it is
                 return forward(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
 
+            run = on_copies if self.family.writes_in_place else forward
             return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, context_fn=again, **kwargs)
 
         try:

@@ -25,6 +25,7 @@ SIZE_STEP = 16  # 8 of the VAE times 2 of the transformer's patches
 MAX_ASPECT = 4.0
 MAX_ENLARGEMENT = 1.5
 STEADY = 0.2  # gaps between frames that differ by less, in medians, are rounding
+CHUNK = 1 << 20  # read at once
 # A frame counts as shown this much of a gap before its time: files round times, some to milliseconds.
 EARLY = 0.25
 
@@ -87,6 +88,7 @@ class ClipFacts:
         width, height: size as shown in pixels, after rotation and with square pixels.
         gap: time from frame to frame in seconds.
         bucket: width and height it will be read at.
+        content: hash of the file.
         notes: what is worth knowing but no error.
     """
 
@@ -95,6 +97,7 @@ class ClipFacts:
     height: int
     gap: float
     bucket: tuple[int, int]
+    content: str
     notes: tuple[str, ...] = ()
 
 
@@ -205,7 +208,25 @@ def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
         f"{1 / gap:.3g} frames per second, so frames repeat at {settings.fps:g}": gap * settings.fps > 1 + STEADY,
         f"{width}x{height} enlarged to {bucket[0]}x{bucket[1]}": enlargement > 1,
     }
-    return ClipFacts(clip, width, height, gap, bucket, tuple(note for note, true in facts.items() if true))
+    # now, while the file is still in the system's cache
+    content = content_hash(clip.path)
+    return ClipFacts(clip, width, height, gap, bucket, content, tuple(note for note, true in facts.items() if true))
+
+
+def content_hash(path: Path) -> str:
+    """A hash of a file.
+
+    Raises:
+        ClipError: a file that cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+    except OSError as error:
+        raise ClipError(path, f"cannot be read ({error.strerror}). Check its permissions.") from error
 
 
 def _check_caption(clip: Clip) -> None:
@@ -249,7 +270,7 @@ def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
         float32 (frames, height, width, 3) from 0 to 1: at each i / fps the frame that is shown then.
 
     Raises:
-        ClipError: a file that is damaged after its first frame.
+        ClipError: a file that is damaged after its first frame; its later frames are first decoded here.
     """
     width, height = facts.bucket
     pixels, filled = torch.empty(settings.frames, height, width, 3), 0

@@ -18,7 +18,6 @@ class TrainingError(DCMError):
 
 
 SCHEDULERS = ("constant", "cosine")
-PRECISIONS = ("float32", "bfloat16")
 
 # name -> (lowest, highest) of the numbers
 LIMITS: dict[str, tuple[float, float]] = {
@@ -45,6 +44,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "sample_every": (0, 1e7),
     "sample_steps": (1, 1000),
     "weight_decay": (0, 10),
+    "divergence": (0, 1e9),
 }
 
 
@@ -56,7 +56,7 @@ class TrainingConfig:
         expert: which expert is trained.
         boundary: sigma between the experts, stored with the result; 0 takes the family's.
         shift, points: of the solver's noise levels.
-        phases: consistency phases of this expert.
+        phases: consistency phases of this expert (of each side, where it is shared).
         shared: train one expert for all noise levels (the paper's ablation).
         batch_size: videos a step and process; `accumulate` batches make one update.
         rank, alpha: of the low-rank pairs; rank 0 is a full fine-tune (semantic expert only).
@@ -67,6 +67,7 @@ class TrainingConfig:
         feature_weight: of feature matching; -1 takes the family's.
         discriminator_width: channels of its heads, a multiple of 32.
         guidance: embedded guidance (HunyuanVideo).
+        divergence: how many times its lowest the loss may become before the run is ended; 0 for any.
         held_out: clips kept for the held-out loss.
         sample_every: steps between sample videos, 0 for none; sample_steps: steps of a sample.
 
@@ -86,6 +87,7 @@ class TrainingConfig:
     warmup_steps: int = 10
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    divergence: float = 20.0
     ema_decay: float = 0.95
     boundary: float = 0.0
     shift: float = DEFAULT_SHIFT
@@ -160,8 +162,12 @@ class TrainingConfig:
         return tuple(1000 * value for value in generic_sigmas(self.sample_steps, self.shift, self.points)[:-1].tolist())
 
     def differences(self, other: "TrainingConfig") -> list[str]:
-        """`name: other's -> mine` of every setting that changes what is trained (not how long, or how often it is saved)."""
-        free = {"steps", "save_every", "keep", "held_out_every", "sample_every", "checkpointing"}
+        """`name: other's -> mine` of every setting that a resumed run may not change: what is trained, not how long, how fast, or how
+        often it is saved."""
+        free = {
+            "steps", "save_every", "keep", "held_out_every", "sample_every", "checkpointing", "divergence",
+            "learning_rate", "discriminator_learning_rate",
+        }
         names = [field.name for field in dataclasses.fields(self) if field.name not in free]
         return [
             f"{name}: {getattr(other, name)!r} -> {getattr(self, name)!r}"

@@ -19,10 +19,9 @@ from .video_file import ClipError
 
 FORMAT = "dcm-latent"
 VERSION = "1"  # of what the cache holds; a change makes everything anew
-CHUNK = 1 << 20
 
 # Where each part of the work begins, in thousandths of the progress bar.
-CHECKING, HASHING, VIDEOS, TEXTS, END = 0, 20, 50, 900, 1000
+CHECKING, VIDEOS, TEXTS, END = 0, 50, 900, 1000
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def prepare(
     report = progress or (lambda done, total: None)
     clips = find_clips(source)
     cache.mkdir(parents=True, exist_ok=True)
-    good, problems = check_clips(clips, settings, _part(report, CHECKING, HASHING))
-    videos = _with_paths(good, settings, encoders.video_id, cache, _part(report, HASHING, VIDEOS))
+    good, problems = check_clips(clips, settings, _part(report, CHECKING, VIDEOS))
+    videos = [(facts, cache / _video_name(facts, settings, encoders.video_id)) for facts in good]
     new_videos = {path: facts for facts, path in videos if _latent_shape(path) is None}
     failed = _encode_videos(new_videos, settings, encoders, _part(report, VIDEOS, TEXTS))
     problems += (Problem(facts.clip.path, failed[path]) for facts, path in videos if path in failed)
@@ -98,24 +97,8 @@ def _name(kind: str, *parts: Any) -> str:
     return hashlib.sha256(json.dumps([kind, VERSION, *parts]).encode()).hexdigest() + ".safetensors"
 
 
-def _with_paths(
-    good: list[ClipFacts], settings: ClipSettings, video_id: str, cache: Path, progress: Progress
-) -> list[tuple[ClipFacts, Path]]:
-    """Each clip with its file in the cache."""
-    videos = []
-    for done, facts in enumerate(good, start=1):
-        content = _content_hash(facts.clip.path)
-        videos.append((facts, cache / _name("video", content, settings.frames, float(settings.fps), facts.bucket, video_id)))
-        progress(done, len(good))
-    return videos
-
-
-def _content_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _video_name(facts: ClipFacts, settings: ClipSettings, video_id: str) -> str:
+    return _name("video", facts.content, settings.frames, float(settings.fps), facts.bucket, video_id)
 
 
 def _encode_videos(

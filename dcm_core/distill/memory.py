@@ -1,42 +1,57 @@
 """What a run will need in memory, told before its first step.
 
-    peak = trained x (weight + gradient + 2 AdamW moments + average) + videos x tokens x bytes a token + base
+    peak = base + trained x (weight + average + 2 AdamW moments + gradient) + what else a step makes
 
-The bytes a token are measured on the model itself: two short backward graphs are built, and what they keep is counted.
+The last is measured: a step is made on a video of zeros, and the tensors that are alive at once are counted. A step that
+is larger than `PROBE` tokens follows from two smaller ones, as it grows with the tokens.
 """
 
-from collections.abc import Iterable
+import math
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from .backbone import Backbone, Text
 from .config import TrainingConfig, TrainingError
-from .discriminator import Discriminator
-from .trainee import Trainee
 
 GIB = 2**30
-FLOAT32 = 4
+# The largest step that is made only to be measured: (videos, frames, height, width) of latents, and its tokens.
+PROBE_SHAPES = ((1, 4, 32, 32), (1, 8, 32, 32))
+PROBE = 2048
+# Kernels hold some memory of their own.
+MARGIN = 1.05
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what they are for."""
+    """Bytes by what they are for.
+
+    Attributes:
+        base: the base model's weights.
+        present: trained tensors and their average, which are there before the first step.
+        moments: of the optimiser, there after the first step.
+        step: the most that a step makes at once, gradients and all.
+    """
 
     base: int
-    trained: int
-    activations: int
+    present: int
+    moments: int
+    step: int
 
     @property
-    def beside_base(self) -> int:
-        """What has to be free when the base is wherever the host put it."""
-        return self.trained + self.activations
+    def coming(self) -> int:
+        """What has to be free when the run starts, wherever the host has put the base."""
+        return self.moments + self.step
 
     def __str__(self) -> str:
-        parts = {"base": self.base, "trained tensors and optimiser": self.trained, "activations": self.activations}
+        parts = {"base": self.base, "trained tensors and optimiser": self.present + self.moments, "a step": self.step}
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-        return f"peak memory about {(self.base + self.beside_base) / GIB:.2f} GiB ({listed})"
+        return f"peak memory about {sum(parts.values()) / GIB:.2f} GiB ({listed})"
 
     def check(self, available: int, config: TrainingConfig) -> None:
         """Refuse what cannot fit even with the base offloaded.
@@ -44,7 +59,7 @@ class Memory:
         Raises:
             TrainingError: with what to change.
         """
-        if self.beside_base <= available:
+        if self.coming <= available:
             return
         fixes = ["fewer frames or smaller clips in the dataset"]
         if config.batch_size > 1:
@@ -56,9 +71,44 @@ class Memory:
         elif config.rank > 16:
             fixes.append(f"rank below {config.rank}")
         raise TrainingError(
-            f"Training needs about {self.beside_base / GIB:.2f} GiB beside the base model, {available / GIB:.2f} GiB can be had. "
-            f"Try {', '.join(fixes)}."
+            f"Training needs about {(self.present + self.coming) / GIB:.2f} GiB beside the base model, "
+            f"{(self.present + available) / GIB:.2f} GiB can be had. Try {', '.join(fixes)}."
         )
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside the block that are still there; `most` is their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # what comes in unseen was there before
+        self._see((args, kwargs), counted=False)
+        out = function(*args, **(kwargs or {}))
+        self._see(out, counted=True)
+        self.most = max(self.most, self.now)
+        return out
+
+    def _see(self, values: Any, counted: bool) -> None:
+        for value in tree_leaves(values):
+            # a quantised tensor of the host is a shell around others
+            if type(value) in (Tensor, nn.Parameter):
+                storage = value.untyped_storage()
+                if storage._cdata not in self._seen:
+                    self._add(storage, storage.nbytes() if counted else 0)
+
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+
+        def gone(_: weakref.ref) -> None:
+            del self._seen[key]
+            self.now -= size
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += size
 
 
 def total(tensors: Iterable[Tensor]) -> int:
@@ -66,54 +116,26 @@ def total(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def estimate(
-    backbone: Backbone,
-    trainee: Trainee,
-    discriminator: Discriminator | None,
-    config: TrainingConfig,
-    latent_shape: tuple[int, ...],
-    text: Text,
-    device: torch.device,
-) -> Memory:
-    """The peak of a training step on videos of `latent_shape` (channels, frames, height, width)."""
-    copies = 4 + (config.ema_decay > 0)
-    trained = copies * sum(value.numel() for _, value in trainee.named_parameters()) * FLOAT32
-    if discriminator is not None:
-        trained += 4 * total(discriminator.parameters())
-    tokens = latent_shape[1] * -(-latent_shape[2] // 2) * -(-latent_shape[3] // 2)
-    kept = _bytes_a_token(backbone, trainee, latent_shape[0], text, device)
-    blocks = sum(len(backbone.module.get_submodule(name)) for name in backbone.family.block_lists)
-    if config.checkpointing:
-        width = backbone.module.get_submodule(backbone.family.text_module).out_features
-        # one block at a time is computed again; of the others the inputs stay
-        kept = kept / blocks + blocks * width * backbone.dtype.itemsize
-    graphs = 2 if discriminator is not None else 1
-    activations = int(graphs * config.batch_size * tokens * kept)
-    return Memory(total(backbone.module.parameters()), trained, activations)
+def tokens_of(shape: tuple[int, ...]) -> int:
+    """Tokens of videos whose latents have the shape (videos, frames, height, width)."""
+    videos, frames, height, width = shape
+    return videos * frames * -(-height // 2) * -(-width // 2)
 
 
-def _bytes_a_token(backbone: Backbone, trainee: Trainee, channels: int, text: Text, device: torch.device) -> float:
-    """How much a student's backward graph grows with each token."""
-    plain = Backbone(backbone.module, backbone.family, backbone.dtype, backbone.options)
-    one = Text(text.context[:1], {name: value[:1] for name, value in text.extras.items()}).to(device)
-    short, long = (_kept(plain, trainee, torch.zeros(1, channels, frames, 8, 8, device=device), one) for frames in (1, 3))
-    return (long - short) / (2 * 16)
+def step_size(step: Callable[[tuple[int, ...]], None], shape: tuple[int, ...]) -> int:
+    """The most that a step on latents of `shape` (videos, frames, height, width) makes at once.
+
+    Args:
+        step: makes a step on latents of a shape; the gradients it adds to are there already.
+    """
+    tokens = tokens_of(shape)
+    if tokens <= PROBE:
+        return int(MARGIN * _measured(step, shape))
+    (few, little), (many, much) = ((tokens_of(probe), _measured(step, probe)) for probe in PROBE_SHAPES)
+    return math.ceil(MARGIN * (much + (tokens - many) * max(0, much - little) / (many - few)))
 
 
-def _kept(backbone: Backbone, trainee: Trainee, x: Tensor, text: Text) -> int:
-    weights = {value.untyped_storage().data_ptr() for value in backbone.module.parameters()}
-    weights |= {value.untyped_storage().data_ptr() for _, value in trainee.named_parameters()}
-    found: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        # held until counted: freed memory would be counted once for two tensors
-        velocity = backbone.velocity(x, torch.ones(1, device=x.device), text, trainee.working)
-        kept = sum(found.values())
-        del velocity
-    return kept
+def _measured(step: Callable[[tuple[int, ...]], None], shape: tuple[int, ...]) -> int:
+    with Alive() as alive:
+        step(shape)
+    return alive.most

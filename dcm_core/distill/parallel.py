@@ -1,12 +1,16 @@
 """Several processes that train one expert: `torchrun` or `accelerate launch` starts them, this averages over them."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,15 @@ class Processes:
         """Every process gets the mean of all processes' gradients."""
         if self.count == 1:
             return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        parameters = list(parameters)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
         dist.all_reduce(flat)
         flat /= self.count
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad.copy_(mean.view_as(parameter))
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """The mean of all processes' values."""
@@ -52,11 +59,21 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first process runs the block, then the others do."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
 
 def join(device: torch.device) -> Processes:
     """This process among those a launcher started (it sets RANK and WORLD_SIZE), or alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # one may encode all clips while the others wait
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return Processes(dist.get_rank(), dist.get_world_size())

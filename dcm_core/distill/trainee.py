@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..adapters import RoutedExpert
+from ..adapters import LAYER_PARAMS, RoutedExpert, find_module
 from ..errors import ExpertError, name_some
 from ..experts import Expert, LowRank
 from ..families import Family
 from .backbone import Working
+
+# native tensor name -> its value, dequantised
+WeightOf = Callable[[str], Tensor]
 
 
 def _casting(kind: type[nn.Module]) -> type[nn.Module]:
@@ -36,6 +39,15 @@ CASTING = SimpleNamespace(**{
 })
 
 
+class TrainedPart(RoutedExpert):
+    """Its bare parameters go in as they are: the base's own may be stored in a dtype too small to train in."""
+
+    def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        for name, tensor in zip(self.bare_names, self.bare, strict=True):
+            module, _, attribute = name.rpartition(".")
+            yield find_module(root, module), attribute, tensor
+
+
 @dataclass(frozen=True)
 class Trainee:
     """The modules of an expert under training.
@@ -48,8 +60,8 @@ class Trainee:
     """
 
     facts: Expert
-    low_rank: RoutedExpert
-    replaced: RoutedExpert
+    low_rank: TrainedPart
+    replaced: TrainedPart
     scale: float
 
     @property
@@ -116,25 +128,31 @@ def make_trainee(expert: Expert, modules: Mapping[str, nn.Module], device: torch
         for name, updates in expert.low_rank.items()
     }
 
-    def build(**tensors: Any) -> RoutedExpert:
+    def build(**tensors: Any) -> TrainedPart:
         part = Expert(expert.family, expert.role, **tensors)
-        return RoutedExpert(part, modules, CASTING, torch.float32, device).requires_grad_(trainable)
+        return TrainedPart(part, modules, CASTING, torch.float32, device).requires_grad_(trainable)
 
     facts = dataclasses.replace(expert, low_rank={}, replaced={})
     return Trainee(facts, build(low_rank=unscaled), build(replaced=expert.replaced), scales.pop() if scales else 1.0)
 
 
 def new_semantic(
-    family: Family, modules: Mapping[str, nn.Module], rank: int, alpha: float, generator: torch.Generator
+    family: Family,
+    modules: Mapping[str, nn.Module],
+    rank: int,
+    alpha: float,
+    generator: torch.Generator,
+    weight_of: WeightOf | None = None,
 ) -> Expert:
-    """A semantic expert that changes nothing yet: low-rank pairs on every linear of the blocks; rank 0 is a full fine-tune."""
+    """A semantic expert that changes nothing yet: low-rank pairs on every linear of the blocks; rank 0 is a full fine-tune.
+
+    Args:
+        weight_of: the base's weights where they are not plain numbers in `modules`.
+    """
     if rank == 0:
-        replaced = {
-            f"{name}.{param}" if name else param: _free(value).float()
-            for name, module in modules.items()
-            for param, value in module.named_parameters(recurse=False)
-        }
-        return Expert(family.name, "semantic", replaced=replaced)
+        weight_of = weight_of or _own_weights(modules)
+        names = [name for module in modules for name in _parameter_names(module, modules[module])]
+        return Expert(family.name, "semantic", replaced={name: _free(weight_of(name)).float() for name in names})
     lists = tuple(f"{name}." for name in family.block_lists)
     names = [name for name, module in modules.items() if name.startswith(lists) and hasattr(module, "in_features")]
     pairs = {name: (_new_pair(modules[name], rank, alpha, generator),) for name in sorted(names)}
@@ -148,12 +166,15 @@ def new_detail(
     alpha: float,
     generator: torch.Generator,
     semantic: Expert | None = None,
+    weight_of: WeightOf | None = None,
 ) -> Expert:
     """A detail expert that changes nothing yet: the release's low-rank sites, and its copies of embedders and head.
 
     Args:
         semantic: the expert it will work on top of, whose replaced layers it starts from.
+        weight_of: as for `new_semantic`.
     """
+    weight_of = weight_of or _own_weights(modules)
     low_rank: dict[str, tuple[LowRank, ...]] = {}
     replaced: dict[str, Tensor] = {}
     instead = semantic.replaced if semantic else {}
@@ -163,9 +184,25 @@ def new_detail(
         if targets:
             low_rank[name] = tuple(_new_pair(modules[name], rank, alpha, generator, piece.part) for piece in targets)
         if any(piece.source.split(".")[0] in family.detail_modules for piece in pieces):
-            values = {f"{name}.{param}": value for param, value in modules[name].named_parameters(recurse=False)}
-            replaced |= {key: _free(instead.get(key, value)).float() for key, value in values.items()}
+            for key in _parameter_names(name, modules[name]):
+                replaced[key] = _free(instead[key] if key in instead else weight_of(key)).float()
     return Expert(family.name, "detail", low_rank, replaced)
+
+
+def _parameter_names(name: str, module: nn.Module) -> list[str]:
+    """Native names of a module's own parameters; of a linear not those that say how its weight is stored."""
+    own = [param for param, _ in module.named_parameters(recurse=False)]
+    if hasattr(module, "in_features"):
+        own = [param for param in LAYER_PARAMS if getattr(module, param) is not None]
+    return [f"{name}.{param}" if name else param for param in own]
+
+
+def _own_weights(modules: Mapping[str, nn.Module]) -> WeightOf:
+    def weight_of(name: str) -> Tensor:
+        module, _, param = name.rpartition(".")
+        return getattr(modules[module], param)
+
+    return weight_of
 
 
 def _new_pair(module: nn.Module, rank: int, alpha: float, generator: torch.Generator, part: int | None = None) -> LowRank:

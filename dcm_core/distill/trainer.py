@@ -3,38 +3,39 @@
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..experts import Expert
 from .backbone import Backbone
 from .batches import Video, generator_of, stacked, text_of
-from .config import TrainingConfig, TrainingError
-from .consistency import Batch, Roles
+from .config import TrainingConfig
+from .consistency import Batch, Roles, predict
 from .dataset import BatchOrder, TrainingData
 from .discriminator import Discriminator
-from .memory import Memory, estimate
+from .learner import LOSS_SCALE, Learner, make_learner, make_schedule
+from .losses import pseudo_huber
+from .memory import Memory, step_size, total
 from .parallel import Processes
 from .stages import DetailStage, SemanticStage, Terms
-from .state import History, SavedState, load_optimizer, newest_state, optimizer_tensors, save_state
+from .state import History, SavedState, newest_state, save_state
 from .trainee import make_trainee
+from .watch import Diverged, check_losses
 
 logger = logging.getLogger(__name__)
-
-# Updates in a row that may be skipped because the loss is no number.
-PATIENCE = 5
 
 
 class Watcher(Protocol):
     """Who is told of a run; what it raises (an interrupt) ends the run after its state is saved."""
 
-    def step(self, done: int, steps: int, terms: dict[str, float]) -> None:
-        """`done` of `steps` updates are made; the newest losses by name."""
+    def step(self, history: History, steps: int) -> None:
+        """An update of `steps` is made; the losses of all so far."""
 
     def sample(self, done: int, expert: Expert) -> None:
         """Time for a sample video of the expert as it is."""
@@ -43,7 +44,7 @@ class Watcher(Protocol):
 class Quiet:
     """A watcher that does nothing."""
 
-    def step(self, done: int, steps: int, terms: dict[str, float]) -> None:
+    def step(self, history: History, steps: int) -> None:
         """Nobody asks."""
 
     def sample(self, done: int, expert: Expert) -> None:
@@ -95,42 +96,43 @@ class Trainer:
         self.trainee = make_trainee(start, modules, self.device)
         self.below_working = make_trainee(below, modules, self.device, trainable=False).working if below else ()
         self.average = self.trainee.copy() if config.ema_decay else None
-        self.parameters = dict(self.trainee.named_parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False
+        self.learner = make_learner(
+            "expert", dict(self.trainee.named_parameters()), config.learning_rate, config.clip_norm, weight_decay=config.weight_decay
         )
-        self.schedule = _schedule(self.optimizer, config)
-        self.discriminator, self.discriminator_optimizer = self._make_discriminator()
+        self.schedule = make_schedule(self.learner.optimizer, config)
+        self.discriminator = self._make_discriminator()
+        self.judge = self._make_judge()
+        self.loss_scale = LOSS_SCALE if self.backbone.dtype is torch.float16 else 1.0
         train, self.held_out = self.data.split(config.held_out, config.seed)
         self.order = BatchOrder(self.data.buckets_of(train), config.batch_size * self.processes.count, config.seed)
         self.no_text = text_of(self.data.unconditional(), self.backbone.family, self._guidance)
         self.history: History = []
-        self.done = 0
+        self.worth_saving = True
+
+    @property
+    def done(self) -> int:
+        """Updates made so far."""
+        return len(self.history)
 
     def run(self) -> Result:
         """Train, from the newest state in the folder if there is one.
 
         Raises:
-            TrainingError: a state of another run, or a loss that stays no number.
+            TrainingError: a state of another run, or losses that are no numbers or diverge.
         """
         self._resume()
         began = time.monotonic()
-        bad = 0
         try:
             while self.done < self.config.steps:
-                terms = self.processes.mean(self._update(self.done))
-                bad = 0 if math.isfinite(terms["loss"]) else bad + 1
-                self.done += 1
-                self.history.append({"step": self.done, **terms})
-                if bad == PATIENCE:
-                    raise TrainingError(
-                        f"The loss was no number {PATIENCE} times in a row, up to step {self.done}. The expert is saved as it was before. "
-                        "Lower learning_rate, or check the data for broken latents; then resume."
-                    )
+                self._update()
+                check_losses(self.history, self.config)
                 self._after_step()
+        except Diverged:
+            raise
         except BaseException:
-            # the last good state is worth keeping, whatever ended the run
-            self._save()
+            # the last good state is worth keeping, whatever ended the run; others may wait elsewhere
+            if self.worth_saving:
+                self._save()
             raise
         return Result(self.expert(), self.history, time.monotonic() - began)
 
@@ -139,9 +141,27 @@ class Trainer:
         return (self.average or self.trainee).result()
 
     def memory(self) -> Memory:
-        """What a step will need."""
-        shape = max((self.data.shape(bucket[0]) for bucket in self.data.buckets), key=math.prod)
-        return estimate(self.backbone, self.trainee, self.discriminator, self.config, shape, self.no_text, self.device)
+        """What the run will need; makes a step that teaches nothing."""
+        example = max((bucket[0] for bucket in self.data.buckets), key=lambda index: math.prod(self.data.shape(index)))
+        channels, *largest = self.data.shape(example)
+        text = text_of(self.data.conditioning(example), self.backbone.family, self._guidance)
+        trained = total(self.learner.parameters.values())
+        judging = total(self.judge.parameters.values()) if self.judge else 0
+
+        def step(shape: tuple[int, ...]) -> None:
+            x0 = torch.zeros(channels, *shape[1:])
+            videos = [Video(x0, text, self.no_text, generator_of(0, 0, element)) for element in range(shape[0])]
+            for batch, share in stacked(videos, self.phases, self.device):
+                self._learn(batch, share)
+
+        learners = [learner for learner in (self.learner, self.judge) if learner]
+        for learner in learners:
+            learner.expect()
+        size = max(step_size(step, (self.config.batch_size, *largest)), *(learner.scratch for learner in learners))
+        for learner in learners:
+            learner.forget()
+        present = trained * (2 if self.average else 1) + judging
+        return Memory(total(self.backbone.module.parameters()), present, 2 * (trained + judging), trained + judging + size)
 
     def roles(self) -> Roles:
         """Teacher, student and target network on the one backbone."""
@@ -171,18 +191,22 @@ class Trainer:
         embedded = getattr(getattr(self.backbone.module, "params", None), "guidance_embed", False)
         return self.config.guidance if embedded else None
 
-    def _make_discriminator(self) -> tuple[Discriminator | None, torch.optim.Optimizer | None]:
+    def _make_discriminator(self) -> Discriminator | None:
         config = self.config
         if config.expert == "semantic" or config.adversarial_weight == 0:
-            return None, None
+            return None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             width = self.backbone.module.get_submodule(self.backbone.family.text_module).out_features
-            discriminator = Discriminator(len(self.backbone.feature_blocks()), width, config.discriminator_width).to(self.device)
-        optimizer = torch.optim.AdamW(
-            discriminator.parameters(), lr=config.discriminator_learning_rate, betas=(0.0, 0.999), weight_decay=0, foreach=False
+            return Discriminator(len(self.backbone.feature_blocks()), width, config.discriminator_width).to(self.device)
+
+    def _make_judge(self) -> Learner | None:
+        if self.discriminator is None:
+            return None
+        return make_learner(
+            "discriminator", dict(self.discriminator.named_parameters()), self.config.discriminator_learning_rate,
+            betas=(0.0, 0.999), weight_decay=0.0,
         )
-        return discriminator, optimizer
 
     def _video(self, index: int, generator: torch.Generator) -> Video:
         x0 = self.latent_in(self.data.latent(index)[None].float())[0]
@@ -201,35 +225,49 @@ class Trainer:
             for batch, share in stacked(videos, self.phases, self.device):
                 yield batch, share / config.accumulate
 
-    def _update(self, step: int) -> dict[str, float]:
-        """One optimiser step; returns the losses, without stepping where they are no numbers."""
-        sums: dict[str, float] = {}
-        for batch, share in self._batches(step):
-            loss, terms, discriminator_loss = self.losses(batch)
-            (share * loss).backward()
-            terms = {"loss": loss.detach(), **terms}
-            if discriminator_loss is not None:
-                judged = discriminator_loss()
-                (share * judged).backward()
-                terms["discriminator"] = judged.detach()
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + share * float(value)
-        sums["grad_norm"] = self._step(self.optimizer, list(self.parameters.values()), self.config.clip_norm)
-        if self.discriminator is not None:
-            self._step(self.discriminator_optimizer, list(self.discriminator.parameters()), math.inf)
+    def _update(self) -> None:
+        """One step of the optimisers, and its losses in the history."""
+        terms = self._gradients(self.done)
+        norm = self.learner.gather(self.processes, self.loss_scale)
+        while not math.isfinite(norm) and math.isfinite(terms["loss"]) and self.loss_scale > 1:
+            # too large for float16: the same step again
+            self.loss_scale /= 2
+            self._forget()
+            terms = self._gradients(self.done)
+            norm = self.learner.gather(self.processes, self.loss_scale)
+        self.worth_saving = False
+        self.learner.step(norm)
+        if self.judge is not None:
+            self.judge.step(self.judge.gather(self.processes))
         self.schedule.step()
         if self.average is not None:
             self.average.average(self.trainee, self.config.ema_decay)
-        return sums
+        self.history.append({"step": self.done + 1, **terms, "grad_norm": norm})
+        self.worth_saving = True
 
-    def _step(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], limit: float) -> float:
-        """Average over the processes, clip, step; a gradient that is no number is thrown away."""
-        self.processes.average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
-        if torch.isfinite(norm):
-            optimizer.step()
-        optimizer.zero_grad()
-        return float(norm)
+    def _gradients(self, step: int) -> dict[str, float]:
+        """Add up the gradients of a step; the mean losses of all processes."""
+        sums: dict[str, float] = {}
+        for batch, share in self._batches(step):
+            for name, value in self._learn(batch, share).items():
+                sums[name] = sums.get(name, 0.0) + share * float(value)
+        return self.processes.mean(sums)
+
+    def _learn(self, batch: Batch, share: float) -> Terms:
+        """Add the gradients of a batch; its losses."""
+        loss, terms, discriminator_loss = self.losses(batch)
+        (self.loss_scale * share * loss).backward()
+        terms = {"loss": loss.detach(), **terms}
+        if discriminator_loss is not None:
+            judged = discriminator_loss()
+            (share * judged).backward()
+            terms["discriminator"] = judged.detach()
+        return terms
+
+    def _forget(self) -> None:
+        for learner in (self.learner, self.judge):
+            if learner is not None:
+                learner.forget()
 
     def _after_step(self) -> None:
         config, done = self.config, self.done
@@ -237,9 +275,10 @@ class Trainer:
             self.history[-1]["held_out"] = self.held_out_loss()
         if done % config.save_every == 0 or done == config.steps:
             self._save()
+            self.processes.wait()
         if config.sample_every and done % config.sample_every == 0 and self.processes.first:
             self.watcher.sample(done, self.expert())
-        self.watcher.step(done, config.steps, self.history[-1])
+        self.watcher.step(self.history, config.steps)
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
@@ -248,30 +287,24 @@ class Trainer:
         for position, index in enumerate(self.held_out):
             video = self._video(index, generator_of(self.config.seed + 1, 0, position))
             for batch, _ in stacked([video], self.phases, self.device):
-                total += float(self.losses(batch)[1]["huber"])
+                total += float(pseudo_huber(*predict(self.roles(), batch, self.phases, self.config.cfg)))
         return total / len(self.held_out)
 
-    def _parts(self) -> Iterator[tuple[str, dict[str, nn.Parameter], torch.optim.Optimizer | None]]:
-        """(name, tensors, their optimiser) of everything a state holds."""
-        yield "expert", self.parameters, self.optimizer
-        if self.average is not None:
-            yield "average", dict(self.average.named_parameters()), None
-        if self.discriminator is not None:
-            yield "discriminator", dict(self.discriminator.named_parameters()), self.discriminator_optimizer
-
     def _tensors(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for part, parameters, optimizer in self._parts():
-            tensors |= {f"{part}.{name}": value for name, value in parameters.items()}
-            if optimizer is not None:
-                tensors |= optimizer_tensors(f"{part}_optimizer", list(parameters), optimizer)
+        """Everything that the next step depends on, by name."""
+        tensors = self.learner.tensors()
+        if self.backbone.dtype is torch.float16:
+            tensors["loss_scale"] = torch.tensor(self.loss_scale)
+        if self.judge is not None:
+            tensors |= self.judge.tensors()
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.named_parameters()}
         return tensors
 
     def _save(self) -> None:
         if self.processes.first:
             saved = SavedState(self.done, self.config, self.facts, self.history, self._tensors())
             save_state(self.folder, saved, self.config.keep)
-        self.processes.wait()
 
     @torch.no_grad()
     def _resume(self) -> None:
@@ -280,28 +313,16 @@ class Trainer:
             return
         path, saved = found
         saved.check(self.config, self.facts, path)
-        for part, parameters, optimizer in self._parts():
-            for name, parameter in parameters.items():
-                parameter.copy_(saved.tensors[f"{part}.{name}"])
-            if optimizer is not None:
-                load_optimizer(f"{part}_optimizer", list(parameters), optimizer, saved.tensors)
-        self.done, self.history = saved.steps, saved.history
-        for _ in range(self.done):
-            self.schedule.step()
+        self.learner.load(saved.tensors)
+        if self.judge is not None:
+            self.judge.load(saved.tensors)
+        if self.average is not None:
+            for name, value in self.average.named_parameters():
+                value.copy_(saved.tensors[f"average.{name}"])
+        self.loss_scale = float(saved.tensors.get("loss_scale", self.loss_scale))
+        self.history = saved.history
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch takes it for a mistake
+            for _ in range(self.done):
+                self.schedule.step()
         logger.info("resumed %s at step %d", path, self.done)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up, then constant or cosine."""
-    schedulers = torch.optim.lr_scheduler
-    warmup = min(config.warmup_steps, config.steps - 1)
-    rest = config.steps - warmup
-    after: torch.optim.lr_scheduler.LRScheduler
-    if config.scheduler == "cosine":
-        after = schedulers.CosineAnnealingLR(optimizer, T_max=rest)
-    else:
-        after = schedulers.ConstantLR(optimizer, factor=1.0, total_iters=0)
-    if warmup == 0:
-        return after
-    start = schedulers.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    return schedulers.SequentialLR(optimizer, [start, after], milestones=[warmup])

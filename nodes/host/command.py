@@ -1,8 +1,10 @@
 """`python -m dcm_core train`: training from a settings file, in the host but without its server."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 
 from ...dcm_core.distill.clips import ClipSettings
@@ -10,14 +12,17 @@ from ...dcm_core.distill.config import TrainingConfig, TrainingError
 from ...dcm_core.distill.data_file import read_data
 from ...dcm_core.distill.dataset import TrainingData
 from ...dcm_core.distill.encode import prepare
+from ...dcm_core.distill.parallel import join
 from ...dcm_core.routing import Side
-from ...dcm_core.storage import TensorFile
+from ...dcm_core.storage import Progress, TensorFile
 from .attach import require_family
 from .encoders import host_encoders
 from .expert_files import read_expert_file
 from .folders import data_cache
 from .load import load_file
 from .training import save_expert, train_expert
+
+logger = logging.getLogger("ComfyUI-DCM")
 
 SETTINGS = {"model", "weight_dtype", "vae", "text_encoders", "dataset", "output", "states", "semantic", "continue_from", "training"}
 
@@ -31,6 +36,8 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     Raises:
         DCMError: settings, files or data that do not fit, before any training.
     """
+    # without its server the host shows no log
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     unknown = sorted(set(settings) - SETTINGS)
     if unknown:
         raise TrainingError(f"{', '.join(unknown)} is no setting of a training run. There are: {', '.join(sorted(SETTINGS))}.")
@@ -46,10 +53,14 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
     below = read_expert_file(path("semantic"), "semantic", model) if "semantic" in settings else None
     start = read_expert_file(path("continue_from"), side, model) if "continue_from" in settings else None
-    data, vae = load_data(settings, folder, model)
+    processes = join(comfy.model_management.get_torch_device())
+    with processes.first_alone():
+        # the others find everything encoded
+        data, vae = load_data(settings, folder, model)
     result = train_expert(model, data, config, states, start=start, below=below, vae=vae)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_expert(output, result.expert, model)
+    if processes.first:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_expert(output, result.expert, model)
     return f"{result.expert}, {len(result.history)} steps, saved to {output}"
 
 
@@ -68,7 +79,20 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Train
         raise TrainingError(f"`dataset` has a setting that is none ({error}). There are: folder, negative, frames, fps, width, "
                             "height, buckets.") from error
     vae, clip = load_vae(folder / settings.get("vae", "")), load_clip(settings, folder, model)
-    return prepare(source, clip_settings, host_encoders(vae, clip), data_cache(), negative), vae
+    return prepare(source, clip_settings, host_encoders(vae, clip), data_cache(), negative, logged_progress("dataset")), vae
+
+
+def logged_progress(label: str) -> Progress:
+    """A line in the log for every tenth part."""
+    told = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal told
+        if (part := 10 * done // total) > told:
+            told = part
+            logger.info("%s %d%%", label, 10 * part)
+
+    return update
 
 
 def load_vae(path: Path) -> Any:

@@ -38,6 +38,9 @@ class TextEncoder(torch.nn.Module):
     def reset_clip_options(self):
         pass
 
+    def set_clip_options(self, options):
+        pass
+
     def encode_token_weights(self, tokens):
         return self.table(torch.tensor([tokens], dtype=torch.int64)), None
 

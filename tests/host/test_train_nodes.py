@@ -109,6 +109,25 @@ def test_wrong_names_and_experts_are_refused(wan, node, data, output, module, mo
     assert not (output / "dcm_training").exists()
 
 
+@pytest.mark.parametrize("metadata", [{"dcm.format": "1", "dcm.family": "hunyuan_video", "dcm.expert": "semantic"}, {}])
+def test_an_expert_of_another_family_is_refused(metadata, wan, node, data, output, module, models):
+    """As a student, and as the semantic expert under one."""
+    errors, model = module("dcm_core.errors"), wan(layers=1)
+    site = "diffusion_model.single_blocks.0.linear1"
+    pair = {f"{site}.lora_down.weight": torch.zeros(2, 256), f"{site}.lora_up.weight": torch.zeros(1024, 2)}
+    file = models / "loras" / "hunyuan.safetensors"
+    save_file(pair, file, metadata)
+    try:
+        for name, settings in (("DCMTrainSemanticExpert", SEMANTIC), ("DCMTrainDetailExpert", DETAIL)):
+            given = {"continue_from": file.name} if "Semantic" in name else {"semantic_lora": file.name}
+            with pytest.raises(errors.DCMError, match=r"(?i)hunyuan.?video|single_blocks\.0\.linear1") as refused:
+                node(name, model=model, dataset=data, name="x", **given, **settings)
+            assert "Wan 2.1" in str(refused.value)
+    finally:
+        file.unlink()
+    assert not (output / "dcm_training").exists()
+
+
 def test_saved_dataset_comes_back(node, data, models):
     node("DCMSaveDataset", dataset=data, file_name="mine", overwrite=True)
     back = node("DCMLoadDataset", file_name="mine.safetensors").result[0]
@@ -138,7 +157,17 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
     first = run(2)
     assert first.returncode == 0, first.stderr[-3000:]
     assert "semantic expert, rank 2" in first.stdout and ", 2 steps, saved to" in first.stdout
+    log = first.stderr
+    assert 0 < log.index("peak memory about") < log.index("step 2/2: loss"), "told before the first step"
     assert ", 3 steps, saved to" in run(3).stdout
     assert list((tmp_path / "expert_states").glob("step_00000003.safetensors"))
     wrong = run(3, modle="x")
     assert wrong.returncode == 2 and "modle is no setting of a training run" in wrong.stderr
+
+
+def test_encoding_says_how_far_it_is(module, caplog):
+    progress = module("nodes.host.command").logged_progress("dataset")
+    with caplog.at_level("INFO"):
+        for done in (0, 50, 120, 300, 310, 1000):
+            progress(done, 1000)
+    assert [record.message for record in caplog.records] == ["dataset 10%", "dataset 30%", "dataset 100%"]

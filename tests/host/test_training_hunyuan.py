@@ -45,7 +45,7 @@ def trainer(module, model, tmp_path_factory):
             training.make_backbone(model, family, config), data, config, training.first_expert(model, family, config, None, None),
             tmp_path_factory.mktemp(side), torch.device("cpu"),
         )
-        for name, value in made.parameters.items():
+        for name, value in made.learner.parameters.items():
             value.data += 0.02 * torch.randn(value.shape, generator=generator) * (".ups." in name or ".replaced." in name)
         return made
 

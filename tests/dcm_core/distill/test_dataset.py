@@ -5,12 +5,14 @@ import json
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcm_core.distill.clips import ClipSettings
+from dcm_core.distill import clips
+from dcm_core.distill.clips import ClipSettings, check_clips, find_clips
 from dcm_core.distill.dataset import BatchOrder, TensorData
 from dcm_core.distill.encode import Encoders, prepare
 from dcm_core.errors import CheckpointError, DCMError
@@ -178,6 +180,28 @@ def test_a_clip_that_fails_while_it_is_encoded_is_left_out(three, run):
         run(encode_video=lambda pixels: shrink(pixels) * float("nan"), video_id="broken")
 
 
+def test_a_clip_that_is_damaged_after_its_first_frame_is_left_out(three, run, clip, tmp_path):
+    """The check decodes one frame; the others are first looked at when they are encoded."""
+    noise = np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3))
+    path = clip("d.mp4", "noise", paint=lambda i: noise[i])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 4)
+    path.write_bytes(data)
+    whole, broken = check_clips(find_clips(tmp_path), SMALL)
+    assert len(whole) == 4 and not broken, "its times are as they were"
+    data, done = run()
+    assert [entry.clip.name for entry in data.entries] == ["a.mkv", "b.mkv", "c.mkv"] and done[0] == 3
+    assert "left out d.mp4: cannot be read" in data.report()
+
+
+def test_a_file_is_hashed_once_right_after_its_check(three, run, monkeypatch):
+    order, probe, content_hash = [], clips.probe, clips.content_hash
+    monkeypatch.setattr(clips, "probe", lambda path: order.append(path.name) or probe(path))
+    monkeypatch.setattr(clips, "content_hash", lambda path: order.append(path.name) or content_hash(path))
+    run()
+    assert order == ["a.mkv", "a.mkv", "b.mkv", "b.mkv", "c.mkv", "c.mkv"]
+
+
 def test_the_vae_of_another_kind_of_model_is_refused(three, run):
     with pytest.raises(DCMError, match=r"latent of shape \(1, 3, 2, 6, 8\); expected channels, frames"):
         run(encode_video=lambda pixels: shrink(pixels)[None])
@@ -205,7 +229,7 @@ def test_progress_rises_to_its_end_and_can_interrupt(three, run):
     run(progress=lambda *done: calls.append(done))
     done = [value for value, _ in calls]
     assert done == sorted(done) and {total for _, total in calls} == {done[-1]}
-    assert len(calls) >= 3 + 3 + 3 + 3
+    assert len(calls) >= 3 + 3 + 3, "each check, each clip, each text"
     calls.clear()
     run(progress=lambda *done: calls.append(done))
     assert calls[-1] == (1000, 1000), "with everything cached as well"

@@ -1,0 +1,51 @@
+"""Is a run still learning? Losses that are no numbers, or that have grown far beyond what they were, end it."""
+
+import math
+from itertools import takewhile
+from statistics import mean
+
+from .config import TrainingConfig, TrainingError
+from .state import History
+
+# Updates in a row that may be skipped because there is no number to learn from.
+PATIENCE = 5
+# Steps whose mean loss is compared.
+WINDOW = 50
+
+
+def check_losses(history: History, config: TrainingConfig) -> None:
+    """Look at the losses of a run after a step.
+
+    Raises:
+        TrainingError: losses or gradients that stay no numbers.
+        Diverged: losses that have grown `config.divergence`-fold.
+    """
+    skipped = sum(1 for _ in takewhile(_is_skipped, reversed(history)))
+    if skipped and skipped % PATIENCE == 0:
+        raise TrainingError(
+            f"The loss was no number {PATIENCE} times in a row, up to step {len(history)}. The expert is saved as it was before. "
+            "Lower learning_rate, or check the data for broken latents; then resume."
+        )
+    if config.divergence and len(history) % WINDOW == 0:
+        _check_growth(history, config)
+
+
+def _is_skipped(entry: dict[str, float]) -> bool:
+    return not (math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]))
+
+
+class Diverged(TrainingError):
+    """The expert has become worse than it was; it is not worth saving."""
+
+
+def _check_growth(history: History, config: TrainingConfig) -> None:
+    losses = [entry["loss"] for entry in history]
+    windows = [losses[start : start + WINDOW] for start in range(0, len(losses), WINDOW)]
+    means = [mean(finite) if (finite := [loss for loss in window if math.isfinite(loss)]) else math.inf for window in windows]
+    lowest = min(range(len(means)), key=means.__getitem__)
+    if means[-1] > config.divergence * means[lowest]:
+        raise Diverged(
+            f"The loss has grown {means[-1] / means[lowest]:.0f}-fold since step {WINDOW * (lowest + 1)}, to {means[-1]:.3g}: training "
+            f"diverges. It stopped at step {len(history)} without saving. Remove the states after step {WINDOW * (lowest + 1)}, lower "
+            "learning_rate and resume, or start anew under another name."
+        )

@@ -1,0 +1,160 @@
+"""The host's MODEL as the base of a training run: its weights, its place in memory, what can be trained on it."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from torch import Tensor
+
+from ...dcm_core.distill.backbone import Backbone
+from ...dcm_core.distill.config import TrainingConfig, TrainingError
+from ...dcm_core.distill.dataset import TrainingData
+from ...dcm_core.distill.memory import Memory
+from ...dcm_core.distill.trainee import WeightOf
+from ...dcm_core.distill.trainer import Trainer
+from ...dcm_core.experts import FILE_PREFIX
+from ...dcm_core.families import Family
+from .attach import compute_dtype, detach_experts, diffusion_model, module_shapes
+from .compat import key_patches
+from .report import tell
+from .sampling import check_text
+
+logger = logging.getLogger("ComfyUI-DCM")
+
+
+def gradient_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The host's attention that has a gradient, whichever it samples with."""
+    return attention_pytorch(*args, **kwargs)
+
+
+def make_backbone(model: Any, family: Family, config: TrainingConfig) -> Backbone:
+    """The transformer of a loaded MODEL."""
+    return Backbone(
+        diffusion_model(model).requires_grad_(False),
+        family,
+        compute_dtype(model),
+        lambda: {"optimized_attention_override": gradient_attention},
+        config.checkpointing,
+    )
+
+
+@contextmanager
+def differentiable(base: Any) -> Iterator[None]:
+    """For the length of the block, the base's layers have a gradient however they are stored, wherever they are.
+
+    The host's fp8 products, which it uses where the device has them, have none; and it brings offloaded weights to the device in
+    buffers that it uses again, while a backward pass still needs them.
+    """
+    quantised = [module for module in diffusion_model(base).modules() if hasattr(module, "_full_precision_mm")]
+    changes = [(module, "_full_precision_mm", True) for module in quantised]
+    changes += [(comfy.ops, "fp8_linear", _nothing), (comfy.model_management, "get_offload_stream", _nothing)]
+    before = [getattr(owner, name) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _nothing(*_: Any) -> None:
+    """Makes the host go its plain way."""
+
+
+def training_base(model: Any) -> Any:
+    """A clone of MODEL with nothing on it but patches on its weights (LoRAs), which the teacher has too."""
+    base = detach_experts(model)
+    if hasattr(base, "get_non_dynamic_delegate"):
+        # newer hosts take the memory of weights away when they need it
+        base = base.get_non_dynamic_delegate()
+    # compiled blocks and the like: they hide the layers that are trained beside
+    base.object_patches = {}
+    return base
+
+
+def hold(base: Any, needed: int) -> None:
+    """Have the base loaded with its own patches and `needed` bytes free beside it, as far as it can be offloaded for them."""
+    comfy.model_management.load_models_gpu([base], memory_required=needed)
+    missing = needed - comfy.model_management.get_free_memory(base.load_device)
+    if missing > 0 and offloadable(base):
+        base.partially_unload(base.offload_device, missing)
+
+
+def offloadable(base: Any) -> int:
+    """Bytes of the base that could go elsewhere."""
+    return base.loaded_size() if base.load_device != base.offload_device else 0
+
+
+def make_room(trainer: Trainer, base: Any, config: TrainingConfig, node_id: str | None = None) -> Memory:
+    """Tell how much memory the run takes, refuse what cannot fit, and offload what of the base is in the way.
+
+    Raises:
+        TrainingError: too little memory even with the base offloaded, or a base that has no gradient.
+    """
+    while True:
+        memory = _measure(trainer)
+        free, loaded = comfy.model_management.get_free_memory(trainer.device), offloadable(base)
+        memory.check(free + loaded, config)
+        if memory.coming > free:
+            # offloaded weights are brought back for each step, and may make it larger
+            hold(base, memory.coming)
+        if offloadable(base) == loaded:
+            break
+    logger.info("%s", memory)
+    tell(str(memory), node_id)
+    return memory
+
+
+def _measure(trainer: Trainer) -> Memory:
+    try:
+        return trainer.memory()
+    except comfy.model_management.OOM_EXCEPTION as error:
+        raise TrainingError(
+            "There is too little memory for even a small step. Try gradient checkpointing on, a smaller rank, or a base in fp8."
+        ) from error
+    except RuntimeError as error:
+        raise TrainingError(
+            f"The model cannot be trained on as it is loaded ({error}). Load a text-to-video model, with weight_dtype default or "
+            "fp8_e4m3fn (fast fp8 has no gradient)."
+        ) from error
+
+
+def own_weights(base: Any) -> WeightOf:
+    """Native tensor name -> its value in float32 on the CPU: dequantised, with the MODEL's own patches, whatever is loaded now."""
+    patches, shapes = key_patches(base), module_shapes(base)
+
+    def weight_of(name: str) -> Tensor:
+        (stored, convert), *patched = patches[FILE_PREFIX + name]
+        plain = convert(stored.detach()).to(device="cpu", dtype=torch.float32, copy=True)
+        if tuple(plain.shape) != shapes[name]:
+            raise TrainingError(
+                f"{name} is stored in a format that cannot be read back ({type(stored.data).__name__}). "
+                "Train on a base in float32, float16, bfloat16 or fp8."
+            )
+        return comfy.lora.calculate_weight(patched, plain, FILE_PREFIX + name)
+
+    return weight_of
+
+
+def check_data(model: Any, data: TrainingData) -> None:
+    """Refuse data of another model.
+
+    Raises:
+        DCMError: latents or texts that the model cannot take.
+    """
+    channels = model.model.latent_format.latent_channels
+    for bucket in data.buckets:
+        shape = data.shape(bucket[0])
+        if shape[0] != channels:
+            raise TrainingError(
+                f"The dataset's latents have {shape[0]} channels, the model takes {channels}. Encode the clips with the model's own VAE."
+            )
+    for text in (data.conditioning(0), data.unconditional()):
+        check_text(model, text, "dataset")

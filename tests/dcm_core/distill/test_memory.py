@@ -1,0 +1,94 @@
+"""Counting what tensors take, and what follows for larger ones."""
+
+import pytest
+import torch
+
+from dcm_core.distill.config import TrainingConfig, TrainingError
+from dcm_core.distill.memory import PROBE, Alive, Memory, step_size, tokens_of
+
+KIB = 1024
+
+
+def floats(kib):
+    return torch.empty(kib * KIB // 4)
+
+
+def test_what_is_made_counts_until_it_is_gone():
+    before = floats(64)
+    with Alive() as alive:
+        one = before + 1
+        view = one[:10]
+        two = one.mul(2)
+        del one
+        assert alive.now == 128 * KIB, "a view keeps its tensor"
+        del view
+        assert alive.now == 64 * KIB
+        two.add_(1)
+        three = two + before
+    assert (alive.now, alive.most) == (128 * KIB, 128 * KIB)
+    del three
+    assert alive.now == 64 * KIB
+
+
+def test_what_was_there_before_does_not_count():
+    before = floats(64)
+    with Alive() as alive:
+        before.mul_(2)
+        before.view(-1, 2).t()
+    assert alive.most == 0
+
+
+def test_what_a_graph_keeps_counts():
+    x = torch.ones(1024, requires_grad=True)
+    with Alive() as alive:
+        y = x.exp().exp()
+        assert alive.now == 2 * 4096
+        y.sum().backward()
+        assert alive.now == 2 * 4096, "the first result is gone, the gradient is there"
+
+
+def test_tokens():
+    assert tokens_of((2, 5, 6, 7)) == 2 * 5 * 3 * 4
+
+
+def step_of(fixed, a_token, seen):
+    """A step that makes so many bytes."""
+
+    def step(shape):
+        seen.append(shape)
+        torch.empty((fixed + a_token * tokens_of(shape)) // 4)
+
+    return step
+
+
+def test_a_small_step_is_made_and_counted():
+    seen = []
+    assert step_size(step_of(400, 40, seen), (2, 3, 8, 8)) == int(1.05 * (400 + 40 * 96))
+    assert seen == [(2, 3, 8, 8)]
+
+
+def test_a_large_step_follows_from_smaller_ones():
+    seen, large = [], (4, 21, 60, 104)
+    tokens = tokens_of(large)
+    assert step_size(step_of(4000, 40, seen), large) == pytest.approx(1.05 * (4000 + 40 * tokens), rel=1e-6)
+    assert large not in seen and all(tokens_of(shape) <= PROBE for shape in seen)
+
+
+def test_advice_names_what_would_help():
+    memory = Memory(base=0, present=0, moments=2**30, step=2**30)
+    memory.check(2**31, TrainingConfig("semantic"))
+    cases = {
+        "batch_size below 4": {"batch_size": 4},
+        "gradient checkpointing on": {"checkpointing": False},
+        "a rank above 0": {"rank": 0},
+        "rank below 64": {"rank": 64},
+        "fewer frames": {},
+    }
+    for advice, settings in cases.items():
+        with pytest.raises(TrainingError, match=rf"needs about 2\.00 GiB beside the base model, 1\.50 GiB can be had\. Try .*{advice}"):
+            memory.check(3 * 2**29, TrainingConfig("semantic", **settings))
+
+
+def test_memory_in_words():
+    text = str(Memory(base=2**30, present=2**28, moments=2**28, step=2**29))
+    assert text == "peak memory about 2.00 GiB (base 1.00, trained tensors and optimiser 0.50, a step 0.50)"

@@ -1,0 +1,47 @@
+"""When a run is ended because it no longer learns."""
+
+import math
+
+import pytest
+
+from dcm_core.distill.config import TrainingConfig, TrainingError
+from dcm_core.distill.watch import PATIENCE, WINDOW, Diverged, check_losses
+
+
+def history(*losses):
+    return [{"step": step, "loss": loss, "grad_norm": 1.0} for step, loss in enumerate(losses, start=1)]
+
+
+def config(**settings):
+    return TrainingConfig("semantic", **settings)
+
+
+def test_losses_that_stay_no_numbers():
+    check_losses(history(1.0, *[math.nan] * (PATIENCE - 1)), config())
+    with pytest.raises(TrainingError, match=r"no number 5 times in a row, up to step 6\. .*Lower learning_rate"):
+        check_losses(history(1.0, *[math.nan] * PATIENCE), config())
+    check_losses(history(1.0, *[math.nan] * PATIENCE, 1.0), config())
+
+
+def test_gradients_that_stay_no_numbers():
+    found = history(*[1.0] * 7)
+    for entry in found[2:]:
+        entry["grad_norm"] = math.inf
+    with pytest.raises(TrainingError, match="no number 5 times"):
+        check_losses(found, config())
+
+
+def test_losses_that_grow():
+    low, high = [0.1] * WINDOW, [3.0] * WINDOW
+    check_losses(history(*low, *high[:-1]), config())
+    with pytest.raises(Diverged, match=r"grown 30-fold since step 50, to 3: training diverges.*stopped at step 100 without saving"):
+        check_losses(history(*low, *high), config())
+    check_losses(history(*low, *high), config(divergence=40.0))
+    check_losses(history(*low, *high), config(divergence=0.0))
+    check_losses(history(*high, *low), config())
+    with pytest.raises(Diverged):
+        check_losses(history(*high, *low, *high), config())
+
+
+def test_one_high_loss_is_no_divergence():
+    check_losses(history(*[0.1] * WINDOW, 50.0, *[0.1] * (WINDOW - 1)), config())

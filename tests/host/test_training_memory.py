@@ -1,0 +1,146 @@
+"""The memory a run is said to need, against what it takes; and bases that do not fit beside it."""
+
+import pytest
+import torch
+from torch._C._profiler import _EventType
+
+from .conftest import native_wan
+from .test_training import SMALL, random_data, same, weights
+
+FP8 = torch.float8_e4m3fn
+# frames, height and width of latents; the second is more than is measured
+SIZES = ((2, 4, 6), (9, 36, 32))
+
+
+def allocations(events):
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.alloc_size
+        yield from allocations(event.children)
+
+
+def peak(run):
+    """The most that torch's allocator gave out at once while it ran."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    now = most = 0
+    for _, size in sorted(allocations(profiler.profiler.kineto_results.experimental_event_tree())):
+        now += size
+        most = max(most, now)
+    return most
+
+
+@pytest.fixture
+def trainer(module, tmp_path):
+    """trainer(side, dtype, size, ...) -> a Trainer on a base stored in that dtype, for videos of that size."""
+    import comfy.sd
+
+    training, places = module("nodes.host.training"), module("nodes.host.training_base")
+    family = module("dcm_core.families").WAN
+
+    def make(side, dtype=torch.float32, size=SIZES[0], layers=4, **values):
+        model = comfy.sd.load_diffusion_model_state_dict(native_wan(width=128, layers=layers), model_options={"dtype": dtype})
+        data = random_data(module("dcm_core.distill.dataset"), size=size)
+        config = module("dcm_core.distill.config").TrainingConfig(side, **{**SMALL, "discriminator_width": 64, **values}).for_family(family)
+        return module("dcm_core.distill.trainer").Trainer(
+            places.make_backbone(model, family, config), data, config, training.first_expert(model, family, config, None, None),
+            tmp_path, torch.device("cpu"),
+        )
+
+    return make
+
+
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("side", "dtype", "values"),
+    [
+        ("semantic", FP8, {"checkpointing": False}),
+        ("semantic", torch.bfloat16, {"rank": 0, "checkpointing": True}),
+        ("detail", torch.float32, {"checkpointing": False}),
+        ("detail", FP8, {"checkpointing": True}),
+    ],
+)
+def test_a_step_takes_what_was_told(side, dtype, values, size, trainer):
+    """By torch's allocator: no less than what a step took, and at most the gradients more, which come as activations go."""
+    made = trainer(side, dtype, size, batch_size=1, **values)
+    told = made.memory()
+    assert not any(value.grad is not None for value in made.learner.parameters.values())
+    made._update()
+    taken = peak(made._update)
+    gradients = sum(4 * value.numel() for value in made.learner.parameters.values())
+    assert 0.95 * taken < told.step < 1.15 * (taken + gradients)
+    trained = sum(value.numel() for value in (*made.learner.parameters.values(), *(made.judge.parameters.values() if made.judge else ())))
+    assert told.moments == 8 * trained
+
+
+@pytest.mark.usefixtures("gradients")
+def test_there_is_no_second_copy_of_the_base(trainer):
+    """Of an fp8 base one block at a time is there as numbers."""
+    low, full = (trainer("semantic", dtype, layers=6, checkpointing=True) for dtype in (FP8, torch.float32))
+    blocks = low.backbone.module.blocks
+    block = sum(4 * value.numel() for value in blocks[0].parameters())
+    embedder = 4 * low.backbone.module.text_embedding[0].weight.numel()
+    assert low.memory().step - full.memory().step < block + embedder
+    assert low.memory().base < 0.26 * full.memory().base
+    kept = trainer("semantic", FP8, layers=6, checkpointing=False)
+    assert kept.memory().step > low.memory().step + 4 * block, "told, where a graph keeps them"
+
+
+@pytest.fixture
+def small_card(pack, monkeypatch):
+    """small_card(MODEL, size, taken) -> a clone that the host takes for one on a device with memory of that size, in bytes, of which
+    others have taken the sum of `taken`."""
+    import comfy.model_management as management
+
+    def make(model, size, taken):
+        clone = model.clone()
+        clone.load_device = torch.device("cpu:0")
+
+        def free(device=None, torch_free_too=False):
+            left = size - clone.loaded_size() - sum(taken)
+            return (left, left) if torch_free_too else left
+
+        changes = {
+            "get_free_memory": free, "is_device_cpu": lambda device: str(device) == "cpu", "vram_state": management.VRAMState.NORMAL_VRAM,
+            "minimum_inference_memory": lambda: 0, "extra_reserved_memory": lambda: 0,
+        }
+        for name, value in changes.items():
+            monkeypatch.setattr(management, name, value)
+        return clone
+
+    return make
+
+
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_a_base_that_the_host_keeps_partly_offloaded(side, wan, module, small_card, sample, tmp_path, monkeypatch):
+    """It trains as a whole one does, also after samples, for which the host loads more of it."""
+    training, show = module("nodes.host.training"), module("nodes.host.show").Show
+    data = random_data(module("dcm_core.distill.dataset"))
+    config = module("dcm_core.distill.config").TrainingConfig(side, **{**SMALL, "steps": 3, "discriminator_width": 64, "sample_every": 1})
+    model = wan(layers=4)
+    before, plain = weights(model), sample(model, [1.0, 0.5, 0.0])
+    told, loaded, moments, make_room, step, show_sample = [], [], [], training.make_room, show.step, show.sample
+    monkeypatch.setattr(training, "make_room", lambda *args: told.append(make_room(*args)) or told[-1])
+    monkeypatch.setattr(show, "step", lambda self, *args: loaded.append(self.model.loaded_size()) or step(self, *args))
+
+    def sampled(self, *args):
+        moments[:] = [told[-1].moments]
+        show_sample(self, *args)
+
+    monkeypatch.setattr(show, "sample", sampled)
+
+    def train(base, folder):
+        with torch.inference_mode():
+            return training.train_expert(base, data, config, folder)
+
+    whole = train(model, tmp_path / "whole")
+    size = told[0].coming + told[0].base // 2
+    loaded.clear()
+    moments.clear()
+    partly = train(small_card(model, size, moments), tmp_path / "partly")
+    assert len(loaded) == 3 and all(0 < bytes_there < 0.6 * told[0].base for bytes_there in loaded)
+    assert whole.history == partly.history and same(whole.expert, partly.expert)
+    monkeypatch.undo()
+    assert torch.equal(sample(model, [1.0, 0.5, 0.0]), plain)
+    assert all(torch.equal(before[name], value) for name, value in weights(model).items())

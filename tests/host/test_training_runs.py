@@ -1,0 +1,261 @@
+"""Runs that end early, go on, hold clips out, or begin from a model that others have changed."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from .conftest import native_wan
+from .test_training import SMALL, random_data, same
+
+BLOCKS = "diffusion_model.blocks"
+
+
+@pytest.fixture(scope="module")
+def model(wan):
+    return wan(layers=2)
+
+
+@pytest.fixture(scope="module")
+def data(module):
+    return random_data(module("dcm_core.distill.dataset"))
+
+
+@pytest.fixture(scope="module")
+def config(module):
+    settings = {"steps": 4, "discriminator_width": 64, "learning_rate": 1e-3}
+    return lambda side, **values: module("dcm_core.distill.config").TrainingConfig(side, **{**settings, **SMALL, **values})
+
+
+@pytest.fixture(scope="module")
+def train(module):
+    training = module("nodes.host.training")
+
+    def run(*args, **keywords):
+        with torch.inference_mode():
+            return training.train_expert(*args, **keywords)
+
+    return run
+
+
+@pytest.fixture
+def trainer(module, model, data, config, tmp_path):
+    """trainer(side, data=..., ...) -> a Trainer that has not begun."""
+    training, places = module("nodes.host.training"), module("nodes.host.training_base")
+    family = module("dcm_core.families").WAN
+
+    def make(side, data=data, **values):
+        settings = config(side, **values).for_family(family)
+        return module("dcm_core.distill.trainer").Trainer(
+            places.make_backbone(model, family, settings), data, settings, training.first_expert(model, family, settings, None, None),
+            tmp_path, torch.device("cpu"),
+        )
+
+    return make
+
+
+# Ending early
+
+
+def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_alone(train, module, model, data, config, tmp_path):
+    """The host looks for it in every layer: here in a teacher's call, with half of the gradients made."""
+    import comfy.model_management as management
+
+    settings, calls = config("detail", accumulate=2), []
+    whole = train(model, data, settings, tmp_path / "whole")
+
+    def press(*_):
+        calls.append(1)
+        if len(calls) == 40:
+            management.interrupt_current_processing(True)
+
+    hook = model.model.diffusion_model.head.register_forward_pre_hook(press)
+    with pytest.raises(management.InterruptProcessingException):
+        train(model, data, settings, tmp_path / "parts")
+    hook.remove()
+    _, saved = module("dcm_core.distill.state").newest_state(tmp_path / "parts")
+    assert 0 < saved.steps < 4
+    again = train(model, data, settings, tmp_path / "parts")
+    assert same(whole.expert, again.expert) and whole.history == again.history
+
+
+def test_an_interrupt_between_two_optimisers_is_not_saved(train, module, model, data, config, tmp_path, monkeypatch):
+    learner, stepped = module("dcm_core.distill.learner").Learner, []
+    settings = config("detail", save_every=1)
+    whole = train(model, data, settings, tmp_path / "whole")
+    step = learner.step
+
+    def pressed(self, norm):
+        stepped.append(self.name)
+        if stepped.count("discriminator") == 3:
+            raise KeyboardInterrupt
+        step(self, norm)
+
+    monkeypatch.setattr(learner, "step", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, settings, tmp_path / "parts")
+    monkeypatch.undo()
+    assert module("dcm_core.distill.state").newest_state(tmp_path / "parts")[1].steps == 2
+    again = train(model, data, settings, tmp_path / "parts")
+    assert same(whole.expert, again.expert) and whole.history == again.history
+
+
+def test_a_diverging_run_is_ended_and_the_states_before_are_kept(train, module, model, data, config, tmp_path, monkeypatch):
+    watch, trainer_module = module("dcm_core.distill.watch"), module("dcm_core.distill.trainer")
+    monkeypatch.setattr(watch, "WINDOW", 2)
+    update = trainer_module.Trainer._update
+
+    def growing(self):
+        update(self)
+        self.history[-1]["loss"] *= 100.0 ** (self.done > 2)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_update", growing)
+    with pytest.raises(watch.Diverged, match=r"-fold since step 2, .*stopped at step 4 without saving"):
+        train(model, data, config("semantic", steps=9, save_every=2, keep=9), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002.safetensors"]
+    monkeypatch.undo()
+    slower = train(model, data, config("semantic", steps=3, learning_rate=1e-4), tmp_path)
+    assert len(slower.history) == 3, "goes on with another learning rate"
+
+
+def test_nothing_of_a_run_stays_in_memory(train, module, model, data, config, tmp_path, monkeypatch):
+    trainer_module, made = module("dcm_core.distill.trainer"), []
+    begin = trainer_module.Trainer.__post_init__
+
+    def remembered(self, *args):
+        begin(self, *args)
+        made.extend(weakref.ref(value) for value in (self, self.discriminator, *self.learner.parameters.values()))
+
+    monkeypatch.setattr(trainer_module.Trainer, "__post_init__", remembered)
+    gc.disable()
+    try:
+        train(model, data, config("detail", steps=2, sample_every=1), tmp_path)
+        assert len(made) > 10 and not [reference for reference in made if reference() is not None]
+    finally:
+        gc.enable()
+
+
+# Held out
+
+
+@pytest.mark.usefixtures("gradients")
+def test_clips_that_are_held_out_are_measured_and_never_trained_on(trainer, monkeypatch):
+    made, seen = trainer("detail", steps=5, held_out=2, held_out_every=2), []
+    batch = made.order.batch
+    monkeypatch.setattr(made.order, "batch", lambda step: seen.append(batch(step)) or seen[-1])
+    result = made.run()
+    assert len(made.held_out) == 2 and not set(made.held_out) & {index for indices in seen for index in indices}
+    assert [entry["step"] for entry in result.history if "held_out" in entry] == [2, 4, 5]
+    assert made.held_out_loss() == result.history[-1]["held_out"], "the same noise each time"
+    values = [value for value in made.learner.parameters.values() if value.ndim == 2]
+    for value in values:
+        value.data += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    assert made.held_out_loss() > 1.1 * result.history[-1]["held_out"]
+
+
+# Mixed data
+
+
+@pytest.mark.usefixtures("gradients")
+def test_a_batch_of_mixed_captions_is_the_mean_of_its_videos(trainer, module):
+    """Texts of different lengths cannot share a tensor; sizes have batches of their own."""
+    dataset = module("dcm_core.distill.dataset")
+    generator = torch.Generator().manual_seed(7)
+    sizes = [(2, 4, 6), (2, 4, 6), (2, 6, 4)]
+    latents = [torch.randn(16, *size, generator=generator) for size in sizes]
+    texts = [[[torch.randn(1, words, 4096, generator=generator), {}]] for words in (3, 5, 4)]
+    data = dataset.TensorData(latents, texts, [0, 1, 2], [[torch.zeros(1, 3, 4096), {}]])
+    made = trainer("semantic", data=data, batch_size=2, ema_decay=0.0)
+    assert [len(bucket) for bucket in data.buckets] == [2, 1]
+    step = next(step for step in range(9) if set(made.order.batch(step)) == {0, 1})
+    terms = made._gradients(step)
+    together = {name: value.grad.clone() for name, value in made.learner.parameters.items()}
+    made._forget()
+    batches = list(made._batches(step))
+    assert [share for _, share in batches] == [0.5, 0.5]
+    losses = []
+    for batch, _ in batches:
+        loss = made.losses(batch)[0]
+        (loss / 2).backward()
+        losses.append(float(loss.detach()))
+    assert terms["loss"] == pytest.approx(sum(losses) / 2) and losses[0] != losses[1]
+    for name, value in made.learner.parameters.items():
+        assert torch.allclose(value.grad, together[name], rtol=1e-4, atol=1e-9), name
+
+
+def test_texts_of_another_encoder_are_refused(train, module, model, config, tmp_path):
+    dataset, errors = module("dcm_core.distill.dataset"), module("dcm_core.errors")
+    data = dataset.TensorData([torch.zeros(16, 2, 4, 6)], [[[torch.zeros(1, 3, 768), {}]]], [0], [[torch.zeros(1, 3, 4096), {}]])
+    with pytest.raises(errors.DCMError, match=r"dataset has text embeddings of width 768 .* takes 4096. Load .* type `wan`"):
+        train(model, data, config("semantic"), tmp_path)
+
+
+# What the model is
+
+
+def with_patch(model, name, value):
+    clone = model.clone()
+    clone.add_patches({f"diffusion_model.{name}": ("diff", (value,))}, 1.0)
+    return clone
+
+
+def test_what_others_have_loaded_into_the_shared_model_is_not_trained_on(train, module, data, config, sample, wan, tmp_path):
+    model, name = wan(layers=2), "head.head.weight"
+    original = model.model.diffusion_model.head.head.weight.clone()
+    expected = train(model, data, config("detail", steps=2), tmp_path / "plain")
+    tuned = with_patch(model, name, torch.full((64, 256), 0.5))
+    sample(tuned, [1.0, 0.5, 0.0])
+    assert not torch.equal(model.model.diffusion_model.head.head.weight, original), "still in the weights"
+    after = train(model, data, config("detail", steps=2), tmp_path / "after")
+    assert expected.history == after.history and same(expected.expert, after.expert)
+
+
+def test_a_lora_on_the_model_is_part_of_the_teacher(train, module, model, data, config, wan, tmp_path):
+    import comfy.sd
+
+    name, value = "head.head.weight", torch.full((64, 256), 0.02)
+    state_dict = native_wan(layers=2)
+    state_dict[name] = state_dict[name] + value
+    merged = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options={"dtype": torch.float32})
+    expected = train(merged, data, config("detail", steps=2), tmp_path / "merged")
+    patched = train(with_patch(model, name, value), data, config("detail", steps=2), tmp_path / "patched")
+    assert expected.history == patched.history and same(expected.expert, patched.expert)
+    plain = train(model, data, config("detail", steps=2), tmp_path / "plain")
+    assert plain.history != patched.history
+
+
+def test_compiled_blocks_do_not_hide_the_layers(train, module, data, config, wan, tmp_path):
+    model = wan(layers=2)
+    expected = train(model, data, config("detail", steps=2), tmp_path / "plain")
+    compiled = model.clone()
+    for index, block in enumerate(model.model.diffusion_model.blocks):
+        compiled.add_object_patch(f"{BLOCKS}.{index}", torch.compile(block, backend="eager"))
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([compiled])
+    found = train(compiled, data, config("detail", steps=2), tmp_path / "compiled")
+    assert expected.history == found.history and same(expected.expert, found.expert)
+
+
+def test_a_model_whose_weights_are_streamed_is_trained_as_a_whole_one(module, model):
+    """Of newer hosts' patchers for that: here one with the method that gives the other kind."""
+    places = module("nodes.host.training_base")
+    whole = model.clone()
+
+    class Streaming(type(model)):
+        def get_non_dynamic_delegate(self):
+            return whole
+
+    streaming = model.clone()
+    streaming.__class__ = Streaming
+    assert places.training_base(streaming) is whole
+
+
+def test_a_base_without_a_gradient_is_refused(train, module, model, data, config, tmp_path, monkeypatch):
+    errors = module("dcm_core.errors")
+    layer = model.model.diffusion_model.blocks[0].ffn[0]
+    monkeypatch.setitem(layer.__dict__, "forward", lambda x: x.int())
+    with pytest.raises(errors.DCMError, match=r"cannot be trained on as it is loaded \(.*Load a text-to-video model, with weight_dtype"):
+        train(model, data, config("semantic"), tmp_path)
+    assert not list(tmp_path.iterdir())
