@@ -37,7 +37,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         DCMError: settings, files or data that do not fit, before any training.
     """
     # without its server the host shows no log
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     unknown = sorted(set(settings) - SETTINGS)
     if unknown:
         raise TrainingError(f"{', '.join(unknown)} is no setting of a training run. There are: {', '.join(sorted(SETTINGS))}.")
