@@ -2,7 +2,7 @@
 
     COMFYUI_PATH=... python small_world/train_base.py <folder with vae.safetensors>
 
-In cycles of the learning rate; each begins with the averaged model of the one before, and one that is done is passed over.
+A base that is there already is kept.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dcm_core.storage import TensorFile, write_tensors
 
 WIDTH, LAYERS, HEADS = 128, 6, 1
 CLIPS, ENCODED_AT_ONCE, BATCH = 3600, 16, 16
-CYCLES = (10500,)
+STEPS = 10_500
 LEARNING_RATE, DECAY, SHIFT, NO_CAPTION = 2e-3, 0.999, 4.0, 0.1
 
 
@@ -75,13 +75,13 @@ def flow_matching_loss(model: WanModel, x0: Tensor, context: Tensor, generator: 
     sigma = shift_sigma(torch.rand(len(x0), generator=generator), SHIFT)
     noise = torch.randn(x0.shape, generator=generator)
     level = sigma.view(-1, 1, 1, 1, 1)
-    options = {"optimized_attention_override": pack("nodes.host.training").gradient_attention}
+    options = {"optimized_attention_override": pack("nodes.host.training_base").gradient_attention}
     velocity = model(torch.lerp(x0, noise, level), TIMESTEPS * sigma, context, transformer_options=options)
     return F.mse_loss(velocity, noise - x0)
 
 
 def train(model: WanModel, latents: Tensor, steps: int, seed: int) -> nn.Module:
-    """One cycle; returns the averaged model."""
+    """Train it; returns the averaged model."""
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.03)
@@ -112,17 +112,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    path = args.folder / "base.safetensors"
+    if path.exists():
+        return
     latents = encode_clips(args.folder, CLIPS, args.seed)
     torch.manual_seed(args.seed)
-    model = make_transformer()
-    for cycle, steps in enumerate(CYCLES):
-        path = args.folder / f"base_{cycle}.safetensors"
-        if not path.exists():
-            trained = train(model, latents, steps, args.seed + cycle)
-            write_tensors(path, {name: tensor.detach().bfloat16() for name, tensor in trained.state_dict().items()}, {})
-        file = TensorFile(path)
-        model.load_state_dict({name: file.read(name).float() for name in file.shapes})
-    write_tensors(args.folder / "base.safetensors", file.read_all(), {})
+    trained = train(make_transformer(), latents, STEPS, args.seed)
+    write_tensors(path, {name: tensor.detach().bfloat16() for name, tensor in trained.state_dict().items()}, {})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
-"""The shipped training workflow, shortened, in a real server."""
+"""The scripts that make the small world, and the shipped training workflow, shortened."""
+
+import shutil
+import subprocess
 
 from environment import ROOT
 
+SMALL_WORLD = ROOT / "small_world"
 WORKFLOW = ROOT / "workflows" / "DCM small world training (CPU).json"
 TRAINERS = {"DCMTrainSemanticExpert": "semantic", "DCMTrainDetailExpert": "detail"}
 
@@ -23,3 +27,29 @@ def test_training_workflow_trains_both_experts_and_renders(server):
     assert "step 1-3 semantic, 4-6 detail, boundary 0.893" in by_type["DCMSampler"]["text"][0]
     assert len(by_type["PreviewImage"]["images"]) == 6
     assert [path.suffix for path in server.saved({"video": by_type["SaveVideo"]})] == [".mp4"]
+
+
+# The scripts as they are, but for how long they work.
+MAKE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from dataclasses import replace
+import distill, measure, ship, train_base
+sys.argv[1:] = sys.argv[2:]
+train_base.CLIPS, train_base.STEPS = 16, 2
+train_base.main()
+distill.VIDEOS_PER_CAPTION, distill.TEACHER_STEPS = 1, 1
+for name, plan in distill.RUNS.items():
+    distill.RUNS[name] = replace(plan, config=replace(plan.config, steps=2, warmup_steps=0, batch_size=2))
+distill.main()
+print(*measure.models(distill.Path(sys.argv[1])), sep="; ")
+"""
+
+
+def test_scripts_make_base_and_experts(environment, tmp_path):
+    shutil.copy(SMALL_WORLD / "models" / "vae" / "dcm_small_world_vae.safetensors", tmp_path / "vae.safetensors")
+    command = [str(environment.python), "-c", MAKE, str(SMALL_WORLD), str(tmp_path)]
+    result = subprocess.run(command, env=environment.variables(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    compared = result.stdout.splitlines()[-1].split("; ")
+    assert compared[-4:] == ["one expert", "two experts", "+ temporal coherence", "+ GAN and feature matching"]
