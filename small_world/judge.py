@@ -35,8 +35,7 @@ class Seen:
 
 def look(video: Tensor) -> Seen:
     """Find the shape by its saturation; video: (3, frames, height, width) in -1 .. 1."""
-    pixels = (video + 1) / 2
-    mask = pixels.amax(0) - pixels.amin(0) > SATURATED
+    pixels, mask = (video + 1) / 2, _saturated(video)
     area = mask.sum((1, 2)).float()
     line = torch.arange(video.shape[-1]) + 0.5
     x, y = (mask * line).sum((1, 2)) / area, (mask * line[:, None]).sum((1, 2)) / area
@@ -55,6 +54,12 @@ def look(video: Tensor) -> Seen:
     moved = float(way.norm()) > 6
     motion = max(MOTIONS, key=lambda name: float((torch.tensor(MOTIONS[name]) * way).sum())) if moved else None
     return Seen(colour, shape, motion, path)
+
+
+def _saturated(video: Tensor) -> Tensor:
+    """Where the shape is, (frames, height, width): all else is grey."""
+    pixels = (video + 1) / 2
+    return pixels.amax(0) - pixels.amin(0) > SATURATED
 
 
 def _fill(mask: Tensor) -> float:
@@ -85,8 +90,7 @@ def motion_difference(a: Tensor, b: Tensor) -> float:
 
 def flicker(video: Tensor) -> float:
     """Mean change from frame to frame of the ground, which stands still: of what is never near the shape."""
-    pixels = (video + 1) / 2
-    shape = (pixels.amax(0) - pixels.amin(0) > SATURATED).any(0)
+    shape = _saturated(video).any(0)
     near = F.max_pool2d(shape[None].float(), 2 * NEAR + 1, stride=1, padding=NEAR)[0] > 0
     return float(video.diff(dim=1)[..., ~near].abs().mean())
 

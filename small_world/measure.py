@@ -33,8 +33,6 @@ from world import LATENT, NAMES, caption
 
 attach = pack("nodes.host.attach")
 
-REFERENCE = "base, 50 steps"
-
 
 def sample_all(model: Any, steps: int, cfg: float, videos: int, seed: int) -> Tensor:
     """So many videos of each caption, (captions x videos, 16, frames, height, width), from the same noise for every model."""

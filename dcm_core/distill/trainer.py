@@ -154,12 +154,10 @@ class Trainer:
             for batch, share in stacked(videos, self.phases, self.device):
                 self._learn(batch, share)
 
-        learners = [learner for learner in (self.learner, self.judge) if learner]
-        for learner in learners:
+        for learner in self._learners:
             learner.expect()
-        size = max(step_size(step, (self.config.batch_size, *largest)), *(learner.scratch for learner in learners))
-        for learner in learners:
-            learner.forget()
+        size = max(step_size(step, (self.config.batch_size, *largest)), *(learner.scratch for learner in self._learners))
+        self._forget()
         present = trained * (2 if self.average else 1) + judging
         return Memory(total(self.backbone.module.parameters()), present, 2 * (trained + judging), trained + judging + size)
 
@@ -264,10 +262,13 @@ class Trainer:
             terms["discriminator"] = judged.detach()
         return terms
 
+    @property
+    def _learners(self) -> list[Learner]:
+        return [learner for learner in (self.learner, self.judge) if learner is not None]
+
     def _forget(self) -> None:
-        for learner in (self.learner, self.judge):
-            if learner is not None:
-                learner.forget()
+        for learner in self._learners:
+            learner.forget()
 
     def _after_step(self) -> None:
         config, done = self.config, self.done
@@ -313,9 +314,8 @@ class Trainer:
             return
         path, saved = found
         saved.check(self.config, self.facts, path)
-        self.learner.load(saved.tensors)
-        if self.judge is not None:
-            self.judge.load(saved.tensors)
+        for learner in self._learners:
+            learner.load(saved.tensors)
         if self.average is not None:
             for name, value in self.average.named_parameters():
                 value.copy_(saved.tensors[f"average.{name}"])

@@ -88,6 +88,18 @@ def gradients(module):
 
 
 @pytest.fixture(scope="session")
+def train(module):
+    """Train as a node does: in the host's inference mode."""
+    training = module("nodes.host.training")
+
+    def run(*args, **keywords):
+        with torch.inference_mode():
+            return training.train_expert(*args, **keywords)
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def node(module):
     """Run a node as the host does: node("DCMScheduler", model=...) -> its NodeOutput."""
     nodes = {cls.__name__: cls for cls in module("nodes").NODES}

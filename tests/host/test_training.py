@@ -38,18 +38,6 @@ def config(module):
     return lambda side, **values: module("dcm_core.distill.config").TrainingConfig(side, **{"steps": 3, **SMALL, **values})
 
 
-@pytest.fixture(scope="module")
-def train(module):
-    """Train as a node does: in the host's inference mode."""
-    training = module("nodes.host.training")
-
-    def run(*args, **keywords):
-        with torch.inference_mode():
-            return training.train_expert(*args, **keywords)
-
-    return run
-
-
 def tensors_of(expert):
     pairs = [tensor for updates in expert.low_rank.values() for update in updates for tensor in (update.down, update.up)]
     return [*pairs, *expert.replaced.values()]

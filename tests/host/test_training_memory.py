@@ -113,7 +113,7 @@ def small_card(pack, monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
-def test_a_base_that_the_host_keeps_partly_offloaded(side, wan, module, small_card, sample, tmp_path, monkeypatch):
+def test_a_base_that_the_host_keeps_partly_offloaded(side, wan, module, train, small_card, sample, tmp_path, monkeypatch):
     """It trains as a whole one does, also after samples, for which the host loads more of it."""
     training, show = module("nodes.host.training"), module("nodes.host.show").Show
     data = random_data(module("dcm_core.distill.dataset"))
@@ -130,15 +130,11 @@ def test_a_base_that_the_host_keeps_partly_offloaded(side, wan, module, small_ca
 
     monkeypatch.setattr(show, "sample", sampled)
 
-    def train(base, folder):
-        with torch.inference_mode():
-            return training.train_expert(base, data, config, folder)
-
-    whole = train(model, tmp_path / "whole")
+    whole = train(model, data, config, tmp_path / "whole")
     size = told[0].coming + told[0].base // 2
     loaded.clear()
     moments.clear()
-    partly = train(small_card(model, size, moments), tmp_path / "partly")
+    partly = train(small_card(model, size, moments), data, config, tmp_path / "partly")
     assert len(loaded) == 3 and all(0 < bytes_there < 0.6 * told[0].base for bytes_there in loaded)
     assert whole.history == partly.history and same(whole.expert, partly.expert)
     monkeypatch.undo()

@@ -28,17 +28,6 @@ def config(module):
     return lambda side, **values: module("dcm_core.distill.config").TrainingConfig(side, **{**settings, **SMALL, **values})
 
 
-@pytest.fixture(scope="module")
-def train(module):
-    training = module("nodes.host.training")
-
-    def run(*args, **keywords):
-        with torch.inference_mode():
-            return training.train_expert(*args, **keywords)
-
-    return run
-
-
 @pytest.fixture
 def trainer(module, model, data, config, tmp_path):
     """trainer(side, data=..., ...) -> a Trainer that has not begun."""
