@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,3 +43,10 @@ class Discriminator(nn.Module):
             return feature.float().reshape(batch * frames, height, width, channels).permute(0, 3, 1, 2)
 
         return [head(maps(feature)) for head, feature in zip(self.heads, features, strict=True)]
+
+
+def seeded_discriminator(features: int, width: int, hidden: int, seed: int) -> Discriminator:
+    """A discriminator whose first weights follow from the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Discriminator(features, width, hidden)

@@ -33,7 +33,7 @@ class Memory:
 
     Attributes:
         base: the base model's weights.
-        present: trained tensors and their average, which are there before the first step.
+        present: experts and discriminator, which are there before the first step.
         moments: of the optimiser, there after the first step.
         step: the most that a step makes at once, gradients and all.
     """
@@ -49,7 +49,7 @@ class Memory:
         return self.moments + self.step
 
     def __str__(self) -> str:
-        parts = {"base": self.base, "trained tensors and optimiser": self.present + self.moments, "a step": self.step}
+        parts = {"base": self.base, "experts and optimiser": self.present + self.moments, "a step": self.step}
         listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         return f"peak memory about {sum(parts.values()) / GIB:.2f} GiB ({listed})"
 

@@ -43,7 +43,10 @@ class SavedState:
             TrainingError: names every difference.
         """
         found = config.differences(self.config)
-        found += [f"{name}: {self.facts.get(name)} -> {value}" for name, value in facts.items() if self.facts.get(name) != value]
+        names = {**self.facts, **facts}
+        found += [
+            f"{name}: {self.facts.get(name)} -> {facts.get(name)}" for name in names if self.facts.get(name) != facts.get(name)
+        ]
         if found:
             raise TrainingError(
                 f"{path} is the state of another run; it differs in {'; '.join(found)}. "

@@ -108,12 +108,19 @@ def _free(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def make_trainee(expert: Expert, modules: Mapping[str, nn.Module], device: torch.device, trainable: bool = True) -> Trainee:
-    """Modules for the expert's tensors, in float32.
+def make_trainee(
+    expert: Expert,
+    modules: Mapping[str, nn.Module],
+    device: torch.device,
+    trainable: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Trainee:
+    """Modules for the expert's tensors.
 
     Args:
         modules: native name -> module of the base.
         trainable: False for an expert that others are trained on top of.
+        dtype: of the tensors; float32 if they are trained.
 
     Raises:
         ExpertError: an expert that does not fit, or one whose pairs differ in alpha / rank, or that holds differences.
@@ -130,7 +137,7 @@ def make_trainee(expert: Expert, modules: Mapping[str, nn.Module], device: torch
 
     def build(**tensors: Any) -> TrainedPart:
         part = Expert(expert.family, expert.role, **tensors)
-        return TrainedPart(part, modules, CASTING, torch.float32, device).requires_grad_(trainable)
+        return TrainedPart(part, modules, CASTING, dtype, device).requires_grad_(trainable)
 
     facts = dataclasses.replace(expert, low_rank={}, replaced={})
     return Trainee(facts, build(low_rank=unscaled), build(replaced=expert.replaced), scales.pop() if scales else 1.0)

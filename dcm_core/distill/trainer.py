@@ -7,18 +7,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..experts import Expert
-from .backbone import Backbone
+from .backbone import Backbone, Working
 from .batches import Video, generator_of, stacked, text_of
 from .config import TrainingConfig
 from .consistency import Batch, Roles, predict
 from .dataset import BatchOrder, TrainingData
-from .discriminator import Discriminator
+from .discriminator import Discriminator, seeded_discriminator
 from .learner import LOSS_SCALE, Learner, make_learner, make_schedule
 from .losses import pseudo_huber
 from .memory import Memory, step_size, total
@@ -27,28 +26,9 @@ from .stages import DetailStage, SemanticStage, Terms
 from .state import History, SavedState, newest_state, save_state
 from .trainee import make_trainee
 from .watch import Diverged, check_losses
+from .watcher import Quiet, Watcher
 
 logger = logging.getLogger(__name__)
-
-
-class Watcher(Protocol):
-    """Who is told of a run; what it raises (an interrupt) ends the run after its state is saved."""
-
-    def step(self, history: History, steps: int) -> None:
-        """An update of `steps` is made; the losses of all so far."""
-
-    def sample(self, done: int, expert: Expert) -> None:
-        """Time for a sample video of the expert as it is."""
-
-
-class Quiet:
-    """A watcher that does nothing."""
-
-    def step(self, history: History, steps: int) -> None:
-        """Nobody asks."""
-
-    def sample(self, done: int, expert: Expert) -> None:
-        """Nobody looks."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +74,17 @@ class Trainer:
         modules = dict(self.backbone.module.named_modules())
         self.phases = config.make_phases()
         self.trainee = make_trainee(start, modules, self.device)
-        self.below_working = make_trainee(below, modules, self.device, trainable=False).working if below else ()
+        self.below_working: Working = ()
+        if below is not None:
+            self.below_working = make_trainee(below, modules, self.device, trainable=False, dtype=self.backbone.dtype).working
         self.average = self.trainee.copy() if config.ema_decay else None
         self.learner = make_learner(
             "expert", dict(self.trainee.named_parameters()), config.learning_rate, config.clip_norm, weight_decay=config.weight_decay
         )
         self.schedule = make_schedule(self.learner.optimizer, config)
-        self.discriminator = self._make_discriminator()
-        self.judge = self._make_judge()
+        judging = config.expert == "detail" and config.adversarial_weight > 0
+        self.discriminator = self._make_discriminator() if judging else None
+        self.judge = self._make_judge() if judging else None
         self.loss_scale = LOSS_SCALE if self.backbone.dtype is torch.float16 else 1.0
         train, self.held_out = self.data.split(config.held_out, config.seed)
         self.order = BatchOrder(self.data.buckets_of(train), config.batch_size * self.processes.count, config.seed)
@@ -158,7 +141,8 @@ class Trainer:
             learner.expect()
         size = max(step_size(step, (self.config.batch_size, *largest)), *(learner.scratch for learner in self._learners))
         self._forget()
-        present = trained * (2 if self.average else 1) + judging
+        below = sum(total(part.parameters()) for part, _ in self.below_working)
+        present = trained * (2 if self.average else 1) + judging + below
         return Memory(total(self.backbone.module.parameters()), present, 2 * (trained + judging), trained + judging + size)
 
     def roles(self) -> Roles:
@@ -189,22 +173,15 @@ class Trainer:
         embedded = getattr(getattr(self.backbone.module, "params", None), "guidance_embed", False)
         return self.config.guidance if embedded else None
 
-    def _make_discriminator(self) -> Discriminator | None:
-        config = self.config
-        if config.expert == "semantic" or config.adversarial_weight == 0:
-            return None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            width = self.backbone.module.get_submodule(self.backbone.family.text_module).out_features
-            return Discriminator(len(self.backbone.feature_blocks()), width, config.discriminator_width).to(self.device)
+    def _make_discriminator(self) -> Discriminator:
+        backbone, config = self.backbone, self.config
+        width = backbone.module.get_submodule(backbone.family.text_module).out_features
+        return seeded_discriminator(len(backbone.feature_blocks()), width, config.discriminator_width, config.seed).to(self.device)
 
-    def _make_judge(self) -> Learner | None:
-        if self.discriminator is None:
-            return None
-        return make_learner(
-            "discriminator", dict(self.discriminator.named_parameters()), self.config.discriminator_learning_rate,
-            betas=(0.0, 0.999), weight_decay=0.0,
-        )
+    def _make_judge(self) -> Learner:
+        parameters = dict(self.discriminator.named_parameters())
+        rate = self.config.discriminator_learning_rate
+        return make_learner("discriminator", parameters, rate, betas=(0.0, 0.999), weight_decay=0.0)
 
     def _video(self, index: int, generator: torch.Generator) -> Video:
         x0 = self.latent_in(self.data.latent(index)[None].float())[0]

@@ -13,7 +13,8 @@ from ...dcm_core.distill.config import TrainingConfig, TrainingError
 from ...dcm_core.distill.dataset import TrainingData
 from ...dcm_core.distill.parallel import join
 from ...dcm_core.distill.trainee import new_detail, new_semantic
-from ...dcm_core.distill.trainer import Quiet, Result, Trainer
+from ...dcm_core.distill.trainer import Result, Trainer
+from ...dcm_core.distill.watcher import Quiet
 from ...dcm_core.experts import Expert, expert_id, size_of, write_expert
 from ...dcm_core.families import Family
 from ...dcm_core.plot import plot_losses
@@ -110,7 +111,7 @@ def train_expert(
         # first: what other clones have patched into the shared model is taken out again
         hold(base, 0)
         expert = first_expert(base, family, config, start, below)
-        hold(base, (1 + (config.ema_decay > 0)) * FLOAT32 * size_of(expert))
+        hold(base, FLOAT32 * ((1 + (config.ema_decay > 0)) * size_of(expert) + (size_of(below) if below else 0)))
         processes = join(base.load_device)
         show = Show(base, below, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
         trainer = Trainer(
@@ -123,7 +124,7 @@ def train_expert(
             below=below,
             # cloned: what the host made in inference mode has no place in a backward pass
             latent_in=lambda latent: base.model.process_latent_in(latent.clone().float()),
-            facts=facts_of(base, data, start, below),
+            facts=facts_of(base, data, start, below, processes.count),
             watcher=show if processes.first else Quiet(),
             processes=processes,
         )
@@ -131,9 +132,11 @@ def train_expert(
         return trainer.run()
 
 
-def facts_of(base: Any, data: TrainingData, start: Expert | None, below: Expert | None) -> dict[str, str]:
+def facts_of(base: Any, data: TrainingData, start: Expert | None, below: Expert | None, processes: int) -> dict[str, str]:
     """What a resumed run has to share beside its settings."""
     names = {"data": data.fingerprint, "model": weights_id(base)}
+    if processes > 1:
+        names["processes"] = str(processes)
     return names | {name: expert_id(expert) for name, expert in (("start", start), ("semantic expert", below)) if expert}
 
 

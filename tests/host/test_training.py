@@ -12,6 +12,7 @@ import torch
 pytestmark = pytest.mark.usefixtures("gradients")
 
 SCHEDULE = {"boundary": 0.9, "shift": 5.0}
+TERMS = {"semantic": {"huber", "temporal"}, "detail": {"huber", "gan", "feature_matching", "discriminator"}}
 SMALL = {"batch_size": 2, "rank": 4, "alpha": 8.0, "checkpointing": False, "warmup_steps": 2, **SCHEDULE}
 
 
@@ -56,8 +57,7 @@ def test_training_changes_the_expert_and_nothing_else(side, train, model, data, 
     before = weights(model)
     result = train(model, data, config(side, clip_norm=1e6), tmp_path)
     assert [entry["step"] for entry in result.history] == [1, 2, 3]
-    terms = {"semantic": {"huber", "temporal"}, "detail": {"huber", "gan", "feature_matching", "discriminator"}}[side]
-    assert terms <= set(result.history[-1])
+    assert TERMS[side] <= set(result.history[-1])
     assert all(value.isfinite().all() for value in tensors_of(result.expert))
     assert all(update.up.abs().sum() > 0 for updates in result.expert.low_rank.values() for update in updates)
     assert result.expert.boundary == 0.9 and result.expert.role == side
@@ -154,6 +154,11 @@ def test_another_configuration_or_other_data_is_not_resumed(train, module, model
     with pytest.raises(errors.TrainingError, match="it differs in data: "):
         train(model, other, config("semantic"), tmp_path)
     assert len(train(model, data, config("semantic", steps=2), tmp_path).history) == 2
+    semantic = train(model, data, config("semantic", steps=1), tmp_path / "semantic").expert
+    train(model, data, config("detail", steps=1), tmp_path / "detail", below=semantic)
+    for given in ({}, {"below": semantic, "start": semantic}):
+        with pytest.raises(errors.TrainingError, match=r"it differs in (semantic expert: \w+ -> None|start: None -> \w+)"):
+            train(model, data, config("detail", steps=2), tmp_path / "detail", **given)
 
 
 def test_a_damaged_state_is_passed_over(train, model, data, config, tmp_path):
@@ -211,14 +216,15 @@ def test_too_little_memory_is_refused_with_advice(train, module, model, data, co
         train(model, data, config("detail"), tmp_path)
 
 
-def test_two_processes_train_as_one(train, model, data, config, tmp_path):
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_two_processes_train_as_one(side, train, module, model, data, config, tmp_path):
     """torchrun's environment, two CPU processes, against one with the same global batch."""
-    alone = train(model, data, config("detail", steps=3, batch_size=4), tmp_path / "alone")
+    alone = train(model, data, config(side, steps=3, batch_size=4), tmp_path / "alone")
     script = Path(__file__).with_name("train_in_parallel.py")
     port = str(29500 + os.getpid() % 1000)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path / "together"), json.dumps({**SMALL, "steps": 3, "batch_size": 2})],
+            [sys.executable, str(script), side, str(tmp_path / "together"), json.dumps({**SMALL, "steps": 3, "batch_size": 2})],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                  "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -229,5 +235,7 @@ def test_two_processes_train_as_one(train, model, data, config, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-3000:]
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
     assert first == second
-    for name in ("loss", "huber", "gan", "feature_matching", "discriminator"):
+    for name in TERMS[side] | {"loss"}:
         assert [entry[name] for entry in first] == pytest.approx([entry[name] for entry in alone.history], rel=1e-4), name
+    with pytest.raises(module("dcm_core.distill.config").TrainingError, match="it differs in processes: 2 -> None"):
+        train(model, data, config(side, steps=4, batch_size=2), tmp_path / "together")

@@ -26,7 +26,7 @@ def model(module, releases):
 
 @pytest.fixture(scope="module")
 def trainer(module, model, tmp_path_factory):
-    """trainer(side) -> a Trainer on random data, its pairs' `up` no longer zero."""
+    """trainer(side, ...) -> a Trainer on random data, its pairs' `up` no longer zero."""
     training, dataset = module("nodes.host.training"), module("dcm_core.distill.dataset")
     family = module("dcm_core.families").HUNYUAN_VIDEO
     generator = torch.Generator().manual_seed(0)
@@ -37,9 +37,10 @@ def trainer(module, model, tmp_path_factory):
     latents = [torch.randn(16, 5, 6, 8, generator=generator) for _ in range(2)]
     data = dataset.TensorData(latents, [conditioning(), conditioning()], [0, 1], conditioning())
 
-    def make(side):
+    def make(side, model=model, checkpointing=False):
+        generator = torch.Generator().manual_seed(1)
         config = module("dcm_core.distill.config").TrainingConfig(
-            side, batch_size=2, rank=4, alpha=8.0, cfg=CFG, guidance=GUIDANCE, discriminator_width=64, checkpointing=False
+            side, batch_size=2, rank=4, alpha=8.0, cfg=CFG, guidance=GUIDANCE, discriminator_width=64, checkpointing=checkpointing
         ).for_family(family)
         made = module("dcm_core.distill.trainer").Trainer(
             training.make_backbone(model, family, config), data, config, training.first_expert(model, family, config, None, None),
@@ -157,3 +158,21 @@ def test_step_equals_the_slow_one(side, trainer, model):
             assert relative(value.grad, gradients[f"{name}.{param}"]) < 2e-2, name
             checked += 1
     assert checked > 5
+
+
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_an_fp8_base_has_the_gradients_of_its_weights_in_float32(side, trainer, module, releases):
+    import comfy.sd
+
+    loaded, _ = module("nodes.host.load").load_model(releases["hy_tiny"], "fp8_e4m3fn")
+    low = module("nodes.host.attach").detach_experts(loaded)
+    network = low.model.diffusion_model
+    assert network.single_blocks[0].linear1.weight.dtype is torch.float8_e4m3fn
+    weights = {name: value.detach().float() for name, value in network.named_parameters()}
+    plain = comfy.sd.load_diffusion_model_state_dict(copy.copy(weights), model_options={"dtype": torch.float32})
+    made, reference = trainer(side, low, checkpointing=True), trainer(side, plain)
+    assert made._gradients(0) == pytest.approx(reference._gradients(0), rel=1e-3)
+    for name, value in made.learner.parameters.items():
+        assert value.grad.abs().sum() > 0, name
+        assert relative(value.grad, reference.learner.parameters[name].grad) < 1e-2, name
+    assert all(torch.equal(weights[name], value.float()) for name, value in network.named_parameters())

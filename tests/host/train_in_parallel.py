@@ -1,4 +1,4 @@
-"""One of several processes of test_training: trains the detail expert, prints its losses."""
+"""One of several processes of test_training: trains an expert, prints its losses."""
 
 import importlib
 import json
@@ -23,11 +23,11 @@ def helpers(name):
 
 
 if __name__ == "__main__":
-    folder, values = Path(sys.argv[1]), json.loads(sys.argv[2])
+    side, folder, values = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     conftest, tests = helpers("conftest"), helpers("test_training")
     model = conftest.make_wan(layers=2)
     data = tests.random_data(pack("dcm_core.distill.dataset"))
-    config = pack("dcm_core.distill.config").TrainingConfig("detail", **values)
+    config = pack("dcm_core.distill.config").TrainingConfig(side, **values)
     result = pack("nodes.host.training").train_expert(model, data, config, folder)
     print(json.dumps(result.history))

@@ -91,4 +91,4 @@ def test_advice_names_what_would_help():
 
 def test_memory_in_words():
     text = str(Memory(base=2**30, present=2**28, moments=2**28, step=2**29))
-    assert text == "peak memory about 2.00 GiB (base 1.00, trained tensors and optimiser 0.50, a step 0.50)"
+    assert text == "peak memory about 2.00 GiB (base 1.00, experts and optimiser 0.50, a step 0.50)"

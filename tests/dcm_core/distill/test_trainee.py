@@ -119,6 +119,22 @@ def test_low_precision_bases_take_float32_experts():
     assert all(value.grad is not None for _, value in trainee.named_parameters())
 
 
+def test_a_finished_expert_in_the_base_s_dtype_is_half_as_large_and_does_the_same():
+    modules = {"blocks.0.self_attn.q": nn.Linear(WIDTH, WIDTH).bfloat16(), "head.head": nn.Linear(WIDTH, WIDTH).bfloat16()}
+    expert = new_detail(WAN, modules, 2, 4.0, generator())
+    root = nn.ModuleDict({"head": nn.ModuleDict({"head": modules["head.head"]})})
+    root["blocks"] = nn.ModuleList([nn.ModuleDict({"self_attn": nn.ModuleDict({"q": modules["blocks.0.self_attn.q"]})})])
+    expert.low_rank["blocks.0.self_attn.q"][0].up.normal_(generator=generator())
+    x = torch.randn(3, WIDTH).bfloat16()
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        trainee = make_trainee(expert, modules, torch.device("cpu"), trainable=False, dtype=dtype)
+        assert {value.dtype for _, value in trainee.named_parameters()} == {dtype}
+        with torch.no_grad(), in_place(root, trainee.working):
+            outputs.append(torch.cat([module(x) for module in modules.values()]))
+    assert torch.equal(*outputs) and not torch.equal(outputs[0], torch.cat([module(x) for module in modules.values()]))
+
+
 def test_averaging():
     expert = new_semantic(WAN, WAN_MODULES, 2, 4.0, generator())
     trainee = make_trainee(expert, WAN_MODULES, torch.device("cpu"))
