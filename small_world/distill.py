@@ -24,18 +24,19 @@ config_module, dataset = pack("dcm_core.distill.config"), pack("dcm_core.distill
 storage, training = pack("dcm_core.storage"), pack("nodes.host.training")
 sampling, schedule = pack("nodes.host.sampling"), pack("dcm_core.schedule")
 
-# Six steps of this schedule start at the solver points 1, .98, .94 ...: each is a phase of its own, three for each expert.
-SHIFT, BOUNDARY = 8.0, 0.893
+# Six steps of this schedule start at the solver points 1, .94, .86 | .75, .6, .38: each is a phase of its own, three for each
+# expert. The last step is the hardest: with a larger shift it is longer, and what is lost there is lost for good.
+SHIFT, BOUNDARY = 3.0, 0.76
 PHASES = 3
 
 SEMANTIC = config_module.TrainingConfig(
-    "semantic", steps=1000, batch_size=8, rank=32, alpha=32.0, learning_rate=1e-3, scheduler="cosine", warmup_steps=20,
-    ema_decay=0.95, boundary=BOUNDARY, shift=SHIFT, phases=PHASES, cfg=1.0, checkpointing=False, save_every=400, keep=1,
-    temporal_weight=10.0,
+    "semantic", steps=2000, batch_size=8, rank=0, learning_rate=1e-3, scheduler="cosine", warmup_steps=50, ema_decay=0.95,
+    boundary=BOUNDARY, shift=SHIFT, phases=PHASES, cfg=0.5, checkpointing=False, save_every=400, keep=1, temporal_weight=10.0,
 )
 # The paper's adversarial weight of 0.1 tears so small a model apart.
 DETAIL = replace(
-    SEMANTIC, expert="detail", steps=1400, discriminator_learning_rate=1e-4, discriminator_width=256, adversarial_weight=0.03
+    SEMANTIC, expert="detail", steps=2500, rank=64, alpha=64.0, learning_rate=5e-4, adversarial_weight=0.03,
+    discriminator_learning_rate=1e-4, discriminator_width=256,
 )
 
 

@@ -1,6 +1,6 @@
 """Measure the small world's experts against their base: the tables and pictures of docs/small-world.md.
 
-    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 2] [--seed 1000]
+    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 3] [--seed 1000]
 """
 
 import argparse
@@ -27,11 +27,15 @@ from judge import (
     unevenness,
 )
 from PIL import Image
+from ship import MODELS
 from torch import Tensor
 from train_base import load_vae
 from world import LATENT, NAMES, caption
 
-attach = pack("nodes.host.attach")
+attach, read_expert_file = pack("nodes.host.attach"), pack("nodes.host.expert_files").read_expert_file
+
+# A number, or one with its standard error.
+Measures = dict[str, float | tuple[float, float]]
 
 
 def sample_all(model: Any, steps: int, cfg: float, videos: int, seed: int) -> Tensor:
@@ -61,12 +65,20 @@ def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
         "+ temporal coherence": ("semantic", "detail_without_gan"),
         "+ GAN and feature matching": ("semantic", "detail"),
     }
-    return found | {
+    found |= {
         name: pair(*run) for name, run in runs.items() if all((folder / f"{part}.safetensors").exists() for part in run if part)
     }
+    return found | {"as shipped": shipped(base)}
 
 
-def judge(latents: Tensor, videos: Tensor, reference: dict[str, Tensor], names: Sequence[tuple[str, str, str]]) -> dict[str, float]:
+def shipped(base: Any) -> tuple[Any, int, float]:
+    """The same for the experts that are in the pack."""
+    files = {side: MODELS / "loras" / f"dcm_small_world_{side}.safetensors" for side in ("semantic", "detail")}
+    experts = [read_expert_file(path, side, base) for side, path in files.items()]
+    return attach.attach_experts(base, *experts, boundary=BOUNDARY), 6, 1.0
+
+
+def judge(latents: Tensor, videos: Tensor, reference: dict[str, Tensor], names: Sequence[tuple[str, str, str]]) -> Measures:
     """All measures of one method: of the set of its videos, of what each shows, and against the reference's video of the same noise."""
     seen, wanted = [look(video) for video in videos], [look(video) for video in reference["videos"]]
     matches = torch.tensor([one.matches(name) for one, name in zip(seen, names, strict=True)]).float()
@@ -98,24 +110,31 @@ def contact_sheet(rows: dict[str, Tensor], path: Path, videos: int = 3) -> None:
     Image.fromarray(pixels.numpy()).save(path)
 
 
-def markdown(table: dict[str, dict[str, float]]) -> str:
+def shown(value: float | tuple[float, float]) -> str:
+    if isinstance(value, tuple):
+        return "0" if max(map(abs, value)) < 1e-12 else f"{value[0]:.2g} ± {value[1]:.1g}"
+    return f"{value:.3g}"
+
+
+def markdown(table: dict[str, Measures]) -> str:
     """The measures as a table, a row for each method."""
     columns = list(next(iter(table.values())))
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {title} | {' | '.join(f'{row[name]:.3g}' for name in columns)} |" for title, row in table.items()]
+    lines += [f"| {title} | {' | '.join(shown(row[name]) for name in columns)} |" for title, row in table.items()]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--videos", type=int, default=2, help="of each caption")
+    parser.add_argument("--videos", type=int, default=3, help="of each caption")
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
     names = [name for name in NAMES for _ in range(args.videos)]
     vae = load_vae(args.folder)
     reference: dict[str, Tensor] = {}
-    rows, table = {}, {}
+    rows: dict[str, Tensor] = {}
+    table: dict[str, Measures] = {}
     for title, (model, steps, cfg) in models(args.folder).items():
         started = time.monotonic()
         latents = sample_all(model, steps, cfg, args.videos, args.seed)
@@ -125,7 +144,7 @@ def main() -> None:
         # guidance asks the model twice a step
         table[title] = {"calls": steps * (1 + (cfg > 1)), **judge(latents, videos, reference, names)}
         print(f"{title} ({time.monotonic() - started:.0f} s): "
-              + ", ".join(f"{name} {value:.4g}" for name, value in table[title].items()), flush=True)
+              + ", ".join(f"{name} {shown(value)}" for name, value in table[title].items()), flush=True)
     (args.folder / f"measured_{args.seed}.json").write_text(json.dumps(table, indent=1))
     (args.folder / f"measured_{args.seed}.md").write_text(markdown(table))
     contact_sheet(rows, args.folder / f"frames_{args.seed}.png")

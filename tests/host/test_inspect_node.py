@@ -107,7 +107,7 @@ def test_both_experts_stacked_and_independent(node, look, small_world):
         facts, _ = look(model=attach(node, base, semantic_strength=0.5, detail_strength=-2.0, experts=how, **small_world))
         assert facts["experts"].startswith(f"semantic and detail ({said}")
         assert facts["semantic"].endswith("strength 0.5") and facts["detail"].endswith("strength -2")
-        assert facts["boundary"] == "0.893" and facts["timesteps"].startswith("[1000.0, ")
+        assert facts["boundary"] == "0.76" and facts["timesteps"].startswith("[1000.0, ")
         assert facts["LoRAs"] == "none", "a stacked semantic expert is none of the user's"
         changes.append(facts["change"])
     assert changes[0] == changes[1] and "semantic" in changes[0] and "detail" in changes[0]
@@ -148,7 +148,7 @@ def test_a_plain_model_and_its_loras(node, look, small_world):
     lora = load_file(SHIPPED / "loras" / small_world["semantic_lora"])
     patched, _ = comfy.sd.load_lora_for_models(base, None, lora, 1.0, 0.0)
     count = len(patched.patches)
-    assert count == 60
+    assert count == 177, "all tensors of a full fine-tune"
     for model in (patched, attach(node, patched, **small_world)):
         assert look(model=model)[0]["LoRAs"] == f"{count} other patches on {count} tensors"
 

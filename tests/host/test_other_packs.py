@@ -20,7 +20,7 @@ SMALL_WORLD = ROOT / "workflows" / "DCM small world (CPU).json"
 SHIPPED = ROOT / "small_world" / "models"
 BASE = SHIPPED / "diffusion_models" / "dcm_small_world_base.safetensors"
 SEMANTIC, DETAIL = "dcm_small_world_semantic.safetensors", "dcm_small_world_detail.safetensors"
-BOUNDARY = 0.893
+BOUNDARY = 0.76
 GGUF_MODEL = "dcm_small_world_base_bf16.gguf"
 
 pytestmark = [

@@ -27,7 +27,7 @@ TRAINING = "DCM small world training (CPU)"
 
 # Title -> what its DCM Samplers say.
 WAN = "step 1-3 semantic, 4-6 detail, boundary 0.979"
-SMALL_WORLD = "step 1-3 semantic, 4-6 detail, boundary 0.893"
+SMALL_WORLD = "step 1-3 semantic, 4-6 detail, boundary 0.76"
 PLANS = {
     "DCM HunyuanVideo text to video": ["step 1-2 semantic, 3-4 detail, boundary 0.982"],
     "DCM Wan 2.1 text to video": [WAN],

@@ -30,7 +30,7 @@ def test_demo_renders_a_shape_of_the_colour_that_was_asked_for(server, capsys):
     assert 0.005 < yellow.mean() < 0.3
     said = capsys.readouterr().out
     assert "rendered 'a yellow triangle moving right'" in said
-    assert "step 1-3 semantic, 4-6 detail, boundary 0.893" in said
+    assert "step 1-3 semantic, 4-6 detail, boundary 0.76" in said
 
 
 def test_an_unknown_prompt_names_the_known_ones():
