@@ -72,7 +72,8 @@ class Expert:
 
     def __str__(self) -> str:
         rank = "-".join(str(rank) for rank in (self.ranks[:1] + self.ranks[1:][-1:])) or "none"
-        return f"{self.role} expert, rank {rank}: {len(self.low_rank)} low-rank sites, {len(self.replaced)} replaced tensors"
+        differences = f", {len(self.diff)} differences" if self.diff else ""
+        return f"{self.role} expert, rank {rank}: {len(self.low_rank)} low-rank sites, {len(self.replaced)} replaced tensors{differences}"
 
 
 def expert_tensor_list(expert: Expert) -> list[Tensor]:

@@ -10,6 +10,9 @@ function sayAgain() {
     // the event's id is looked up in the graph that is seen
     if (node.graph === app.canvas?.graph) {
       api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(node.id), text } }));
+      // a panel that lists widgets would show its inner name
+      const shown = node.widgets?.find((widget) => widget.type === "progressText");
+      if (shown?.options) shown.options.hideInPanel = true;
     }
   }
   said.clear();

@@ -104,13 +104,19 @@ class Page:
         self.wait("() => app.graph._nodes.length === 0")
 
     def wait_for_text(self, words):
-        """Until the words are to be seen; a newer front end keeps them behind a button."""
+        self.wait_for(self.page.get_by_text(words))
+
+    def wait_for(self, wanted):
+        """Until something is to be seen; a newer front end keeps it behind a button, and may close it again while it opens a graph."""
+        wanted = wanted.locator("visible=true")
         details = self.page.get_by_text("View details", exact=True).locator("visible=true")
-        words = self.page.get_by_text(words).locator("visible=true")
-        words.or_(details).first.wait_for()
-        if not words.count():
-            details.first.click()
-        words.first.wait_for()
+        for _ in range(2 * SECONDS):
+            if wanted.count():
+                return
+            if details.count():
+                details.first.click()
+            time.sleep(0.5)
+        raise AssertionError(f"not to be seen: {wanted}")
 
     def open(self, path):
         """Open a workflow file from the page's memory, as a drop on the canvas does."""

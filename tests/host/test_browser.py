@@ -114,12 +114,7 @@ def test_missing_models_are_offered_for_download(page):
     page.open_template(WAN)
     names = [model["name"] for node in read(WAN)["nodes"] for model in node["properties"].get("models", [])]
     assert len(names) == 3
-    # the newer front end keeps the list behind a button
-    details, download = page.page.get_by_text("View details", exact=True), page.page.get_by_role("button", name="Download")
-    details.or_(download).first.wait_for()
-    if details.count():
-        details.first.click()
-    download.first.wait_for()
+    page.wait_for(page.page.get_by_role("button", name="Download"))
     for name in names:
         page.wait_for_text(name)
     page.shoot("missing models")
@@ -231,6 +226,9 @@ def test_a_run_fills_the_bar_and_its_video_plays(page):
     if page.name != "own nodes 2.0":
         page.wait("() => document.body.innerText.includes('step 1-3 semantic, 4-6 detail')")
     page.shoot("sampler after its run")
+    if page.name.startswith("newer"):
+        # the text that we keep is not listed among the widgets by its inner name
+        assert "$$" not in page.run("() => document.body.innerText")
     page.show("SaveVideo")
     video = page.wait("() => [...document.querySelectorAll('video')].map(v => v.currentSrc || v.src).find(Boolean)")
     assert ".mp4" in video
