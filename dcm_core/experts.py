@@ -72,8 +72,8 @@ class Expert:
 
     def __str__(self) -> str:
         rank = "-".join(str(rank) for rank in (self.ranks[:1] + self.ranks[1:][-1:])) or "none"
-        differences = f", {len(self.diff)} differences" if self.diff else ""
-        return f"{self.role} expert, rank {rank}: {len(self.low_rank)} low-rank sites, {len(self.replaced)} replaced tensors{differences}"
+        held = {"low-rank sites": self.low_rank, "replaced tensors": self.replaced, "differences": self.diff}
+        return f"{self.role} expert, rank {rank}: {', '.join(f'{len(tensors)} {kind}' for kind, tensors in held.items() if tensors)}"
 
 
 def expert_tensor_list(expert: Expert) -> list[Tensor]:
