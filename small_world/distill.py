@@ -24,7 +24,7 @@ config_module, dataset = pack("dcm_core.distill.config"), pack("dcm_core.distill
 storage, training = pack("dcm_core.storage"), pack("nodes.host.training")
 sampling, schedule = pack("nodes.host.sampling"), pack("dcm_core.schedule")
 
-# Six steps of this schedule start at the solver points 1, .94, .86 | .75, .6, .38: each is a phase of its own, three for each
+# Six steps of this schedule start at the solver points 1, .94, .86 | .75, .61, .40: each is a phase of its own, three for each
 # expert. The last step is the hardest: with a larger shift it is longer, and what is lost there is lost for good.
 SHIFT, BOUNDARY = 3.0, 0.76
 PHASES = 3

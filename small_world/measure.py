@@ -72,7 +72,7 @@ def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
 
 
 def shipped(base: Any) -> tuple[Any, int, float]:
-    """The same for the experts that are in the pack."""
+    """(MODEL, steps, cfg) of the experts that the pack ships."""
     files = {side: MODELS / "loras" / f"dcm_small_world_{side}.safetensors" for side in ("semantic", "detail")}
     experts = [read_expert_file(path, side, base) for side, path in files.items()]
     return attach.attach_experts(base, *experts, boundary=BOUNDARY), 6, 1.0
