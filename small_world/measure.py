@@ -54,8 +54,7 @@ def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
     """Name -> (MODEL, steps, cfg) of everything that is compared."""
     base = load_base(folder)
 
-    def pair(semantic: str, detail: str | None) -> tuple[Any, int, float]:
-        experts = [load_expert(folder, name, base) if name else None for name in (semantic, detail)]
+    def pair(*experts: Any) -> tuple[Any, int, float]:
         return attach.attach_experts(base, *experts, boundary=BOUNDARY), 6, 1.0
 
     found = {f"base, {steps} steps": (base, steps, GUIDANCE) for steps in (50, 25, 10, 6)}
@@ -65,17 +64,12 @@ def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
         "+ temporal coherence": ("semantic", "detail_without_gan"),
         "+ GAN and feature matching": ("semantic", "detail"),
     }
-    found |= {
-        name: pair(*run) for name, run in runs.items() if all((folder / f"{part}.safetensors").exists() for part in run if part)
-    }
-    return found | {"as shipped": shipped(base)}
-
-
-def shipped(base: Any) -> tuple[Any, int, float]:
-    """(MODEL, steps, cfg) of the experts that the pack ships."""
-    files = {side: MODELS / "loras" / f"dcm_small_world_{side}.safetensors" for side in ("semantic", "detail")}
-    experts = [read_expert_file(path, side, base) for side, path in files.items()]
-    return attach.attach_experts(base, *experts, boundary=BOUNDARY), 6, 1.0
+    for name, run in runs.items():
+        if all((folder / f"{part}.safetensors").exists() for part in run if part):
+            found[name] = pair(*(load_expert(folder, part, base) if part else None for part in run))
+    shipped = {side: MODELS / "loras" / f"dcm_small_world_{side}.safetensors" for side in ("semantic", "detail")}
+    found["as shipped"] = pair(*(read_expert_file(path, side, base) for side, path in shipped.items()))
+    return found
 
 
 def judge(latents: Tensor, videos: Tensor, reference: dict[str, Tensor], names: Sequence[tuple[str, str, str]]) -> Measures:

@@ -65,10 +65,10 @@ def main() -> None:
     copy_in_half(args.folder / "base.safetensors", MODELS / "diffusion_models" / "dcm_small_world_base.safetensors")
     copy_in_half(args.folder / "vae.safetensors", MODELS / "vae" / "dcm_small_world_vae.safetensors")
     base = load_base(args.folder)
-    small = args.folder / "semantic_as_shipped.safetensors"
-    training.save_expert(small, compact(load_expert(args.folder, "semantic", base), base), base)
-    copy_in_half(small, MODELS / "loras" / "dcm_small_world_semantic.safetensors")
+    # first: it makes the folder of the other
     copy_in_half(args.folder / "detail.safetensors", MODELS / "loras" / "dcm_small_world_detail.safetensors")
+    semantic = compact(load_expert(args.folder, "semantic", base), base)
+    training.save_expert(MODELS / "loras" / "dcm_small_world_semantic.safetensors", semantic, base)
     write_captions(MODELS / "dcm_conditioning" / "dcm_small_world")
     data = load_data(args.folder, base, TRAINING_CLIPS)
     path = MODELS / "dcm_datasets" / "dcm_small_world.safetensors"
