@@ -15,13 +15,14 @@ from .errors import ExpertError, name_some
 from .experts import Expert, LowRank
 from .routing import Side
 
-CastWeight = Callable[[nn.Linear, Tensor], Tensor]
+# (linear, out (rows, features), x (rows, in), alpha): out += alpha linear(x), in place
+AddLinear = Callable[[nn.Linear, Tensor, Tensor, float], None]
 Forward = Callable[..., Tensor]
 
 
-def cast_weight(linear: nn.Linear, like: Tensor) -> Tensor:
-    """A linear's weight on the device and in the dtype of `like`; hosts with offloading bring their own."""
-    return linear.weight.to(like)
+def add_linear(linear: nn.Linear, out: Tensor, x: Tensor, alpha: float) -> None:
+    """Add `alpha linear(x)` to `out`, in the device and dtype of `x`; hosts with offloading bring their own."""
+    out.addmm_(x, linear.weight.to(x).t(), alpha=alpha)
 
 
 class LowRankBranch(nn.Module):
@@ -39,17 +40,15 @@ class LowRankBranch(nn.Module):
         self.ups = nn.ModuleList(
             operations.Linear(update.rank, update.up.shape[0], bias=False, dtype=dtype, device=device) for update in updates
         )
-        with torch.no_grad():
-            self.down.weight.copy_(torch.cat([update.down for update in updates]))
-            for up, update in zip(self.ups, updates, strict=True):
-                up.weight.copy_(update.up.float() * update.scale)
+        _fill(self.down, dtype, device, weight=torch.cat([update.down for update in updates]))
+        for up, update in zip(self.ups, updates, strict=True):
+            _fill(up, dtype, device, weight=update.up.float() * update.scale)
 
-    def add(self, out: Tensor, projected: Tensor, strength: float, weight_of: CastWeight) -> None:
+    def add(self, out: Tensor, projected: Tensor, strength: float, add: AddLinear) -> None:
         """Add `strength * up(projected)` to `out` (..., rows) in place."""
         rows, hidden = out.view(-1, out.shape[-1]), projected.view(-1, projected.shape[-1])
         for start, up, part in zip(self.starts, self.ups, hidden.split(self.ranks, dim=-1), strict=True):
-            weight = weight_of(up, part)
-            rows[:, start : start + weight.shape[0]].addmm_(part, weight.t(), alpha=strength)
+            add(up, rows[:, start : start + up.out_features], part, strength)
 
 
 class RoutedSite(nn.Module):
@@ -65,7 +64,7 @@ class RoutedSite(nn.Module):
         super().__init__()
         self.replaced, self.branch, self.diff = replaced, branch, diff
 
-    def forward(self, x: Tensor, base: Forward, strength: float, weight_of: CastWeight) -> Tensor:
+    def forward(self, x: Tensor, base: Forward, strength: float, add: AddLinear) -> Tensor:
         """Output of the module `base` with this expert's part in it; x: (..., in) -> (..., out)."""
         if self.replaced is not None:
             out = self.replaced(x)
@@ -76,7 +75,7 @@ class RoutedSite(nn.Module):
         out = base(x)
         if projected is not None:
             out = out.contiguous()
-            self.branch.add(out, projected, strength, weight_of)
+            self.branch.add(out, projected, strength, add)
         if difference is not None:
             out = out.add_(difference, alpha=strength)
         return out
@@ -148,7 +147,7 @@ class RoutedExpert(nn.Module):
 
 @contextmanager
 def in_place(
-    root: nn.Module, experts: Iterable[tuple[RoutedExpert, float]], weight_of: CastWeight = cast_weight
+    root: nn.Module, experts: Iterable[tuple[RoutedExpert, float]], add: AddLinear = add_linear
 ) -> Iterator[None]:
     """For the length of the block the experts answer in the base's place, later ones on top; then everything is as before.
 
@@ -161,7 +160,7 @@ def in_place(
     before: list[tuple[nn.Module, str, Any]] = []
     try:
         for expert, strength in experts:
-            for module, name, value in (*_forwards(expert, root, strength, weight_of), *expert.bare_values(root, strength)):
+            for module, name, value in (*_forwards(expert, root, strength, add), *expert.bare_values(root, strength)):
                 before.append((module, name, module.__dict__.get(name)))
                 module.__dict__[name] = value
         yield
@@ -174,7 +173,7 @@ def in_place(
 
 
 def _forwards(
-    expert: RoutedExpert, root: nn.Module, strength: float, weight_of: CastWeight
+    expert: RoutedExpert, root: nn.Module, strength: float, add: AddLinear
 ) -> list[tuple[nn.Module, str, Forward]]:
     """(module, "forward", what it is with the expert in it) of every site.
 
@@ -186,14 +185,14 @@ def _forwards(
         base = module.forward
         known = expert.forwards.get(name)
         if known is None or known[0] is not module or known[1] != base or known[2] != strength:
-            expert.forwards[name] = known = (module, base, strength, _make_forward(site, base, strength, weight_of))
+            expert.forwards[name] = known = (module, base, strength, _make_forward(site, base, strength, add))
         found.append((module, "forward", known[3]))
     return found
 
 
-def _make_forward(site: RoutedSite, base: Forward, strength: float, weight_of: CastWeight) -> Forward:
+def _make_forward(site: RoutedSite, base: Forward, strength: float, add: AddLinear) -> Forward:
     def forward(x: Tensor) -> Tensor:
-        return site(x, base, strength, weight_of)
+        return site(x, base, strength, add)
 
     return forward
 
@@ -270,11 +269,18 @@ def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: 
     elif weight is not None:
         settings["normalized_shape"] = weight.shape
     module = getattr(factory.operations, kind)(**settings, dtype=factory.dtype, device=factory.device)
-    with torch.no_grad():
-        module.weight.copy_(weight) if weight is not None else module.weight.zero_()
-        if bias is not None:
-            module.bias.copy_(bias)
+    if weight is None:
+        weight = torch.zeros((module.out_features, module.in_features) if kind == "Linear" else module.weight.shape)
+    _fill(module, factory.dtype, factory.device, weight=weight, bias=bias)
     return module
+
+
+def _fill(module: nn.Module, dtype: torch.dtype, device: torch.device, **values: Tensor | None) -> None:
+    """Give a layer its values: set, not copied into, as newer hosts make a Linear without tensors."""
+    for name, value in values.items():
+        if value is not None:
+            own = value.detach().to(device=device, dtype=dtype, copy=True)
+            setattr(module, name, nn.Parameter(own, requires_grad=False))
 
 
 def inner_module(module: nn.Module) -> nn.Module:

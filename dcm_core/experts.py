@@ -6,7 +6,7 @@ Also our expert file: keys that ComfyUI's own LoRA loader applies exactly, plus 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -94,6 +94,22 @@ def expert_id(expert: Expert) -> str:
     for tensor in expert_tensor_list(expert):
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def merged(expert: Expert, name: str, weight_of: Callable[[str], Tensor]) -> Tensor:
+    """The native tensor `name` with this expert in it, in float32; `weight_of` gives the base's."""
+    if name in expert.replaced:
+        return expert.replaced[name].float()
+    tensor = weight_of(name).float()
+    if name in expert.diff:
+        tensor = tensor + expert.diff[name].to(tensor)
+    module, _, param = name.rpartition(".")
+    updates = expert.low_rank.get(module, ()) if param == "weight" else ()
+    for update in updates:
+        rows = slice(update.start, update.start + update.up.shape[0])
+        tensor = tensor.clone()
+        tensor[rows] += update.scale * (update.up.to(tensor) @ update.down.to(tensor))
+    return tensor
 
 
 def place_low_rank(piece: Piece, down: Tensor, up: Tensor, scale: float) -> LowRank:

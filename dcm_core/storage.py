@@ -28,6 +28,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -198,6 +199,9 @@ def write_stream(
                 progress(done, total)
         if (left := next(announced, None)) is not None:
             raise CheckpointError(f"{left[0]} was announced for {path} but never came.")
+        # on the disk before it takes the name: a power cut leaves the old file or the new one
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _header(entries: Entries, metadata: Mapping[str, str]) -> bytes:

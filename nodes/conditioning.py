@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..dcm_core.conditioning import describe_conditioning, load_conditioning, save_conditioning
 from .host.compat import newer
-from .host.folders import CONDITIONING, files, new_file, path_of
+from .host.folders import CONDITIONING, files, new_file, path_of, state_of
 from .host.report import report
 
 
@@ -19,7 +19,7 @@ class DCMSaveConditioning(io.ComfyNode):
             node_id="DCMSaveConditioning",
             display_name="DCM Save Conditioning",
             category="DCM/conditioning",
-            description="Saves text embeddings, so that the text encoder (11 GB for Wan) need not be loaded for this prompt again.",
+            description="Saves text embeddings, so that the text encoder (up to 11 GB for Wan) need not be loaded for this prompt again.",
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The output of a text encode node."),
                 io.String.Input("name", default="prompt", tooltip="File name in models/dcm_conditioning."),
@@ -56,8 +56,8 @@ class DCMLoadConditioning(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, name: str) -> float:
-        return path_of(CONDITIONING, name).stat().st_mtime
+    def fingerprint_inputs(cls, name: str | None) -> int:
+        return state_of(CONDITIONING, name)
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..dcm_core.convert import DTYPES, KEEP, convert_release
+from ..dcm_core.errors import CheckpointError
 from ..dcm_core.extract import extract_lora
 from .host.compat import newer
 from .host.devices import compute_device
@@ -49,10 +50,13 @@ class DCMConvertCheckpoint(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, base_name: str, expert_name: str, dtype: str, overwrite: bool) -> io.NodeOutput:
+        if dtype not in DTYPES:
+            raise CheckpointError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
         result = convert_release(
             path_of(MODELS, model_name),
-            new_file(MODELS, base_name, overwrite),
-            new_file(LORAS, expert_name, overwrite),
+            # what it will write is known, and checked, when the file has been looked at
+            new_file(MODELS, base_name, overwrite=True),
+            new_file(LORAS, expert_name, overwrite=True),
             DTYPES[dtype],
             byte_progress(cls.hidden.unique_id),
             overwrite,

@@ -10,7 +10,7 @@ from ..dcm_core.distill.encode import prepare
 from ..dcm_core.errors import DCMError
 from .host.compat import newer
 from .host.encoders import host_encoders
-from .host.folders import DATASETS, data_cache, files, new_file, path_of, source_path
+from .host.folders import DATASETS, data_cache, files, new_file, path_of, source_path, state_of
 from .host.progress import byte_progress
 from .host.report import report
 
@@ -137,6 +137,10 @@ class DCMLoadDataset(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             **newer(search_aliases=["training data", "cached latents"]),
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, file_name: str | None) -> int:
+        return state_of(DATASETS, file_name)
 
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:

@@ -8,6 +8,7 @@ from ..dcm_core.errors import ExpertError
 from .host.attach import attach_experts, attached_experts
 from .host.compat import newer
 from .host.expert_files import expert_names, load_expert
+from .host.folders import LORAS, state_of
 from .host.report import report
 
 TrainedExpert = io.Custom("DCM_EXPERT")
@@ -77,6 +78,10 @@ class DCMAttachExperts(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, semantic_lora: str | None, detail_lora: str | None, **inputs: Any) -> list[int]:
+        return [state_of(LORAS, semantic_lora), state_of(LORAS, detail_lora)]
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -89,6 +94,8 @@ class DCMAttachExperts(io.ComfyNode):
         semantic_expert: Any = None,
         detail_expert: Any = None,
     ) -> io.NodeOutput:
+        if experts not in (STACKED, INDEPENDENT):
+            raise ExpertError(f"experts is {experts!r}; choose {STACKED!r} or {INDEPENDENT!r}.")
         semantic = semantic_expert or load_expert(semantic_lora, "semantic", model)
         detail = detail_expert or load_expert(detail_lora, "detail", model)
         if semantic is None and detail is None:

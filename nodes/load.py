@@ -1,9 +1,11 @@
 """Load a base model or a released checkpoint."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from .host.compat import newer
-from .host.folders import MODELS, files
+from .host.folders import MODELS, files, state_of
 from .host.load import WEIGHT_DTYPES, load_model
 from .host.report import report
 
@@ -38,6 +40,10 @@ class DCMLoadModel(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             **newer(search_aliases=["dual expert", "consistency model", "load dcm", "wan dcm", "hunyuan dcm"]),
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str | None, **inputs: Any) -> int:
+        return state_of(MODELS, model_name)
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:

@@ -89,7 +89,9 @@ class DCMSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Flow shift of the generic schedule. 17 as DCM is trained; Wan 2.2 uses 5 to 12.",
                 ),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="Noise levels from another node. Overrides schedule, steps and denoise."),
+                io.Sigmas.Input(
+                    "sigmas", optional=True, tooltip="Noise levels from another node. Overrides schedule, steps, shift and denoise."
+                ),
                 io.Sampler.Input("sampler", optional=True, tooltip="Another sampler than Euler. DCM is trained for Euler."),
             ],
             outputs=[

@@ -9,6 +9,7 @@ from .dataset import Dataset
 from .experts import TrainedExpert
 from .host.compat import advanced, newer
 from .host.expert_files import expert_names
+from .host.folders import LORAS, NONE, state_of
 from .host.report import report
 from .host.training import train_and_save
 
@@ -46,8 +47,8 @@ def common_inputs(steps: int, learning_rate: float, rank_floor: int) -> list[io.
         ),
         io.Float.Input(
             "boundary", default=0.0, min=0.0, max=1.0, step=0.001, round=False,
-            tooltip="Sigma between the experts, stored with the expert; both experts need the same. 0 takes the family's "
-            "(Wan 2.1: 0.979, HunyuanVideo: 0.982).",
+            tooltip="Sigma between the experts, stored with the expert; both experts need the same. 0 takes that of the expert "
+            "it goes with, else the family's (Wan 2.1: 0.979, HunyuanVideo: 0.982).",
         ),
         io.Boolean.Input(
             "gradient_checkpointing", default=True, tooltip="Needs far less memory, and about a third more time.",
@@ -84,7 +85,7 @@ def last_inputs() -> list[io.Input]:
             "sample_every", default=100, min=0, max=100_000, tooltip="Steps between sample videos, 0 for none.", **advanced(io.Int.Input)
         ),
         io.Combo.Input(
-            "continue_from", options=expert_names(), default="none", optional=True,
+            "continue_from", options=expert_names(), default=NONE, optional=True,
             tooltip="An expert file to begin with, instead of one that changes nothing.",
         ),
         io.Vae.Input("vae", optional=True, tooltip="Decodes the sample videos into output/dcm_training/<name>."),
@@ -130,8 +131,12 @@ class DCMTrainSemanticExpert(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, continue_from: str | None = NONE, **inputs: Any) -> int:
+        return state_of(LORAS, continue_from)
+
+    @classmethod
     def execute(
-        cls, model: Any, dataset: Any, name: str, gradient_checkpointing: bool, continue_from: str = "none", vae: Any = None,
+        cls, model: Any, dataset: Any, name: str, gradient_checkpointing: bool, continue_from: str = NONE, vae: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
         config = TrainingConfig("semantic", checkpointing=gradient_checkpointing, **settings)
@@ -169,7 +174,7 @@ class DCMTrainDetailExpert(io.ComfyNode):
                 ),
                 *last_inputs(),
                 io.Combo.Input(
-                    "semantic_lora", options=expert_names(), default="none", optional=True,
+                    "semantic_lora", options=expert_names(), default=NONE, optional=True,
                     tooltip="The semantic expert this one will work on top of. none: the base itself.",
                 ),
                 TrainedExpert.Input(
@@ -183,9 +188,13 @@ class DCMTrainDetailExpert(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, continue_from: str | None = NONE, semantic_lora: str | None = NONE, **inputs: Any) -> list[int]:
+        return [state_of(LORAS, continue_from), state_of(LORAS, semantic_lora)]
+
+    @classmethod
     def execute(
-        cls, model: Any, dataset: Any, name: str, gradient_checkpointing: bool, continue_from: str = "none", vae: Any = None,
-        semantic_lora: str = "none", semantic_expert: Any = None, **settings: Any,
+        cls, model: Any, dataset: Any, name: str, gradient_checkpointing: bool, continue_from: str = NONE, vae: Any = None,
+        semantic_lora: str = NONE, semantic_expert: Any = None, **settings: Any,
     ) -> io.NodeOutput:
         config = TrainingConfig("detail", checkpointing=gradient_checkpointing, **settings)
         run = train_and_save(

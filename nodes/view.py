@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..dcm_core.errors import DCMError
 from ..dcm_core.plot import plot_schedule
 from .host.compat import newer
-from .host.expert_files import NONE
+from .host.folders import NONE
 from .host.inspect import file_names, inspect, path_of_choice
 from .host.report import report_picture
 from .host.sampling import as_image, choose_boundary

@@ -36,34 +36,43 @@ SETTINGS = {
 STYLE = "button, .p-toast, [class*=actionbar] { visibility: hidden !important }"
 SMALL_WORLD = next(path for path in WORKFLOWS if path.stem == "DCM small world (CPU)")
 
-# Graphs for nodes that no shipped workflow shows: [(type, column, row)], [(from, output, to, input)].
+ENCODER = {"clip_name": "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "type": "wan"}
+RELEASE = {"model_name": "dcm_wan2.1_t2v_1.3B.safetensors"}
+
+# Graphs for nodes that no shipped workflow shows: [(type, column, row, widgets)], [(from, output, to, input)].
 GRAPHS = {
     "DCMSchedulePlot": (
-        [("DCMScheduler", 0, 0), ("DCMSchedulePlot", 1, 0), ("PreviewImage", 2, 0)], [(0, 0, 1, "sigmas"), (1, 0, 2, "images")],
+        [("DCMLoadModel", 0, 0, RELEASE), ("DCMScheduler", 1, 0, {}), ("DCMSchedulePlot", 2, 0, {}), ("PreviewImage", 3, 0, {})],
+        [(0, 0, 1, "model"), (0, 0, 2, "model"), (1, 0, 2, "sigmas"), (2, 0, 3, "images")],
     ),
     "DCMSplitSigmas": (
-        [("DCMScheduler", 0, 0), ("DCMSplitSigmas", 1, 0), ("SamplerCustomAdvanced", 2, 0), ("SamplerCustomAdvanced", 2, 1)],
-        [(0, 0, 1, "sigmas"), (1, 0, 2, "sigmas"), (1, 1, 3, "sigmas")],
+        [("DCMLoadModel", 0, 0, RELEASE), ("DCMScheduler", 1, 0, {}), ("DCMSplitSigmas", 2, 0, {}),
+         ("SamplerCustomAdvanced", 3, 0, {}), ("SamplerCustomAdvanced", 3, 1, {})],
+        [(0, 0, 1, "model"), (0, 0, 2, "model"), (1, 0, 2, "sigmas"), (2, 0, 3, "sigmas"), (2, 1, 4, "sigmas")],
     ),
     "DCMSaveConditioning": (
-        [("CLIPLoader", 0, 0), ("CLIPTextEncode", 1, 0), ("DCMSaveConditioning", 2, 0)], [(0, 0, 1, "clip"), (1, 0, 2, "conditioning")],
+        [("CLIPLoader", 0, 0, ENCODER), ("CLIPTextEncode", 1, 0, {}), ("DCMSaveConditioning", 2, 0, {})],
+        [(0, 0, 1, "clip"), (1, 0, 2, "conditioning")],
     ),
     "DCMVideoDataset": (
-        [("VAELoader", 0, 0), ("CLIPLoader", 0, 1), ("DCMVideoDataset", 1, 0), ("DCMTrainSemanticExpert", 2, 0)],
+        [("VAELoader", 0, 0, {"vae_name": "wan_2.1_vae.safetensors"}), ("CLIPLoader", 0, 1, ENCODER), ("DCMVideoDataset", 1, 0, {}),
+         ("DCMTrainSemanticExpert", 2, 0, {})],
         [(0, 0, 2, "vae"), (1, 0, 2, "clip"), (2, 0, 3, "dataset")],
     ),
-    "DCMSaveDataset": ([("DCMVideoDataset", 0, 0), ("DCMSaveDataset", 1, 0)], [(0, 0, 1, "dataset")]),
+    "DCMSaveDataset": ([("DCMVideoDataset", 0, 0, {}), ("DCMSaveDataset", 1, 0, {})], [(0, 0, 1, "dataset")]),
     "DCMInspectModel": (
-        [("DCMLoadModel", 0, 0), ("DCMInspectModel", 1, 0), ("PreviewImage", 2, 0)], [(0, 0, 1, "model"), (1, 1, 2, "images")],
+        [("DCMLoadModel", 0, 0, RELEASE), ("DCMInspectModel", 1, 0, {}), ("PreviewImage", 2, 0, {})],
+        [(0, 0, 1, "model"), (1, 1, 2, "images")],
     ),
 }
 
 BUILD = """([nodes, links]) => {
   app.graph.clear();
-  const made = nodes.map(([type, column, row]) => {
+  const made = nodes.map(([type, column, row, values]) => {
     const node = LiteGraph.createNode(type);
     app.graph.add(node);
     node.pos = [column * 480, row * 260];
+    for (const widget of node.widgets ?? []) if (widget.name in values) widget.value = values[widget.name];
     return node;
   });
   for (const [from, output, to, input] of links) made[from].connect(output, made[to], made[to].findInputSlot(input));
@@ -141,7 +150,8 @@ def main() -> None:
             page = Page(running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS), server, "pictures", nodes2=False)
             page.command("Workspace.ToggleFocusMode")
             page.page.add_style_tag(content=STYLE)
-            shown = {}
+            # what a run leaves on the node is part of these pictures
+            shown = {"DCMSampler": SMALL_WORLD}
             for path in WORKFLOWS:
                 shown = {node["type"]: path for node in read(path)["nodes"]} | shown
                 if not wanted or path.stem in wanted:
@@ -159,6 +169,8 @@ def main() -> None:
                     take(page, help_page.with_suffix(".jpg"), NODE_SIZE)
                 else:
                     page.open(shown[kind])
+                    if shown[kind] == SMALL_WORLD:
+                        render(page)
                     take(page, help_page.with_suffix(".jpg"), NODE_SIZE, page.run(NEIGHBOURS, kind))
 
 

@@ -127,13 +127,19 @@ async function foresee(bar) {
 function barOf(id) {
   // inside a subgraph the last part of an execution id is the node's own
   const own = String(id).split(":").pop();
-  for (const [node, bar] of bars) if (String(node.id) === own) return bar;
+  for (const [node, bar] of bars) if (String(node.id) === own && isOpen(node)) return bar;
+}
+
+// Some front ends drop the graphs inside a subgraph without a word to their nodes.
+function isOpen(node) {
+  const root = app.rootGraph ?? app.graph;
+  return node.graph === root || (node.graph && root.subgraphs?.get(node.graph.id) === node.graph);
 }
 
 function lookAtAll() {
   if (document.hidden) return;
   for (const [node, bar] of bars) {
-    if (node.graph) foresee(bar).catch(() => bar.show(null));
+    if (isOpen(node)) foresee(bar).catch(() => bar.show(null));
   }
 }
 

@@ -54,7 +54,7 @@ class TrainingConfig:
 
     Attributes:
         expert: which expert is trained.
-        boundary: sigma between the experts, stored with the result; 0 takes the family's.
+        boundary: sigma between the experts, stored with the result; 0 takes the given expert's, else the family's.
         shift, points: of the solver's noise levels.
         phases: consistency phases of this expert (of each side, where it is shared).
         shared: train one expert for all noise levels (the paper's ablation).
@@ -142,12 +142,12 @@ class TrainingConfig:
                 raise TrainingError(f"{name} is {value!r}; it has to be a {kind.__name__}.")
         return cls(**values)
 
-    def for_family(self, family: Family) -> "TrainingConfig":
-        """With every automatic value filled in."""
+    def for_family(self, family: Family, boundary: float | None = None) -> "TrainingConfig":
+        """With every automatic value filled in; `boundary` is that of the experts it goes on from or goes with."""
         rate = self.learning_rate or (5e-6 if self.expert == "detail" else 1e-4 if self.rank else 1e-6)
         return dataclasses.replace(
             self,
-            boundary=self.boundary or family.preset.boundary,
+            boundary=self.boundary or boundary or family.preset.boundary,
             learning_rate=rate,
             feature_weight=family.feature_weight if self.feature_weight == -1 else self.feature_weight,
         )

@@ -14,6 +14,8 @@ Scheduler = torch.optim.lr_scheduler.LRScheduler
 
 # What the loss is multiplied by where the model computes in float16: the gradients of a video are below its smallest numbers.
 LOSS_SCALE = 2.0**16
+# Once it was lowered, it is doubled again this often.
+STEPS_TO_RESCALE = 1000
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,12 @@ class Processes:
         """Every process gets the mean of all processes' gradients."""
         if self.count == 1:
             return
-        parameters = list(parameters)
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-        dist.all_reduce(flat)
-        flat /= self.count
-        for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad.copy_(mean.view_as(parameter))
+            # one by one: all together would be a second copy of them
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.count
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """The mean of all processes' values."""

@@ -76,7 +76,7 @@ def load_optimizer(prefix: str, names: list[str], optimizer: torch.optim.Optimiz
 
 
 def save_state(folder: Path, saved: SavedState, keep: int) -> Path:
-    """Write the state, then remove all but the newest `keep`.
+    """Write the state, then remove those before it but the last `keep - 1`.
 
     Raises:
         CheckpointError: too little room on the disk; the older states stay.
@@ -90,8 +90,8 @@ def save_state(folder: Path, saved: SavedState, keep: int) -> Path:
         "facts": json.dumps(saved.facts),
         "history": json.dumps(saved.history),
     }
-    write_tensors(path, {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}, metadata)
-    for old in sorted(saved_states(folder))[:-keep]:
+    write_tensors(path, {name: tensor.detach() for name, tensor in saved.tensors.items()}, metadata)
+    for old in sorted(found for found in saved_states(folder) if found <= path)[:-keep]:
         old.unlink()
     return path
 
@@ -102,12 +102,22 @@ def saved_states(folder: Path) -> Iterator[Path]:
 
 
 def newest_state(folder: Path) -> tuple[Path, SavedState] | None:
-    """The newest state that can be read, None without any; a damaged one is passed over for the one before."""
-    for path in sorted(saved_states(folder), reverse=True):
+    """The newest state that can be read, None without any; a damaged one is passed over for the one before.
+
+    Raises:
+        TrainingError: there are states, but none can be read.
+    """
+    paths = sorted(saved_states(folder), reverse=True)
+    for path in paths:
         try:
             return path, read_state(path)
         except CheckpointError as error:
             logger.warning("%s cannot be read (%s); trying the state before it", path, error)
+    if paths:
+        raise TrainingError(
+            f"None of the {len(paths)} states in {folder} can be read (newest: {paths[0].name}). Move them elsewhere to start anew "
+            "under this name, or choose another name."
+        )
     return None
 
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from ..adapters import LAYER_PARAMS, RoutedExpert, find_module
 from ..errors import ExpertError, name_some
-from ..experts import Expert, LowRank
+from ..experts import Expert, LowRank, merged
 from ..families import Family
 from .backbone import Working
 
@@ -39,13 +39,14 @@ CASTING = SimpleNamespace(**{
 })
 
 
-class TrainedPart(RoutedExpert):
-    """Its bare parameters go in as they are: the base's own may be stored in a dtype too small to train in."""
+class PreciseExpert(RoutedExpert):
+    """Its bare parameters stay in its own dtype: the base's may be too small to train in. Works at full strength."""
 
     def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        for name, tensor in zip(self.bare_names, self.bare, strict=True):
-            module, _, attribute = name.rpartition(".")
-            yield find_module(root, module), attribute, tensor
+        for name, replaced, tensor in zip(self.bare_names, self.bare_replaced, self.bare, strict=True):
+            module_name, _, attribute = name.rpartition(".")
+            module = find_module(root, module_name)
+            yield module, attribute, tensor if replaced else getattr(module, attribute).to(tensor) + tensor
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Trainee:
     """
 
     facts: Expert
-    low_rank: TrainedPart
-    replaced: TrainedPart
+    low_rank: PreciseExpert
+    replaced: PreciseExpert
     scale: float
 
     @property
@@ -108,19 +109,11 @@ def _free(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def make_trainee(
-    expert: Expert,
-    modules: Mapping[str, nn.Module],
-    device: torch.device,
-    trainable: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> Trainee:
-    """Modules for the expert's tensors.
+def make_trainee(expert: Expert, modules: Mapping[str, nn.Module], device: torch.device) -> Trainee:
+    """Modules for the expert's tensors, in float32.
 
     Args:
         modules: native name -> module of the base.
-        trainable: False for an expert that others are trained on top of.
-        dtype: of the tensors; float32 if they are trained.
 
     Raises:
         ExpertError: an expert that does not fit, or one whose pairs differ in alpha / rank, or that holds differences.
@@ -135,12 +128,21 @@ def make_trainee(
         for name, updates in expert.low_rank.items()
     }
 
-    def build(**tensors: Any) -> TrainedPart:
+    def build(**tensors: Any) -> PreciseExpert:
         part = Expert(expert.family, expert.role, **tensors)
-        return TrainedPart(part, modules, CASTING, dtype, device).requires_grad_(trainable)
+        return PreciseExpert(part, modules, CASTING, torch.float32, device).requires_grad_()
 
     facts = dataclasses.replace(expert, low_rank={}, replaced={})
     return Trainee(facts, build(low_rank=unscaled), build(replaced=expert.replaced), scales.pop() if scales else 1.0)
+
+
+def make_fixed(expert: Expert, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> Working:
+    """A finished expert that another is trained on top of, whatever it holds.
+
+    Raises:
+        ExpertError: one that does not fit.
+    """
+    return ((PreciseExpert(expert, modules, CASTING, dtype, device).requires_grad_(False), 1.0),)
 
 
 def new_semantic(
@@ -178,13 +180,13 @@ def new_detail(
     """A detail expert that changes nothing yet: the release's low-rank sites, and its copies of embedders and head.
 
     Args:
-        semantic: the expert it will work on top of, whose replaced layers it starts from.
+        semantic: the expert it will work on top of; the copies start from that one's embedders and head.
         weight_of: as for `new_semantic`.
     """
     weight_of = weight_of or _own_weights(modules)
     low_rank: dict[str, tuple[LowRank, ...]] = {}
     replaced: dict[str, Tensor] = {}
-    instead = semantic.replaced if semantic else {}
+    semantic = semantic or Expert(family.name, "semantic")
     for name in sorted(modules):
         pieces = family.key_map.sources_of(name)
         targets = [piece for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)]
@@ -192,7 +194,7 @@ def new_detail(
             low_rank[name] = tuple(_new_pair(modules[name], rank, alpha, generator, piece.part) for piece in targets)
         if any(piece.source.split(".")[0] in family.detail_modules for piece in pieces):
             for key in _parameter_names(name, modules[name]):
-                replaced[key] = _free(instead[key] if key in instead else weight_of(key)).float()
+                replaced[key] = _free(merged(semantic, key, weight_of))
     return Expert(family.name, "detail", low_rank, replaced)
 
 

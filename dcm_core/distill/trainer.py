@@ -18,13 +18,13 @@ from .config import TrainingConfig
 from .consistency import Batch, Roles, predict
 from .dataset import BatchOrder, TrainingData
 from .discriminator import Discriminator, seeded_discriminator
-from .learner import LOSS_SCALE, Learner, make_learner, make_schedule
+from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, make_learner, make_schedule
 from .losses import pseudo_huber
 from .memory import Memory, step_size, total
 from .parallel import Processes
 from .stages import DetailStage, SemanticStage, Terms
 from .state import History, SavedState, newest_state, save_state
-from .trainee import make_trainee
+from .trainee import make_fixed, make_trainee
 from .watch import Diverged, check_losses
 from .watcher import Quiet, Watcher
 
@@ -74,9 +74,7 @@ class Trainer:
         modules = dict(self.backbone.module.named_modules())
         self.phases = config.make_phases()
         self.trainee = make_trainee(start, modules, self.device)
-        self.below_working: Working = ()
-        if below is not None:
-            self.below_working = make_trainee(below, modules, self.device, trainable=False, dtype=self.backbone.dtype).working
+        self.below_working: Working = () if below is None else make_fixed(below, modules, self.device, self.backbone.dtype)
         self.average = self.trainee.copy() if config.ema_decay else None
         self.learner = make_learner(
             "expert", dict(self.trainee.named_parameters()), config.learning_rate, config.clip_norm, weight_decay=config.weight_decay
@@ -202,6 +200,7 @@ class Trainer:
 
     def _update(self) -> None:
         """One step of the optimisers, and its losses in the history."""
+        scale = self.loss_scale
         terms = self._gradients(self.done)
         norm = self.learner.gather(self.processes, self.loss_scale)
         while not math.isfinite(norm) and math.isfinite(terms["loss"]) and self.loss_scale > 1:
@@ -210,6 +209,9 @@ class Trainer:
             self._forget()
             terms = self._gradients(self.done)
             norm = self.learner.gather(self.processes, self.loss_scale)
+        if not math.isfinite(norm):
+            # not for its scale: the step is passed over
+            self.loss_scale = scale
         self.worth_saving = False
         self.learner.step(norm)
         if self.judge is not None:
@@ -218,6 +220,8 @@ class Trainer:
         if self.average is not None:
             self.average.average(self.trainee, self.config.ema_decay)
         self.history.append({"step": self.done + 1, **terms, "grad_norm": norm})
+        if self.done % STEPS_TO_RESCALE == 0 and self.loss_scale > 1:
+            self.loss_scale = min(2 * self.loss_scale, LOSS_SCALE)
         self.worth_saving = True
 
     def _gradients(self, step: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,12 @@ from ...dcm_core.routing import Side, check_boundary
 from .route import KEY, AttachedExperts, attached_experts, route_call, step_cache_note
 
 logger = logging.getLogger(__name__)
+
+# Boundaries go through text in files and widgets.
+SAME_BOUNDARY = 1e-6
+# What newer hosts hang on a loaded module: its places in memory.
+HOST_STATE = {"_v", "_v_signature", "_pins", "_prefetch", "dynamic_vbars", "dynamic_pins"}
+
 
 def diffusion_model(model: Any) -> nn.Module:
     """The transformer inside a MODEL, without a compile wrapper."""
@@ -88,9 +94,9 @@ def attach_experts(
         ExpertError: an expert that does not fit. The given MODEL is never changed.
     """
     family = require_family(model)
-    facts = detail or semantic
+    experts = [expert for expert in (detail, semantic) if expert is not None]
     if boundary is None:
-        boundary = facts.boundary if facts and facts.boundary is not None else family.preset.boundary
+        boundary = own_boundary([expert.boundary for expert in experts]) or family.preset.boundary
     clone = detach_experts(model)
     own_patches: dict[str, tuple[Any, ...]] = {}
     routed: list[tuple[Expert, float, tuple[Side, ...]]] = []
@@ -110,7 +116,7 @@ def attach_experts(
         AttachedExperts(
             family=family.name,
             boundary=check_boundary(boundary),
-            timesteps=facts.timesteps if facts else None,
+            timesteps=next((expert.timesteps for expert in experts if expert.timesteps), None),
             stacked=stacked,
             semantic=str(semantic) if semantic else None,
             detail=str(detail) if detail else None,
@@ -121,6 +127,21 @@ def attach_experts(
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, route_call)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, hand_over_patches)
     return clone
+
+
+def own_boundary(known: Iterable[float | None]) -> float | None:
+    """The boundary that experts were made for, None where no file says it.
+
+    Raises:
+        ExpertError: experts that were made for different ones.
+    """
+    found = sorted({boundary for boundary in known if boundary})
+    if found and found[-1] - found[0] > SAME_BOUNDARY:
+        raise ExpertError(
+            f"The experts were made for different boundaries ({found[0]:g} and {found[-1]:g}), so that between these one of them is "
+            "wrong. Choose experts of one pair, or set `boundary`."
+        )
+    return found[0] if found else None
 
 
 def detach_experts(model: Any) -> Any:
@@ -238,7 +259,14 @@ def make_patcher(module: RoutedExpert, load_device: torch.device, offload_device
 
 def copy_patcher(module: RoutedExpert, *devices: torch.device, **newer: bool) -> Any:
     """An independent second expert, for newer hosts (several GPUs)."""
-    return make_patcher(copy.deepcopy(module), *devices, **newer)
+    # two owners would both free the places of the first
+    states = [(part, {name: part.__dict__.pop(name) for name in HOST_STATE & part.__dict__.keys()}) for part in module.modules()]
+    try:
+        duplicate = copy.deepcopy(module)
+    finally:
+        for part, state in states:
+            part.__dict__.update(state)
+    return make_patcher(duplicate, *devices, **newer)
 
 
 def hand_over_patches(executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -52,11 +52,11 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     states = folder / settings["states"] if "states" in settings else output.with_name(f"{output.stem}_states")
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
     below = read_expert_file(path("semantic"), "semantic", model) if "semantic" in settings else None
-    start = read_expert_file(path("continue_from"), side, model) if "continue_from" in settings else None
     processes = join(comfy.model_management.get_torch_device())
     with processes.first_alone():
         # the others find everything encoded
         data, vae = load_data(settings, folder, model)
+    start = read_expert_file(path("continue_from"), side, model) if "continue_from" in settings else None
     result = train_expert(model, data, config, states, start=start, below=below, vae=vae)
     if processes.first:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The host's VAE and text encoder, for training data."""
 
 import hashlib
+import re
 from typing import Any
 
 import comfy.model_management
@@ -12,12 +13,16 @@ from ...dcm_core.distill.encode import Encoders
 from ...dcm_core.errors import DCMError
 from .compat import key_patches
 
+# Round brackets weight words in the host's prompts; a caption means what it says. One that is escaped already stays so.
+BRACKET = re.compile(r"\\?([()])")
 SAMPLED = 8  # values at each end of a tensor that stand for all of it
 
 
 def host_encoders(vae: Any, clip: Any) -> Encoders:
     """The host's VAE and CLIP objects as encoders; latents stay in the VAE's own space."""
 
+    # outside of a node the host leaves gradients on: a VAE would keep all it computes
+    @torch.inference_mode()
     def encode_video(pixels: Tensor) -> Tensor:
         latent = vae.encode(pixels)
         if latent.ndim != 5 or latent.shape[0] != 1:
@@ -27,8 +32,9 @@ def host_encoders(vae: Any, clip: Any) -> Encoders:
             )
         return latent[0]
 
+    @torch.inference_mode()
     def encode_text(text: str) -> Conditioning:
-        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        return clip.encode_from_tokens_scheduled(clip.tokenize(BRACKET.sub(r"\\\1", text)))
 
     def free() -> None:
         unload([vae.patcher, clip.patcher])

@@ -10,9 +10,7 @@ from ...dcm_core.experts import Expert
 from ...dcm_core.routing import Side
 from ...dcm_core.storage import TensorFile
 from .attach import module_shapes, require_family
-from .folders import LORAS, files, path_of
-
-NONE = "none"
+from .folders import LORAS, NONE, files, path_of
 
 
 def expert_names() -> list[str]:

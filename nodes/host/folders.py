@@ -1,5 +1,6 @@
 """Where the pack's files live among the host's."""
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -9,26 +10,33 @@ from ...dcm_core.errors import CheckpointError, DCMError
 MODELS, LORAS, VAES = "diffusion_models", "loras", "vae"
 CONDITIONING, DATASETS = "dcm_conditioning", "dcm_datasets"
 SUFFIX = ".safetensors"
+NONE = "none"
 # Small models that come with the pack.
 SHIPPED = Path(__file__).resolve().parents[2] / "small_world" / "models"
 
 for category in (CONDITIONING, DATASETS):
-    if category not in folder_paths.folder_names_and_paths:
-        folder_paths.add_model_folder_path(category, str(Path(folder_paths.models_dir) / category))
-        folder_paths.folder_names_and_paths[category] = (folder_paths.folder_names_and_paths[category][0], {SUFFIX})
+    # also where extra_model_paths.yaml has named folders of the category
+    folder_paths.add_model_folder_path(category, str(Path(folder_paths.models_dir) / category))
+    folder_paths.folder_names_and_paths[category] = (folder_paths.folder_names_and_paths[category][0], {SUFFIX})
 for category in (MODELS, LORAS, VAES, CONDITIONING, DATASETS):
     if (SHIPPED / category).is_dir():
         folder_paths.add_model_folder_path(category, str(SHIPPED / category))
 
 
 def files(category: str) -> list[str]:
-    """Names of the category's files."""
-    return folder_paths.get_filename_list(category)
+    """Names of the category's files; those of our own categories with / on every system, as shipped graphs name them."""
+    names = folder_paths.get_filename_list(category)
+    return [name.replace(os.sep, "/") for name in names] if category in (CONDITIONING, DATASETS) else names
 
 
 def path_of(category: str, name: str) -> Path:
     """Full path of a file the user chose."""
     return Path(folder_paths.get_full_path_or_raise(category, name))
+
+
+def state_of(category: str, name: str | None) -> int:
+    """When a chosen file was last written: a node runs again after that. 0 for "none", and for a name not known yet."""
+    return 0 if name in (None, NONE) else path_of(category, name).stat().st_mtime_ns
 
 
 def new_file(category: str, name: str, overwrite: bool) -> Path:
@@ -37,7 +45,7 @@ def new_file(category: str, name: str, overwrite: bool) -> Path:
     Raises:
         CheckpointError: an empty or outside name, or an existing file without `overwrite`.
     """
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(category)]
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(category) if SHIPPED not in Path(folder).parents]
     # a category may be read from folders of other names first (diffusion_models: unet)
     folder = next((folder for folder in folders if folder.name == category), folders[0]).resolve()
     path = _inside(folder, name)

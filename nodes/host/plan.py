@@ -16,8 +16,8 @@ from ...dcm_core.families import FAMILIES, WAN
 from ...dcm_core.routing import plan_steps
 from ...dcm_core.schedule import generic_sigmas, last_part, sigmas_from_timesteps
 from ...dcm_core.storage import TensorFile
-from .expert_files import NONE
-from .folders import LORAS, MODELS, path_of
+from .attach import own_boundary
+from .folders import LORAS, MODELS, NONE, path_of
 from .report import server
 from .sampling import AUTO, PRESETS, WAN22_BOUNDARY, has_sides
 
@@ -56,17 +56,17 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     known = [family for found in (*experts, base) if found and (family := found["family"])]
     preset = known[0].preset if known else None
-    facts = experts[0] if experts else {}
+    timesteps = next((found["timesteps"] for found in experts if found["timesteps"]), None)
     if two_models and known and known[0] is WAN:
         usual = WAN22_BOUNDARY[base is not None and base["takes_image"]]
     else:
         usual = preset.boundary if preset else 0.0
-    boundary = asked["boundary"] or asked.get("attached_boundary") or facts.get("boundary") or usual
+    boundary = asked["boundary"] or asked.get("attached_boundary") or own_boundary(found["boundary"] for found in experts) or usual
     schedule = asked["schedule"]
     if schedule in PRESETS:
         sigmas = PRESETS[schedule].sigmas
-    elif schedule == AUTO and facts.get("timesteps"):
-        sigmas = sigmas_from_timesteps(facts["timesteps"])
+    elif schedule == AUTO and timesteps:
+        sigmas = sigmas_from_timesteps(timesteps)
     elif schedule == AUTO and preset and (experts or not two_models):
         sigmas = preset.sigmas
     else:

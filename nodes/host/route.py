@@ -61,9 +61,12 @@ def step_cache_note(model: Any) -> str:
     return CACHE_NOTE if cached and attached_experts(model) is not None else ""
 
 
-def cast_weight(linear: nn.Module, like: Tensor) -> Tensor:
-    """A linear's weight as the host casts it: from wherever it was offloaded, with its patches."""
-    return comfy.ops.cast_bias_weight(linear, like)[0]
+def add_linear(linear: nn.Module, out: Tensor, x: Tensor, alpha: float) -> None:
+    """Add `alpha linear(x)` to `out` with the weight as the host casts it: from wherever it was offloaded, with its patches."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
+    out.addmm_(x, weight.t(), alpha=alpha)
+    # the host may give its place to others again
+    comfy.ops.uncast_bias_weight(linear, weight, bias, stream)
 
 
 def route_call(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -94,4 +97,4 @@ def expert_in_place(patcher: Any, facts: AttachedExperts, side: str) -> Abstract
     if missing := sorted(set(facts.strengths) - present):
         raise ExpertError(f"The {missing[0]} expert of this MODEL is missing. Attach it again with DCMAttachExperts.")
     working = [(expert, facts.strengths[expert.role]) for expert in experts if side in expert.sides]
-    return in_place(patcher.model.diffusion_model, working, cast_weight)
+    return in_place(patcher.model.diffusion_model, working, add_linear)

@@ -18,11 +18,11 @@ from ...dcm_core.distill.watcher import Quiet
 from ...dcm_core.experts import Expert, expert_id, size_of, write_expert
 from ...dcm_core.families import Family
 from ...dcm_core.plot import plot_losses
-from .attach import diffusion_model, module_shapes, require_family
+from .attach import SAME_BOUNDARY, diffusion_model, module_shapes, require_family
 from .compat import gradients
 from .encoders import weights_id
-from .expert_files import NONE, load_expert
-from .folders import LORAS, new_file, run_folder
+from .expert_files import load_expert
+from .folders import LORAS, NONE, new_file, run_folder
 from .sampling import as_image
 from .show import Show, in_words, with_experts
 from .training_base import check_data, differentiable, hold, make_backbone, make_room, own_weights, training_base
@@ -75,8 +75,9 @@ def train_and_save(
     folder = run_folder(name)
     file = new_file(LORAS, f"dcm/{name.strip()}", overwrite=True)
     below = semantic_expert or load_expert(semantic_lora, "semantic", model)
-    start = load_expert(continue_from, config.expert, model)
-    result = train_expert(model, data, config, folder, start=start, below=below, vae=vae, node_id=node_id)
+    result = train_expert(
+        model, data, config, folder, start=load_expert(continue_from, config.expert, model), below=below, vae=vae, node_id=node_id
+    )
     save_expert(file, result.expert, model)
     terms = [term for term in result.history[-1] if term != "step"]
     plots = torch.cat([as_image(plot_losses(result.history, term)) for term in terms])
@@ -104,7 +105,7 @@ def train_expert(
         DCMError: data, settings or a state that do not fit.
     """
     family = require_family(model)
-    config = config.for_family(family)
+    config = config.for_family(family, shared_boundary(config, start, below))
     base = training_base(model)
     check_data(base, data)
     with torch.inference_mode(False), torch.enable_grad(), gradients(), differentiable(base):
@@ -128,6 +129,8 @@ def train_expert(
             watcher=show if processes.first else Quiet(),
             processes=processes,
         )
+        # the trainer has its own
+        del expert, start
         memory = make_room(trainer, base, config, node_id)
         return trainer.run()
 
@@ -138,6 +141,20 @@ def facts_of(base: Any, data: TrainingData, start: Expert | None, below: Expert 
     if processes > 1:
         names["processes"] = str(processes)
     return names | {name: expert_id(expert) for name, expert in (("start", start), ("semantic expert", below)) if expert}
+
+
+def shared_boundary(config: TrainingConfig, start: Expert | None, below: Expert | None) -> float | None:
+    """The boundary of the experts that are given: one pair has one.
+
+    Raises:
+        TrainingError: a detail expert for another boundary than that of the semantic expert under it.
+    """
+    if below is not None and below.boundary and config.boundary and abs(below.boundary - config.boundary) > SAME_BOUNDARY:
+        raise TrainingError(
+            f"boundary is {config.boundary:g}, but the semantic expert was made for {below.boundary:g}, and a pair has one boundary. "
+            "Set boundary to 0 to take the semantic expert's."
+        )
+    return next((expert.boundary for expert in (below, start) if expert is not None and expert.boundary), None)
 
 
 def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expert | None, below: Expert | None) -> Expert:
@@ -161,6 +178,10 @@ def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expe
 
 
 def save_expert(path: Path, expert: Expert, model: Any) -> None:
-    """Write the expert as a LoRA file that the host, and DCMAttachExperts, load."""
-    write_expert(path, expert, module_shapes(model), torch.bfloat16)
+    """Write the expert as a LoRA file that the host, and DCMAttachExperts, load.
+
+    In bfloat16; a full fine-tune in the base's own dtype, as it is a small change of it.
+    """
+    whole = not expert.low_rank and model.model_dtype() in (torch.float32, torch.float16)
+    write_expert(path, expert, module_shapes(model), model.model_dtype() if whole else torch.bfloat16)
     logger.info("saved %s to %s", expert, path)

@@ -20,7 +20,7 @@ from ...dcm_core.distill.trainee import WeightOf
 from ...dcm_core.distill.trainer import Trainer
 from ...dcm_core.experts import FILE_PREFIX
 from ...dcm_core.families import Family
-from .attach import compute_dtype, detach_experts, diffusion_model, module_shapes
+from .attach import compute_dtype, detach_experts, diffusion_model, module_shapes, require_family
 from .compat import key_patches
 from .report import tell
 from .sampling import check_text
@@ -156,5 +156,11 @@ def check_data(model: Any, data: TrainingData) -> None:
             raise TrainingError(
                 f"The dataset's latents have {shape[0]} channels, the model takes {channels}. Encode the clips with the model's own VAE."
             )
+    family = require_family(model)
     for text in (data.conditioning(0), data.unconditional()):
         check_text(model, text, "dataset")
+        if not family.text_extras and isinstance(text[0][1].get("pooled_output"), Tensor):
+            raise TrainingError(
+                f"The dataset's texts have pooled embeddings, which {family.title} does not take: it was encoded for another model. "
+                f"Encode the clips with the VAE and the text encoder of {family.title}."
+            )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dcm_core.adapters import RoutedExpert, cast_weight, find_module
+from dcm_core.adapters import RoutedExpert, add_linear, find_module
 from dcm_core.errors import ExpertError
 from dcm_core.experts import Expert, LowRank
 
@@ -26,7 +26,7 @@ def build(expert, base):
 
 def run(routed, base, name, x, strength=1.0):
     site = routed.sites[routed.names.index(name)]
-    return site(x, base[name].forward, strength, cast_weight)
+    return site(x, base[name].forward, strength, add_linear)
 
 
 UPDATES = (LowRank(randn(2, 4), randn(4, 2, seed=1), 0.5, 0), LowRank(randn(3, 4, seed=2), randn(4, 3, seed=3), 2.0, 8))

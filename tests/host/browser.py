@@ -144,7 +144,8 @@ class Page:
         self.wait("count => app.graph._nodes.length === count", len(read(path)["nodes"]))
 
     def dismiss(self):
-        """Close whatever dialog is open."""
+        """Close whatever dialog is open, and messages of what was done before."""
+        self.run("() => app.extensionManager.toast.removeAll?.()")
         for _ in range(3):
             if not self.page.locator("[role=dialog]:visible").count():
                 return

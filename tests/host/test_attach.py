@@ -1,5 +1,8 @@
 """Experts on a MODEL: exact, reversible, in any sampler, and nothing of the base ever changes."""
 
+import dataclasses
+import threading
+
 import pytest
 import torch
 
@@ -309,17 +312,60 @@ def test_host_loads_and_counts_the_expert(attach, base, random_expert, sample):
     assert not set(map(id, expert.model.parameters())) & set(map(id, base.model.parameters()))
 
 
+def test_experts_are_built_where_the_host_makes_layers_without_tensors(attach, base, random_expert, sample, monkeypatch):
+    """Newer hosts do under dynamic VRAM, which is on for most cards."""
+    management = pytest.importorskip("comfy.memory_management", reason="this host has no dynamic VRAM")
+    semantic, detail = random_expert(base, "semantic"), random_expert(base, seed=1)
+    expected = sample(attach.attach_experts(base, semantic, detail, stacked=False), SIGMAS)
+    monkeypatch.setattr(management, "aimdo_enabled", True)
+    routed = attach.attach_experts(base, semantic, detail, stacked=False)
+    monkeypatch.undo()
+    assert torch.equal(sample(routed, SIGMAS), expected)
+
+
+def test_every_weight_that_the_host_brings_is_given_back(attach, base, random_expert, sample, monkeypatch):
+    """Newer hosts keep its place in VRAM until then."""
+    import comfy.ops
+
+    routed = attach.attach_experts(base, detail=random_expert(base))
+    out = []
+    cast, uncast = comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight
+
+    def bring(layer, *args, **kwargs):
+        out.append((id(layer), kwargs.get("offloadable", False)))
+        return cast(layer, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", bring)
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda layer, *args: (out.remove((id(layer), True)), uncast(layer, *args)))
+    sample(routed, SIGMAS)
+    assert out == []
+
+
+def test_experts_made_for_different_boundaries_are_refused(attach, base, random_expert):
+    semantic, detail = random_expert(base, "semantic"), random_expert(base)
+    other = dataclasses.replace(semantic, boundary=0.9)
+    with pytest.raises(ValueError, match=r"different boundaries \(0\.9 and 0\.979\)"):
+        attach.attach_experts(base, other, detail)
+    assert attach.attached_experts(attach.attach_experts(base, other, detail, boundary=0.95)).boundary == 0.95
+    unsaid = dataclasses.replace(detail, boundary=None)
+    facts = attach.attached_experts(attach.attach_experts(base, dataclasses.replace(other, timesteps=(1000.0, 500.0)), unsaid))
+    assert facts.boundary == 0.9 and facts.timesteps == (1000.0, 500.0)
+
+
 def test_copies_for_another_device_are_independent(attach, base, random_expert, sample, module, releases):
     """What newer hosts do to run one MODEL on several GPUs: `cached_patcher_init` makes a second of each."""
     routed = attach.attach_experts(base, detail=random_expert(base))
     sample(routed, SIGMAS)
     expert = routed.get_additional_models_with_key("dcm")[0]
+    # the host's own places in memory, which only one may free
+    expert.model.dynamic_vbars = expert.model.sites[0]._v = threading.Lock()
     factory, arguments = expert.cached_patcher_init
     again = factory(*arguments, disable_dynamic=True).model
     assert not set(map(id, again.parameters())) & set(map(id, expert.model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), expert.model.parameters(), strict=True))
-    assert expert.model.forwards
-    assert not again.forwards
+    assert expert.model.forwards and expert.model.dynamic_vbars is expert.model.sites[0]._v
+    assert not again.forwards and not hasattr(again, "dynamic_vbars") and not hasattr(again.sites[0], "_v")
+    del expert.model.dynamic_vbars, expert.model.sites[0]._v
     loaded = module("nodes.host.load").load_base(module("nodes.host.folders").path_of("diffusion_models", releases["wan_tiny"]), "default")
     factory, arguments = loaded.cached_patcher_init
     second = factory(*arguments)

@@ -120,6 +120,29 @@ def test_clips_are_encoded_by_the_hosts_own_models(dataset_node, vae, clip, data
     assert all(path.parent.name == "dcm_cache" for entry in dataset.entries for path in (entry.latent, entry.conditioning))
 
 
+def test_nothing_is_kept_for_gradients_outside_of_a_node(module, vae, clip):
+    """The command line has no inference mode around it."""
+    encoders = module("nodes.host.encoders").host_encoders(vae, clip)
+    with torch.inference_mode(False), torch.enable_grad():
+        assert not encoders.encode_video(torch.rand(5, 32, 32, 3)).requires_grad
+        assert not encoders.encode_text("a")[0][0].requires_grad
+
+
+@pytest.mark.parametrize(("caption", "read"), [
+    ("a clock (showing 18:30)", [("a clock (showing 18:30)", 1.0)]),
+    (r"jet \(fighter\), ((blue))", [("jet (fighter), ((blue))", 1.0)]),
+])
+def test_brackets_in_a_caption_are_brackets(module, vae, clip, caption, read, monkeypatch):
+    """In the host's prompts they weight words, with any number after a colon."""
+    from comfy.sd1_clip import escape_important, token_weights, unescape_important
+
+    seen = []
+    monkeypatch.setattr(clip, "tokenize", lambda text: seen.append(text) or [65])
+    module("nodes.host.encoders").host_encoders(vae, clip).encode_text(caption)
+    parts = [(unescape_important(part), weight) for part, weight in token_weights(escape_important(seen[0]), 1.0)]
+    assert parts == read
+
+
 def test_a_second_run_calls_no_model(dataset_node, vae, clip, data, monkeypatch):
     first = dataset_node(vae, clip).result[0]
     for model, method in ((vae, "encode"), (clip, "encode_from_tokens_scheduled")):

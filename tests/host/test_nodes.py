@@ -1,6 +1,10 @@
 """Loading, attaching, converting, extracting and conditioning files, as a graph would run them."""
 
+import importlib
 import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +72,15 @@ def velocity(recipe):
     return run
 
 
+def without_experts(recipe, name):
+    """The base of a golden release in plain diffusers layout."""
+    family = FAMILIES[PAIRS[name]]
+    return {
+        key.replace(".base_layer", ""): tensor for key, tensor in recipe.release(name).items()
+        if ".lora_" not in key and not family.detail_source(key)
+    }
+
+
 def in_float32(module, name):
     import comfy.sd
     import folder_paths
@@ -113,10 +126,8 @@ def test_converting_to_another_dtype(node, releases, folder):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_loader_recognises_content_not_names(node, releases, folder, recipe, name):
-    family = FAMILIES[PAIRS[name]]
     assert "release, semantic base with detail expert" in text(node("DCMLoadModel", model_name=releases[name], weight_dtype="default"))
-    plain = {k.replace(".base_layer", ""): v for k, v in recipe.release(name).items()
-             if ".lora_" not in k and not family.detail_source(k)}
+    plain = without_experts(recipe, name)
     save_file(plain, folder / "diffusion_models" / "misleading_dcm_release.safetensors")
     out = node("DCMLoadModel", model_name="misleading_dcm_release.safetensors", weight_dtype="default")
     assert "diffusers layout, no experts" in text(out)
@@ -257,6 +268,70 @@ def test_existing_files_are_kept(node, releases, folder):
     for name in ("", "../outside", "  "):
         with pytest.raises(ValueError, match="expected a file name inside"):
             node("DCMConvertCheckpoint", overwrite=True, **{**settings, "base_name": name})
+
+
+def test_only_files_that_would_be_written_are_in_the_way(node, module, releases, folder, recipe):
+    """A model without experts gives no expert file."""
+    save_file(without_experts(recipe, "wan_tiny"), folder / "diffusion_models" / "plain.safetensors")
+    (folder / "loras" / "e.safetensors").write_bytes(b"mine")
+    node("DCMConvertCheckpoint", model_name="plain.safetensors", base_name="b", expert_name="e", dtype="keep", overwrite=False)
+    assert (folder / "loras" / "e.safetensors").read_bytes() == b"mine" and (folder / "diffusion_models" / "b.safetensors").exists()
+
+
+def test_choices_that_are_none(node, releases, folder):
+    """Older hosts do not check them."""
+    settings = {"model_name": releases["wan_tiny"], "base_name": "b", "expert_name": "e"}
+    with pytest.raises(ValueError, match="dtype is 'int3'; choose one of keep"):
+        node("DCMConvertCheckpoint", dtype="int3", overwrite=False, **settings)
+    with pytest.raises(ValueError, match="experts is 'stacked'; choose 'detail on top"):
+        node("DCMAttachExperts", model=None, semantic_lora="none", semantic_strength=1.0, detail_lora="none", detail_strength=1.0,
+             boundary=0.0, experts="stacked")
+
+
+@pytest.mark.parametrize(("kind", "category", "inputs"), [
+    ("DCMLoadModel", "diffusion_models", ["model_name"]),
+    ("DCMLoadDataset", "dcm_datasets", ["file_name"]),
+    ("DCMAttachExperts", "loras", ["semantic_lora", "detail_lora"]),
+    ("DCMTrainSemanticExpert", "loras", ["continue_from"]),
+    ("DCMTrainDetailExpert", "loras", ["continue_from", "semantic_lora"]),
+])
+def test_a_file_written_anew_is_read_anew(node, module, folder, kind, category, inputs):
+    """Training and converting write over their files."""
+    path = module("nodes.host.folders").new_file(category, "again", overwrite=True)
+    fingerprint = node.classes[kind].fingerprint_inputs
+    for name in inputs:
+        path.write_bytes(b"")
+        others = dict.fromkeys(inputs, "none")
+        first = fingerprint(**others | {name: path.name})
+        assert first == fingerprint(**others | {name: path.name})
+        os.utime(path, (1, 1))
+        assert fingerprint(**others | {name: path.name}) != first
+        fingerprint(**others | {name: None})  # not known yet
+    path.unlink()
+
+
+def test_new_files_go_to_the_user_and_never_into_the_pack(module, tmp_path, monkeypatch):
+    """Also where extra_model_paths.yaml named the category before the pack was loaded."""
+    import folder_paths
+
+    folders = module("nodes.host.folders")
+    for category in (folders.CONDITIONING, folders.DATASETS):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, category, ([str(tmp_path / "mine")], set()))
+    importlib.reload(folders)
+    for category in (folders.CONDITIONING, folders.DATASETS):
+        path = folders.new_file(category, "prompt", overwrite=True)
+        assert path.parent in (tmp_path / "mine", Path(folder_paths.models_dir) / category)
+        assert folder_paths.folder_names_and_paths[category][1] == {".safetensors"}
+
+
+def test_files_of_our_categories_have_the_same_names_on_every_system(module, monkeypatch):
+    import folder_paths
+
+    folders = module("nodes.host.folders")
+    monkeypatch.setattr(folders, "os", SimpleNamespace(sep="\\"))
+    monkeypatch.setattr(folder_paths, "get_filename_list", lambda category: ["world\\a.safetensors"])
+    assert folders.files("dcm_conditioning") == folders.files("dcm_datasets") == ["world/a.safetensors"]
+    assert folders.files("loras") == ["world\\a.safetensors"]
 
 
 def test_interrupted_conversion_leaves_nothing(node, releases, folder):

@@ -1,5 +1,6 @@
 """Training on the host's own model classes: what it changes, resuming, several processes, errors."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -177,6 +178,19 @@ def test_nan_losses_end_the_run_and_keep_the_expert(train, module, model, config
         train(model, broken, config("semantic", steps=20, batch_size=1), tmp_path)
     state = module("dcm_core.distill.state").newest_state(tmp_path)[1]
     assert all(value.isfinite().all() for value in state.tensors.values())
+
+
+def test_states_that_cannot_be_read_are_kept_and_nothing_starts_over_them(train, module, model, data, config, tmp_path):
+    state = module("dcm_core.distill.state")
+    (tmp_path / "step_00000900.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"None of the 1 states in .* can be read \(newest: step_00000900"):
+        train(model, data, config("semantic"), tmp_path)
+    saved = state.SavedState(2, config("semantic"), {}, [{"step": 1.0}, {"step": 2.0}], {"x": torch.zeros(2)})
+    for steps in (1, 2, 3):
+        path = state.save_state(tmp_path, dataclasses.replace(saved, steps=steps), keep=2)
+        assert path.exists()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"step_{steps:08d}.safetensors" for steps in (2, 3, 900)]
 
 
 def test_a_full_disk_loses_no_state(train, module, model, data, config, tmp_path, monkeypatch):

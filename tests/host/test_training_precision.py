@@ -241,6 +241,24 @@ def test_a_loss_scale_that_is_too_large_is_lowered(wan, trainer, monkeypatch):
 
 
 @pytest.mark.usefixtures("gradients")
+def test_the_loss_scale_outlives_a_step_that_no_scale_saves(half, trainer, module, monkeypatch):
+    """It also grows again after one that it was lowered for."""
+    made, learner = trainer(half, "semantic"), module("dcm_core.distill.learner")
+    gather = learner.Learner.gather
+    monkeypatch.setattr(learner.Learner, "gather", lambda *args: (gather(*args), float("nan"))[1])
+    made._update()
+    assert made.loss_scale == 2.0**16 and made.done == 1
+    monkeypatch.undo()
+    made.loss_scale = 2.0**15
+    monkeypatch.setattr(module("dcm_core.distill.trainer"), "STEPS_TO_RESCALE", 2)
+    scales = []
+    for _ in range(4):
+        made._update()
+        scales.append(made.loss_scale)
+    assert scales == [2.0**16] * 4
+
+
+@pytest.mark.usefixtures("gradients")
 def test_the_loss_scale_is_part_of_a_state(half, trainer):
     made = trainer(half, "semantic")
     made.loss_scale = 2.0**5

@@ -1,10 +1,12 @@
 """Runs that end early, go on, hold clips out, or begin from a model that others have changed."""
 
+import dataclasses
 import gc
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from .conftest import native_wan
 from .test_training import SMALL, random_data, same
@@ -123,6 +125,102 @@ def test_nothing_of_a_run_stays_in_memory(train, module, model, data, config, tm
         assert len(made) > 10 and not [reference for reference in made if reference() is not None]
     finally:
         gc.enable()
+
+
+def test_the_expert_it_starts_from_does_not_stay_in_memory(train, module, model, data, config, tmp_path, monkeypatch):
+    """A full fine-tune's is as large as the model."""
+    training, trainer_module = module("nodes.host.training"), module("dcm_core.distill.trainer")
+    made, alive = [], []
+    first = training.first_expert
+
+    def remembered(*args):
+        expert = first(*args)
+        made.extend(map(weakref.ref, expert.replaced.values()))
+        return expert
+
+    update = trainer_module.Trainer._update
+    monkeypatch.setattr(training, "first_expert", remembered)
+    monkeypatch.setattr(
+        trainer_module.Trainer, "_update", lambda self: (alive.append(sum(ref() is not None for ref in made)), update(self))
+    )
+    train(model, data, config("semantic", rank=0, steps=1), tmp_path)
+    assert len(made) > 50 and alive == [0]
+
+
+@pytest.fixture
+def semantic_expert(module, model):
+    """semantic_expert(boundary) -> one as DCM Extract LoRA makes it of a full fine-tune: pairs, and differences of the rest."""
+    experts = module("dcm_core.experts")
+
+    def make(boundary=None):
+        torch.manual_seed(1)
+        weights = dict(model.model.diffusion_model.named_parameters())
+        pairs, diff = {}, {}
+        for name, value in weights.items():
+            if value.ndim == 2:
+                rows, columns = value.shape
+                down, up = torch.randn(2, columns) / columns**0.5, 0.1 * torch.randn(rows, 2)
+                pairs[name.removesuffix(".weight")] = (experts.LowRank(down, up, 1.0),)
+            else:
+                diff[name] = 0.05 * torch.randn(value.shape)
+        return experts.Expert("wan", "semantic", pairs, diff=diff, boundary=boundary)
+
+    return make
+
+
+def test_a_detail_expert_goes_on_top_of_an_extracted_one(module, model, data, config, semantic_expert, sample, tmp_path):
+    """A fresh detail expert changes nothing: the pair samples as the semantic expert alone."""
+    training, attach = module("nodes.host.training"), module("nodes.host.attach")
+    below, family = semantic_expert(), module("dcm_core.families").WAN
+    settings = config("detail", steps=1, learning_rate=1e-12, ema_decay=0.0)
+    result = training.train_expert(model, data, settings, tmp_path, below=below)
+    fresh = training.first_expert(model, family, settings.for_family(family), None, below)
+    sigmas = [1.0, 0.95, 0.5, 0.0]
+    alone = sample(attach.attach_experts(model, below), sigmas)
+    assert (sample(model, sigmas) - alone).norm() / alone.norm() > 0.01
+    for detail in (fresh, result.expert):
+        both = sample(attach.attach_experts(model, below, detail, boundary=0.9), sigmas)
+        assert (both - alone).norm() / alone.norm() < 1e-5
+
+
+@pytest.mark.parametrize("given", ["below", "start"])
+def test_the_boundary_is_that_of_the_expert_it_goes_with(given, module, model, data, config, semantic_expert, tmp_path):
+    training, trainee = module("nodes.host.training"), module("dcm_core.distill.trainee")
+    if given == "below":
+        side, expert = "detail", semantic_expert(boundary=0.76)
+    else:
+        modules = dict(model.model.diffusion_model.named_modules())
+        family = module("dcm_core.families").WAN
+        side, expert = "semantic", trainee.new_semantic(family, modules, 4, 8.0, torch.Generator().manual_seed(0))
+        expert = dataclasses.replace(expert, boundary=0.76)
+    result = training.train_expert(model, data, config(side, steps=1, boundary=0.0), tmp_path, **{given: expert})
+    assert result.expert.boundary == 0.76
+    if given == "below":
+        with pytest.raises(ValueError, match=r"boundary is 0\.9, but the semantic expert was made for 0\.76"):
+            training.train_expert(model, data, config(side, steps=1, boundary=0.9), tmp_path / "other", below=expert)
+
+
+def test_data_of_another_family_is_refused(train, module, model, data, config, tmp_path):
+    """Wan and HunyuanVideo agree in channels and text width; the second has pooled embeddings."""
+    text = [[torch.zeros(1, 3, 4096), {"pooled_output": torch.zeros(1, 768)}]]
+    pooled = module("dcm_core.distill.dataset").TensorData([data.latent(0)], [text], [0], text)
+    with pytest.raises(ValueError, match=r"pooled embeddings, which Wan 2\.1 does not take"):
+        train(model, pooled, config("semantic"), tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "rank", "stored"), [
+    ("float32", 0, "float32"), ("float16", 0, "float16"), ("bfloat16", 0, "bfloat16"), ("float32", 2, "bfloat16"),
+])
+def test_a_full_fine_tune_is_kept_in_the_base_s_precision(dtype, rank, stored, module, pack, tmp_path):
+    import comfy.sd
+
+    training, trainee = module("nodes.host.training"), module("dcm_core.distill.trainee")
+    base = comfy.sd.load_diffusion_model_state_dict(native_wan(layers=1), model_options={"dtype": getattr(torch, dtype)})
+    modules = dict(base.model.diffusion_model.named_modules())
+    expert = trainee.new_semantic(module("dcm_core.families").WAN, modules, rank, 4.0, torch.Generator().manual_seed(0))
+    training.save_expert(tmp_path / "expert.safetensors", expert, base)
+    kinds = {value.dtype for key, value in load_file(tmp_path / "expert.safetensors").items() if not key.endswith("alpha")}
+    assert kinds == {getattr(torch, stored)}
 
 
 # Held out

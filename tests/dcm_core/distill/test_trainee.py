@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dcm_core.adapters import in_place
-from dcm_core.distill.trainee import make_trainee, new_detail, new_semantic
+from dcm_core.adapters import add_linear, in_place
+from dcm_core.distill.trainee import make_fixed, make_trainee, new_detail, new_semantic
 from dcm_core.errors import ExpertError
-from dcm_core.experts import Expert, LowRank
+from dcm_core.experts import Expert, LowRank, merged
 from dcm_core.families import HUNYUAN_VIDEO, WAN
 
 WIDTH = 8
@@ -113,7 +113,7 @@ def test_low_precision_bases_take_float32_experts():
     assert all(value.dtype is torch.float32 for _, value in trainee.named_parameters())
     x = torch.randn(3, WIDTH, dtype=torch.bfloat16)
     for part in (trainee.low_rank.sites[0], trainee.replaced.sites[0]):
-        out = part(x, base.forward, 1.0, lambda linear, like: linear.weight.to(like))
+        out = part(x, base.forward, 1.0, add_linear)
         assert out.dtype is torch.bfloat16
         out.float().square().sum().backward()
     assert all(value.grad is not None for _, value in trainee.named_parameters())
@@ -128,11 +128,46 @@ def test_a_finished_expert_in_the_base_s_dtype_is_half_as_large_and_does_the_sam
     x = torch.randn(3, WIDTH).bfloat16()
     outputs = []
     for dtype in (torch.float32, torch.bfloat16):
-        trainee = make_trainee(expert, modules, torch.device("cpu"), trainable=False, dtype=dtype)
-        assert {value.dtype for _, value in trainee.named_parameters()} == {dtype}
-        with torch.no_grad(), in_place(root, trainee.working):
+        working = make_fixed(expert, modules, torch.device("cpu"), dtype)
+        ((part, _),) = working
+        assert {(value.dtype, value.requires_grad) for value in part.parameters()} == {(dtype, False)}
+        with torch.no_grad(), in_place(root, working):
             outputs.append(torch.cat([module(x) for module in modules.values()]))
     assert torch.equal(*outputs) and not torch.equal(outputs[0], torch.cat([module(x) for module in modules.values()]))
+
+
+def test_a_finished_expert_may_hold_anything():
+    """Pairs of several scales, differences, a bare parameter: what an extracted LoRA has."""
+    torch.manual_seed(4)
+    root = nn.ModuleDict({"block": nn.ModuleDict({"q": nn.Linear(WIDTH, WIDTH), "k": nn.Linear(WIDTH, WIDTH)})})
+    root["block"].register_parameter("modulation", nn.Parameter(torch.randn(1, 6)))
+    layers, scales = ("block.q", "block.k"), (0.5, 2.0)
+    pairs = {name: (LowRank(torch.randn(2, WIDTH), torch.randn(WIDTH, 2), scale),) for name, scale in zip(layers, scales, strict=True)}
+    diff = {"block.q.bias": torch.randn(WIDTH), "block.modulation": torch.randn(1, 6)}
+    expert = Expert("wan", "semantic", pairs, diff=diff)
+    expected = {name: merged(expert, name, dict(root.named_parameters()).__getitem__) for name, _ in root.named_parameters()}
+    x, modules = torch.randn(3, WIDTH), dict(root.named_modules())
+    with torch.no_grad(), in_place(root, make_fixed(expert, modules, torch.device("cpu"), torch.float32)):
+        for name in layers:
+            out = torch.nn.functional.linear(x, expected[f"{name}.weight"], expected[f"{name}.bias"])
+            assert torch.allclose(modules[name](x), out, atol=1e-5), name
+        assert torch.allclose(root["block"].modulation, expected["block.modulation"])
+
+
+def test_copies_start_from_the_semantic_expert_s_layers():
+    """Also from one that changes them by a pair and a difference; what is trained is not an extract of it."""
+    modules = {"time_embedding.0": nn.Linear(WIDTH, WIDTH), "head.head": nn.Linear(WIDTH, WIDTH)}
+    pair = LowRank(torch.randn(2, WIDTH), torch.randn(WIDTH, 2), 0.5)
+    semantic = Expert(
+        "wan", "semantic", {"time_embedding.0": (pair,)}, {"head.head.weight": torch.ones(WIDTH, WIDTH)},
+        {"time_embedding.0.bias": torch.ones(WIDTH)},
+    )
+    copies = new_detail(WAN, modules, 2, 4.0, generator(), semantic).replaced
+    base = modules["time_embedding.0"]
+    assert torch.allclose(copies["time_embedding.0.weight"], base.weight + 0.5 * pair.up @ pair.down, atol=1e-6)
+    assert torch.allclose(copies["time_embedding.0.bias"], base.bias + 1)
+    assert torch.equal(copies["head.head.weight"], torch.ones(WIDTH, WIDTH))
+    assert torch.equal(copies["head.head.bias"], modules["head.head"].bias)
 
 
 def test_averaging():
