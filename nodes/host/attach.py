@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 # Boundaries go through text in files and widgets.
 SAME_BOUNDARY = 1e-6
 # What newer hosts hang on a loaded module: its places in memory.
-HOST_STATE = {"_v", "_v_signature", "_pins", "_prefetch", "dynamic_vbars", "dynamic_pins"}
+HOST_STATE = {
+    "_v", "_v_signature", "_pins", "_pin_state", "_prefetch", "dynamic_vbars", "dynamic_pins",
+    "weight_lowvram_function", "bias_lowvram_function",
+}
 
 
 def diffusion_model(model: Any) -> nn.Module:

@@ -1,7 +1,7 @@
 """The host's VAE and text encoder, for training data."""
 
 import hashlib
-import re
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -13,8 +13,6 @@ from ...dcm_core.distill.encode import Encoders
 from ...dcm_core.errors import DCMError
 from .compat import key_patches
 
-# Round brackets weight words in the host's prompts; a caption means what it says. One that is escaped already stays so.
-BRACKET = re.compile(r"\\?([()])")
 SAMPLED = 8  # values at each end of a tensor that stand for all of it
 
 
@@ -32,15 +30,21 @@ def host_encoders(vae: Any, clip: Any) -> Encoders:
             )
         return latent[0]
 
-    @torch.inference_mode()
-    def encode_text(text: str) -> Conditioning:
-        return clip.encode_from_tokens_scheduled(clip.tokenize(BRACKET.sub(r"\\\1", text)))
-
     def free() -> None:
         unload([vae.patcher, clip.patcher])
 
     text_id = weights_id(clip.patcher, type(clip.tokenizer).__name__, clip.layer_idx, clip.tokenizer_options)
-    return Encoders(encode_video, encode_text, weights_id(vae.patcher), text_id, free)
+    return Encoders(encode_video, caption_encoder(clip), weights_id(vae.patcher), text_id, free)
+
+
+def caption_encoder(clip: Any) -> Callable[[str], Conditioning]:
+    """The host's CLIP as an encoder of captions, which mean what they say: in a prompt round brackets weight words."""
+
+    @torch.inference_mode()
+    def encode(text: str) -> Conditioning:
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text, disable_weights=True))
+
+    return encode
 
 
 def weights_id(patcher: Any, *settings: Any) -> str:
