@@ -1,6 +1,6 @@
 """Render a DCM video in a real ComfyUI: a shipped workflow through the server, with the small world's models on the CPU.
 
-    python scripts/demo.py [--prompt "a blue square moving up"] [--seed 0]
+    python scripts/demo.py [--prompt "a blue square moving up"] [--seed 4]
 
 The last line is the video's path.
 """
@@ -60,7 +60,7 @@ def tell_how_to_look(environment: Environment, base: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", default="a yellow triangle moving right", help="what moves (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=4, help="of the starting noise (default: %(default)s)")
     add_options(parser)
     args = parser.parse_args()
     prompt_file(args.prompt)

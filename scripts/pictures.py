@@ -132,6 +132,8 @@ def take(page: Page, path: Path, size: tuple[int, int], ids: list[int] | None = 
 
 def render(page: Page) -> None:
     """Run the open graph, its video shown."""
+    # the host would not run it a second time
+    page.server.request("/free", {"free_memory": True})
     page.queue()
     page.finish()
     page.run(FRAME, [None, 1280, 720])

@@ -1,6 +1,6 @@
 """Measure the small world's experts against their base: the tables and pictures of docs/small-world.md.
 
-    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 3] [--seed 1000]
+    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 6] [--seed 1000]
 """
 
 import argparse
@@ -121,7 +121,7 @@ def markdown(table: dict[str, Measures]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--videos", type=int, default=3, help="of each caption")
+    parser.add_argument("--videos", type=int, default=6, help="of each caption")
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
     names = [name for name in NAMES for _ in range(args.videos)]
