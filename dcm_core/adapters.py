@@ -51,13 +51,25 @@ class LowRankBranch(nn.Module):
             add(up, rows[:, start : start + up.out_features], part, strength)
 
 
+class Offset(nn.Module):
+    """The difference of a linear's bias alone: what a layer with a weight of zeros would give, without the weight."""
+
+    def __init__(self, bias: Tensor):
+        super().__init__()
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (out,), to be added to (..., out)."""
+        return self.bias.to(x)
+
+
 class RoutedSite(nn.Module):
     """What an expert does at one module of the base.
 
     Attributes:
         replaced: answers alone (strength 1) or interpolated with the base.
         branch: low-rank updates added to the base's output.
-        diff: a module of the base's kind holding differences; its output is added.
+        diff: a module of the base's kind holding differences, or an `Offset`; its output is added.
     """
 
     def __init__(self, replaced: nn.Module | None, branch: LowRankBranch | None, diff: nn.Module | None):
@@ -263,6 +275,8 @@ def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: 
     if weight is None and bias is None:
         return None
     kind = _kind(base)
+    if kind == "Linear" and weight is None:
+        return Offset(bias.to(device=factory.device, dtype=factory.dtype, copy=True))
     settings = {name: getattr(base, name) for name in KINDS[kind]}
     if kind != "RMSNorm":
         settings["bias"] = bias is not None
@@ -270,7 +284,7 @@ def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: 
         settings["normalized_shape"] = weight.shape
     module = getattr(factory.operations, kind)(**settings, dtype=factory.dtype, device=factory.device)
     if weight is None:
-        weight = torch.zeros((module.out_features, module.in_features) if kind == "Linear" else module.weight.shape)
+        weight = torch.zeros(module.weight.shape)
     _fill(module, factory.dtype, factory.device, weight=weight, bias=bias)
     return module
 

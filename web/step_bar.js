@@ -150,6 +150,8 @@ app.registerExtension({
     api.addEventListener("dcm.plan", ({ detail }) => {
       const bar = barOf(detail.node);
       if (!bar) return;
+      // stays after the run, until a widget changes
+      bar.asked = JSON.stringify(ask(bar.node));
       bar.show(detail);
       bar.fill(0, true);
     });

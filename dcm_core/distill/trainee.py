@@ -40,7 +40,7 @@ CASTING = SimpleNamespace(**{
 
 
 class PreciseExpert(RoutedExpert):
-    """Its bare parameters stay in its own dtype: the base's may be too small to train in. Works at full strength."""
+    """Its bare parameters stay in its own dtype, as the base's may be too small to train in, and go in whole."""
 
     def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for name, replaced, tensor in zip(self.bare_names, self.bare_replaced, self.bare, strict=True):

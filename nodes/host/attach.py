@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 SAME_BOUNDARY = 1e-6
 # What newer hosts hang on a loaded module: its places in memory.
 HOST_STATE = {
-    "_v", "_v_signature", "_pins", "_pin_state", "_prefetch", "dynamic_vbars", "dynamic_pins",
-    "weight_lowvram_function", "bias_lowvram_function",
+    "_v", "_v_signature", "_v_weight", "_v_bias", "_pins", "_pin_state", "_prefetch", "dynamic_vbars", "dynamic_pins",
+    "dynamic_patchers", "weight_lowvram_function", "bias_lowvram_function",
 }
 
 
@@ -142,7 +142,7 @@ def own_boundary(known: Iterable[float | None]) -> float | None:
     if found and found[-1] - found[0] > SAME_BOUNDARY:
         raise ExpertError(
             f"The experts were made for different boundaries ({found[0]:g} and {found[-1]:g}), so that between these one of them is "
-            "wrong. Choose experts of one pair, or set `boundary`."
+            "wrong. Choose experts of one pair, or set `boundary` here."
         )
     return found[0] if found else None
 

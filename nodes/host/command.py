@@ -56,8 +56,11 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     with processes.first_alone():
         # the others find everything encoded
         data, vae = load_data(settings, folder, model)
-    start = read_expert_file(path("continue_from"), side, model) if "continue_from" in settings else None
-    result = train_expert(model, data, config, states, start=start, below=below, vae=vae)
+    # not kept here: a full fine-tune is as large as the model
+    result = train_expert(
+        model, data, config, states, below=below, vae=vae,
+        start=read_expert_file(path("continue_from"), side, model) if "continue_from" in settings else None,
+    )
     if processes.first:
         output.parent.mkdir(parents=True, exist_ok=True)
         save_expert(output, result.expert, model)

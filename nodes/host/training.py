@@ -18,11 +18,11 @@ from ...dcm_core.distill.watcher import Quiet
 from ...dcm_core.experts import Expert, expert_id, size_of, write_expert
 from ...dcm_core.families import Family
 from ...dcm_core.plot import plot_losses
-from .attach import SAME_BOUNDARY, diffusion_model, module_shapes, require_family
+from .attach import SAME_BOUNDARY, diffusion_model, module_shapes, own_boundary, require_family
 from .compat import gradients
 from .encoders import weights_id
 from .expert_files import load_expert
-from .folders import LORAS, NONE, new_file, run_folder
+from .folders import LORAS, NONE, new_file, path_of, run_folder
 from .sampling import as_image
 from .show import Show, in_words, with_experts
 from .training_base import check_data, differentiable, hold, make_backbone, make_room, own_weights, training_base
@@ -74,6 +74,8 @@ def train_and_save(
     """
     folder = run_folder(name)
     file = new_file(LORAS, f"dcm/{name.strip()}", overwrite=True)
+    if continue_from != NONE and path_of(LORAS, continue_from).resolve() == file:
+        raise TrainingError(f"continue_from is {continue_from}, the file that this run writes. Choose another name for the run.")
     below = semantic_expert or load_expert(semantic_lora, "semantic", model)
     result = train_expert(
         model, data, config, folder, start=load_expert(continue_from, config.expert, model), below=below, vae=vae, node_id=node_id
@@ -147,14 +149,14 @@ def shared_boundary(config: TrainingConfig, start: Expert | None, below: Expert 
     """The boundary of the experts that are given: one pair has one.
 
     Raises:
-        TrainingError: a detail expert for another boundary than that of the semantic expert under it.
+        DCMError: experts for different boundaries.
     """
     if below is not None and below.boundary and config.boundary and abs(below.boundary - config.boundary) > SAME_BOUNDARY:
         raise TrainingError(
             f"boundary is {config.boundary:g}, but the semantic expert was made for {below.boundary:g}, and a pair has one boundary. "
             "Set boundary to 0 to take the semantic expert's."
         )
-    return next((expert.boundary for expert in (below, start) if expert is not None and expert.boundary), None)
+    return None if config.boundary else own_boundary(expert.boundary for expert in (below, start) if expert is not None)
 
 
 def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expert | None, below: Expert | None) -> Expert:

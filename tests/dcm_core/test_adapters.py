@@ -29,6 +29,17 @@ def run(routed, base, name, x, strength=1.0):
     return site(x, base[name].forward, strength, add_linear)
 
 
+def test_the_difference_of_a_bias_takes_no_weight(base):
+    """An extracted LoRA has one on nearly every linear."""
+    bias, pair = randn(12), LowRank(randn(2, 4), randn(12, 2, seed=1), 1.0)
+    routed = build(Expert("wan", "semantic", {"qkv": (pair,)}, diff={"qkv.bias": bias}), base)
+    assert sum(value.numel() for value in routed.parameters()) == 2 * 4 + 12 * 2 + 12
+    x = randn(5, 4)
+    with torch.no_grad():
+        expected = base["qkv"](x) + 0.5 * (x @ pair.down.T @ pair.up.T + bias)
+        assert torch.allclose(run(routed, base, "qkv", x, 0.5), expected, atol=1e-6)
+
+
 UPDATES = (LowRank(randn(2, 4), randn(4, 2, seed=1), 0.5, 0), LowRank(randn(3, 4, seed=2), randn(4, 3, seed=3), 2.0, 8))
 
 

@@ -1,6 +1,7 @@
 """Experts on a MODEL: exact, reversible, in any sampler, and nothing of the base ever changes."""
 
 import dataclasses
+import itertools
 import threading
 
 import pytest
@@ -358,14 +359,17 @@ def test_copies_for_another_device_are_independent(attach, base, random_expert, 
     sample(routed, SIGMAS)
     expert = routed.get_additional_models_with_key("dcm")[0]
     # the host's own places in memory, which only one may free
-    expert.model.dynamic_vbars = expert.model.sites[0]._v = threading.Lock()
+    for part, name in itertools.product((expert.model, expert.model.sites[0]), attach.HOST_STATE):
+        setattr(part, name, threading.Lock())
     factory, arguments = expert.cached_patcher_init
     again = factory(*arguments, disable_dynamic=True).model
     assert not set(map(id, again.parameters())) & set(map(id, expert.model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), expert.model.parameters(), strict=True))
-    assert expert.model.forwards and expert.model.dynamic_vbars is expert.model.sites[0]._v
-    assert not again.forwards and not hasattr(again, "dynamic_vbars") and not hasattr(again.sites[0], "_v")
-    del expert.model.dynamic_vbars, expert.model.sites[0]._v
+    assert expert.model.forwards and not again.forwards
+    for name in attach.HOST_STATE:
+        assert not hasattr(again, name) and not hasattr(again.sites[0], name)
+        delattr(expert.model, name)
+        delattr(expert.model.sites[0], name)
     loaded = module("nodes.host.load").load_base(module("nodes.host.folders").path_of("diffusion_models", releases["wan_tiny"]), "default")
     factory, arguments = loaded.cached_patcher_init
     second = factory(*arguments)

@@ -237,19 +237,6 @@ def test_a_run_fills_the_bar_and_its_video_plays(page):
     page.shoot("video")
 
 
-def test_the_bar_fills_inside_a_subgraph_of_a_graph_opened_again(page):
-    """Some front ends leave the samplers of the graph before behind."""
-    page.open(SMALL_WORLD)
-    page.set_widget("DCMSampler", "seed", time.time_ns() % 2**31)
-    page.run("() => { app.graph.convertToSubgraph(new Set(app.graph._nodes.filter(node => node.type === 'DCMSampler'))) }")
-    for _ in range(2):
-        page.run("() => app.loadGraphData(app.graph.serialize(), true, true)")
-    page.run("() => { app.canvas.setGraph([...app.graph.subgraphs.values()][0]) }")
-    page.queue()
-    page.finish()
-    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-done=true]').length === 6")
-
-
 def test_a_saved_video_dropped_on_the_page_brings_its_graph_back(page):
     videos = sorted((page.server.base / "output").rglob("DCM_small_world*.mp4"), key=lambda path: path.stat().st_mtime)
     assert videos, "the run before this saved one"
@@ -264,6 +251,19 @@ def test_a_saved_video_dropped_on_the_page_brings_its_graph_back(page):
     )
     page.wait("() => app.graph._nodes.some(n => n.type === 'DCMSampler')")
     assert page.run("() => app.graph._nodes.length") == len(read(SMALL_WORLD)["nodes"])
+
+
+def test_the_bar_fills_inside_a_subgraph_of_a_graph_opened_again(page):
+    """Some front ends leave the samplers of the graph before behind."""
+    page.open(SMALL_WORLD)
+    page.set_widget("DCMSampler", "seed", time.time_ns() % 2**31)
+    page.run("() => { app.graph.convertToSubgraph(new Set(app.graph._nodes.filter(node => node.type === 'DCMSampler'))) }")
+    for _ in range(2):
+        page.run("() => app.loadGraphData(app.graph.serialize(), true, true)")
+    page.run("() => { app.canvas.setGraph([...app.graph.subgraphs.values()][0]) }")
+    page.queue()
+    page.finish()
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-done=true]').length === 6")
 
 
 def test_training_shows_its_losses_and_samples(page):

@@ -200,6 +200,23 @@ def test_the_boundary_is_that_of_the_expert_it_goes_with(given, module, model, d
             training.train_expert(model, data, config(side, steps=1, boundary=0.9), tmp_path / "other", below=expert)
 
 
+def test_experts_of_two_pairs_are_not_trained_together(module, model, data, config, semantic_expert, tmp_path):
+    training, family = module("nodes.host.training"), module("dcm_core.families").WAN
+    settings = config("detail", boundary=0.0)
+    start = training.first_expert(model, family, dataclasses.replace(settings, boundary=0.9), None, None)
+    with pytest.raises(ValueError, match=r"different boundaries \(0\.76 and 0\.9\)"):
+        training.train_expert(model, data, settings, tmp_path, below=semantic_expert(boundary=0.76), start=start)
+
+
+def test_a_run_does_not_write_over_what_it_continues_from(module, model, data, config, models):
+    path = module("nodes.host.folders").new_file("loras", "dcm/again", overwrite=True)
+    path.write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"continue_from is dcm/again\.safetensors, the file that this run writes"):
+        module("nodes.host.training").train_and_save(model, data, config("semantic"), "again", "dcm/again.safetensors")
+    assert path.read_bytes() == b"mine"
+    path.unlink()
+
+
 def test_data_of_another_family_is_refused(train, module, model, data, config, tmp_path):
     """Wan and HunyuanVideo agree in channels and text width; the second has pooled embeddings."""
     text = [[torch.zeros(1, 3, 4096), {"pooled_output": torch.zeros(1, 768)}]]
