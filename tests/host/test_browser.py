@@ -264,6 +264,8 @@ def test_the_bar_fills_inside_a_subgraph_of_a_graph_opened_again(page):
     page.queue()
     page.finish()
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-done=true]').length === 6")
+    # some front ends open the next graph inside of a subgraph that is open
+    page.run("() => { app.canvas.setGraph(app.rootGraph ?? app.graph) }")
 
 
 def test_training_shows_its_losses_and_samples(page):
