@@ -40,9 +40,9 @@ class LowRankBranch(nn.Module):
         self.ups = nn.ModuleList(
             operations.Linear(update.rank, update.up.shape[0], bias=False, dtype=dtype, device=device) for update in updates
         )
-        _fill(self.down, dtype, device, weight=torch.cat([update.down for update in updates]))
+        self.down.weight = _parameter(torch.cat([update.down for update in updates]), dtype, device)
         for up, update in zip(self.ups, updates, strict=True):
-            _fill(up, dtype, device, weight=update.up.float() * update.scale)
+            up.weight = _parameter(update.up.float() * update.scale, dtype, device)
 
     def add(self, out: Tensor, projected: Tensor, strength: float, add: AddLinear) -> None:
         """Add `strength * up(projected)` to `out` (..., rows) in place."""
@@ -54,9 +54,9 @@ class LowRankBranch(nn.Module):
 class Offset(nn.Module):
     """The difference of a linear's bias alone: what a layer with a weight of zeros would give, without the weight."""
 
-    def __init__(self, bias: Tensor):
+    def __init__(self, bias: nn.Parameter):
         super().__init__()
-        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (out,), to be added to (..., out)."""
@@ -127,9 +127,7 @@ class RoutedExpert(nn.Module):
         bare = bare_parameters(expert)
         self.bare_names = list(bare)
         self.bare_replaced = [name in expert.replaced for name in bare]
-        self.bare = nn.ParameterList(
-            nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False) for tensor in bare.values()
-        )
+        self.bare = nn.ParameterList(_parameter(tensor, dtype, device) for tensor in bare.values())
         self.names: list[str] = sorted(_touched(expert))
         factory = SimpleNamespace(operations=operations, dtype=dtype, device=device)
         self.sites = nn.ModuleList(_make_site(name, expert, base[name], factory) for name in self.names)
@@ -276,7 +274,7 @@ def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: 
         return None
     kind = _kind(base)
     if kind == "Linear" and weight is None:
-        return Offset(bias.to(device=factory.device, dtype=factory.dtype, copy=True))
+        return Offset(_parameter(bias, factory.dtype, factory.device))
     settings = {name: getattr(base, name) for name in KINDS[kind]}
     if kind != "RMSNorm":
         settings["bias"] = bias is not None
@@ -285,16 +283,15 @@ def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: 
     module = getattr(factory.operations, kind)(**settings, dtype=factory.dtype, device=factory.device)
     if weight is None:
         weight = torch.zeros(module.weight.shape)
-    _fill(module, factory.dtype, factory.device, weight=weight, bias=bias)
+    module.weight = _parameter(weight, factory.dtype, factory.device)
+    if bias is not None:
+        module.bias = _parameter(bias, factory.dtype, factory.device)
     return module
 
 
-def _fill(module: nn.Module, dtype: torch.dtype, device: torch.device, **values: Tensor | None) -> None:
-    """Give a layer its values: set, not copied into, as newer hosts make a Linear without tensors."""
-    for name, value in values.items():
-        if value is not None:
-            own = value.detach().to(device=device, dtype=dtype, copy=True)
-            setattr(module, name, nn.Parameter(own, requires_grad=False))
+def _parameter(value: Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A copy of the value, to be set on a layer and not copied into its own: newer hosts make a Linear without tensors."""
+    return nn.Parameter(value.detach().to(device=device, dtype=dtype, copy=True), requires_grad=False)
 
 
 def inner_module(module: nn.Module) -> nn.Module:

@@ -100,15 +100,13 @@ def merged(expert: Expert, name: str, weight_of: Callable[[str], Tensor]) -> Ten
     """The native tensor `name` with this expert in it, in float32; `weight_of` gives the base's."""
     if name in expert.replaced:
         return expert.replaced[name].float()
-    tensor = weight_of(name).float()
+    tensor = weight_of(name).to(torch.float32, copy=True)
     if name in expert.diff:
-        tensor = tensor + expert.diff[name].to(tensor)
+        tensor += expert.diff[name].to(tensor)
     module, _, param = name.rpartition(".")
-    updates = expert.low_rank.get(module, ()) if param == "weight" else ()
-    for update in updates:
-        rows = slice(update.start, update.start + update.up.shape[0])
-        tensor = tensor.clone()
-        tensor[rows] += update.scale * (update.up.to(tensor) @ update.down.to(tensor))
+    for update in expert.low_rank.get(module, ()) if param == "weight" else ():
+        rows = tensor[update.start : update.start + update.up.shape[0]]
+        rows += update.scale * (update.up.to(tensor) @ update.down.to(tensor))
     return tensor
 
 

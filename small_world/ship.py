@@ -65,10 +65,10 @@ def main() -> None:
     copy_in_half(args.folder / "base.safetensors", MODELS / "diffusion_models" / "dcm_small_world_base.safetensors")
     copy_in_half(args.folder / "vae.safetensors", MODELS / "vae" / "dcm_small_world_vae.safetensors")
     base = load_base(args.folder)
-    # first: it makes the folder of the other
     copy_in_half(args.folder / "detail.safetensors", MODELS / "loras" / "dcm_small_world_detail.safetensors")
-    semantic = compact(load_expert(args.folder, "semantic", base), base)
-    training.save_expert(MODELS / "loras" / "dcm_small_world_semantic.safetensors", semantic, base)
+    semantic, path = compact(load_expert(args.folder, "semantic", base), base), MODELS / "loras" / "dcm_small_world_semantic.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    training.save_expert(path, semantic, base)
     write_captions(MODELS / "dcm_conditioning" / "dcm_small_world")
     data = load_data(args.folder, base, TRAINING_CLIPS)
     path = MODELS / "dcm_datasets" / "dcm_small_world.safetensors"
