@@ -239,4 +239,4 @@ def test_nothing_stays_behind(beside, graph, expected):
     """After all of the above, in the same server."""
     other = latent(beside, graph(DCMSampler={"seed": 1}))
     assert not torch.equal(other, expected)
-    assert torch.equal(latent(beside, graph(DCMSampler={"seed": 0, "steps": 7})), expected)
+    assert torch.equal(latent(beside, graph(DCMSampler={"steps": 7})), expected)
