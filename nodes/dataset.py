@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dcm_core.distill.clips import ClipSettings, find_clips, source_state
+from ..dcm_core.distill.clips import ClipSettings, check_source, source_state
 from ..dcm_core.distill.data_file import read_data, write_data
 from ..dcm_core.distill.encode import prepare
 from ..dcm_core.errors import DCMError
@@ -71,9 +71,11 @@ class DCMVideoDataset(io.ComfyNode):
     def validate_inputs(cls, folder: str | None) -> bool | str:
         # none: it comes from another node, whose text is not known yet
         try:
-            return folder is None or bool(find_clips(source_path(folder)))
+            if folder is not None:
+                check_source(source_path(folder))
         except DCMError as error:
             return str(error)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None, **settings: Any) -> str:

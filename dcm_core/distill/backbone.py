@@ -137,13 +137,17 @@ class Backbone:
             run = on_copies if self.family.writes_in_place else forward
             return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, context_fn=again, **kwargs)
 
+        # another pack may have put a forward of its own on a block
+        before = [block.__dict__.get("forward") for block in blocks]
         try:
             for block in blocks:
-                block.__dict__["forward"] = forgetful(type(block).forward.__get__(block))
+                block.__dict__["forward"] = forgetful(block.forward)
             yield
         finally:
-            for block in blocks:
+            for block, own in zip(blocks, before, strict=True):
                 block.__dict__.pop("forward", None)
+                if own is not None:
+                    block.__dict__["forward"] = own
 
 
 def _own(value: Any) -> Any:

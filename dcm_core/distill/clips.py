@@ -101,25 +101,40 @@ class ClipFacts:
     notes: tuple[str, ...] = ()
 
 
+def check_source(source: Path) -> None:
+    """See that there is a folder of videos, or a .jsonl file; reads none of them.
+
+    Raises:
+        DCMError: no such folder or file, or a folder without clips.
+    """
+    if source.is_dir():
+        if not any(map(_is_video, source.iterdir())):
+            raise _no_clips(source)
+    elif not (source.is_file() and source.suffix.lower() == ".jsonl"):
+        what = "is no .jsonl file" if source.exists() else "does not exist"
+        raise DCMError(f"{source} {what}; expected a folder of videos or a .jsonl file. Check the path.")
+
+
 def find_clips(source: Path) -> list[Clip]:
     """The clips of a folder (`clip.mp4` beside `clip.txt`) by name, or of a .jsonl file of {"video": ..., "caption": ...} lines.
 
     Raises:
         DCMError: no such folder or file, one without clips, or a line that cannot be read.
     """
+    check_source(source)
     if source.is_dir():
         videos = sorted(path for path in source.iterdir() if _is_video(path))
-        clips = [Clip(path, _text(path.with_suffix(".txt")).strip()) for path in videos]
-    elif source.is_file() and source.suffix.lower() == ".jsonl":
-        lines = _text(source).split("\n")
-        clips = [_clip_of_line(source, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    else:
-        what = "is no .jsonl file" if source.exists() else "does not exist"
-        raise DCMError(f"{source} {what}; expected a folder of videos or a .jsonl file. Check the path.")
+        return [Clip(path, _text(path.with_suffix(".txt")).strip()) for path in videos]
+    lines = _text(source).split("\n")
+    clips = [_clip_of_line(source, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not clips:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise DCMError(f"{source} holds no clips; expected videos ({kinds}), each with a .txt of its name that holds its caption.")
+        raise _no_clips(source)
     return clips
+
+
+def _no_clips(source: Path) -> DCMError:
+    kinds = ", ".join(sorted(SUFFIXES))
+    return DCMError(f"{source} holds no clips; expected videos ({kinds}), each with a .txt of its name that holds its caption.")
 
 
 def _is_video(path: Path) -> bool:

@@ -152,6 +152,11 @@ class TrainingConfig:
             feature_weight=family.feature_weight if self.feature_weight == -1 else self.feature_weight,
         )
 
+    @property
+    def adversarial(self) -> bool:
+        """Whether there is a discriminator."""
+        return self.expert == "detail" and self.adversarial_weight > 0
+
     def make_phases(self) -> Phases:
         return Phases(self.expert, self.boundary, self.shift, self.points, self.phases, self.shared)
 

@@ -6,6 +6,7 @@ Randomness and the order of the data follow from seed and step; they need no sta
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..storage import TensorFile, write_tensors
+from ..storage import TensorFile, check_room, write_tensors
 from .config import TrainingConfig, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,22 @@ def load_optimizer(prefix: str, names: list[str], optimizer: torch.optim.Optimiz
         if found:
             state[index] = found
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def check_folder(folder: Path, size: int, count: int) -> None:
+    """Make the folder, and see that there is room for as many states of `size` bytes as it will hold at once.
+
+    Raises:
+        CheckpointError: a folder that cannot be made or written to, or too little room on the disk.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written to ({error}). Choose another place for the run's states.") from error
+    missing = max(0, count - len(list(saved_states(folder))))
+    check_room({folder / "step_*.safetensors": missing * size})
 
 
 def save_state(folder: Path, saved: SavedState, keep: int) -> Path:

@@ -23,7 +23,7 @@ from .losses import pseudo_huber
 from .memory import Memory, step_size, total
 from .parallel import Processes
 from .stages import DetailStage, SemanticStage, Terms
-from .state import History, SavedState, newest_state, save_state
+from .state import History, SavedState, check_folder, newest_state, save_state
 from .trainee import make_fixed, make_trainee
 from .watch import Diverged, check_losses
 from .watcher import Quiet, Watcher
@@ -43,6 +43,20 @@ class Result:
     expert: Expert
     history: History
     seconds: float
+
+
+def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discriminator:
+    """The detail stage's, as it begins."""
+    width = backbone.module.get_submodule(backbone.family.text_module).out_features
+    return seeded_discriminator(len(backbone.feature_blocks()), width, config.discriminator_width, config.seed)
+
+
+def discriminator_size(backbone: Backbone, config: TrainingConfig) -> int:
+    """Bytes of the run's discriminator, 0 without one."""
+    if not config.adversarial:
+        return 0
+    with torch.device("meta"):
+        return total(make_discriminator(backbone, config).parameters())
 
 
 @dataclass
@@ -80,9 +94,8 @@ class Trainer:
             "expert", dict(self.trainee.named_parameters()), config.learning_rate, config.clip_norm, weight_decay=config.weight_decay
         )
         self.schedule = make_schedule(self.learner.optimizer, config)
-        judging = config.expert == "detail" and config.adversarial_weight > 0
-        self.discriminator = self._make_discriminator() if judging else None
-        self.judge = self._make_judge() if judging else None
+        self.discriminator = make_discriminator(self.backbone, config).to(self.device) if config.adversarial else None
+        self.judge = self._make_judge() if config.adversarial else None
         self.loss_scale = LOSS_SCALE if self.backbone.dtype is torch.float16 else 1.0
         train, self.held_out = self.data.split(config.held_out, config.seed)
         self.order = BatchOrder(self.data.buckets_of(train), config.batch_size * self.processes.count, config.seed)
@@ -100,10 +113,14 @@ class Trainer:
 
         Raises:
             TrainingError: a state of another run, or losses that are no numbers or diverge.
+            CheckpointError: a folder that cannot be written to, or a disk without room for the states.
         """
         self._resume()
+        if self.processes.first:
+            self._check_room()
         began = time.monotonic()
         try:
+            self._hold_out()
             while self.done < self.config.steps:
                 self._update()
                 check_losses(self.history, self.config)
@@ -135,10 +152,12 @@ class Trainer:
             for batch, share in stacked(videos, self.phases, self.device):
                 self._learn(batch, share)
 
-        for learner in self._learners:
-            learner.expect()
-        size = max(step_size(step, (self.config.batch_size, *largest)), *(learner.scratch for learner in self._learners))
-        self._forget()
+        try:
+            for learner in self._learners:
+                learner.expect()
+            size = max(step_size(step, (self.config.batch_size, *largest)), *(learner.scratch for learner in self._learners))
+        finally:
+            self._forget()
         below = sum(total(part.parameters()) for part, _ in self.below_working)
         present = trained * (2 if self.average else 1) + judging + below
         return Memory(total(self.backbone.module.parameters()), present, 2 * (trained + judging), trained + judging + size)
@@ -170,11 +189,6 @@ class Trainer:
     def _guidance(self) -> float | None:
         embedded = getattr(getattr(self.backbone.module, "params", None), "guidance_embed", False)
         return self.config.guidance if embedded else None
-
-    def _make_discriminator(self) -> Discriminator:
-        backbone, config = self.backbone, self.config
-        width = backbone.module.get_submodule(backbone.family.text_module).out_features
-        return seeded_discriminator(len(backbone.feature_blocks()), width, config.discriminator_width, config.seed).to(self.device)
 
     def _make_judge(self) -> Learner:
         parameters = dict(self.discriminator.named_parameters())
@@ -253,14 +267,20 @@ class Trainer:
 
     def _after_step(self) -> None:
         config, done = self.config, self.done
-        if self.held_out and (done % config.held_out_every == 0 or done == config.steps):
-            self.history[-1]["held_out"] = self.held_out_loss()
+        self._hold_out()
         if done % config.save_every == 0 or done == config.steps:
             self._save()
             self.processes.wait()
         if config.sample_every and done % config.sample_every == 0 and self.processes.first:
             self.watcher.sample(done, self.expert())
         self.watcher.step(self.history, config.steps)
+
+    def _hold_out(self) -> None:
+        """The held-out loss, where the last step wants it and has none yet: an interrupt may have come between."""
+        config, done = self.config, self.done
+        due = self.held_out and done and (done % config.held_out_every == 0 or done == config.steps)
+        if due and "held_out" not in self.history[-1]:
+            self.history[-1]["held_out"] = self.held_out_loss()
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
@@ -282,6 +302,15 @@ class Trainer:
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.named_parameters()}
         return tensors
+
+    def _check_room(self) -> None:
+        """See that the states can be written, before any step is made."""
+        # weights and AdamW's two moments of each
+        size = 3 * sum(total(learner.parameters.values()) for learner in self._learners)
+        if self.average:
+            size += total(self.learner.parameters.values())
+        saves = -(-(self.config.steps - self.done) // self.config.save_every)
+        check_folder(self.folder, size, min(saves, self.config.keep + 1))
 
     def _save(self) -> None:
         if self.processes.first:

@@ -20,7 +20,7 @@ from .encoders import host_encoders
 from .expert_files import read_expert_file
 from .folders import data_cache
 from .load import load_file
-from .training import save_expert, train_expert
+from .training import check_not_output, save_expert, train_expert
 
 logger = logging.getLogger("ComfyUI-DCM")
 
@@ -43,15 +43,22 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         raise TrainingError(f"{', '.join(unknown)} is no setting of a training run. There are: {', '.join(sorted(SETTINGS))}.")
 
     def path(name: str) -> Path:
-        if not isinstance(settings.get(name), str):
-            raise TrainingError(f"`{name}` is {settings.get(name)!r}; it has to be the path of a file.")
-        return folder / Path(settings[name]).expanduser()
+        return path_in(folder, name, settings.get(name))
 
-    config = TrainingConfig.from_dict({**settings.get("training", {}), "expert": side})
+    training = settings.get("training", {})
+    if not isinstance(training, dict):
+        raise TrainingError(f"`training` is {training!r}; it has to be settings by name.")
+    config = TrainingConfig.from_dict({**training, "expert": side})
     output = path("output")
-    states = folder / settings["states"] if "states" in settings else output.with_name(f"{output.stem}_states")
+    if output.is_dir():
+        raise TrainingError(f"`output` is {output}, a folder; it has to be the file to write.")
+    for name in ("semantic", "continue_from"):
+        if name in settings:
+            check_not_output(f"{name} is {settings[name]}", path(name), output)
+    states = path("states") if "states" in settings else output.with_name(f"{output.stem}_states")
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
     below = read_expert_file(path("semantic"), "semantic", model) if "semantic" in settings else None
+    output.parent.mkdir(parents=True, exist_ok=True)
     processes = join(comfy.model_management.get_torch_device())
     with processes.first_alone():
         # the others find everything encoded
@@ -62,26 +69,36 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         start=read_expert_file(path("continue_from"), side, model) if "continue_from" in settings else None,
     )
     if processes.first:
-        output.parent.mkdir(parents=True, exist_ok=True)
         save_expert(output, result.expert, model)
     return f"{result.expert}, {len(result.history)} steps, saved to {output}"
+
+
+def path_in(folder: Path, name: str, given: Any) -> Path:
+    """A path that the settings give under `name`.
+
+    Raises:
+        TrainingError: none, or something else.
+    """
+    if not isinstance(given, str) or not given:
+        raise TrainingError(f"`{name}` is {given!r}; it has to be a path.")
+    return folder / Path(given).expanduser()
 
 
 def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[TrainingData, Any]:
     """The data, and the VAE where there is one."""
     given = settings.get("dataset")
     if isinstance(given, str):
-        return read_data(folder / given), None
+        return read_data(path_in(folder, "dataset", given)), None
     if not isinstance(given, dict) or "folder" not in given:
         raise TrainingError(f"`dataset` is {given!r}; it has to be a file of DCM Save Dataset, or settings with a `folder` of clips.")
     values = dict(given)
-    source, negative = folder / values.pop("folder"), values.pop("negative", "")
+    source, negative = path_in(folder, "folder", values.pop("folder")), values.pop("negative", "")
     try:
         clip_settings = ClipSettings(**values)
     except TypeError as error:
         raise TrainingError(f"`dataset` has a setting that is none ({error}). There are: folder, negative, frames, fps, width, "
                             "height, buckets.") from error
-    vae, clip = load_vae(folder / settings.get("vae", "")), load_clip(settings, folder, model)
+    vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
     return prepare(source, clip_settings, host_encoders(vae, clip), data_cache(), negative, logged_progress("dataset")), vae
 
 
@@ -99,15 +116,23 @@ def logged_progress(label: str) -> Progress:
 
 
 def load_vae(path: Path) -> Any:
-    """The host's VAE of a safetensors file."""
-    return comfy.sd.VAE(sd=TensorFile(path).read_all())
+    """The host's VAE of a safetensors file.
+
+    Raises:
+        TrainingError: a file that holds none.
+    """
+    vae = comfy.sd.VAE(sd=TensorFile(path).read_all())
+    if vae.first_stage_model is None:
+        raise TrainingError(f"`vae` is {path}, which holds no VAE that this ComfyUI knows. Choose the model's VAE.")
+    return vae
 
 
 def load_clip(settings: dict[str, Any], folder: Path, model: Any) -> Any:
     """The host's text encoder of the model's family."""
-    paths = [folder / name for name in settings.get("text_encoders", [])]
-    if not paths:
-        raise TrainingError("`text_encoders` is missing; list the files of the model's text encoder.")
+    names = settings.get("text_encoders")
+    if not names or not isinstance(names, list):
+        raise TrainingError(f"`text_encoders` is {names!r}; list the files of the model's text encoder.")
+    paths = [path_in(folder, "text_encoders", name) for name in names]
     for path in paths:
         TensorFile(path)  # only safetensors are read
     kind = require_family(model).clip_type.upper()

@@ -13,7 +13,7 @@ from ...dcm_core.distill.config import TrainingConfig, TrainingError
 from ...dcm_core.distill.dataset import TrainingData
 from ...dcm_core.distill.parallel import join
 from ...dcm_core.distill.trainee import new_detail, new_semantic
-from ...dcm_core.distill.trainer import Result, Trainer
+from ...dcm_core.distill.trainer import Result, Trainer, discriminator_size
 from ...dcm_core.distill.watcher import Quiet
 from ...dcm_core.experts import Expert, expert_id, size_of, write_expert
 from ...dcm_core.families import Family
@@ -25,7 +25,16 @@ from .expert_files import load_expert
 from .folders import LORAS, NONE, new_file, path_of, run_folder
 from .sampling import as_image
 from .show import Show, in_words, with_experts
-from .training_base import check_data, differentiable, hold, make_backbone, make_room, own_weights, training_base
+from .training_base import (
+    check_data,
+    clear_device,
+    differentiable,
+    hold,
+    make_backbone,
+    make_room,
+    own_weights,
+    training_base,
+)
 
 logger = logging.getLogger("ComfyUI-DCM")
 
@@ -74,8 +83,9 @@ def train_and_save(
     """
     folder = run_folder(name)
     file = new_file(LORAS, f"dcm/{name.strip()}", overwrite=True)
-    if continue_from != NONE and path_of(LORAS, continue_from).resolve() == file:
-        raise TrainingError(f"continue_from is {continue_from}, the file that this run writes. Choose another name for the run.")
+    for given, chosen in (("continue_from", continue_from), ("semantic_lora", semantic_lora)):
+        if chosen != NONE:
+            check_not_output(f"{given} is {chosen}", path_of(LORAS, chosen), file)
     below = semantic_expert or load_expert(semantic_lora, "semantic", model)
     result = train_expert(
         model, data, config, folder, start=load_expert(continue_from, config.expert, model), below=below, vae=vae, node_id=node_id
@@ -109,16 +119,18 @@ def train_expert(
     family = require_family(model)
     config = config.for_family(family, shared_boundary(config, start, below))
     base = training_base(model)
-    check_data(base, data)
+    check_data(base, data, vae)
     with torch.inference_mode(False), torch.enable_grad(), gradients(), differentiable(base):
+        clear_device(base)
         # first: what other clones have patched into the shared model is taken out again
         hold(base, 0)
-        expert = first_expert(base, family, config, start, below)
-        hold(base, FLOAT32 * ((1 + (config.ema_decay > 0)) * size_of(expert) + (size_of(below) if below else 0)))
+        expert, backbone = first_expert(base, family, config, start, below), make_backbone(base, family, config)
+        trained = FLOAT32 * ((1 + (config.ema_decay > 0)) * size_of(expert) + (size_of(below) if below else 0))
+        hold(base, trained + discriminator_size(backbone, config))
         processes = join(base.load_device)
         show = Show(base, below, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
         trainer = Trainer(
-            make_backbone(base, family, config),
+            backbone,
             data,
             config,
             expert,
@@ -159,12 +171,24 @@ def shared_boundary(config: TrainingConfig, start: Expert | None, below: Expert 
     return None if config.boundary else own_boundary(expert.boundary for expert in (below, start) if expert is not None)
 
 
+def check_not_output(what: str, given: Path, file: Path) -> None:
+    """Refuse an input (`what`: its setting and value) that the run would write over.
+
+    Raises:
+        TrainingError: the same file.
+    """
+    if given.resolve() == file.resolve():
+        raise TrainingError(f"{what}, the file that this run writes. Choose another name for the run.")
+
+
 def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expert | None, below: Expert | None) -> Expert:
     """What training begins with.
 
     Raises:
-        TrainingError: an expert of another family.
+        TrainingError: an expert of another family, or a detail expert to train on top of.
     """
+    if below is not None and below.role != "semantic":
+        raise TrainingError(f"The semantic expert is {below}. Choose a semantic expert: the detail expert works on top of it.")
     modules = dict(diffusion_model(model).named_modules())
     generator = generator_of(config.seed, 0, 0)
     for given in (start, below):

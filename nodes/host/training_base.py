@@ -79,6 +79,12 @@ def training_base(model: Any) -> Any:
     return base
 
 
+def clear_device(base: Any) -> None:
+    """Take every other model off the base's device, as far as the host can: a run has it for hours."""
+    own = [entry for entry in comfy.model_management.current_loaded_models if entry.model is not None and base.is_clone(entry.model)]
+    comfy.model_management.free_memory(1e30, base.load_device, keep_loaded=own)
+
+
 def hold(base: Any, needed: int) -> None:
     """Have the base loaded with its own patches and `needed` bytes free beside it, as far as it can be offloaded for them."""
     comfy.model_management.load_models_gpu([base], memory_required=needed)
@@ -99,26 +105,37 @@ def make_room(trainer: Trainer, base: Any, config: TrainingConfig, node_id: str 
         TrainingError: too little memory even with the base offloaded, or a base that has no gradient.
     """
     while True:
-        memory = _measure(trainer)
+        memory = _measure(trainer, base)
         free, loaded = comfy.model_management.get_free_memory(trainer.device), offloadable(base)
         memory.check(free + loaded, config)
-        if memory.coming > free:
-            # offloaded weights are brought back for each step, and may make it larger
-            hold(base, memory.coming)
-        if offloadable(base) == loaded:
+        hold(base, memory.coming)
+        # offloaded weights are brought back for each step, and may make it larger
+        if offloadable(base) >= loaded:
             break
     logger.info("%s", memory)
     tell(str(memory), node_id)
     return memory
 
 
-def _measure(trainer: Trainer) -> Memory:
-    try:
-        return trainer.memory()
-    except comfy.model_management.OOM_EXCEPTION as error:
+def _measure(trainer: Trainer, base: Any) -> Memory:
+    """What the run needs, with the base out of the way if a step does not fit beside it."""
+    memory = _try(trainer)
+    if memory is None and offloadable(base):
+        base.partially_unload(base.offload_device, offloadable(base))
+        memory = _try(trainer)
+    if memory is None:
         raise TrainingError(
             "There is too little memory for even a small step. Try gradient checkpointing on, a smaller rank, or a base in fp8."
-        ) from error
+        )
+    return memory
+
+
+def _try(trainer: Trainer) -> Memory | None:
+    """What the run needs; None if there is too little memory to find out."""
+    try:
+        return trainer.memory()
+    except comfy.model_management.OOM_EXCEPTION:
+        return None
     except RuntimeError as error:
         raise TrainingError(
             f"The model cannot be trained on as it is loaded ({error}). Load a text-to-video model, with weight_dtype default or "
@@ -143,13 +160,16 @@ def own_weights(base: Any) -> WeightOf:
     return weight_of
 
 
-def check_data(model: Any, data: TrainingData) -> None:
-    """Refuse data of another model.
+def check_data(model: Any, data: TrainingData, vae: Any = None) -> None:
+    """Refuse data of another model, and a VAE that cannot decode its samples.
 
     Raises:
-        DCMError: latents or texts that the model cannot take.
+        DCMError: latents or texts that the model cannot take, or a VAE of other latents.
     """
     channels = model.model.latent_format.latent_channels
+    decoded = getattr(vae, "latent_channels", channels)
+    if decoded != channels:
+        raise TrainingError(f"The VAE's latents have {decoded} channels, the model's have {channels}. Connect the model's own VAE.")
     for bucket in data.buckets:
         shape = data.shape(bucket[0])
         if shape[0] != channels:

@@ -109,6 +109,29 @@ def test_wrong_names_and_experts_are_refused(wan, node, data, output, module, mo
     assert not (output / "dcm_training").exists()
 
 
+def test_a_run_does_not_write_over_what_it_begins_with(trained, node, data):
+    model, _, _ = trained
+    with pytest.raises(ValueError, match=r"continue_from is dcm/one\.safetensors, the file that this run writes"):
+        node("DCMTrainSemanticExpert", model=model, dataset=data, name="one", continue_from="dcm/one.safetensors", **SEMANTIC)
+    with pytest.raises(ValueError, match=r"semantic_lora is dcm/one\.safetensors, the file that this run writes"):
+        node("DCMTrainDetailExpert", model=model, dataset=data, name="one", semantic_lora="dcm/one.safetensors", **DETAIL)
+
+
+def test_a_detail_expert_stands_on_no_other(trained, node, data, output):
+    model, _, detail = trained
+    with pytest.raises(ValueError, match=r"The semantic expert is detail expert, .* Choose a semantic expert"):
+        node("DCMTrainDetailExpert", model=model, dataset=data, name="three", semantic_expert=detail.result[1], **DETAIL)
+    assert not (output / "dcm_training" / "three").exists()
+
+
+def test_a_vae_of_other_latents_is_refused(wan, node, data, output):
+    from types import SimpleNamespace
+
+    with pytest.raises(ValueError, match=r"VAE's latents have 48 channels, the model's have 16\. Connect the model's own VAE"):
+        node("DCMTrainSemanticExpert", model=wan(layers=1), dataset=data, name="x", vae=SimpleNamespace(latent_channels=48), **SEMANTIC)
+    assert not (output / "dcm_training").exists()
+
+
 @pytest.mark.parametrize("metadata", [{"dcm.format": "1", "dcm.family": "hunyuan_video", "dcm.expert": "semantic"}, {}])
 def test_an_expert_of_another_family_is_refused(metadata, wan, node, data, output, module, models):
     """As a student, and as the semantic expert under one."""
@@ -163,6 +186,32 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
     assert list((tmp_path / "expert_states").glob("step_00000003.safetensors"))
     wrong = run(3, modle="x")
     assert wrong.returncode == 2 and "modle is no setting of a training run" in wrong.stderr
+
+
+@pytest.fixture(scope="module")
+def base_file(wan, tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    save_file({name: value.clone() for name, value in wan(layers=1).model.diffusion_model.state_dict().items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        ({"training": None}, "`training` is None; it has to be settings by name"),
+        ({"states": 5}, "`states` is 5; it has to be a path"),
+        ({"output": "."}, "`output` is .*, a folder; it has to be the file to write"),
+        ({"weight_dtype": ["default"]}, r"weight_dtype is \['default'\]; choose one of default"),
+        ({"semantic": "expert.safetensors"}, "semantic is expert.safetensors, the file that this run writes"),
+        ({"dataset": 3}, "`dataset` is 3"),
+        ({"dataset": {"folder": "clips"}, "vae": "base.safetensors"}, "`vae` is .*base.safetensors, which holds no VAE"),
+        ({"dataset": {"folder": "clips"}, "vae": None}, "`vae` is None; it has to be a path"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(more, error, base_file, module):
+    settings = {"model": "base.safetensors", "dataset": "data.safetensors", "output": "expert.safetensors", **more}
+    with pytest.raises(module("dcm_core.errors").DCMError, match=error):
+        module("nodes.host.command").train("detail", settings, base_file.parent)
 
 
 def test_encoding_says_how_far_it_is(module, caplog):

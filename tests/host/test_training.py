@@ -225,7 +225,10 @@ def test_what_does_not_fit_is_refused_before_training(train, module, model, data
 def test_too_little_memory_is_refused_with_advice(train, module, model, data, config, tmp_path, monkeypatch):
     import comfy.model_management
 
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2**20)
+    def little(device=None, torch_free_too=False):
+        return (2**20, 2**20) if torch_free_too else 2**20
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", little)
     with pytest.raises(module("dcm_core.errors").DCMError, match=r"needs about .* GiB beside the base model.*batch_size below 2"):
         train(model, data, config("detail"), tmp_path)
 

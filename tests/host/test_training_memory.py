@@ -146,3 +146,63 @@ def test_a_base_that_the_host_keeps_partly_offloaded(side, wan, module, train, s
     monkeypatch.undo()
     assert torch.equal(sample(model, [1.0, 0.5, 0.0]), plain)
     assert all(torch.equal(before[name], value) for name, value in weights(model).items())
+
+
+@pytest.fixture
+def run_on_card(module, train, small_card, tmp_path, monkeypatch):
+    """run_on_card(MODEL, size of(what a run was told), taken) -> results of a run with room and of one on such a card."""
+    training, make_room, told = module("nodes.host.training"), module("nodes.host.training").make_room, []
+    data = random_data(module("dcm_core.distill.dataset"), size=(4, 16, 16))
+    config = module("dcm_core.distill.config").TrainingConfig("semantic", **{**SMALL, "steps": 1})
+    monkeypatch.setattr(training, "make_room", lambda *args: told.append(make_room(*args)) or told[-1])
+
+    def run(model, size_of, taken=()):
+        whole = train(model, data, config, tmp_path / "whole")
+        card = small_card(model, size_of(told[0]), taken)
+        return whole, train(card, data, config, tmp_path / "card")
+
+    return run
+
+
+@pytest.fixture
+def measured_on_card(pack, module, monkeypatch):
+    """A measured step runs out of memory where it makes more than the card has free."""
+    import comfy.model_management as management
+
+    memory = module("dcm_core.distill.memory")
+    measured = memory._measured
+
+    def on_card(step, shape):
+        size = measured(step, shape)
+        if size > management.get_free_memory():
+            raise management.OOM_EXCEPTION("out of memory")
+        return size
+
+    monkeypatch.setattr(memory, "_measured", on_card)
+
+
+@pytest.mark.usefixtures("measured_on_card")
+def test_a_step_that_does_not_fit_beside_the_base_is_measured_without_it(wan, run_on_card, module):
+    model = wan(layers=8, width=256)
+    whole, card = run_on_card(model, lambda told: told.coming + told.base // 8)
+    assert whole.history == card.history and same(whole.expert, card.expert)
+    with pytest.raises(module("dcm_core.errors").DCMError, match="too little memory for even a small step"):
+        run_on_card(model, lambda told: told.step // 2)
+
+
+def test_other_models_make_room(wan, run_on_card):
+    """What was sampled with before stays on the device until somebody needs it."""
+    import comfy.model_management as management
+
+    other = wan(layers=8, seed=1).clone()
+    other.load_device = torch.device("cpu:0")
+
+    class Taken:
+        def __iter__(self):
+            yield other.loaded_size()
+
+    management.load_models_gpu([other])
+    held = other.loaded_size()
+    assert held > 0
+    whole, card = run_on_card(wan(layers=2), lambda told: held + told.base + told.coming // 2, Taken())
+    assert whole.history == card.history and other.loaded_size() == 0

@@ -71,6 +71,35 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_alone(train, modul
     assert same(whole.expert, again.expert) and whole.history == again.history
 
 
+def test_states_without_room_are_refused_before_the_first_step(train, module, model, data, config, tmp_path, monkeypatch):
+    import shutil
+    from types import SimpleNamespace
+
+    errors, trainer_class = module("dcm_core.errors"), module("dcm_core.distill.trainer").Trainer
+    whole = train(model, data, config("detail", save_every=1), tmp_path / "whole")
+    assert len(whole.history) == 4
+    size = max(path.stat().st_size for path in (tmp_path / "whole").glob("step_*"))
+
+    def room(states):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(states * size)))
+
+    def never(self):
+        raise AssertionError("a step was made")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_class, "_update", never)
+        room(2.5)
+        with pytest.raises(errors.DCMError, match=r"step_\*\.safetensors needs .* GB, but .*parts has .* GB free"):
+            train(model, data, config("detail", save_every=1), tmp_path / "parts")
+        (tmp_path / "file").touch()
+        with pytest.raises(errors.DCMError, match=r"file cannot be written to .* Choose another place"):
+            train(model, data, config("detail"), tmp_path / "file")
+    room(3.2)
+    train(model, data, config("detail", save_every=1), tmp_path / "parts")
+    room(1.2)
+    train(model, data, config("detail", save_every=1, steps=5), tmp_path / "parts")
+
+
 def test_an_interrupt_between_two_optimisers_is_not_saved(train, module, model, data, config, tmp_path, monkeypatch):
     learner, stepped = module("dcm_core.distill.learner").Learner, []
     settings = config("detail", save_every=1)
@@ -243,6 +272,23 @@ def test_a_full_fine_tune_is_kept_in_the_base_s_precision(dtype, rank, stored, m
 # Held out
 
 
+def test_an_interrupt_loses_no_held_out_loss(train, module, model, data, config, tmp_path, monkeypatch):
+    """The step before it is made and saved; the loss follows when the run goes on."""
+    trainer_class, settings = module("dcm_core.distill.trainer").Trainer, config("semantic", held_out=1, held_out_every=2)
+    whole = train(model, data, settings, tmp_path / "whole")
+
+    def pressed(self):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(trainer_class, "held_out_loss", pressed)
+            train(model, data, settings, tmp_path / "parts")
+    again = train(model, data, settings, tmp_path / "parts")
+    assert [entry["step"] for entry in again.history if "held_out" in entry] == [2, 4]
+    assert again.history == whole.history
+
+
 @pytest.mark.usefixtures("gradients")
 def test_clips_that_are_held_out_are_measured_and_never_trained_on(trainer, monkeypatch):
     made, seen = trainer("detail", steps=5, held_out=2, held_out_every=2), []
@@ -339,6 +385,22 @@ def test_compiled_blocks_do_not_hide_the_layers(train, module, data, config, wan
 
     comfy.model_management.load_models_gpu([compiled])
     found = train(compiled, data, config("detail", steps=2), tmp_path / "compiled")
+    assert expected.history == found.history and same(expected.expert, found.expert)
+
+
+def test_checkpointing_keeps_another_pack_s_forward(train, data, config, wan, tmp_path):
+    model = wan(layers=2)
+    block, calls = model.model.diffusion_model.blocks[0], []
+    expected = train(model, data, config("semantic", steps=1, checkpointing=True), tmp_path / "plain")
+    forward = block.forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    block.forward = counted
+    found = train(model, data, config("semantic", steps=1, checkpointing=True), tmp_path / "own")
+    assert calls and block.__dict__["forward"] is counted
     assert expected.history == found.history and same(expected.expert, found.expert)
 
 
