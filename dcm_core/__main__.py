@@ -16,6 +16,8 @@ from .inspect import inspect_file
 from .launch import find_comfyui, load_pack
 from .storage import Progress
 
+TRAINING_PAGE = "https://github.com/comfyui-dcm/ComfyUI-DCM/blob/main/docs/training.md"
+
 
 def progress_line(label: str) -> Progress:
     """A progress bar on stderr, in percent; it appears with the first progress."""
@@ -123,9 +125,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise DCMError(f"{path}: TOML needs Python 3.11. Write the settings as JSON.") from error
     except (OSError, ValueError) as error:
-        raise DCMError(f"{path} cannot be read as settings ({error}). Write JSON or TOML as docs/training.md shows.") from error
+        raise DCMError(f"{path} cannot be read as settings ({error}). Write JSON or TOML as in {TRAINING_PAGE}.") from error
     if not isinstance(settings, dict):
-        raise DCMError(f"{path} holds a {type(settings).__name__}; expected settings by name, as docs/training.md shows.")
+        raise DCMError(f"{path} holds a {type(settings).__name__}; expected settings by name, as in {TRAINING_PAGE}.")
     return settings
 
 
@@ -168,7 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("train", help="distil an expert, or go on with an interrupted run")
     command.add_argument("expert", choices=["semantic", "detail"], help="which expert")
-    command.add_argument("--config", type=Path, required=True, help="settings, a .json or .toml file (docs/training.md)")
+    command.add_argument("--config", type=Path, required=True, help=f"settings, a .json or .toml file ({TRAINING_PAGE})")
     command.add_argument("--comfyui", type=Path, help="ComfyUI's folder (default: COMFYUI_PATH, or where the pack is installed)")
     command.set_defaults(run=train)
     return parser

@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backbone import Backbone
+from .config import TrainingConfig
+from .memory import total
+
 HIDDEN = 1024
 GROUPS = 32
 SLOPE = 0.01
@@ -45,8 +49,17 @@ class Discriminator(nn.Module):
         return [head(maps(feature)) for head, feature in zip(self.heads, features, strict=True)]
 
 
-def seeded_discriminator(features: int, width: int, hidden: int, seed: int) -> Discriminator:
-    """A discriminator whose first weights follow from the seed."""
+def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discriminator:
+    """One for the backbone's features; its first weights follow from the seed."""
+    width = backbone.module.get_submodule(backbone.family.text_module).out_features
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Discriminator(features, width, hidden)
+        torch.manual_seed(config.seed)
+        return Discriminator(len(backbone.feature_blocks()), width, config.discriminator_width)
+
+
+def discriminator_size(backbone: Backbone, config: TrainingConfig) -> int:
+    """Bytes of the run's discriminator, 0 without one."""
+    if not config.adversarial:
+        return 0
+    with torch.device("meta"):
+        return total(make_discriminator(backbone, config).parameters())

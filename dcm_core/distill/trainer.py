@@ -17,7 +17,7 @@ from .batches import Video, generator_of, stacked, text_of
 from .config import TrainingConfig
 from .consistency import Batch, Roles, predict
 from .dataset import BatchOrder, TrainingData
-from .discriminator import Discriminator, seeded_discriminator
+from .discriminator import make_discriminator
 from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, make_learner, make_schedule
 from .losses import pseudo_huber
 from .memory import Memory, step_size, total
@@ -43,20 +43,6 @@ class Result:
     expert: Expert
     history: History
     seconds: float
-
-
-def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discriminator:
-    """The detail stage's, as it begins."""
-    width = backbone.module.get_submodule(backbone.family.text_module).out_features
-    return seeded_discriminator(len(backbone.feature_blocks()), width, config.discriminator_width, config.seed)
-
-
-def discriminator_size(backbone: Backbone, config: TrainingConfig) -> int:
-    """Bytes of the run's discriminator, 0 without one."""
-    if not config.adversarial:
-        return 0
-    with torch.device("meta"):
-        return total(make_discriminator(backbone, config).parameters())
 
 
 @dataclass

@@ -11,9 +11,10 @@ from torch import Tensor
 from ...dcm_core.distill.batches import generator_of
 from ...dcm_core.distill.config import TrainingConfig, TrainingError
 from ...dcm_core.distill.dataset import TrainingData
+from ...dcm_core.distill.discriminator import discriminator_size
 from ...dcm_core.distill.parallel import join
 from ...dcm_core.distill.trainee import new_detail, new_semantic
-from ...dcm_core.distill.trainer import Result, Trainer, discriminator_size
+from ...dcm_core.distill.trainer import Result, Trainer
 from ...dcm_core.distill.watcher import Quiet
 from ...dcm_core.experts import Expert, expert_id, size_of, write_expert
 from ...dcm_core.families import Family
