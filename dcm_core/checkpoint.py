@@ -5,19 +5,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-import torch
 from torch import Tensor
 
 from .errors import CheckpointError, name_some
 from .experts import Expert, expert_from_release
 from .families import FAMILIES, Family
-from .keymap import Piece, fuse, fused_shape
+from .keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from .lora_names import split_key
-from .storage import Progress, TensorFile, each_read
+from .storage import Progress, TensorFile, each_read, is_finite
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.")
 BASE_LAYER = ".base_layer."
-NATIVE_WEIGHT = re.compile(r"(?P<stem>blocks|double_blocks|single_blocks)\.(?P<index>\d+)\.(?P<rest>.+\.weight)")
+NATIVE_WEIGHT = re.compile(rf"(?P<stem>blocks|double_blocks|single_blocks)\.(?P<index>{BLOCK_INDEX})\.(?P<rest>.+\.weight)")
 
 
 class Layout(Enum):
@@ -237,9 +236,3 @@ def check_finite(file: TensorFile, tensors: Mapping[str, Tensor]) -> None:
     if broken:
         raise CheckpointError(f"{file.path}: {name_some(broken)} hold NaN or infinite values. Download the file again.")
 
-
-def is_finite(tensor: Tensor) -> bool:
-    """True if every value is a finite number; fp8 included."""
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.to(torch.float16)
-    return bool(torch.isfinite(tensor).all())

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Contents, Layout, detail_expert, each_native, is_finite, recognise
+from .checkpoint import Contents, Layout, detail_expert, each_native, recognise
 from .errors import CheckpointError
 from .experts import expert_entries, expert_metadata, write_expert
-from .storage import Entries, Progress, TensorFile, check_room, file_size, temporary_file, write_stream
+from .storage import Entries, Progress, TensorFile, cast, check_room, file_size, temporary_file, write_stream
 
 KEEP = "keep"
 DTYPES: dict[str, torch.dtype | None] = {
@@ -113,10 +113,7 @@ def _base_tensors(
     file: TensorFile, contents: Contents, entries: Entries, progress: Progress | None
 ) -> Iterator[tuple[str, Tensor]]:
     for target, tensor in each_native(file, contents, progress):
-        value = tensor.to(entries[target][0])
-        if not is_finite(value):
-            raise CheckpointError(f"{target} has values too large for {value.dtype}. Choose bfloat16 or float32.")
-        yield target, value
+        yield target, cast(target, tensor, entries[target][0])
 
 
 def _base_metadata(contents: Contents) -> dict[str, str]:

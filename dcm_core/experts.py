@@ -18,7 +18,7 @@ from .families import Family
 from .keymap import Piece, fuse
 from .lora_names import split_key
 from .routing import Side
-from .storage import write_stream
+from .storage import cast, write_stream
 
 FILE_FORMAT = "1"
 FILE_PREFIX = "diffusion_model."
@@ -181,10 +181,10 @@ def write_expert(
         dtype: of the written tensors (alphas stay as they are), None to keep.
 
     Raises:
-        CheckpointError: too little room on the disk.
+        CheckpointError: too little room on the disk, or values that `dtype` cannot hold.
     """
     entries = expert_entries(expert, shapes, dtype)
-    tensors = ((key, tensor.to(entries[key][0])) for key, tensor in expert_tensors(expert, shapes))
+    tensors = ((key, cast(key, tensor, entries[key][0])) for key, tensor in expert_tensors(expert, shapes))
     write_stream(path, entries, tensors, expert_metadata(expert, len(entries)))
 
 

@@ -1,5 +1,6 @@
 """A full fine-tune and its base -> a low-rank expert: the truncated SVD of the difference, layer by layer."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from .checkpoint import Contents, Layout, check_finite, recognise, without_prefi
 from .errors import CheckpointError, name_some
 from .experts import Expert, LowRank, write_expert
 from .families import Family
-from .keymap import Piece, fuse, fused_shape
+from .keymap import Piece, Shape, fuse, fused_shape
 from .storage import Progress, TensorFile, check_room
 
 OVERSAMPLING = 16
@@ -132,12 +133,12 @@ def extract_lora(
     out = Path(out)
     if out.resolve() in (Path(tuned).resolve(), Path(base).resolve()):
         raise CheckpointError(f"{out} is an input; the LoRA needs a file of its own. Choose another name.")
-    check_room({out: 0})
     _check_device(device)
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already. Choose another name, or allow overwriting.")
     new, old = NativeView(tuned), NativeView(base)
     _check_same(new, old)
+    check_room({out: dtype.itemsize * sum(_most_values(name, new.shape(name), rank) for name in new.pieces)})
     layers: dict[str, LayerReport] = {}
     low_rank: dict[str, tuple[LowRank, ...]] = {}
     diff: dict[str, Tensor] = {}
@@ -154,6 +155,13 @@ def extract_lora(
     expert = Expert(new.family.name, "semantic", low_rank, diff=diff, boundary=new.family.preset.boundary)
     write_expert(out, expert, {name: new.shape(name) for name in new.pieces})
     return Extraction(out, layers, tuple(sorted(diff)), len(new.pieces) - len(low_rank) - len(diff))
+
+
+def _most_values(name: str, shape: Shape, rank: int) -> int:
+    """How many numbers a tensor's difference takes at most."""
+    if len(shape) == 2 and name.endswith(".weight"):
+        return min(rank, *shape) * sum(shape)
+    return math.prod(shape)
 
 
 def _check_device(device: torch.device | str) -> None:
@@ -204,5 +212,6 @@ def truncate(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Ten
             u, s, v = torch.svd_lowrank(matrix, q=rank + OVERSAMPLING, niter=POWER_ITERATIONS)
     root = s[:rank].sqrt()
     norm = float(matrix.norm())
-    energy = min(1.0, float((s[:rank].double() ** 2).sum()) / norm**2) if norm else 1.0
+    # float64 on the CPU, as not every device has it
+    energy = min(1.0, float((s[:rank].cpu().double() ** 2).sum()) / norm**2) if norm else 1.0
     return (v[:, :rank] * root).T.contiguous(), (u[:, :rank] * root).contiguous(), LayerReport(rank, energy, norm)

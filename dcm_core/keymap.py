@@ -16,6 +16,9 @@ from .errors import CheckpointError, name_some
 
 Shape = Sequence[int]
 
+# No model has a thousand blocks; a file that names more would have us look for all of them.
+BLOCK_INDEX = r"\d{1,3}"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -72,7 +75,7 @@ def _join(module: str, param: str) -> str:
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.escape(template).replace(r"\{n\}", r"(\d+)"))
+    return re.compile(re.escape(template).replace(r"\{n\}", rf"({BLOCK_INDEX})"))
 
 
 def _fill(template: str, index: str | None) -> str:

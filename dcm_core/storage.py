@@ -193,15 +193,17 @@ def write_stream(
             name, (dtype, shape) = next(announced, ("nothing", (None, ())))
             if (key, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
                 raise CheckpointError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}; {name} {dtype} {tuple(shape)} was announced.")
-            file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            with _writing(path):
+                file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
             done += _nbytes(dtype, shape)
             if progress is not None:
                 progress(done, total)
         if (left := next(announced, None)) is not None:
             raise CheckpointError(f"{left[0]} was announced for {path} but never came.")
         # on the disk before it takes the name: a power cut leaves the old file or the new one
-        file.flush()
-        os.fsync(file.fileno())
+        with _writing(path):
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _header(entries: Entries, metadata: Mapping[str, str]) -> bytes:
@@ -238,23 +240,56 @@ def check_room(sizes: Mapping[Path, int]) -> None:
             )
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """True if every value is a finite number; fp8 included."""
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.float16)
+    return bool(torch.isfinite(tensor).all())
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype.
+
+    Raises:
+        CheckpointError: values that are no numbers there.
+    """
+    value = tensor.to(dtype)
+    if value.is_floating_point() and not is_finite(value):
+        raise CheckpointError(f"{name} has values too large for {dtype}. Choose bfloat16 or float32.")
+    return value
+
+
 @contextmanager
 def temporary_file(path: Path, nbytes: int = 0) -> Iterator[Path]:
     """A name beside `path` that takes its place if the block ends well and vanishes if not.
 
     Raises:
-        CheckpointError: a missing folder, or less free disk than `nbytes`.
+        CheckpointError: a missing folder, less free disk than `nbytes`, or a file that cannot be written.
     """
     check_room({path: nbytes})
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
+    with _writing(path):
+        handle, name = tempfile.mkstemp(prefix=".dcm.", suffix=".part", dir=path.parent)
+        os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        with _writing(path):
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Tells what the system has against a file being written."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror}). See that its folder can be written to, that the disk has room, "
+            "that the name is not too long, and that no program holds the file open."
+        ) from error
 
 
 def _umask() -> int:

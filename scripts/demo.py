@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -53,7 +55,8 @@ def render(instance: Instance, prompt: str, seed: int) -> Path:
 
 def tell_how_to_look(environment: Environment, base: Path) -> None:
     say("to open the graph in a browser, start ComfyUI with")
-    print(f"  {shlex.join(server_command(environment, base, BROWSER_PORT))}")
+    command = server_command(environment, base, BROWSER_PORT)
+    print(f"  {subprocess.list2cmdline(command) if sys.platform == 'win32' else shlex.join(command)}")
     print(f"  then open http://127.0.0.1:{BROWSER_PORT} and drag this file into the window: {WORKFLOW}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
@@ -68,6 +69,8 @@ NODE_TOOLS = ("comfy-cli==1.23.0",)
 MANAGER = ("comfyui-manager==4.3", "aiohttp", "PyYAML")
 
 DONE = ".complete"
+# What a lock says that another process has.
+HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
 # The downloads worth a line of progress, such as `Downloading torch-2.9.1-....whl (899.7 MB)`.
 LARGE_DOWNLOAD = re.compile(r"\s*Downloading (\S+) \((\d{2,}\.\d [MG]B)\)")
 
@@ -212,7 +215,12 @@ def _acquire(file: IO[str]) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
+        if error.errno not in HELD:
+            raise SetupError(
+                f"{file.name} cannot be locked ({error.strerror}): its file system has no locks. Set COMFYUI_DCM_CACHE to a folder on a "
+                "local disk."
+            ) from error
         return False
     return True
 

@@ -34,6 +34,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise ClipError(path, "holds no video. Leave it out, or give the file with the pictures.")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ClipError(path, "is in a format that cannot be decoded here. Encode it again, for example as .mp4.")
             # a decoder's thread that reports an error waits for Python, which waits for it when the file is closed
             stream.codec_context.thread_count = 1
             yield container, stream
@@ -67,7 +69,8 @@ def probe(path: Path) -> tuple[list[float], tuple[int, int]]:
                 times.append(float(stamp * stream.time_base))
             # the last packet is empty and brings out what the decoder holds back
             if size is None and (frame := next(iter(packet.decode()), None)):
-                size = round(frame.width * (stream.sample_aspect_ratio or 1)), frame.height
+                # a damaged file may give any aspect ratio
+                size = max(1, round(frame.width * (stream.sample_aspect_ratio or 1))), frame.height
                 size = size[::-1] if _quarter_turns(frame) % 2 else size
     if size is None or not times:
         raise ClipError(path, "holds no frame that can be decoded. Encode or download it again.")

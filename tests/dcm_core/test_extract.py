@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcm_core import extract, storage
 from dcm_core.checkpoint import PREFIXES, recognise, semantic_state_dict
 from dcm_core.errors import CheckpointError, DCMError
 from dcm_core.expert_reader import read_expert
@@ -307,6 +308,21 @@ def test_the_output_is_no_input(sources, which):
 def test_a_missing_folder_is_found_before_the_work(sources, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         extract_lora(*sources, tmp_path / "nowhere" / "x.safetensors", 2, progress=never)
+
+
+def test_a_disk_without_room_is_found_before_the_work(sources, out, monkeypatch):
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})())
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors needs .* GB, but .* has 0\.0 GB free"):
+        extract_lora(*sources, out, 2, progress=never)
+
+
+def test_the_room_asked_for_is_enough(sources, out, monkeypatch):
+    """It has to hold what is written, but the header and an alpha a layer."""
+    asked, check = [], extract.check_room
+    monkeypatch.setattr(extract, "check_room", lambda sizes: asked.append(sizes[out]) or check(sizes))
+    extract_lora(*sources, out, 2)
+    header = int.from_bytes(out.read_bytes()[:8], "little") + 8
+    assert out.stat().st_size - header <= asked[0] + 4 * len(TensorFile(out)) < 3 * out.stat().st_size
 
 
 def test_a_device_that_is_not_there(sources, out):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dcm_core import storage
 from dcm_core.errors import CheckpointError
-from dcm_core.storage import TensorFile, each_read, temporary_file, write_stream, write_tensors
+from dcm_core.storage import TensorFile, cast, each_read, is_finite, temporary_file, write_stream, write_tensors
 
 ROOT = Path(__file__).parents[2]
 # What torch knows and safetensors can hold.
@@ -350,6 +350,44 @@ def test_temporary_file_needs_no_content(tmp_path):
     with pytest.raises(Interrupted), temporary_file(tmp_path / "x"):
         raise Interrupted
     assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [244 * "x" + ".safetensors", 241 * "x" + ".safetensors"])
+def test_a_long_name(tmp_path, name):
+    """A name that the system takes is written; another is refused in words."""
+    if len(name) < 255:
+        write_tensors(tmp_path / name, {"a": torch.ones(1)}, {})
+        assert left_in(tmp_path) == [name]
+    else:
+        with pytest.raises(CheckpointError, match=r"cannot be written \(.*\)\. See that .* the name is not too long"):
+            write_tensors(tmp_path / name, {"a": torch.ones(1)}, {})
+        assert left_in(tmp_path) == []
+
+
+def test_a_file_that_something_holds_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "x.safetensors").write_bytes(b"old")
+
+    def held(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", held)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be written \(Permission denied\).* no program holds the file open"):
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+    assert left_in(tmp_path) == ["x.safetensors"] and (tmp_path / "x.safetensors").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_finite(dtype):
+    assert is_finite(torch.tensor([0.0, -1.5, torch.finfo(dtype).max, torch.finfo(dtype).tiny]).to(dtype))
+    assert not is_finite(torch.tensor([1.0, float("nan")]).to(dtype))
+
+
+def test_a_cast_that_loses_values_is_refused():
+    large = torch.tensor([1e5])
+    assert cast("a", large, torch.bfloat16).dtype is torch.bfloat16
+    assert torch.equal(cast("n", torch.tensor([7]), torch.int32), torch.tensor([7], dtype=torch.int32))
+    with pytest.raises(CheckpointError, match=r"a has values too large for torch\.float16\. Choose bfloat16 or float32"):
+        cast("a", large, torch.float16)
 
 
 MEASURE = """

@@ -1,6 +1,7 @@
 """Making the environment: what is reused, what is made anew, and what a user is told."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import subprocess
@@ -169,3 +170,15 @@ def test_lock_waits_for_a_living_process_and_outlives_a_dead_one(cache):
             process.kill()
             process.wait()
             assert environment._acquire(file)
+
+
+def test_a_file_system_without_locks_is_named(cache, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    message = r"cannot be locked \(No locks available\).* Set COMFYUI_DCM_CACHE"
+    with pytest.raises(SetupError, match=message), environment.lock(cache / ".lock"):
+        pass

@@ -2,7 +2,9 @@
 
 import math
 import struct
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -165,6 +167,34 @@ def test_all_files_are_checked_and_the_good_ones_kept(clip, tmp_path):
     assert [facts.clip.path.name for facts in good] == ["a.mkv", "d.mp4"]
     assert [str(problem)[:12] for problem in problems] == ["b.mkv: lasts", "c.mkv: has n"]
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_clip_that_nothing_here_decodes_is_left_out(clip, tmp_path):
+    clip("a.mp4")
+    path = clip("b.mp4")
+    data = path.read_bytes()
+    assert b"avc1" in data
+    path.write_bytes(data.replace(b"avc1", b"zzz1"))
+    good, problems = check_clips(find_clips(tmp_path), SMALL)
+    assert [facts.clip.path.name for facts in good] == ["a.mp4"]
+    assert [str(problem) for problem in problems] == [
+        "b.mp4: is in a format that cannot be decoded here. Encode it again, for example as .mp4."
+    ]
+
+
+def test_pixels_of_no_width_are_too_small_a_clip(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(1, 2)
+        for _ in range(9):
+            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode())
+    plain, damaged = (b"pasp" + struct.pack(">2I", 1, height) for height in (2, 1000))
+    path.write_bytes(path.read_bytes().replace(plain, damaged))
+    with pytest.raises(ClipError, match=r"1x48"):
+        inspect_clip(Clip(path, "x"), SMALL)
 
 
 def test_no_good_clip_is_an_error_with_three_reasons(clip, tmp_path):
