@@ -1,10 +1,12 @@
 """Measure the small world's experts against their base: the tables and pictures of docs/small-world.md.
 
-    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 6] [--seed 1000]
+    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 6] [--seeds 1000 2000 3000 4000]
 """
 
 import argparse
 import json
+import math
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,9 +107,10 @@ def contact_sheet(rows: dict[str, Tensor], path: Path, videos: int = 3) -> None:
 
 
 def shown(value: float | tuple[float, float]) -> str:
-    if isinstance(value, tuple):
-        return "0" if max(map(abs, value)) < 1e-12 else f"{value[0]:.2g} ± {value[1]:.1g}"
-    return f"{value:.3g}"
+    value, error = value if isinstance(value, tuple) else (value, 0)
+    if abs(value) < 1e-12:
+        value = 0
+    return f"{value:.3g}" + (f" ± {error:.1g}" if error > 1e-12 else "")
 
 
 def markdown(table: dict[str, Measures]) -> str:
@@ -118,30 +121,52 @@ def markdown(table: dict[str, Measures]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def mean_of(values: Sequence[float | tuple[float, float]]) -> tuple[float, float]:
+    """Mean over the seeds, with its standard error: from the values' own errors, or else from how they differ."""
+    count = len(values)
+    pairs = [value for value in values if isinstance(value, tuple)]
+    if pairs:
+        return sum(value for value, _ in pairs) / count, math.hypot(*(error for _, error in pairs)) / count
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(count)
+
+
+def measure(folder: Path, seed: int, videos: int) -> dict[str, Measures]:
+    """A row for each method from one seed of noise; the table and a picture are written into the folder."""
+    names = [name for name in NAMES for _ in range(videos)]
+    vae = load_vae(folder)
+    reference: dict[str, Tensor] = {}
+    shown_videos: dict[str, Tensor] = {}
+    table: dict[str, Measures] = {}
+    for title, (model, steps, cfg) in models(folder).items():
+        started = time.monotonic()
+        latents = sample_all(model, steps, cfg, videos, seed)
+        found = decode(vae, latents)
+        reference = reference or {"latents": latents, "videos": found}
+        shown_videos[title] = found
+        # guidance asks the model twice a step
+        table[title] = {"calls": steps * (1 + (cfg > 1)), **judge(latents, found, reference, names)}
+        print(f"{seed}, {title} ({time.monotonic() - started:.0f} s): "
+              + ", ".join(f"{name} {shown(value)}" for name, value in table[title].items()), flush=True)
+    write(table, folder / f"measured_{seed}")
+    contact_sheet(shown_videos, folder / f"frames_{seed}.png")
+    return table
+
+
+def write(table: dict[str, Measures], path: Path) -> None:
+    path.with_suffix(".json").write_text(json.dumps(table, indent=1))
+    path.with_suffix(".md").write_text(markdown(table))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--videos", type=int, default=6, help="of each caption")
-    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--videos", type=int, default=6, help="of each caption and seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 2000, 3000, 4000])
     args = parser.parse_args()
-    names = [name for name in NAMES for _ in range(args.videos)]
-    vae = load_vae(args.folder)
-    reference: dict[str, Tensor] = {}
-    rows: dict[str, Tensor] = {}
-    table: dict[str, Measures] = {}
-    for title, (model, steps, cfg) in models(args.folder).items():
-        started = time.monotonic()
-        latents = sample_all(model, steps, cfg, args.videos, args.seed)
-        videos = decode(vae, latents)
-        reference = reference or {"latents": latents, "videos": videos}
-        rows[title] = videos
-        # guidance asks the model twice a step
-        table[title] = {"calls": steps * (1 + (cfg > 1)), **judge(latents, videos, reference, names)}
-        print(f"{title} ({time.monotonic() - started:.0f} s): "
-              + ", ".join(f"{name} {shown(value)}" for name, value in table[title].items()), flush=True)
-    (args.folder / f"measured_{args.seed}.json").write_text(json.dumps(table, indent=1))
-    (args.folder / f"measured_{args.seed}.md").write_text(markdown(table))
-    contact_sheet(rows, args.folder / f"frames_{args.seed}.png")
+    tables = [measure(args.folder, seed, args.videos) for seed in args.seeds]
+    if len(tables) > 1:
+        means = {title: {name: mean_of([table[title][name] for table in tables]) for name in row} for title, row in tables[0].items()}
+        write(means, args.folder / "measured")
 
 
 if __name__ == "__main__":
