@@ -87,7 +87,7 @@ def check_facts(metadata: Mapping[str, str], role: Side, family: Family) -> None
         title = FAMILIES[said_family].title if said_family in FAMILIES else said_family
         raise ExpertError(f"This expert is for {title}, the model is {family.title}. Load the expert made for {family.title}.")
     if said_role != role:
-        raise ExpertError(f"This file holds a {said_role} expert but is given as the {role} expert. Choose it in `{said_role}_lora`.")
+        raise ExpertError(f"This holds a {said_role} expert but is given as the {role} expert. Choose it as the {said_role} expert.")
     if metadata.get("dcm.format", FILE_FORMAT) != FILE_FORMAT:
         raise ExpertError(f"This expert file has format {metadata['dcm.format']}; this version reads {FILE_FORMAT}. Update the node pack.")
 

@@ -7,8 +7,7 @@ from comfy_api.latest import io
 from ..dcm_core.errors import ExpertError
 from .host.attach import attach_experts, attached_experts
 from .host.compat import newer
-from .host.expert_files import expert_names, load_expert
-from .host.folders import LORAS, state_of
+from .host.expert_files import expert_names, load_expert, state_of_expert, trained_expert
 from .host.report import report
 
 TrainedExpert = io.Custom("DCM_EXPERT")
@@ -78,8 +77,8 @@ class DCMAttachExperts(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, semantic_lora: str | None, detail_lora: str | None, **inputs: Any) -> list[int]:
-        return [state_of(LORAS, semantic_lora), state_of(LORAS, detail_lora)]
+    def fingerprint_inputs(cls, semantic_lora: str | None, detail_lora: str | None, **inputs: Any) -> list[tuple[int, ...]]:
+        return [state_of_expert(semantic_lora), state_of_expert(detail_lora)]
 
     @classmethod
     def execute(
@@ -96,8 +95,8 @@ class DCMAttachExperts(io.ComfyNode):
     ) -> io.NodeOutput:
         if experts not in (STACKED, INDEPENDENT):
             raise ExpertError(f"experts is {experts!r}; choose {STACKED!r} or {INDEPENDENT!r}.")
-        semantic = semantic_expert or load_expert(semantic_lora, "semantic", model)
-        detail = detail_expert or load_expert(detail_lora, "detail", model)
+        semantic = trained_expert(semantic_expert, "semantic", model) or load_expert(semantic_lora, "semantic", model)
+        detail = trained_expert(detail_expert, "detail", model) or load_expert(detail_lora, "detail", model)
         if semantic is None and detail is None:
             raise ExpertError(
                 "semantic_lora and detail_lora are both none. Choose at least one expert file, or remove this node."

@@ -8,8 +8,8 @@ from ..dcm_core.distill.config import SCHEDULERS, TrainingConfig
 from .dataset import Dataset
 from .experts import TrainedExpert
 from .host.compat import advanced, newer
-from .host.expert_files import expert_names
-from .host.folders import LORAS, NONE, state_of
+from .host.expert_files import expert_names, state_of_expert
+from .host.folders import NONE
 from .host.report import report
 from .host.training import train_and_save
 
@@ -131,8 +131,8 @@ class DCMTrainSemanticExpert(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, continue_from: str | None = NONE, **inputs: Any) -> int:
-        return state_of(LORAS, continue_from)
+    def fingerprint_inputs(cls, continue_from: str | None = NONE, **inputs: Any) -> tuple[int, ...]:
+        return state_of_expert(continue_from)
 
     @classmethod
     def execute(
@@ -188,8 +188,10 @@ class DCMTrainDetailExpert(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, continue_from: str | None = NONE, semantic_lora: str | None = NONE, **inputs: Any) -> list[int]:
-        return [state_of(LORAS, continue_from), state_of(LORAS, semantic_lora)]
+    def fingerprint_inputs(
+        cls, continue_from: str | None = NONE, semantic_lora: str | None = NONE, **inputs: Any
+    ) -> list[tuple[int, ...]]:
+        return [state_of_expert(continue_from), state_of_expert(semantic_lora)]
 
     @classmethod
     def execute(

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..dcm_core.errors import DCMError
 from ..dcm_core.plot import plot_schedule
 from .host.compat import newer
+from .host.expert_files import last_written
 from .host.folders import NONE
 from .host.inspect import file_names, inspect, path_of_choice
 from .host.report import report_picture
@@ -86,8 +87,8 @@ class DCMInspectModel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **inputs: Any) -> float:
-        return path_of_choice(file).stat().st_mtime if file != NONE else 0.0
+    def fingerprint_inputs(cls, file: str, **inputs: Any) -> tuple[int, ...]:
+        return last_written(path_of_choice(file)) if file != NONE else ()
 
     @classmethod
     def execute(cls, file: str, model: Any = None) -> io.NodeOutput:

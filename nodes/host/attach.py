@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Boundaries go through text in files and widgets.
 SAME_BOUNDARY = 1e-6
+# Where newer hosts keep a MODEL's clones on further GPUs.
+GPU_CLONES = "multigpu"
 # What newer hosts hang on a loaded module: its places in memory.
 HOST_STATE = {
     "_v", "_v_signature", "_v_weight", "_v_bias", "_pins", "_pin_state", "_prefetch", "dynamic_vbars", "dynamic_pins",
@@ -98,8 +100,7 @@ def attach_experts(
     """
     family = require_family(model)
     experts = [expert for expert in (detail, semantic) if expert is not None]
-    if boundary is None:
-        boundary = own_boundary([expert.boundary for expert in experts]) or family.preset.boundary
+    own = boundary if boundary is not None else own_boundary([expert.boundary for expert in experts])
     clone = detach_experts(model)
     own_patches: dict[str, tuple[Any, ...]] = {}
     routed: list[tuple[Expert, float, tuple[Side, ...]]] = []
@@ -118,7 +119,8 @@ def attach_experts(
         KEY,
         AttachedExperts(
             family=family.name,
-            boundary=check_boundary(boundary),
+            boundary=check_boundary(family.preset.boundary if own is None else own),
+            own_boundary=own is not None,
             timesteps=next((expert.timesteps for expert in experts if expert.timesteps), None),
             stacked=stacked,
             semantic=str(semantic) if semantic else None,
@@ -168,7 +170,7 @@ def detach_experts(model: Any) -> Any:
 def with_boundary(model: Any, boundary: float) -> Any:
     """A clone of MODEL whose experts change over at another sigma."""
     clone = model.clone()
-    clone.set_attachments(KEY, dataclasses.replace(attached_experts(model), boundary=check_boundary(boundary)))
+    clone.set_attachments(KEY, dataclasses.replace(attached_experts(model), boundary=check_boundary(boundary), own_boundary=True))
     return clone
 
 
@@ -279,8 +281,10 @@ def hand_over_patches(executor: Any, model: Any, *args: Any, **kwargs: Any) -> A
         check_compiled(model, facts)
         if note := step_cache_note(model):
             logger.warning(note)
-        for patcher in model.get_additional_models_with_key(KEY):
-            _hand_over(model, patcher, facts)
+        # newer hosts keep a clone for each further GPU, with experts of its own
+        for owner in (model, *model.get_additional_models_with_key(GPU_CLONES)):
+            for patcher in owner.get_additional_models_with_key(KEY):
+                _hand_over(model, patcher, facts)
     return executor(model, *args, **kwargs)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...dcm_core.errors import CheckpointError
-from ...dcm_core.expert_reader import read_expert
+from ...dcm_core.expert_reader import check_facts, read_expert
 from ...dcm_core.experts import Expert
 from ...dcm_core.routing import Side
 from ...dcm_core.storage import TensorFile
@@ -35,10 +35,36 @@ def read_expert_file(path: Path, role: Side, model: Any) -> Expert:
     )
 
 
+def trained_expert(expert: Expert | None, role: Side, model: Any) -> Expert | None:
+    """An expert straight from its training, checked as a file is.
+
+    Raises:
+        ExpertError: another family, or another role.
+    """
+    if expert is not None:
+        check_facts({"dcm.family": expert.family, "dcm.expert": expert.role}, role, require_family(model))
+    return expert
+
+
+def state_of_expert(name: str | None) -> tuple[int, ...]:
+    """When a chosen expert, and the settings that PEFT keeps beside its file, were last written."""
+    return () if name in (None, NONE) else last_written(path_of(LORAS, name))
+
+
+def last_written(path: Path) -> tuple[int, ...]:
+    """The same for a file anywhere."""
+    return tuple(file.stat().st_mtime_ns for file in (path, settings_beside(path)) if file is not None and file.exists())
+
+
+def settings_beside(path: Path) -> Path | None:
+    """Where PEFT keeps the settings of a file that it saved; None for other files."""
+    return path.with_name("adapter_config.json") if path.name.startswith("adapter_model") else None
+
+
 def peft_config(path: Path) -> dict | None:
     """The adapter_config.json beside a file that PEFT saved."""
-    config = path.with_name("adapter_config.json")
-    if not (path.name.startswith("adapter_model") and config.exists()):
+    config = settings_beside(path)
+    if config is None or not config.exists():
         return None
     try:
         return json.loads(config.read_text(encoding="utf-8"))

@@ -52,7 +52,10 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
     base = _look(MODELS, asked.get("model"))
     experts = [found for side in ("detail", "semantic") if (found := _look(LORAS, asked.get(side)))]
     two_models = bool(asked["two_models"])
-    if not (experts or two_models or (base and base["layout"] is Layout.RELEASE)):
+    if base and base["layout"] is Layout.RELEASE and not experts:
+        preset = base["family"].preset
+        experts = [{**base, "boundary": preset.boundary, "timesteps": preset.timesteps}]
+    if not (experts or two_models):
         return None
     known = [family for found in (*experts, base) if found and (family := found["family"])]
     preset = known[0].preset if known else None
@@ -67,7 +70,7 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
         sigmas = PRESETS[schedule].sigmas
     elif schedule == AUTO and timesteps:
         sigmas = sigmas_from_timesteps(timesteps)
-    elif schedule == AUTO and preset and (experts or not two_models):
+    elif schedule == AUTO and preset and not two_models:
         sigmas = preset.sigmas
     else:
         sigmas = generic_sigmas(asked["steps"], asked["shift"])

@@ -29,6 +29,7 @@ class AttachedExperts:
     """What a MODEL carries.
 
     Attributes:
+        own_boundary: the boundary is the experts' or the user's; otherwise the family's usual one.
         semantic, detail: a line about each expert, None without it.
         stacked: the detail expert works on top of the semantic one (as released), not beside it.
         strengths: side -> strength of the experts that are routed.
@@ -37,6 +38,7 @@ class AttachedExperts:
 
     family: str
     boundary: float
+    own_boundary: bool
     timesteps: tuple[float, ...] | None
     stacked: bool
     semantic: str | None

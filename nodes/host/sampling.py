@@ -68,10 +68,9 @@ def choose_boundary(model: Any, boundary: float, two_models: bool) -> float | No
     """
     if boundary:
         return check_boundary(boundary)
-    facts = attached_experts(model)
-    if facts is not None:
+    facts, family = attached_experts(model), model_family(model)
+    if facts is not None and facts.own_boundary:
         return facts.boundary
-    family = model_family(model)
     if two_models and family is WAN:
         takes_image = diffusion_model(model).in_dim > model.get_model_object("latent_format").latent_channels
         return WAN22_BOUNDARY[takes_image]
@@ -92,8 +91,8 @@ def prepare_model(
     """
     sigma = choose_boundary(model, boundary, detail_model is not None)
     facts = attached_experts(model)
-    if facts is not None and boundary and boundary != facts.boundary:
-        model = with_boundary(model, boundary)
+    if facts is not None and sigma != facts.boundary:
+        model = with_boundary(model, sigma)
     other_cfg = detail_cfg if detail_cfg and detail_cfg != cfg else None
     if detail_model is not None or other_cfg is not None:
         if sigma is None:

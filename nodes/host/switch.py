@@ -85,6 +85,7 @@ class Run:
         self.first = (guider.inner_model, guider.conds)
         self.cfg = getattr(guider, "cfg", None)
         self.side: Side = "semantic"
+        self.detail_patcher = sides.detail_model
         self.detail_options: dict | None = None
         self.hook_mode: Any = None
         self.loaded: list[Any] = []
@@ -95,7 +96,7 @@ class Run:
             return
         self.side = side
         if self.sides.detail_model is not None:
-            self._load(self.sides.detail_model) if side == "detail" else self._return()
+            self._load() if side == "detail" else self._return()
         if self.sides.detail_cfg is not None:
             self.guider.cfg = self.sides.detail_cfg if side == "detail" else self.cfg
 
@@ -113,8 +114,12 @@ class Run:
             merged["disable_cfg1_optimization"] = True
         return merged
 
-    def _load(self, patcher: Any) -> None:
+    def _load(self) -> None:
         """Let the host load the detail model, as its own `sample` and `outer_sample` do for the first."""
+        if getattr(self.detail_patcher, "is_dynamic", bool)() and has_hooks(self.guider.original_conds):
+            # hooks cannot change weights that newer hosts stream; the guider has done the same with the first model
+            self.detail_patcher = self.detail_patcher.get_non_dynamic_delegate()
+        patcher = self.detail_patcher
         self.guider.model_patcher.cleanup()
         self.hook_mode = patcher.hook_mode
         patcher.hook_mode = self.guider.model_patcher.hook_mode
@@ -148,7 +153,7 @@ class Run:
 
     def _leave(self) -> None:
         """Take the detail model off, however far `_load` came."""
-        patcher = self.sides.detail_model
+        patcher = self.detail_patcher
         comfy.sampler_helpers.cleanup_models(self.guider.conds, self.loaded)
         patcher.cleanup()
         comfy.samplers.cast_to_load_options(self.detail_options, device=patcher.offload_device)
@@ -163,6 +168,14 @@ class Run:
             self._leave()
         if self.cfg is not None:
             self.guider.cfg = self.cfg
+
+
+def has_hooks(conds: dict[str, list[dict]]) -> bool:
+    """Whether a conditioning, or a ControlNet on it, changes weights while it is used."""
+    return any(
+        "hooks" in cond or ("control" in cond and len(cond["control"].get_extra_hooks()) > 0)
+        for part in conds.values() for cond in part
+    )
 
 
 def sample_run(

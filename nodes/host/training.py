@@ -22,7 +22,7 @@ from ...dcm_core.plot import plot_losses
 from .attach import SAME_BOUNDARY, diffusion_model, module_shapes, own_boundary, require_family
 from .compat import gradients
 from .encoders import weights_id
-from .expert_files import load_expert
+from .expert_files import load_expert, trained_expert
 from .folders import LORAS, NONE, new_file, path_of, run_folder
 from .sampling import as_image
 from .show import Show, in_words, with_experts
@@ -87,7 +87,7 @@ def train_and_save(
     for given, chosen in (("continue_from", continue_from), ("semantic_lora", semantic_lora)):
         if chosen != NONE:
             check_not_output(f"{given} is {chosen}", path_of(LORAS, chosen), file)
-    below = semantic_expert or load_expert(semantic_lora, "semantic", model)
+    below = trained_expert(semantic_expert, "semantic", model) or load_expert(semantic_lora, "semantic", model)
     result = train_expert(
         model, data, config, folder, start=load_expert(continue_from, config.expert, model), below=below, vae=vae, node_id=node_id
     )
@@ -186,10 +186,8 @@ def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expe
     """What training begins with.
 
     Raises:
-        TrainingError: an expert of another family, or a detail expert to train on top of.
+        TrainingError: an expert of another family.
     """
-    if below is not None and below.role != "semantic":
-        raise TrainingError(f"The semantic expert is {below}. Choose a semantic expert: the detail expert works on top of it.")
     modules = dict(diffusion_model(model).named_modules())
     generator = generator_of(config.seed, 0, 0)
     for given in (start, below):

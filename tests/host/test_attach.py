@@ -248,6 +248,17 @@ def test_user_lora_before_or_after_attaching(wan, attach, base, random_expert, s
     assert torch.equal(sample(attach.attach_experts(base, detail=detail), SIGMAS), plain)
 
 
+def test_a_user_s_lora_reaches_the_experts_of_clones_on_further_gpus(attach, base, random_expert):
+    """Newer hosts keep them as additional models."""
+    key = "diffusion_model.head.head.weight"
+    model, clone = (attach.attach_experts(base, detail=random_expert(base)) for _ in range(2))
+    model.add_patches({key: ("diff", (torch.ones(64, 256),))}, 0.8)
+    model.set_additional_models(attach.GPU_CLONES, [clone])
+    attach.hand_over_patches(lambda *_: None, model)
+    first, second = (owner.get_additional_models_with_key("dcm")[0].patches for owner in (model, clone))
+    assert list(first) == list(second) != []
+
+
 def test_last_attach_wins_and_detach_undoes(attach, base, random_expert, sample):
     first, second = random_expert(base, seed=1), random_expert(base, seed=2)
     twice = attach.attach_experts(attach.attach_experts(base, random_expert(base, "semantic", 3), first), detail=second)

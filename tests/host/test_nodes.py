@@ -1,8 +1,10 @@
 """Loading, attaching, converting, extracting and conditioning files, as a graph would run them."""
 
 import importlib
+import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -308,6 +310,25 @@ def test_a_file_written_anew_is_read_anew(node, module, folder, kind, category, 
         assert fingerprint(**others | {name: path.name}) != first
         fingerprint(**others | {name: None})  # not known yet
     path.unlink()
+
+
+@pytest.mark.parametrize(("kind", "inputs"), [
+    ("DCMAttachExperts", {"semantic_lora": "none", "detail_lora": "peft/adapter_model.safetensors"}),
+    ("DCMInspectModel", {"file": "loras/peft/adapter_model.safetensors"}),
+])
+def test_settings_beside_a_peft_file_count(node, folder, kind, inputs):
+    (folder / "loras" / "peft").mkdir()
+    path = folder / "loras" / "peft" / "adapter_model.safetensors"
+    path.write_bytes(b"")
+    fingerprint = node.classes[kind].fingerprint_inputs
+    states = [fingerprint(**inputs)]
+    settings = path.with_name("adapter_config.json")
+    settings.write_text("{}")
+    states.append(fingerprint(**inputs))
+    os.utime(settings, (1, 1))
+    states.append(fingerprint(**inputs))
+    assert all(a != b for a, b in itertools.combinations(states, 2))
+    shutil.rmtree(path.parent)
 
 
 def test_new_files_go_to_the_user_and_never_into_the_pack(module, tmp_path, monkeypatch):

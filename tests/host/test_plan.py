@@ -66,6 +66,20 @@ def test_two_full_models_change_over_where_wan_2_2_does(server):
     assert ask(server, model="takes_image.safetensors", two_models=True)["boundary"] == 0.9
 
 
+def test_two_models_with_experts_or_a_lora(server):
+    """A release keeps its own schedule and boundary; a LoRA that says nothing changes neither."""
+    plan = ask(server, model=RELEASE, two_models=True)
+    assert plan["boundary"] == WAN.preset.boundary
+    assert [step["sigma"] for step in plan["steps"]] == pytest.approx([t / 1000 for t in WAN.preset.timesteps])
+    file = TensorFile(ROOT / "small_world" / "models" / "loras" / SMALL["semantic"])
+    loras = server.base / "models" / "loras"
+    loras.mkdir(exist_ok=True)
+    write_tensors(loras / "plain.safetensors", file.read_all(), {})
+    half = ask(server, model=SMALL["model"], semantic="plain.safetensors", two_models=True, shift=8.0, steps=4)
+    assert half == ask(server, model=SMALL["model"], two_models=True, shift=8.0, steps=4) and half["boundary"] == 0.875
+    assert ask(server, model=SMALL["model"], semantic="plain.safetensors")["boundary"] == 0.979
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -1,5 +1,7 @@
 """DCMScheduler, DCMSplitSigmas, DCMSchedulePlot, and where a schedule and a boundary come from."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -109,6 +111,19 @@ def test_boundary_as_given_then_the_experts_then_the_models(sampling, base, rout
     assert sampling.choose_boundary(routed, 0.0, True) == 0.7
     assert sampling.choose_boundary(base, 0.0, False) == 0.979
     assert [sampling.choose_boundary(model, 0.0, True) for model in (base, image, hunyuan)] == [0.875, 0.9, 0.982]
+
+
+def test_a_lora_of_any_kind_does_not_move_two_models_boundary(sampling, module, base, wan, random_expert):
+    """On one half of Wan 2.2, by DCM Attach Experts: its file says nothing of a boundary."""
+    attach = module("nodes.host.attach")
+    lora = dataclasses.replace(random_expert(base, "semantic"), boundary=None, timesteps=None)
+    half = attach.attach_experts(base, lora)
+    assert attach.attached_experts(half).boundary == 0.979
+    pair, boundary = sampling.prepare_model(half, detail_model=wan(layers=1, width=128))
+    assert boundary == attach.attached_experts(pair).boundary == 0.875
+    for own in (attach.attach_experts(base, lora, boundary=0.979), attach.attach_experts(base, dataclasses.replace(lora, boundary=0.979))):
+        assert sampling.prepare_model(own, detail_model=wan(layers=1, width=128))[1] == 0.979
+    assert sampling.prepare_model(half)[1] == 0.979
 
 
 class Unknown:

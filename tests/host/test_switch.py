@@ -1,5 +1,7 @@
 """Two full models in one trajectory: exact, loaded only when needed, clean afterwards."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -167,3 +169,46 @@ def test_models_that_do_not_fit(switch, module, high, releases):
         pair(switch, high, pair(switch, high, high))
     with pytest.raises(ValueError, match=r"boundary is 1\.5"):
         switch.with_sides(high, switch.Sides(1.5, high))
+
+
+def test_hooks_on_models_whose_weights_are_streamed(switch, high, low):
+    """Newer hosts' patchers for that refuse hooks, and give another for it; here one that does as they do."""
+    import comfy.hooks
+    import comfy.model_patcher
+    import comfy.samplers
+
+    class Streaming(comfy.model_patcher.ModelPatcher):
+        def is_dynamic(self):
+            return True
+
+        def patch_hook_weight_to_device(self, *_):
+            raise RuntimeError("Hooks not implemented")
+
+        def get_non_dynamic_delegate(self):
+            delegate = self.clone()
+            delegate.__class__ = comfy.model_patcher.ModelPatcher
+            return delegate
+
+    key = "diffusion_model.blocks.0.self_attn.q.weight"
+    weight = dict(low.model.named_parameters())[key]
+    hook = comfy.hooks.WeightHook(strength_model=1.0)
+    hook.weights, hook.need_weight_init = {key: ("diff", (torch.ones_like(weight),))}, False
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(hook)
+    control = SimpleNamespace(get_extra_hooks=lambda: [hooks])
+    assert switch.has_hooks({"positive": [{}], "negative": [{"control": control}]}) and not switch.has_hooks({"positive": [{}]})
+    streaming = low.clone()
+    streaming.__class__ = Streaming
+
+    def out(detail, conditioning):
+        # the newer guider gives the first model's patcher the same treatment
+        guider = comfy.samplers.CFGGuider(pair(switch, high, detail))
+        guider.inner_set_conds({"positive": conditioning})
+        noise = torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), torch.tensor(SIGMAS), seed=0)
+
+    hooked, plain = [[torch.ones(1, 4, 4096), {"hooks": hooks}]], [[torch.ones(1, 4, 4096), {}]]
+    found = out(streaming, hooked)
+    assert torch.equal(found, out(low, hooked)) and relative(found, out(low, plain)) > 1e-4
+    assert type(streaming) is Streaming and not streaming.hook_patches_backup

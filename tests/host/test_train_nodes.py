@@ -119,9 +119,12 @@ def test_a_run_does_not_write_over_what_it_begins_with(trained, node, data):
 
 def test_a_detail_expert_stands_on_no_other(trained, node, data, output):
     model, _, detail = trained
-    with pytest.raises(ValueError, match=r"The semantic expert is detail expert, .* Choose a semantic expert"):
+    with pytest.raises(ValueError, match="holds a detail expert but is given as the semantic expert"):
         node("DCMTrainDetailExpert", model=model, dataset=data, name="three", semantic_expert=detail.result[1], **DETAIL)
     assert not (output / "dcm_training" / "three").exists()
+    both = {"model": model, "semantic_lora": "none", "detail_lora": "none", "semantic_strength": 1.0, "detail_strength": 1.0}
+    with pytest.raises(ValueError, match="holds a detail expert but is given as the semantic expert"):
+        node("DCMAttachExperts", semantic_expert=detail.result[1], boundary=0.0, **both)
 
 
 def test_a_vae_of_other_latents_is_refused(wan, node, data, output):
