@@ -235,4 +235,3 @@ def check_finite(file: TensorFile, tensors: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if broken:
         raise CheckpointError(f"{file.path}: {name_some(broken)} hold NaN or infinite values. Download the file again.")
-

@@ -36,6 +36,7 @@ def load_model(name: str, weight_dtype: str, node_id: str | None = None) -> tupl
 
 def load_file(path: Path, weight_dtype: str, node_id: str | None = None) -> tuple[Any, str]:
     """The same for a file anywhere."""
+    # a settings file may give anything, also what no dict can be asked for
     if weight_dtype not in list(WEIGHT_DTYPES):
         raise CheckpointError(f"weight_dtype is {weight_dtype!r}; choose one of {', '.join(WEIGHT_DTYPES)}.")
     name = path.name

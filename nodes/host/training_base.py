@@ -22,6 +22,7 @@ from ...dcm_core.experts import FILE_PREFIX
 from ...dcm_core.families import Family
 from .attach import compute_dtype, detach_experts, diffusion_model, module_shapes, require_family
 from .compat import key_patches
+from .encoders import unload
 from .report import tell
 from .sampling import check_text
 
@@ -81,8 +82,8 @@ def training_base(model: Any) -> Any:
 
 def clear_device(base: Any) -> None:
     """Take every other model off the base's device, as far as the host can: a run has it for hours."""
-    own = [entry for entry in comfy.model_management.current_loaded_models if entry.model is not None and base.is_clone(entry.model)]
-    comfy.model_management.free_memory(1e30, base.load_device, keep_loaded=own)
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models if entry.device == base.load_device]
+    unload([patcher for patcher in loaded if patcher is not None and not base.is_clone(patcher)])
 
 
 def hold(base: Any, needed: int) -> None:
