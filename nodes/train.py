@@ -180,6 +180,11 @@ class DCMTrainDetailExpert(io.ComfyNode):
                 TrainedExpert.Input(
                     "semantic_expert", optional=True, tooltip="The same, straight from its training; goes before semantic_lora."
                 ),
+                io.Boolean.Input(
+                    "every_linear", default=False, optional=True, **advanced(io.Boolean.Input),
+                    tooltip="Pairs on every linear of the blocks, feed-forward too, instead of on the attention alone as in the "
+                    "release. Helps on top of a semantic expert that was trained whole; the file is larger.",
+                ),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],

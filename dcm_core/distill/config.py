@@ -60,6 +60,8 @@ class TrainingConfig:
         shared: train one expert for all noise levels (the paper's ablation).
         batch_size: videos a step and process; `accumulate` batches make one update.
         rank, alpha: of the low-rank pairs; rank 0 is a full fine-tune (semantic expert only).
+        every_linear: give the detail expert pairs on every linear of the blocks, as a semantic LoRA has them, not only on the
+            release's attention projections.
         learning_rate: the peak; 0 takes the paper's (full fine-tune 1e-6, detail 5e-6) or 1e-4 for a semantic LoRA.
         ema_decay: of the averaged expert, which is the target network of the semantic stage and the result; 0 for none.
         cfg: w of the teacher's v_cond + w (v_cond - v_uncond).
@@ -81,6 +83,7 @@ class TrainingConfig:
     accumulate: int = 1
     rank: int = 128
     alpha: float = 256.0
+    every_linear: bool = False
     learning_rate: float = 0.0
     discriminator_learning_rate: float = 5e-6
     scheduler: str = "constant"

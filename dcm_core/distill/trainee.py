@@ -162,10 +162,7 @@ def new_semantic(
         weight_of = weight_of or _own_weights(modules)
         names = [name for module in modules for name in _parameter_names(module, modules[module])]
         return Expert(family.name, "semantic", replaced={name: _free(weight_of(name)).float() for name in names})
-    lists = tuple(f"{name}." for name in family.block_lists)
-    names = [name for name, module in modules.items() if name.startswith(lists) and hasattr(module, "in_features")]
-    pairs = {name: (_new_pair(modules[name], rank, alpha, generator),) for name in sorted(names)}
-    return Expert(family.name, "semantic", pairs)
+    return Expert(family.name, "semantic", _block_pairs(family, modules, rank, alpha, generator))
 
 
 def new_detail(
@@ -176,26 +173,37 @@ def new_detail(
     generator: torch.Generator,
     semantic: Expert | None = None,
     weight_of: WeightOf | None = None,
+    every_linear: bool = False,
 ) -> Expert:
     """A detail expert that changes nothing yet: the release's low-rank sites, and its copies of embedders and head.
 
     Args:
+        every_linear: low-rank pairs on every linear of the blocks too, not only where the release has them.
         semantic: the expert it will work on top of; the copies start from that one's embedders and head.
         weight_of: as for `new_semantic`.
     """
     weight_of = weight_of or _own_weights(modules)
-    low_rank: dict[str, tuple[LowRank, ...]] = {}
+    low_rank = _block_pairs(family, modules, rank, alpha, generator) if every_linear else {}
     replaced: dict[str, Tensor] = {}
     semantic = semantic or Expert(family.name, "semantic")
     for name in sorted(modules):
         pieces = family.key_map.sources_of(name)
         targets = [piece for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)]
-        if targets:
+        if targets and name not in low_rank:
             low_rank[name] = tuple(_new_pair(modules[name], rank, alpha, generator, piece.part) for piece in targets)
         if any(piece.source.split(".")[0] in family.detail_modules for piece in pieces):
             for key in _parameter_names(name, modules[name]):
                 replaced[key] = _free(merged(semantic, key, weight_of))
     return Expert(family.name, "detail", low_rank, replaced)
+
+
+def _block_pairs(
+    family: Family, modules: Mapping[str, nn.Module], rank: int, alpha: float, generator: torch.Generator
+) -> dict[str, tuple[LowRank, ...]]:
+    """A fresh pair on every linear of the blocks."""
+    lists = tuple(f"{name}." for name in family.block_lists)
+    names = [name for name, module in modules.items() if name.startswith(lists) and hasattr(module, "in_features")]
+    return {name: (_new_pair(modules[name], rank, alpha, generator),) for name in sorted(names)}
 
 
 def _parameter_names(name: str, module: nn.Module) -> list[str]:

@@ -198,7 +198,7 @@ def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expe
     elif config.expert == "semantic":
         expert = new_semantic(family, modules, config.rank, config.alpha, generator, own_weights(model))
     else:
-        expert = new_detail(family, modules, config.rank, config.alpha, generator, below, own_weights(model))
+        expert = new_detail(family, modules, config.rank, config.alpha, generator, below, own_weights(model), config.every_linear)
     return replace(expert, boundary=config.boundary, timesteps=config.timesteps(family))
 
 

@@ -42,6 +42,20 @@ def test_a_new_detail_expert_has_the_release_s_sites():
     assert torch.equal(expert.replaced["head.head.weight"], WAN_MODULES["head.head"].weight)
 
 
+def test_pairs_on_every_linear_of_the_blocks_beside_the_release_s_sites_elsewhere():
+    modules = {**HUNYUAN_MODULES, **linears("txt_in.individual_token_refiner.blocks.0.self_attn.proj")}
+    new = {every: new_detail(HUNYUAN_VIDEO, modules, 2, 4.0, generator(), every_linear=every) for every in (False, True)}
+    added = set(new[True].low_rank) - set(new[False].low_rank)
+    assert added == {"single_blocks.0.linear2", "double_blocks.0.txt_attn.qkv"}
+    assert "txt_in.individual_token_refiner.blocks.0.self_attn.proj" in new[True].low_rank
+    (update,) = new[True].low_rank["single_blocks.0.linear1"]
+    assert (update.start, update.up.shape) == (0, (7 * WIDTH, 2))
+    assert set(new[True].replaced) == set(new[False].replaced)
+    assert set(new_detail(WAN, WAN_MODULES, 2, 4.0, generator(), every_linear=True).low_rank) == set(
+        new_semantic(WAN, WAN_MODULES, 2, 4.0, generator()).low_rank
+    )
+
+
 def test_fused_layers_get_a_pair_for_each_of_q_k_and_v():
     expert = new_detail(HUNYUAN_VIDEO, HUNYUAN_MODULES, 2, 4.0, generator())
     starts = {name: [update.start for update in updates] for name, updates in expert.low_rank.items()}
