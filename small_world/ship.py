@@ -6,6 +6,7 @@ the base's own videos to train on.
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import host
 # isort: split
 import torch
 from distill import load_base, load_data, load_expert, training
+from torch import Tensor
 from world import CAPTIONS, embed
 
 MODELS = Path(__file__).parent / "models"
 TRAINING_CLIPS = 96
-# The semantic expert is trained whole. Its large matrices are kept as pairs of RANK; the captions have a dozen words, so that the
-# first layer that reads them has learned no more than that.
-RANK, TEXT_LAYER, TEXT_RANK = 88, "text_embedding.0", 16
+# Numbers that each expert may have. All that is shipped, but for the videos, stays below 15 MB.
+SEMANTIC_VALUES, DETAIL_VALUES = 1_740_000, 1_480_000
+# The captions have a dozen words: the first layer that reads them is large, and has learned no more than these.
+TEXT_LAYER, TEXT_RANK = "text_embedding.0", 16
 
 storage, conditioning = host.pack("dcm_core.storage"), host.pack("dcm_core.conditioning")
 experts, extract = host.pack("dcm_core.experts"), host.pack("dcm_core.extract")
@@ -34,21 +37,61 @@ def copy_in_half(source: Path, target: Path) -> None:
     storage.write_tensors(target, tensors, file.metadata)
 
 
-def compact(expert: Any, base: Any) -> Any:
-    """A full fine-tune as what it adds to the base, each matrix as a pair where this is smaller."""
-    weights = dict(base.model.diffusion_model.named_parameters())
-    low_rank, diff = {}, {}
+def compact(expert: Any, values: int) -> Any:
+    """The expert in at most `values` numbers: each matrix that it adds as a low-rank pair, or whole where this is smaller.
+
+    Ranks go where they keep most of the energy (squared norm) for their size; the text layer's is TEXT_RANK.
+    """
+    added = {name: value for name, value in expert.diff.items() if value.ndim == 2}
+    others = {name: value for name, value in expert.diff.items() if name not in added}
+    left = values - sum(value.numel() for value in (*others.values(), *expert.replaced.values()))
+    text = f"{TEXT_LAYER}.weight"
+    gains = sorted(
+        ((float(energy) / sum(value.shape), name) for name, value in added.items() if name != text
+         for energy in torch.linalg.svdvals(value).square()),
+        reverse=True,
+    )
+    gains = [(math.inf, text)] * TEXT_RANK + gains
+    ranks, sizes = dict.fromkeys(added, 0), dict.fromkeys(added, 0)
+    for _, name in gains:
+        size = min((ranks[name] + 1) * sum(added[name].shape), added[name].numel())
+        if left < size - sizes[name]:
+            break
+        left -= size - sizes[name]
+        ranks[name], sizes[name] = ranks[name] + 1, size
+    low_rank, whole = {}, {}
     generator = torch.Generator().manual_seed(0)
-    for name, value in expert.replaced.items():
-        module, _, param = name.rpartition(".")
-        difference = value.float() - weights[name].detach().float()
-        rank = TEXT_RANK if module == TEXT_LAYER else RANK
-        if param == "weight" and value.ndim == 2 and rank * sum(value.shape) < value.numel():
-            down, up, _ = extract.truncate(difference, rank, generator)
-            low_rank[module] = (experts.LowRank(down, up, scale=1.0),)
-        else:
-            diff[name] = difference
-    return dataclasses.replace(expert, low_rank=low_rank, replaced={}, diff=diff)
+    for name, value in added.items():
+        if sizes[name] == value.numel():
+            whole[name] = value
+        elif ranks[name]:
+            down, up, _ = extract.truncate(value, ranks[name], generator)
+            low_rank[name.removesuffix(".weight")] = (experts.LowRank(down, up, scale=1.0),)
+    return dataclasses.replace(expert, low_rank=low_rank, diff=others | whole)
+
+
+def write_experts(folder: Path, base: Any, target: Path) -> None:
+    """The two experts, the semantic one as what it adds to the base, the detail one as what it adds to that."""
+    weights = dict(base.model.diffusion_model.named_parameters())
+    semantic, detail = load_expert(folder, "semantic", base), load_expert(folder, "detail", base)
+
+    def of_semantic(name: str) -> Tensor:
+        return experts.merged(semantic, name, weights.__getitem__).detach()
+
+    diff = {name: of_semantic(name) - weights[name].detach().float() for name in semantic.replaced}
+    small = compact(dataclasses.replace(semantic, replaced={}, diff=diff), SEMANTIC_VALUES)
+    names = [f"{TEXT_LAYER}.weight", f"{TEXT_LAYER}.bias", *(f"{module}.weight" for module in detail.low_rank)]
+    # what the semantic one lost is in it too
+    diff = {
+        name: (experts.merged(detail, name, of_semantic) - experts.merged(small, name, weights.__getitem__)).detach() for name in names
+    }
+    own = {name: value for name, value in detail.replaced.items() if name not in names}
+    target.mkdir(parents=True, exist_ok=True)
+    training.save_expert(target / "dcm_small_world_semantic.safetensors", small, base)
+    training.save_expert(
+        target / "dcm_small_world_detail.safetensors",
+        compact(dataclasses.replace(detail, low_rank={}, replaced=own, diff=diff), DETAIL_VALUES), base,
+    )
 
 
 def write_captions(folder: Path) -> None:
@@ -65,10 +108,7 @@ def main() -> None:
     copy_in_half(args.folder / "base.safetensors", MODELS / "diffusion_models" / "dcm_small_world_base.safetensors")
     copy_in_half(args.folder / "vae.safetensors", MODELS / "vae" / "dcm_small_world_vae.safetensors")
     base = load_base(args.folder)
-    copy_in_half(args.folder / "detail.safetensors", MODELS / "loras" / "dcm_small_world_detail.safetensors")
-    semantic, path = compact(load_expert(args.folder, "semantic", base), base), MODELS / "loras" / "dcm_small_world_semantic.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    training.save_expert(path, semantic, base)
+    write_experts(args.folder, base, MODELS / "loras")
     write_captions(MODELS / "dcm_conditioning" / "dcm_small_world")
     data = load_data(args.folder, base, TRAINING_CLIPS)
     path = MODELS / "dcm_datasets" / "dcm_small_world.safetensors"
