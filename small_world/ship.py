@@ -44,14 +44,15 @@ def compact(expert: Any, values: int) -> Any:
     """
     added = {name: value for name, value in expert.diff.items() if value.ndim == 2}
     others = {name: value for name, value in expert.diff.items() if name not in added}
-    left = values - sum(value.numel() for value in (*others.values(), *expert.replaced.values()))
+    generator = torch.Generator().manual_seed(0)
+    pairs = {name: extract.truncate(value, min(value.shape), generator)[:2] for name, value in added.items()}
     text = f"{TEXT_LAYER}.weight"
-    gains = sorted(
-        ((float(energy) / sum(value.shape), name) for name, value in added.items() if name != text
-         for energy in torch.linalg.svdvals(value).square()),
+    gains = [(math.inf, text)] * TEXT_RANK + sorted(
+        ((float(energy) / sum(added[name].shape), name) for name, (down, up) in pairs.items() if name != text
+         for energy in down.square().sum(1) * up.square().sum(0)),
         reverse=True,
     )
-    gains = [(math.inf, text)] * TEXT_RANK + gains
+    left = values - sum(value.numel() for value in (*others.values(), *expert.replaced.values()))
     ranks, sizes = dict.fromkeys(added, 0), dict.fromkeys(added, 0)
     for _, name in gains:
         size = min((ranks[name] + 1) * sum(added[name].shape), added[name].numel())
@@ -59,39 +60,32 @@ def compact(expert: Any, values: int) -> Any:
             break
         left -= size - sizes[name]
         ranks[name], sizes[name] = ranks[name] + 1, size
-    low_rank, whole = {}, {}
-    generator = torch.Generator().manual_seed(0)
-    for name, value in added.items():
-        if sizes[name] == value.numel():
-            whole[name] = value
-        elif ranks[name]:
-            down, up, _ = extract.truncate(value, ranks[name], generator)
-            low_rank[name.removesuffix(".weight")] = (experts.LowRank(down, up, scale=1.0),)
+    whole = {name: value for name, value in added.items() if sizes[name] == value.numel()}
+    low_rank = {
+        name.removesuffix(".weight"): (experts.LowRank(down[: ranks[name]], up[:, : ranks[name]], scale=1.0),)
+        for name, (down, up) in pairs.items() if ranks[name] and name not in whole
+    }
     return dataclasses.replace(expert, low_rank=low_rank, diff=others | whole)
 
 
 def write_experts(folder: Path, base: Any, target: Path) -> None:
     """The two experts, the semantic one as what it adds to the base, the detail one as what it adds to that."""
-    weights = dict(base.model.diffusion_model.named_parameters())
+    weights = {name: value.detach().float() for name, value in base.model.diffusion_model.named_parameters()}
     semantic, detail = load_expert(folder, "semantic", base), load_expert(folder, "detail", base)
 
     def of_semantic(name: str) -> Tensor:
-        return experts.merged(semantic, name, weights.__getitem__).detach()
+        return experts.merged(semantic, name, weights.__getitem__)
 
-    diff = {name: of_semantic(name) - weights[name].detach().float() for name in semantic.replaced}
+    diff = {name: of_semantic(name) - weights[name] for name in semantic.replaced}
     small = compact(dataclasses.replace(semantic, replaced={}, diff=diff), SEMANTIC_VALUES)
+    # to the semantic expert as it is shipped: what that one lost is in it too
     names = [f"{TEXT_LAYER}.weight", f"{TEXT_LAYER}.bias", *(f"{module}.weight" for module in detail.low_rank)]
-    # what the semantic one lost is in it too
-    diff = {
-        name: (experts.merged(detail, name, of_semantic) - experts.merged(small, name, weights.__getitem__)).detach() for name in names
-    }
+    diff = {name: experts.merged(detail, name, of_semantic) - experts.merged(small, name, weights.__getitem__) for name in names}
     own = {name: value for name, value in detail.replaced.items() if name not in names}
+    found = {"semantic": small, "detail": compact(dataclasses.replace(detail, low_rank={}, replaced=own, diff=diff), DETAIL_VALUES)}
     target.mkdir(parents=True, exist_ok=True)
-    training.save_expert(target / "dcm_small_world_semantic.safetensors", small, base)
-    training.save_expert(
-        target / "dcm_small_world_detail.safetensors",
-        compact(dataclasses.replace(detail, low_rank={}, replaced=own, diff=diff), DETAIL_VALUES), base,
-    )
+    for side, expert in found.items():
+        training.save_expert(target / f"dcm_small_world_{side}.safetensors", expert, base)
 
 
 def write_captions(folder: Path) -> None:

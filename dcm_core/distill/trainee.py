@@ -178,9 +178,9 @@ def new_detail(
     """A detail expert that changes nothing yet: the release's low-rank sites, and its copies of embedders and head.
 
     Args:
-        every_linear: low-rank pairs on every linear of the blocks too, not only where the release has them.
         semantic: the expert it will work on top of; the copies start from that one's embedders and head.
         weight_of: as for `new_semantic`.
+        every_linear: low-rank pairs on every linear of the blocks too, not only where the release has them.
     """
     weight_of = weight_of or _own_weights(modules)
     low_rank = _block_pairs(family, modules, rank, alpha, generator) if every_linear else {}

@@ -77,13 +77,15 @@ def test_experts_are_usable_at_once_and_from_their_files(trained, node, sample):
     assert "boundary 0.9" in files.ui.as_dict()["text"][0]
 
 
-def test_a_detail_expert_on_every_linear(wan, node, data, output, models):
+def test_a_detail_expert_on_every_linear(wan, node, data, output):
     settings = {**DETAIL, "adversarial_weight": 0.0, "sample_every": 0, "held_out": 0}
     trained = node("DCMTrainDetailExpert", model=wan(layers=1), dataset=data, name="every", every_linear=True, **settings)
     assert {f"blocks.0.{name}" for name in ("self_attn.q", "cross_attn.o", "ffn.0", "ffn.2")} <= set(trained.result[1].low_rank)
-    shown = node("DCMAttachExperts", model=wan(layers=1), semantic_lora="none", detail_lora="dcm/every.safetensors",
-                 semantic_strength=1.0, detail_strength=1.0, boundary=0.0)
-    assert "boundary 0.9" in shown.ui.as_dict()["text"][0]
+    shown = node(
+        "DCMAttachExperts", model=wan(layers=1), semantic_lora="none", detail_lora="dcm/every.safetensors", semantic_strength=1.0,
+        detail_strength=1.0, boundary=0.0,
+    ).ui.as_dict()["text"][0]
+    assert "boundary 0.9" in shown and f"{len(trained.result[1].low_rank)} low-rank sites" in shown
 
 
 def test_sampler_takes_the_trained_schedule(trained, node):

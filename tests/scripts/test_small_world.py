@@ -42,7 +42,9 @@ distill.VIDEOS_PER_CAPTION, distill.TEACHER_STEPS = 1, 1
 for name, plan in distill.RUNS.items():
     distill.RUNS[name] = replace(plan, config=replace(plan.config, steps=2, warmup_steps=0, batch_size=2))
 distill.main()
-print(*measure.models(distill.Path(sys.argv[1])), sep="; ")
+folder = distill.Path(sys.argv[1])
+ship.write_experts(folder, distill.load_base(folder), folder / "shipped")
+print(*measure.models(folder), sep="; ")
 """
 
 
@@ -53,3 +55,6 @@ def test_scripts_make_base_and_experts(environment, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     compared = result.stdout.splitlines()[-1].split("; ")
     assert compared[-5:] == ["one expert", "two experts", "+ temporal coherence", "+ GAN and feature matching", "as shipped"]
+    shipped = sorted((tmp_path / "shipped").iterdir())
+    assert [path.name for path in shipped] == ["dcm_small_world_detail.safetensors", "dcm_small_world_semantic.safetensors"]
+    assert sum(path.stat().st_size for path in shipped) < 6.5e6
