@@ -1,12 +1,9 @@
 """Loading, attaching, converting, extracting and conditioning files, as a graph would run them."""
 
-import importlib
 import itertools
 import json
 import os
 import shutil
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,30 +326,6 @@ def test_settings_beside_a_peft_file_count(node, folder, kind, inputs):
     states.append(fingerprint(**inputs))
     assert all(a != b for a, b in itertools.combinations(states, 2))
     shutil.rmtree(path.parent)
-
-
-def test_new_files_go_to_the_user_and_never_into_the_pack(module, tmp_path, monkeypatch):
-    """Also where extra_model_paths.yaml named the category before the pack was loaded."""
-    import folder_paths
-
-    folders = module("nodes.host.folders")
-    for category in (folders.CONDITIONING, folders.DATASETS):
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, category, ([str(tmp_path / "mine")], set()))
-    importlib.reload(folders)
-    for category in (folders.CONDITIONING, folders.DATASETS):
-        path = folders.new_file(category, "prompt", overwrite=True)
-        assert path.parent in (tmp_path / "mine", Path(folder_paths.models_dir) / category)
-        assert folder_paths.folder_names_and_paths[category][1] == {".safetensors"}
-
-
-def test_files_of_our_categories_have_the_same_names_on_every_system(module, monkeypatch):
-    import folder_paths
-
-    folders = module("nodes.host.folders")
-    monkeypatch.setattr(folders, "os", SimpleNamespace(sep="\\"))
-    monkeypatch.setattr(folder_paths, "get_filename_list", lambda category: ["world\\a.safetensors"])
-    assert folders.files("dcm_conditioning") == folders.files("dcm_datasets") == ["world/a.safetensors"]
-    assert folders.files("loras") == ["world\\a.safetensors"]
 
 
 def test_interrupted_conversion_leaves_nothing(node, releases, folder):
