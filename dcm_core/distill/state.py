@@ -22,6 +22,7 @@ from .config import TrainingConfig, TrainingError
 logger = logging.getLogger(__name__)
 
 FORMAT = "dcm-training"
+HISTORY = "history"
 NAME = re.compile(r"step_(\d{8})\.safetensors")
 
 History = list[dict[str, float]]
@@ -105,9 +106,9 @@ def save_state(folder: Path, saved: SavedState, keep: int) -> Path:
         "steps": str(saved.steps),
         "config": saved.config.to_json(),
         "facts": json.dumps(saved.facts),
-        "history": json.dumps(saved.history),
     }
-    write_tensors(path, {name: tensor.detach() for name, tensor in saved.tensors.items()}, metadata)
+    tensors = {name: tensor.detach() for name, tensor in saved.tensors.items()}
+    write_tensors(path, {**tensors, HISTORY: _as_tensor(saved.history)}, metadata)
     for old in sorted(found for found in saved_states(folder) if found <= path)[:-keep]:
         old.unlink()
     return path
@@ -147,13 +148,21 @@ def read_state(path: Path) -> SavedState:
     file = TensorFile(path)
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} holds no training state. Choose the folder of a training run.")
+    tensors = file.read_all()
     try:
+        # version 0.1.0 had the history in the header
+        history = tensors.pop(HISTORY).numpy().tobytes() if HISTORY in tensors else file.metadata[HISTORY]
         return SavedState(
             int(file.metadata["steps"]),
             TrainingConfig(**json.loads(file.metadata["config"])),
             json.loads(file.metadata["facts"]),
-            json.loads(file.metadata["history"]),
-            file.read_all(),
+            json.loads(history),
+            tensors,
         )
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is a damaged training state ({error}). Remove it to go on from the one before.") from error
+
+
+def _as_tensor(history: History) -> Tensor:
+    """The history as JSON in bytes: it grows with the run, a file's header may not."""
+    return torch.frombuffer(bytearray(json.dumps(history), "ascii"), dtype=torch.uint8)

@@ -1,0 +1,62 @@
+"""The state of a run in a file."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dcm_core.distill.config import TrainingConfig
+from dcm_core.distill.state import SavedState, read_state, save_state
+from dcm_core.errors import CheckpointError
+from dcm_core.storage import TensorFile, write_tensors
+
+CONFIG = TrainingConfig("semantic")
+TERMS = st.dictionaries(st.sampled_from(("loss", "temporal", "held_out")), st.floats(allow_infinity=False, allow_nan=False))
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(history=st.lists(TERMS, max_size=5))
+def test_what_is_saved_comes_back(tmp_path, history):
+    saved = SavedState(len(history), CONFIG, {"data": "abc"}, history, {"expert.x": torch.tensor([1.0, math.nan])})
+    back = read_state(save_state(tmp_path, saved, keep=1))
+    assert (back.steps, back.config, back.facts, back.history) == (saved.steps, CONFIG, saved.facts, history)
+    assert list(back.tensors) == ["expert.x"]
+    torch.testing.assert_close(back.tensors["expert.x"], saved.tensors["expert.x"], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_loss_that_is_no_number_stays_none(tmp_path):
+    saved = SavedState(1, CONFIG, {}, [{"step": 1, "loss": math.nan}], {})
+    (entry,) = read_state(save_state(tmp_path, saved, keep=1)).history
+    assert entry["step"] == 1 and math.isnan(entry["loss"])
+
+
+def test_a_long_run_is_read_as_a_short_one(tmp_path):
+    """Its header, which a reader limits, has the same size."""
+    history = [{"step": step, "loss": 1 / (step + 3), "grad_norm": 0.1} for step in range(200_000)]
+    path = save_state(tmp_path, SavedState(len(history), CONFIG, {}, history, {}), keep=1)
+    assert read_state(path).history == history
+    assert sum(map(len, TensorFile(path).metadata.values())) < 2000
+
+
+@pytest.fixture
+def metadata():
+    return {"format": "dcm-training", "steps": "2", "config": CONFIG.to_json(), "facts": "{}"}
+
+
+def test_states_of_version_0_1_0_are_read(tmp_path, metadata):
+    history = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    path = tmp_path / "step_00000002.safetensors"
+    write_tensors(path, {"x": torch.ones(2)}, metadata | {"history": json.dumps(history)})
+    back = read_state(path)
+    assert back.history == history and list(back.tensors) == ["x"]
+
+
+@pytest.mark.parametrize("history", [None, torch.tensor([0xFF, 0x5B], dtype=torch.uint8), torch.tensor([91], dtype=torch.uint8)])
+def test_a_state_without_a_readable_history_is_damaged(tmp_path, metadata, history):
+    path = tmp_path / "step_00000002.safetensors"
+    write_tensors(path, {"x": torch.ones(2)} | ({} if history is None else {"history": history}), metadata)
+    with pytest.raises(CheckpointError, match=r"step_00000002.* is a damaged training state"):
+        read_state(path)
