@@ -10,6 +10,8 @@ import torch
 from dcm_core.conditioning import save_conditioning
 
 from .server import HOST, ROOT, make_tiny_models, start_server
+from .small_models import make_wan
+from .training import SMALL, random_data
 
 NEEDS_HOST = "COMFYUI_PATH names no ComfyUI; `python scripts/test.py` brings one"
 
@@ -127,46 +129,22 @@ def releases(pack, models, recipe):
     return names
 
 
-def native_wan(seed=0, width=256, layers=2, channels=16):
-    """The weights of a small Wan model in the host's layout, float32."""
-    from dcm_core.families import WAN
-
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "head.modulation": (1, 2, width)}
-    special = {
-        "time_projection.1": (6 * width, width), "time_embedding.0": (width, 256), "text_embedding.0": (width, 4096),
-        "ffn.0": (2 * width, width), "ffn.2": (width, 2 * width), "head.head": (64, width),
-    }
-    for rule in WAN.DIFFUSERS_TO_NATIVE:
-        for index in [] if rule.optional else range(layers if "{n}" in rule.target else 1):
-            name = rule.target.replace("{n}", str(index))
-            shape = next((s for end, s in special.items() if name.endswith(end)), (width, width))
-            if name.endswith("modulation"):
-                shapes.setdefault(name, (1, 6, width))
-            elif "norm" in name:
-                shapes |= {f"{name}.{param}": (width,) for param in rule.params}
-            else:
-                shapes.setdefault(f"{name}.weight", shape)
-                shapes.setdefault(f"{name}.bias", shape[:1])
-    state_dict = {}
-    for name, shape in shapes.items():
-        value = torch.randn(shape, generator=generator)
-        scale = 0.05 if len(shape) == 1 else 0.7 / max(1, torch.Size(shape[1:]).numel()) ** 0.5
-        state_dict[name] = 1 + 0.05 * value if "norm" in name and name.endswith("weight") else scale * value
-    return state_dict
-
-
-def make_wan(**sizes):
-    """A small Wan model in float32: a MODEL without experts."""
-    import comfy.sd
-
-    return comfy.sd.load_diffusion_model_state_dict(native_wan(**sizes), model_options={"dtype": torch.float32})
-
-
 @pytest.fixture(scope="session")
 def wan(pack):
     """Make a small Wan model: wan(seed=..., width=..., layers=..., channels=...)."""
     return make_wan
+
+
+@pytest.fixture(scope="session")
+def data(module):
+    """Four random videos with captions to train a small Wan model on."""
+    return random_data(module("dcm_core.distill.dataset"))
+
+
+@pytest.fixture(scope="session")
+def config(module):
+    """Small settings: config("semantic", rank=0, ...) -> TrainingConfig."""
+    return lambda side, **values: module("dcm_core.distill.config").TrainingConfig(side, **{**SMALL, **values})
 
 
 @pytest.fixture(scope="session")

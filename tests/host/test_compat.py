@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from .conftest import native_wan
-from .test_training_precision import KINDS, stored
+from .small_models import KINDS, native_wan, stored
 
 
 @pytest.fixture

@@ -20,14 +20,6 @@ SEMANTIC = {**COMMON, "temporal_weight": 1.0}
 DETAIL = {**COMMON, "adversarial_weight": 0.1, "discriminator_learning_rate": 1e-4, "discriminator_width": 64}
 
 
-@pytest.fixture(scope="module")
-def data(module):
-    generator = torch.Generator().manual_seed(5)
-    latents = [torch.randn(16, 2, 4, 6, generator=generator) for _ in range(4)]
-    texts = [[[torch.randn(1, 3, 4096, generator=generator), {}]] for _ in range(4)]
-    return module("dcm_core.distill.dataset").TensorData(latents, texts, list(range(4)), [[torch.zeros(1, 3, 4096), {}]])
-
-
 @pytest.fixture
 def output(pack, models, tmp_path, monkeypatch):
     """The host's output folder; experts that a test writes are removed after it."""

@@ -11,49 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from .conftest import native_wan
+from .small_models import native_wan
+from .training import SMALL, random_data, same, tensors_of, weights
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
-SCHEDULE = {"boundary": 0.9, "shift": 5.0}
 TERMS = {"semantic": {"huber", "temporal"}, "detail": {"huber", "gan", "feature_matching", "discriminator"}}
-SMALL = {"batch_size": 2, "rank": 4, "alpha": 8.0, "checkpointing": False, "warmup_steps": 2, **SCHEDULE}
-
-
-def random_data(dataset, count=4, channels=16, size=(2, 4, 6), words=3):
-    generator = torch.Generator().manual_seed(5)
-    latents = [torch.randn(channels, *size, generator=generator) for _ in range(count)]
-    texts = [[[torch.randn(1, words, 4096, generator=generator), {}]] for _ in range(count)]
-    return dataset.TensorData(latents, texts, list(range(count)), [[torch.zeros(1, words, 4096), {}]])
-
-
-@pytest.fixture(scope="module")
-def data(module):
-    return random_data(module("dcm_core.distill.dataset"))
 
 
 @pytest.fixture(scope="module")
 def model(wan):
     return wan(layers=2)
-
-
-@pytest.fixture(scope="module")
-def config(module):
-    """config("semantic", steps=3, ...) -> small settings."""
-    return lambda side, **values: module("dcm_core.distill.config").TrainingConfig(side, **{"steps": 3, **SMALL, **values})
-
-
-def tensors_of(expert):
-    pairs = [tensor for updates in expert.low_rank.values() for update in updates for tensor in (update.down, update.up)]
-    return [*pairs, *expert.replaced.values()]
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()}
 
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
@@ -244,7 +212,7 @@ def test_two_processes_train_as_one(side, train, module, model, data, config, tm
     port = str(29500 + os.getpid() % 1000)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), side, str(tmp_path / "together"), json.dumps({**SMALL, "steps": 3, "batch_size": 2})],
+            [sys.executable, str(script), side, str(tmp_path / "together"), json.dumps(SMALL)],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                  "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

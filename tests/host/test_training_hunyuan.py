@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from .training import make_trainer
+
 pytestmark = pytest.mark.usefixtures("gradients")
 
 TOLERANCE = 2e-4
@@ -27,25 +29,20 @@ def model(module, releases):
 @pytest.fixture(scope="module")
 def trainer(module, model, tmp_path_factory):
     """trainer(side, ...) -> a Trainer on random data, its pairs' `up` no longer zero."""
-    training, dataset = module("nodes.host.training"), module("dcm_core.distill.dataset")
-    family = module("dcm_core.families").HUNYUAN_VIDEO
     generator = torch.Generator().manual_seed(0)
 
     def conditioning():
         return [[torch.randn(1, 5, 4096, generator=generator) * 0.3, {"pooled_output": torch.randn(1, 768, generator=generator) * 0.5}]]
 
     latents = [torch.randn(16, 5, 6, 8, generator=generator) for _ in range(2)]
-    data = dataset.TensorData(latents, [conditioning(), conditioning()], [0, 1], conditioning())
+    data = module("dcm_core.distill.dataset").TensorData(latents, [conditioning(), conditioning()], [0, 1], conditioning())
 
     def make(side, model=model, checkpointing=False):
         generator = torch.Generator().manual_seed(1)
         config = module("dcm_core.distill.config").TrainingConfig(
             side, batch_size=2, rank=4, alpha=8.0, cfg=CFG, guidance=GUIDANCE, discriminator_width=64, checkpointing=checkpointing
-        ).for_family(family)
-        made = module("dcm_core.distill.trainer").Trainer(
-            training.make_backbone(model, family, config), data, config, training.first_expert(model, family, config, None, None),
-            tmp_path_factory.mktemp(side), torch.device("cpu"),
         )
+        made = make_trainer(module, model, data, config, tmp_path_factory.mktemp(side))
         for name, value in made.learner.parameters.items():
             value.data += 0.02 * torch.randn(value.shape, generator=generator) * (".ups." in name or ".replaced." in name)
         return made

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch._C._profiler import _EventType
 
-from .conftest import native_wan
-from .test_training import SMALL, random_data, same, weights
+from .small_models import FP8, native_wan
+from .training import make_trainer, random_data, same, weights
 
-FP8 = torch.float8_e4m3fn
 # frames, height and width of latents; the second is more than is measured
 SIZES = ((2, 4, 6), (9, 36, 32))
 
@@ -31,21 +30,14 @@ def peak(run):
 
 
 @pytest.fixture
-def trainer(module, tmp_path):
+def trainer(module, config, tmp_path):
     """trainer(side, dtype, size, ...) -> a Trainer on a base stored in that dtype, for videos of that size."""
     import comfy.sd
-
-    training, places = module("nodes.host.training"), module("nodes.host.training_base")
-    family = module("dcm_core.families").WAN
 
     def make(side, dtype=torch.float32, size=SIZES[0], layers=4, **values):
         model = comfy.sd.load_diffusion_model_state_dict(native_wan(width=128, layers=layers), model_options={"dtype": dtype})
         data = random_data(module("dcm_core.distill.dataset"), size=size)
-        config = module("dcm_core.distill.config").TrainingConfig(side, **{**SMALL, "discriminator_width": 64, **values}).for_family(family)
-        return module("dcm_core.distill.trainer").Trainer(
-            places.make_backbone(model, family, config), data, config, training.first_expert(model, family, config, None, None),
-            tmp_path, torch.device("cpu"),
-        )
+        return make_trainer(module, model, data, config(side, **values), tmp_path)
 
     return make
 
@@ -113,11 +105,12 @@ def small_card(pack, monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
-def test_a_base_that_the_host_keeps_partly_offloaded(side, wan, module, train, small_card, sample, tmp_path, monkeypatch):
+def test_a_base_that_the_host_keeps_partly_offloaded(
+    side, wan, module, train, data, config, small_card, sample, tmp_path, monkeypatch
+):
     """It trains as a whole one does, also after samples, for which the host loads more of it."""
     training, show = module("nodes.host.training"), module("nodes.host.show").Show
-    data = random_data(module("dcm_core.distill.dataset"))
-    config = module("dcm_core.distill.config").TrainingConfig(side, **{**SMALL, "steps": 3, "discriminator_width": 64, "sample_every": 1})
+    settings = config(side, sample_every=1)
     model = wan(layers=4)
     before, plain = weights(model), sample(model, [1.0, 0.5, 0.0])
     told, loaded, moments, make_room, step, show_sample = [], [], [], training.make_room, show.step, show.sample
@@ -136,11 +129,11 @@ def test_a_base_that_the_host_keeps_partly_offloaded(side, wan, module, train, s
 
     monkeypatch.setattr(show, "sample", sampled)
 
-    whole = train(model, data, config, tmp_path / "whole")
+    whole = train(model, data, settings, tmp_path / "whole")
     size = told[0].coming + told[0].base // 2
     loaded.clear()
     moments.clear()
-    partly = train(small_card(model, size, moments), data, config, tmp_path / "partly")
+    partly = train(small_card(model, size, moments), data, settings, tmp_path / "partly")
     assert len(loaded) == 4 and all(0 < bytes_there < 0.6 * told[0].base for bytes_there in loaded)
     assert whole.history == partly.history and same(whole.expert, partly.expert)
     monkeypatch.undo()
@@ -149,17 +142,17 @@ def test_a_base_that_the_host_keeps_partly_offloaded(side, wan, module, train, s
 
 
 @pytest.fixture
-def run_on_card(module, train, small_card, tmp_path, monkeypatch):
+def run_on_card(module, train, config, small_card, tmp_path, monkeypatch):
     """run_on_card(MODEL, size of(what a run was told), taken) -> results of a run with room and of one on such a card."""
     training, make_room, told = module("nodes.host.training"), module("nodes.host.training").make_room, []
     data = random_data(module("dcm_core.distill.dataset"), size=(4, 16, 16))
-    config = module("dcm_core.distill.config").TrainingConfig("semantic", **{**SMALL, "steps": 1})
+    settings = config("semantic", steps=1)
     monkeypatch.setattr(training, "make_room", lambda *args: told.append(make_room(*args)) or told[-1])
 
     def run(model, size_of, taken=()):
-        whole = train(model, data, config, tmp_path / "whole")
+        whole = train(model, data, settings, tmp_path / "whole")
         card = small_card(model, size_of(told[0]), taken)
-        return whole, train(card, data, config, tmp_path / "card")
+        return whole, train(card, data, settings, tmp_path / "card")
 
     return run
 

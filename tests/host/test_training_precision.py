@@ -1,43 +1,13 @@
 """Training on bases that are stored in few bits: as on the same weights in float32, with the base as it was."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from .conftest import native_wan
-from .test_training import SMALL, random_data
+from .small_models import KINDS, native_wan, stored
+from .training import make_trainer
 
-KINDS = ["bfloat16", "fp8", "scaled_fp8", "quantised"]
-FP8 = torch.float8_e4m3fn
 KEPT = ("weight", "bias", "modulation")
-
-
-def linears(state_dict):
-    return [name.removesuffix(".weight") for name, value in state_dict.items() if value.ndim == 2]
-
-
-def scaled(state_dict, name):
-    """Every linear's weight in fp8 with its scale, called `name`, beside it."""
-    result = {key: value.bfloat16() for key, value in state_dict.items()}
-    for module in linears(state_dict):
-        weight = state_dict[f"{module}.weight"]
-        scale = weight.abs().max() / 448
-        result[f"{module}.weight"], result[f"{module}.{name}"] = (weight / scale).to(FP8), scale.float()
-    return result
-
-
-def stored(kind, state_dict):
-    """(tensors, metadata) of a file."""
-    if kind == "scaled_fp8":
-        return {**scaled(state_dict, "scale_weight"), "scaled_fp8": torch.empty(0, dtype=FP8)}, {}
-    if kind == "quantised":
-        layers = {module: {"format": "float8_e4m3fn"} for module in linears(state_dict)}
-        inputs = {f"{module}.input_scale": torch.ones(()) for module in layers}
-        facts = {"format_version": "1.0", "layers": layers}
-        return scaled(state_dict, "weight_scale") | inputs, {"_quantization_metadata": json.dumps(facts)}
-    return {key: value.bfloat16() for key, value in state_dict.items()}, {}
 
 
 @torch.no_grad()
@@ -76,23 +46,12 @@ def base(pack, models):
         (models / "diffusion_models" / f"{kind}.safetensors").unlink(missing_ok=True)
 
 
-@pytest.fixture(scope="module")
-def data(module):
-    return random_data(module("dcm_core.distill.dataset"))
-
-
 @pytest.fixture
-def trainer(module, data, tmp_path):
+def trainer(module, data, config, tmp_path):
     """trainer(MODEL, side, ...) -> a Trainer, its pairs' `up` no longer zero."""
-    training, places = module("nodes.host.training"), module("nodes.host.training_base")
-    family = module("dcm_core.families").WAN
 
     def make(model, side, **values):
-        config = module("dcm_core.distill.config").TrainingConfig(side, **{**SMALL, "discriminator_width": 64, **values}).for_family(family)
-        made = module("dcm_core.distill.trainer").Trainer(
-            places.make_backbone(model, family, config), data, config, training.first_expert(model, family, config, None, None),
-            tmp_path, torch.device("cpu"),
-        )
+        made = make_trainer(module, model, data, config(side, **values), tmp_path)
         generator = torch.Generator().manual_seed(1)
         for name, value in made.learner.parameters.items():
             if ".ups." in name:
@@ -137,18 +96,15 @@ def test_gradients_are_those_of_the_same_weights_in_float32(kind, side, rank, ba
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_experts_trained_on_it_are_usable(kind, base, data, module, sample, tmp_path):
+def test_experts_trained_on_it_are_usable(kind, base, train, data, config, module, sample, tmp_path):
     training, attach = module("nodes.host.training"), module("nodes.host.attach")
     model = base(kind)
     before, below = numbers(model), None
     sigmas = [1.0, 0.95, 0.8, 0.0]
     outputs = [sample(model, sigmas)]
     for side in ("semantic", "detail"):
-        config = module("dcm_core.distill.config").TrainingConfig(
-            side, **{**SMALL, "steps": 2, "learning_rate": 1e-2, "discriminator_width": 64, "checkpointing": True}
-        )
-        with torch.inference_mode():
-            expert = training.train_expert(model, data, config, tmp_path / side, below=below).expert
+        settings = config(side, steps=2, learning_rate=1e-2, checkpointing=True)
+        expert = train(model, data, settings, tmp_path / side, below=below).expert
         file = tmp_path / f"{side}.safetensors"
         training.save_expert(file, expert, model)
         read = module("nodes.host.expert_files").read_expert_file(file, side, model)
@@ -162,21 +118,20 @@ def test_experts_trained_on_it_are_usable(kind, base, data, module, sample, tmp_
 
 
 @pytest.mark.parametrize("kind", ["fp8", "scaled_fp8", "quantised"])
-def test_fp8_products_of_the_device_are_not_used(kind, base, data, module, tmp_path, monkeypatch):
+def test_fp8_products_of_the_device_are_not_used(kind, base, train, data, config, module, tmp_path, monkeypatch):
     """They have no gradient. A base loaded for them trains as one that is not."""
     import comfy.model_management
     import comfy.ops
 
     products, product = [], torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: products.append(args) or product(*args, **kwargs))
-    config = module("dcm_core.distill.config").TrainingConfig("semantic", **{**SMALL, "steps": 2})
-    train, load = module("nodes.host.training").train_expert, module("nodes.host.load")
+    settings, load = config("semantic", steps=2), module("nodes.host.load")
+    plain = train(base(kind), data, settings, tmp_path / "plain")
+    monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda *_: True)
+    path = module("nodes.host.folders").path_of("diffusion_models", f"{kind}.safetensors")
     with torch.inference_mode():
-        plain = train(base(kind), data, config, tmp_path / "plain")
-        monkeypatch.setattr(comfy.model_management, "supports_fp8_compute", lambda *_: True)
-        path = module("nodes.host.folders").path_of("diffusion_models", f"{kind}.safetensors")
         model, _ = load.load_file(path, "fp8_e4m3fn_fast" if kind == "fp8" else "default")
-        fast = train(model, data, config, tmp_path / "fast")
+    fast = train(model, data, settings, tmp_path / "fast")
     # such a host keeps the rest of a quantised model in fp8 too
     assert [entry["loss"] for entry in fast.history] == pytest.approx([entry["loss"] for entry in plain.history], rel=1e-3)
     assert products == []

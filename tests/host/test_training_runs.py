@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import native_wan
-from .test_training import SMALL, random_data, same
+from .small_models import native_wan
+from .training import make_trainer, same
 
 
 @pytest.fixture(scope="module")
@@ -18,30 +18,14 @@ def model(wan):
 
 
 @pytest.fixture(scope="module")
-def data(module):
-    return random_data(module("dcm_core.distill.dataset"))
-
-
-@pytest.fixture(scope="module")
-def config(module):
-    settings = {"steps": 4, "discriminator_width": 64, "learning_rate": 1e-3}
-    return lambda side, **values: module("dcm_core.distill.config").TrainingConfig(side, **{**settings, **SMALL, **values})
+def config(config):
+    return lambda side, **values: config(side, **{"steps": 4, "learning_rate": 1e-3, **values})
 
 
 @pytest.fixture
 def trainer(module, model, data, config, tmp_path):
     """trainer(side, data=..., ...) -> a Trainer that has not begun."""
-    training, places = module("nodes.host.training"), module("nodes.host.training_base")
-    family = module("dcm_core.families").WAN
-
-    def make(side, data=data, **values):
-        settings = config(side, **values).for_family(family)
-        return module("dcm_core.distill.trainer").Trainer(
-            places.make_backbone(model, family, settings), data, settings, training.first_expert(model, family, settings, None, None),
-            tmp_path, torch.device("cpu"),
-        )
-
-    return make
+    return lambda side, data=data, **values: make_trainer(module, model, data, config(side, **values), tmp_path)
 
 
 # Ending early

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .test_training import SMALL, random_data, same, weights
+from .training import same, weights
 
 
 @pytest.fixture(scope="module")
@@ -12,14 +12,11 @@ def model(wan):
 
 
 @pytest.fixture
-def train(module, model):
+def train(train, model, data, config):
     """train(side, folder, ...) -> the result of three steps."""
-    data = random_data(module("dcm_core.distill.dataset"))
 
     def run(side, folder, vae=None, **values):
-        config = module("dcm_core.distill.config").TrainingConfig(side, **{"steps": 3, "learning_rate": 1e-2, **SMALL, **values})
-        with torch.inference_mode():
-            return module("nodes.host.training").train_expert(model, data, config, folder, vae=vae)
+        return train(model, data, config(side, **{"learning_rate": 1e-2, **values}), folder, vae=vae)
 
     return run
 
@@ -35,12 +32,11 @@ def test_they_do_not_change_the_training(side, train, model, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_they_are_what_the_sampler_node_makes(train, module, node, model, tmp_path, monkeypatch):
+def test_they_are_what_the_sampler_node_makes(train, module, node, model, data, tmp_path, monkeypatch):
     show, seen = module("nodes.host.show"), []
     strip = show.preview_strip
     monkeypatch.setattr(show, "preview_strip", lambda *args: seen.append(args) or strip(*args))
     expert = train("semantic", tmp_path, steps=1, sample_every=1, seed=3).expert
-    data = random_data(module("dcm_core.distill.dataset"))
     (_, latent), = seen
     sampled = node(
         "DCMSampler", model=show.with_experts(model, expert, None), positive=data.conditioning(0), seed=3,

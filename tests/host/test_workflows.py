@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from dcm_core.conditioning import save_conditioning
 
-from .conftest import native_wan
 from .graphs import BYPASSED, FRONT_END_ONLY, WORKFLOWS, id_of, inputs_of, read, to_prompt, widget_values, widgets_of
 from .server import FOLDER, messages
+from .small_models import native_wan
 
 GRAPHS = {path.stem: read(path) for path in WORKFLOWS}
 CONVERT, EXPERT_FILES = "DCM convert and extract", "DCM Wan 2.1 text to video (expert files)"

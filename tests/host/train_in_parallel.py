@@ -15,7 +15,7 @@ from dcm_core.launch import find_comfyui, load_pack  # noqa: E402
 pack = load_pack(find_comfyui())
 
 
-def helpers(name):
+def helper(name):
     """A module of this folder, which as a package lets its modules import each other."""
     package = sys.modules.setdefault("host_tests", types.ModuleType("host_tests"))
     package.__path__ = [str(Path(__file__).parent)]
@@ -25,9 +25,8 @@ def helpers(name):
 if __name__ == "__main__":
     side, folder, values = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    conftest, tests = helpers("conftest"), helpers("test_training")
-    model = conftest.make_wan(layers=2)
-    data = tests.random_data(pack("dcm_core.distill.dataset"))
+    model = helper("small_models").make_wan(layers=2)
+    data = helper("training").random_data(pack("dcm_core.distill.dataset"))
     config = pack("dcm_core.distill.config").TrainingConfig(side, **values)
     result = pack("nodes.host.training").train_expert(model, data, config, folder)
     print(json.dumps(result.history))

@@ -1,0 +1,42 @@
+"""What the tests of training share: small settings, random videos, a Trainer, comparisons."""
+
+import torch
+
+SMALL = {
+    "steps": 3, "batch_size": 2, "rank": 4, "alpha": 8.0, "discriminator_width": 64, "checkpointing": False, "warmup_steps": 2,
+    "boundary": 0.9, "shift": 5.0,
+}
+
+
+def random_data(dataset, count=4, channels=16, size=(2, 4, 6), words=3):
+    """Training data for a small Wan model; `dataset` is the pack's module."""
+    generator = torch.Generator().manual_seed(5)
+    latents = [torch.randn(channels, *size, generator=generator) for _ in range(count)]
+    texts = [[[torch.randn(1, words, 4096, generator=generator), {}]] for _ in range(count)]
+    return dataset.TensorData(latents, texts, list(range(count)), [[torch.zeros(1, words, 4096), {}]])
+
+
+def make_trainer(module, model, data, config, folder):
+    """A Trainer for a MODEL that has not begun."""
+    training, places = module("nodes.host.training"), module("nodes.host.training_base")
+    family = module("nodes.host.attach").require_family(model)
+    config = config.for_family(family)
+    return module("dcm_core.distill.trainer").Trainer(
+        places.make_backbone(model, family, config), data, config, training.first_expert(model, family, config, None, None),
+        folder, torch.device("cpu"),
+    )
+
+
+def tensors_of(expert):
+    pairs = [tensor for updates in expert.low_rank.values() for update in updates for tensor in (update.down, update.up)]
+    return [*pairs, *expert.replaced.values()]
+
+
+def same(a, b):
+    """Whether two experts are equal to the last bit."""
+    return all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
+
+
+def weights(model):
+    """A copy of a MODEL's weights."""
+    return {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()}
