@@ -82,11 +82,15 @@ class Backbone:
         arguments: dict[str, Any] = {}
 
         def keep(_: nn.Module, __: Any, out: Tensor) -> None:
-            # a family that joins video and text keeps the video first; the next block may write into its input
-            found.append(out[:, :tokens].clone())
+            # a family that joins video and text keeps the video first
+            video = out[:, :tokens]
+            found.append(video.clone() if self.family.writes_in_place else video)
 
         def remember(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             arguments.update(args=args[1:], kwargs=kwargs)
+
+        def project(feature: Tensor) -> Tensor:
+            return self._forgetful(head, ())(feature, *arguments["args"], **arguments["kwargs"]).float()
 
         hooks = [block.register_forward_hook(keep) for block in self.feature_blocks()]
         hooks.append(head.register_forward_pre_hook(remember, with_kwargs=True))
@@ -95,7 +99,7 @@ class Backbone:
                 self._call(x, sigma, text)
                 for hook in hooks:
                     hook.remove()
-                projected = tuple(head(feature, *arguments["args"], **arguments["kwargs"]).float() for feature in found)
+                projected = tuple(project(feature) for feature in found)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -117,31 +121,39 @@ class Backbone:
         with usable_weights(self.module), in_place(self.module, experts):
             yield
 
-    @contextmanager
-    def _checkpointed(self, experts: Working) -> Iterator[None]:
-        """Blocks that forget their inner activations; computed again with the same experts in place."""
-        wanted = self.checkpointing or self.family.writes_in_place
-        if not (wanted and torch.is_grad_enabled()):
-            yield
-            return
-        blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
+    @property
+    def _forgets(self) -> bool:
+        return (self.checkpointing or self.family.writes_in_place) and torch.is_grad_enabled()
+
+    def _forgetful(self, function: Callable[..., Any], experts: Working) -> Callable[..., Any]:
+        """The function without its inner activations, where they are not to be kept: computed again with the same experts in place."""
 
         def again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), self._in_place(experts)
 
-        def forgetful(forward: Callable[..., Any]) -> Callable[..., Any]:
-            def on_copies(*args: Any, **kwargs: Any) -> Any:
-                # what is kept has to stay as it is
-                return forward(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return checkpoint(function, *args, use_reentrant=False, context_fn=again, **kwargs)
 
-            run = on_copies if self.family.writes_in_place else forward
-            return lambda *args, **kwargs: checkpoint(run, *args, use_reentrant=False, context_fn=again, **kwargs)
+        return run if self._forgets else function
+
+    @contextmanager
+    def _checkpointed(self, experts: Working) -> Iterator[None]:
+        """The blocks without their inner activations, where they are not to be kept."""
+        if not self._forgets:
+            yield
+            return
+        blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
+
+        def on_copies(forward: Callable[..., Any]) -> Callable[..., Any]:
+            # what is kept has to stay as it is
+            return lambda *args, **kwargs: forward(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
 
         # another pack may have put a forward of its own on a block
         before = [block.__dict__.get("forward") for block in blocks]
         try:
             for block in blocks:
-                block.__dict__["forward"] = forgetful(block.forward)
+                forward = on_copies(block.forward) if self.family.writes_in_place else block.forward
+                block.__dict__["forward"] = self._forgetful(forward, experts)
             yield
         finally:
             for block, own in zip(blocks, before, strict=True):

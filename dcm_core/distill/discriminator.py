@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .backbone import Backbone
 from .config import TrainingConfig
@@ -32,21 +33,29 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """One head a feature."""
+    """One head a feature.
 
-    def __init__(self, features: int, width: int, hidden: int = HIDDEN):
+    Args:
+        checkpointing: keep only the features for the backward pass and compute one head at a time again.
+    """
+
+    def __init__(self, features: int, width: int, hidden: int = HIDDEN, checkpointing: bool = False):
         super().__init__()
+        self.checkpointing = checkpointing
         self.heads = nn.ModuleList(Head(width, hidden) for _ in range(features))
 
     def forward(self, features: Sequence[Tensor], grid: tuple[int, int, int]) -> list[Tensor]:
         """Scores of each feature (batch, tokens, width) of a video of `grid` = (frames, height, width) tokens."""
         frames, height, width = grid
 
-        def maps(feature: Tensor) -> Tensor:
+        def scores(head: Head, feature: Tensor) -> Tensor:
             batch, _, channels = feature.shape
-            return feature.float().reshape(batch * frames, height, width, channels).permute(0, 3, 1, 2)
+            return head(feature.float().reshape(batch * frames, height, width, channels).permute(0, 3, 1, 2))
 
-        return [head(maps(feature)) for head, feature in zip(self.heads, features, strict=True)]
+        pairs = zip(self.heads, features, strict=True)
+        if self.checkpointing and torch.is_grad_enabled():
+            return [checkpoint(scores, head, feature, use_reentrant=False) for head, feature in pairs]
+        return [scores(head, feature) for head, feature in pairs]
 
 
 def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discriminator:
@@ -54,7 +63,7 @@ def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discrimina
     width = backbone.module.get_submodule(backbone.family.text_module).out_features
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Discriminator(len(backbone.feature_blocks()), width, config.discriminator_width)
+        return Discriminator(len(backbone.feature_blocks()), width, config.discriminator_width, config.checkpointing)
 
 
 def discriminator_size(backbone: Backbone, config: TrainingConfig) -> int:

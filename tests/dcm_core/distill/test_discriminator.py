@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dcm_core.distill.discriminator import Discriminator
+from dcm_core.distill.memory import Alive
 
 
 @pytest.mark.parametrize("grid", [(1, 1, 1), (2, 3, 5), (5, 4, 4)])
@@ -28,3 +29,22 @@ def test_its_tensors_are_the_official_ones(recipe):
     official = {key.replace(".0.conv", ".conv", 1): tuple(shape) for key, shape in recipe.keys("wan_train")["discriminator"].items()}
     ours = {key: tuple(value.shape) for key, value in Discriminator(2, 256).state_dict().items()}
     assert ours == official
+
+
+def test_checkpointing_keeps_less_and_changes_nothing():
+    """Scores, and gradients of features and weights; of four heads' activations, about one head's is kept."""
+    features = [torch.randn(1, 400, 16, generator=torch.Generator().manual_seed(seed), requires_grad=True) for seed in range(4)]
+    plain, light = (Discriminator(4, 16, hidden=64, checkpointing=flag) for flag in (False, True))
+    light.load_state_dict(plain.state_dict())
+    found, kept = [], []
+    for discriminator in (plain, light):
+        wanted = [*features, *discriminator.parameters()]
+        for tensor in discriminator.parameters():
+            tensor.grad = torch.zeros_like(tensor)
+        with Alive() as alive:
+            scores = discriminator(features, (1, 20, 20))
+            gradients = torch.autograd.grad(sum(score.square().mean() for score in scores), wanted)
+        found.append([*scores, *gradients])
+        kept.append(alive.most)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] < 0.5 * kept[0]

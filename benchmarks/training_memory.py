@@ -1,0 +1,104 @@
+"""What a training run is said to need before its first step, for the real model sizes: arithmetic on tensors without values.
+
+    COMFYUI_PATH=<ComfyUI> python benchmarks/training_memory.py [--first <rows>]
+
+Base and steps are made on PyTorch's meta device by the code that a run asks (`Trainer.memory`), at the full length of the video.
+Attention is the flash kernel's, which keeps no matrix of scores.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from routing import DIM, FFN, HEADS, TEXT_DIM, TEXT_TOKENS, start_host
+from torch import Tensor, nn
+
+META = torch.device("meta")
+WAN, HUNYUAN_VIDEO = "Wan 2.1 1.3B, 832x480", "HunyuanVideo 13B, 832x480"
+LATENT = (60, 104)
+# name, frames of the video, dtype of the base, settings
+ROWS: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
+    (WAN, 81, torch.bfloat16, {"expert": "semantic"}),
+    (WAN, 81, torch.bfloat16, {"expert": "semantic", "checkpointing": False}),
+    (WAN, 81, torch.bfloat16, {"expert": "semantic", "rank": 32}),
+    (WAN, 81, torch.bfloat16, {"expert": "semantic", "rank": 0}),
+    (WAN, 81, torch.bfloat16, {"expert": "detail"}),
+    (WAN, 81, torch.bfloat16, {"expert": "detail", "adversarial_weight": 0.0}),
+    (WAN, 49, torch.bfloat16, {"expert": "semantic"}),
+    (WAN, 49, torch.bfloat16, {"expert": "detail"}),
+    (WAN, 33, torch.float8_e4m3fn, {"expert": "semantic", "rank": 32}),
+    (WAN, 33, torch.float8_e4m3fn, {"expert": "detail", "rank": 32}),
+    (HUNYUAN_VIDEO, 29, torch.bfloat16, {"expert": "semantic"}),
+    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"expert": "semantic", "rank": 32}),
+    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"expert": "detail", "rank": 32}),
+]
+
+
+def transformer(name: str, dtype: torch.dtype) -> nn.Module:
+    """The host's model class in the real size, without values."""
+    import comfy.ops
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+    from comfy.ldm.wan.model import WanModel
+
+    place = {"operations": comfy.ops.manual_cast, "device": META, "dtype": dtype}
+    if name == WAN:
+        return WanModel(dim=DIM, ffn_dim=FFN, num_heads=HEADS, num_layers=30, text_dim=TEXT_DIM, **place)
+    return HunyuanVideo(
+        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=20,
+        depth_single_blocks=40, axes_dim=[16, 56, 56], theta=256, patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=True, byt5=False,
+        meanflow=False, use_cond_type_embedding=False, vision_in_dim=None, image_model="hunyuan_video", **place,
+    )
+
+
+def flash_attention(_: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, skip_reshape: bool = False, **__: Any) -> Tensor:
+    """Attention with what a flash kernel keeps: the output, and one number for each row of each head."""
+    if not skip_reshape:
+        q, k, v = (value.unflatten(-1, (heads, -1)).transpose(1, 2) for value in (q, k, v))
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out.transpose(1, 2).flatten(2)
+
+
+def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
+    """What the run is said to need."""
+    families, trainee = pack("dcm_core.families"), pack("dcm_core.distill.trainee")
+    family = families.WAN if name == WAN else families.HUNYUAN_VIDEO
+    config = pack("dcm_core.distill.config").TrainingConfig(**settings).for_family(family)
+    module = transformer(name, dtype).requires_grad_(False)
+    modules, generator = dict(module.named_modules()), torch.Generator()
+    shapes = {key: value.shape for key, value in module.state_dict().items()}
+    make = {"semantic": trainee.new_semantic, "detail": trainee.new_detail}[config.expert]
+    expert = make(family, modules, config.rank, config.alpha, generator, weight_of=lambda key: torch.empty(shapes[key]))
+    extras = {} if name == WAN else {"pooled_output": torch.zeros(1, 768)}
+    text = [[torch.zeros(1, TEXT_TOKENS, TEXT_DIM), extras]]
+    data = pack("dcm_core.distill.dataset").TensorData([torch.zeros(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text)
+    backbone = pack("dcm_core.distill.backbone").Backbone(
+        module, family, torch.bfloat16, lambda: {"optimized_attention_override": flash_attention}, config.checkpointing
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pack("dcm_core.distill.trainer").Trainer(
+            backbone, data, config, replace(expert, boundary=config.boundary), Path(folder), META
+        )
+        return trainer.memory()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--first", type=int, default=len(ROWS), help="so many rows of the table (default: all)")
+    args = parser.parse_args()
+    pack = start_host()
+    pack("dcm_core.distill.memory").PROBE = 10**9  # nothing is made, so that the whole video can be
+    print("| model | frames | base | settings | base, GiB | experts and optimiser | a step | in all |\n|---|---|---|---|---|---|---|---|")
+    for name, frames, dtype, settings in ROWS[: args.first]:
+        found = memory(pack, name, frames, dtype, settings)
+        told = ", ".join(f"{key} {value}" for key, value in settings.items())
+        parts = [found.base, found.present + found.moments, found.step]
+        sizes = " | ".join(f"{size / 2**30:.1f}" for size in (*parts, sum(parts)))
+        print(f"| {name} | {frames} | {str(dtype).removeprefix('torch.')} | {told} | {sizes} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
