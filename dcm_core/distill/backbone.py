@@ -81,9 +81,10 @@ class Backbone:
         head = find_module(self.module, self.family.head)
         arguments: dict[str, Any] = {}
 
-        def keep(_: nn.Module, __: Any, out: Tensor) -> None:
-            # a family that joins video and text keeps the video first
-            video = out[:, :tokens]
+        def keep(_: nn.Module, __: Any, kwargs: dict[str, Any], out: Tensor) -> None:
+            # where video and text are joined, newer hosts say where the video begins; in older ones it comes first
+            start, *_ = kwargs.get("transformer_options", {}).get("img_slice", (0,))
+            video = out[:, start : start + tokens]
             found.append(video.clone() if self.family.writes_in_place else video)
 
         def remember(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -92,7 +93,7 @@ class Backbone:
         def project(feature: Tensor) -> Tensor:
             return self._forgetful(head, ())(feature, *arguments["args"], **arguments["kwargs"]).float()
 
-        hooks = [block.register_forward_hook(keep) for block in self.feature_blocks()]
+        hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in self.feature_blocks()]
         hooks.append(head.register_forward_pre_hook(remember, with_kwargs=True))
         try:
             with self._checkpointed(()), self._in_place(()):

@@ -90,14 +90,19 @@ def slow_pair(student, teacher, batch, phases):
 
 
 def slow_features(teacher, x, sigma, text):
-    """Outputs of single blocks 0, 2 ... for the video's tokens, and what the output layer makes of each."""
+    """Outputs of single blocks 0, 2 ... for the video's tokens, and what the output layer makes of each.
+
+    The video's tokens are where the output layer's input is in the last block's output.
+    """
     tokens, found, seen = x.shape[2] * x.shape[3] * x.shape[4] // 4, [], {}
-    hooks = [block.register_forward_hook(lambda m, a, out: found.append(out[:, :tokens].clone())) for block in teacher.single_blocks]
-    hooks.append(teacher.final_layer.register_forward_hook(lambda m, a, out: seen.update(vec=a[1])))
+    hooks = [block.register_forward_hook(lambda m, a, out: found.append(out.clone())) for block in teacher.single_blocks]
+    hooks.append(teacher.final_layer.register_forward_hook(lambda m, a, out: seen.update(video=a[0], vec=a[1])))
     call(teacher, x, sigma, text)
     for hook in hooks:
         hook.remove()
-    raw = found[0::2]
+    starts = range(found[-1].shape[1] - tokens + 1)
+    (start,) = (start for start in starts if torch.equal(found[-1][:, start : start + tokens], seen["video"]))
+    raw = [out[:, start : start + tokens] for out in found[0::2]]
     return raw, [teacher.final_layer(feature, seen["vec"]) for feature in raw]
 
 
