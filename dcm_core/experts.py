@@ -89,8 +89,9 @@ def size_of(expert: Expert) -> int:
 
 
 def expert_id(expert: Expert) -> str:
-    """A hash of all its tensors."""
-    digest = hashlib.sha256(str(expert).encode())
+    """A hash of all it does: its tensors, and where and how strongly they work."""
+    pairs = [(name, [(update.start, update.scale) for update in updates]) for name, updates in sorted(expert.low_rank.items())]
+    digest = hashlib.sha256(repr((str(expert), pairs, sorted(expert.replaced), sorted(expert.diff))).encode())
     for tensor in expert_tensor_list(expert):
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -42,8 +42,7 @@ def load_pack(comfyui: Path) -> Callable[[str], ModuleType]:
         # one of several processes: the host takes the current GPU
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     arguments = sys.argv
-    accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-    sys.argv = ["main.py"] if accelerated else ["main.py", "--cpu"]
+    sys.argv = ["main.py"] if _accelerated() else ["main.py", "--cpu"]
     try:
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.cli_args")
@@ -53,3 +52,10 @@ def load_pack(comfyui: Path) -> Callable[[str], ModuleType]:
     sys.modules[PACK] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[PACK])
     return lambda name: importlib.import_module(f"{PACK}.{name}")
+
+
+def _accelerated() -> bool:
+    """Whether there is a device that the host would take; it fails where there is none and nobody says so."""
+    if hasattr(torch, "accelerator"):
+        return torch.accelerator.is_available()
+    return torch.cuda.is_available() or torch.backends.mps.is_available()

@@ -42,6 +42,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+# What temporary files are called.
+PREFIX, SUFFIX = ".dcm.", ".part"
+
 # How files that are given by mistake begin.
 FOREIGN = (
     (b"PK\x03\x04", "a PyTorch pickle (or a zip)"),
@@ -268,7 +271,8 @@ def temporary_file(path: Path, nbytes: int = 0) -> Iterator[Path]:
     """
     check_room({path: nbytes})
     with _writing(path):
-        handle, name = tempfile.mkstemp(prefix=".dcm.", suffix=".part", dir=path.parent)
+        # short: the whole name may have 255 bytes
+        handle, name = tempfile.mkstemp(prefix=f"{PREFIX}{path.name[:32]}.", suffix=SUFFIX, dir=path.parent)
         os.close(handle)
     temporary = Path(name)
     try:
@@ -278,6 +282,11 @@ def temporary_file(path: Path, nbytes: int = 0) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unfinished(folder: Path, pattern: str) -> list[Path]:
+    """Temporary files in a folder, of files called so, whose writers were killed or are at work."""
+    return list(folder.glob(f"{PREFIX}{pattern}.*{SUFFIX}"))
 
 
 @contextmanager

@@ -124,6 +124,8 @@ class TrainingConfig:
                 raise TrainingError(f"{name} is {value!r}; it has to be a number from {low:g} to {high:g}.")
         if self.discriminator_width % 32:
             raise TrainingError(f"discriminator_width is {self.discriminator_width}; it has to be a multiple of 32.")
+        if self.expert == "detail" and self.shared:
+            raise TrainingError("shared is true; an expert for all noise levels is trained as a semantic one. Train semantic.")
         if self.expert == "detail" and self.rank == 0:
             raise TrainingError("rank is 0; the detail expert is a LoRA and needs a rank of 1 or more (the release has 128).")
 

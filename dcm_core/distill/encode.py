@@ -129,8 +129,14 @@ def _checked(latent: Tensor, facts: ClipFacts) -> Tensor:
 
 def _encode_texts(new: Mapping[str, Path], encoders: Encoders, progress: Progress) -> None:
     for done, (text, path) in enumerate(new.items(), start=1):
-        save_conditioning(path, encoders.encode_text(text), text)
+        save_conditioning(path, _checked_text(encoders.encode_text(text), text), text)
         progress(done, len(new))
+
+
+def _checked_text(conditioning: Conditioning, text: str) -> Conditioning:
+    if not all(torch.isfinite(context).all() for context, _ in conditioning):
+        raise DCMError(f"The text encoder made NaN or infinite values of {text!r}. Run it in bfloat16 or float32, or choose another file.")
+    return conditioning
 
 
 def _latent_shape(path: Path) -> tuple[int, ...] | None:

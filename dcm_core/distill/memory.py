@@ -3,7 +3,7 @@
     peak = base + trained x (weight + average + 2 AdamW moments + gradient) + what else a step makes
 
 The last is measured: a step is made on a video of zeros, and the tensors that are alive at once are counted. A step that
-is larger than `PROBE` tokens follows from two smaller ones, as it grows with the tokens.
+is larger than `PROBE` tokens follows from smaller ones, as it grows with the tokens and, for the texts, with the videos.
 """
 
 import math
@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from .config import TrainingConfig, TrainingError
 
 GIB = 2**30
-# The largest step that is made only to be measured: (videos, frames, height, width) of latents, and its tokens.
-PROBE_SHAPES = ((1, 4, 32, 32), (1, 8, 32, 32))
+# The largest steps that are made only to be measured: (videos, frames, height, width) of latents, and the tokens of the largest.
+FEW, MANY, TWO_VIDEOS = (1, 4, 32, 32), (1, 8, 32, 32), (2, 4, 32, 32)
 PROBE = 2048
 # Kernels hold some memory of their own.
 MARGIN = 1.05
@@ -128,11 +128,14 @@ def step_size(step: Callable[[tuple[int, ...]], None], shape: tuple[int, ...]) -
     Args:
         step: makes a step on latents of a shape; the gradients it adds to are there already.
     """
-    tokens = tokens_of(shape)
+    tokens, videos = tokens_of(shape), shape[0]
     if tokens <= PROBE:
         return int(MARGIN * _measured(step, shape))
-    (few, little), (many, much) = ((tokens_of(probe), _measured(step, probe)) for probe in PROBE_SHAPES)
-    return math.ceil(MARGIN * (much + (tokens - many) * max(0, much - little) / (many - few)))
+    little, much = _measured(step, FEW), _measured(step, MANY)
+    # as many tokens in two videos: what one more text takes
+    text = max(0, _measured(step, TWO_VIDEOS) - much) if videos > 1 else 0
+    a_token = max(0, much - little) / (tokens_of(MANY) - tokens_of(FEW))
+    return math.ceil(MARGIN * (much + (tokens - tokens_of(MANY)) * a_token + (videos - 1) * text))
 
 
 def _measured(step: Callable[[tuple[int, ...]], None], shape: tuple[int, ...]) -> int:

@@ -72,5 +72,6 @@ def join(device: torch.device) -> Processes:
         return Processes()
     if not dist.is_initialized():
         # one may encode all clips while the others wait
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        nccl = device.type == "cuda" and dist.is_nccl_available()
+        dist.init_process_group("nccl" if nccl else "gloo", timeout=PATIENCE)
     return Processes(dist.get_rank(), dist.get_world_size())

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..storage import TensorFile, check_room, write_tensors
+from ..storage import TensorFile, check_room, unfinished, write_tensors
 from .config import TrainingConfig, TrainingError
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "dcm-training"
+STATES = "step_*.safetensors"
 HISTORY = "history"
 NAME = re.compile(r"step_(\d{8})\.safetensors")
 
@@ -80,17 +81,21 @@ def load_optimizer(prefix: str, names: list[str], optimizer: torch.optim.Optimiz
 def check_folder(folder: Path, size: int, count: int) -> None:
     """Make the folder, and see that there is room for as many states of `size` bytes as it will hold at once.
 
+    What a run that was killed while it wrote has left is removed.
+
     Raises:
         CheckpointError: a folder that cannot be made or written to, or too little room on the disk.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in unfinished(folder, STATES):
+            left.unlink()
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written to ({error}). Choose another place for the run's states.") from error
     missing = max(0, count - len(list(saved_states(folder))))
-    check_room({folder / "step_*.safetensors": missing * size})
+    check_room({folder / STATES: missing * size})
 
 
 def save_state(folder: Path, saved: SavedState, keep: int) -> Path:
@@ -110,13 +115,17 @@ def save_state(folder: Path, saved: SavedState, keep: int) -> Path:
     tensors = {name: tensor.detach() for name, tensor in saved.tensors.items()}
     write_tensors(path, {**tensors, HISTORY: _as_tensor(saved.history)}, metadata)
     for old in sorted(found for found in saved_states(folder) if found <= path)[:-keep]:
-        old.unlink()
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:
+            # held by another program, such as a backup: it goes with a later state
+            logger.warning("%s cannot be removed (%s)", old, error.strerror)
     return path
 
 
 def saved_states(folder: Path) -> Iterator[Path]:
     """The states in a folder."""
-    return (path for path in folder.glob("step_*.safetensors") if NAME.fullmatch(path.name))
+    return (path for path in folder.glob(STATES) if NAME.fullmatch(path.name))
 
 
 def newest_state(folder: Path) -> tuple[Path, SavedState] | None:

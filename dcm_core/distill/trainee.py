@@ -120,9 +120,10 @@ def make_trainee(expert: Expert, modules: Mapping[str, nn.Module], device: torch
     """
     if expert.diff:
         raise ExpertError(f"{name_some(expert.diff)} are differences to the base. Training starts from low-rank pairs and replaced layers.")
-    scales = {update.scale for updates in expert.low_rank.values() for update in updates}
-    if len(scales) > 1:
-        raise ExpertError(f"The expert's alpha / rank differs between layers ({sorted(scales)}). Training starts from one for all.")
+    scales = sorted({update.scale for updates in expert.low_rank.values() for update in updates})
+    # files hold alphas in float32
+    if scales and not math.isclose(scales[0], scales[-1], rel_tol=1e-6):
+        raise ExpertError(f"The expert's alpha / rank differs between layers ({scales}). Training starts from one for all.")
     unscaled = {
         name: tuple(LowRank(update.down, update.up, 1.0, update.start) for update in updates)
         for name, updates in expert.low_rank.items()
@@ -133,7 +134,7 @@ def make_trainee(expert: Expert, modules: Mapping[str, nn.Module], device: torch
         return PreciseExpert(part, modules, CASTING, torch.float32, device).requires_grad_()
 
     facts = dataclasses.replace(expert, low_rank={}, replaced={})
-    return Trainee(facts, build(low_rank=unscaled), build(replaced=expert.replaced), scales.pop() if scales else 1.0)
+    return Trainee(facts, build(low_rank=unscaled), build(replaced=expert.replaced), scales[0] if scales else 1.0)
 
 
 def make_fixed(expert: Expert, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> Working:
@@ -162,7 +163,8 @@ def new_semantic(
         weight_of = weight_of or _own_weights(modules)
         names = [name for module in modules for name in _parameter_names(module, modules[module])]
         return Expert(family.name, "semantic", replaced={name: _free(weight_of(name)).float() for name in names})
-    return Expert(family.name, "semantic", _block_pairs(family, modules, rank, alpha, generator))
+    names = _block_linears(family, modules)
+    return Expert(family.name, "semantic", {name: (_new_pair(modules[name], rank, alpha, generator),) for name in names})
 
 
 def new_detail(
@@ -180,30 +182,40 @@ def new_detail(
     Args:
         semantic: the expert it will work on top of; the copies start from that one's embedders and head.
         weight_of: as for `new_semantic`.
-        every_linear: low-rank pairs on every linear of the blocks too, not only where the release has them.
+        every_linear: low-rank pairs on every linear of the blocks too, and on the rows of fused ones that the release leaves out.
     """
     weight_of = weight_of or _own_weights(modules)
-    low_rank = _block_pairs(family, modules, rank, alpha, generator) if every_linear else {}
+    low_rank: dict[str, tuple[LowRank, ...]] = {}
     replaced: dict[str, Tensor] = {}
     semantic = semantic or Expert(family.name, "semantic")
     for name in sorted(modules):
         pieces = family.key_map.sources_of(name)
         targets = [piece for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)]
-        if targets and name not in low_rank:
-            low_rank[name] = tuple(_new_pair(modules[name], rank, alpha, generator, piece.part) for piece in targets)
+        if targets:
+            low_rank[name] = tuple(
+                _new_pair(modules[name], rank, alpha, generator, _rows(modules[name], piece.part)) for piece in targets
+            )
         if any(piece.source.split(".")[0] in family.detail_modules for piece in pieces):
             for key in _parameter_names(name, modules[name]):
                 replaced[key] = _free(merged(semantic, key, weight_of))
+    if every_linear:
+        for name in _block_linears(family, modules):
+            low_rank[name] = low_rank.get(name, ()) + _rest(modules[name], low_rank.get(name, ()), rank, alpha, generator)
     return Expert(family.name, "detail", low_rank, replaced)
 
 
-def _block_pairs(
-    family: Family, modules: Mapping[str, nn.Module], rank: int, alpha: float, generator: torch.Generator
-) -> dict[str, tuple[LowRank, ...]]:
-    """A fresh pair on every linear of the blocks."""
+def _block_linears(family: Family, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names of all linears of the blocks."""
     lists = tuple(f"{name}." for name in family.block_lists)
-    names = [name for name, module in modules.items() if name.startswith(lists) and hasattr(module, "in_features")]
-    return {name: (_new_pair(modules[name], rank, alpha, generator),) for name in sorted(names)}
+    return sorted(name for name, module in modules.items() if name.startswith(lists) and hasattr(module, "in_features"))
+
+
+def _rest(
+    module: nn.Module, pairs: tuple[LowRank, ...], rank: int, alpha: float, generator: torch.Generator
+) -> tuple[LowRank, ...]:
+    """A fresh pair on the rows of a linear after those that have pairs, if there are any."""
+    start = sum(len(pair.up) for pair in pairs)
+    return (_new_pair(module, rank, alpha, generator, slice(start, None)),) if start < module.out_features else ()
 
 
 def _parameter_names(name: str, module: nn.Module) -> list[str]:
@@ -222,10 +234,17 @@ def _own_weights(modules: Mapping[str, nn.Module]) -> WeightOf:
     return weight_of
 
 
-def _new_pair(module: nn.Module, rank: int, alpha: float, generator: torch.Generator, part: int | None = None) -> LowRank:
-    """A fresh pair that adds nothing: down uniform like nn.Linear's weight, up zero; `part` of a fused layer's q, k, v."""
+def _rows(module: nn.Module, part: int | None) -> slice:
+    """The rows of a fused layer's q, k or v, all of another's."""
     width = module.in_features
-    bound = 1 / math.sqrt(width)
-    down = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
-    rows, start = (module.out_features, 0) if part is None else (width, part * width)
-    return LowRank(down, torch.zeros(rows, rank), alpha / rank, start)
+    return slice(None) if part is None else slice(part * width, (part + 1) * width)
+
+
+def _new_pair(
+    module: nn.Module, rank: int, alpha: float, generator: torch.Generator, rows: slice = slice(None)
+) -> LowRank:
+    """A fresh pair that adds nothing: down uniform like nn.Linear's weight, up zero; on some `rows` of a fused layer's weight."""
+    bound = 1 / math.sqrt(module.in_features)
+    down = torch.empty(rank, module.in_features).uniform_(-bound, bound, generator=generator)
+    start, stop, _ = rows.indices(module.out_features)
+    return LowRank(down, torch.zeros(stop - start, rank), alpha / rank, start)

@@ -87,6 +87,7 @@ class Trainer:
         self.order = BatchOrder(self.data.buckets_of(train), config.batch_size * self.processes.count, config.seed)
         self.no_text = text_of(self.data.unconditional(), self.backbone.family, self._guidance)
         self.history: History = []
+        self.saved = 0
         self.worth_saving = True
 
     @property
@@ -115,7 +116,7 @@ class Trainer:
             raise
         except BaseException:
             # the last good state is worth keeping, whatever ended the run; others may wait elsewhere
-            if self.worth_saving:
+            if self.worth_saving and self.done > self.saved:
                 self._save()
             raise
         return Result(self.expert(), self.history, time.monotonic() - began)
@@ -302,6 +303,7 @@ class Trainer:
         if self.processes.first:
             saved = SavedState(self.done, self.config, self.facts, self.history, self._tensors())
             save_state(self.folder, saved, self.config.keep)
+        self.saved = self.done
 
     @torch.no_grad()
     def _resume(self) -> None:
@@ -316,7 +318,7 @@ class Trainer:
             for name, value in self.average.named_parameters():
                 value.copy_(saved.tensors[f"average.{name}"])
         self.loss_scale = float(saved.tensors.get("loss_scale", self.loss_scale))
-        self.history = saved.history
+        self.history, self.saved = saved.history, saved.steps
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch takes it for a mistake
             for _ in range(self.done):

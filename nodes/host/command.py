@@ -55,7 +55,8 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     for name in ("semantic", "continue_from"):
         if name in settings:
             check_not_output(f"{name} is {settings[name]}", path(name), output)
-    states = path("states") if "states" in settings else output.with_name(f"{output.stem}_states")
+    # not beside the output: among the host's LoRAs every state would be offered as one
+    states = path("states") if "states" in settings else folder / f"{output.stem}_states"
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
     below = read_expert_file(path("semantic"), "semantic", model) if "semantic" in settings else None
     output.parent.mkdir(parents=True, exist_ok=True)

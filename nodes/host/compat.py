@@ -42,6 +42,12 @@ def key_patches(patcher: Any) -> dict[str, list]:
     return found
 
 
+def is_oom(error: BaseException) -> bool:
+    """Whether an error says that the device has too little memory: newer hosts know more of them, Macs say it in words."""
+    known = getattr(comfy.model_management, "is_oom", lambda error: isinstance(error, comfy.model_management.OOM_EXCEPTION))
+    return known(error) or "out of memory" in str(error).lower()
+
+
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Rotary embedding: the channels of x (..., 2 n) in pairs, times the matrices (..., n, 2, 2)."""
     pairs = x.to(rotations.dtype).unflatten(-1, (-1, 1, 2))

@@ -31,6 +31,8 @@ logger = logging.getLogger("ComfyUI-DCM")
 
 # between two plots on the node, and between two lines in the log
 SHOW_SECONDS, LOG_SECONDS = 1.0, 30.0
+# of a long run's plot on the node
+PLOT_POINTS = 4000
 
 
 def in_words(terms: dict[str, float]) -> str:
@@ -74,12 +76,22 @@ class Show:
             self.logged = now
         preview = None
         if now - self.shown > SHOW_SECONDS or done == steps:
-            preview, self.shown = ("JPEG", self._preview(history), 768), now
+            preview = ("JPEG", self._preview(history[:: 1 + done // PLOT_POINTS]), 768)
+            self.shown = time.monotonic()
         self.bar.update_absolute(done, steps, preview)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def sample(self, done: int, expert: Expert) -> None:
-        """A video of the first caption, by the sampling code of the sampler nodes."""
+        """A video of the first caption, by the sampling code of the sampler nodes. One that fails does not end the run."""
+        try:
+            self._sample(done, expert)
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:
+            logger.warning("No sample at step %d: %s", done, error)
+        self.reload()
+
+    def _sample(self, done: int, expert: Expert) -> None:
         with torch.inference_mode():
             model = with_experts(self.model, expert, self.below)
             extras = {"guidance": self.config.guidance}
@@ -89,8 +101,6 @@ class Show:
             if self.vae is not None:
                 latent = model.model.process_latent_out(latent)
                 save_video(self.vae, latent, FAMILIES[expert.family].fps, self.folder / f"sample_{done:08d}.mp4")
-        del model
-        self.reload()
 
     def _preview(self, history: History) -> Image.Image:
         plot = plot_losses(history, "loss")

@@ -1,6 +1,7 @@
 """Train an expert on the host's model."""
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ from ...dcm_core.distill.parallel import join
 from ...dcm_core.distill.trainee import new_detail, new_semantic
 from ...dcm_core.distill.trainer import Result, Trainer
 from ...dcm_core.distill.watcher import Quiet
+from ...dcm_core.errors import ScheduleError
 from ...dcm_core.experts import Expert, expert_id, size_of, write_expert
 from ...dcm_core.families import Family
 from ...dcm_core.plot import plot_losses
+from ...dcm_core.routing import split_sigmas
+from ...dcm_core.schedule import sigmas_from_timesteps
 from .attach import SAME_BOUNDARY, diffusion_model, module_shapes, own_boundary, require_family
 from .compat import gradients
 from .encoders import weights_id
 from .expert_files import load_expert, trained_expert
 from .folders import LORAS, NONE, new_file, path_of, run_folder
+from .route import attached_experts
 from .sampling import as_image
 from .show import Show, in_words, with_experts
 from .training_base import (
@@ -119,6 +124,7 @@ def train_expert(
     """
     family = require_family(model)
     config = config.for_family(family, shared_boundary(config, start, below))
+    check_form(model, config, family, start, below)
     base = training_base(model)
     check_data(base, data, vae)
     with torch.inference_mode(False), torch.enable_grad(), gradients(), differentiable(base):
@@ -172,6 +178,35 @@ def shared_boundary(config: TrainingConfig, start: Expert | None, below: Expert 
     return None if config.boundary else own_boundary(expert.boundary for expert in (below, start) if expert is not None)
 
 
+def check_form(model: Any, config: TrainingConfig, family: Family, start: Expert | None, below: Expert | None) -> None:
+    """Refuse settings that a run would pass over, or whose expert would never run.
+
+    Raises:
+        TrainingError: a semantic expert that is only on the MODEL, a form that the expert to go on from does not have, or a
+            schedule without a step on either side of the boundary.
+    """
+    attached = attached_experts(model)
+    if attached is not None and attached.semantic and config.expert == "detail" and below is None:
+        raise TrainingError(
+            "The MODEL has a semantic expert on it, which a run takes off: the detail expert would be made for the base alone. "
+            "Connect that expert to semantic_expert, or choose its file as semantic_lora, and the base to model."
+        )
+    if start is not None and len(start.ranks) < 2:
+        rank = max(start.ranks, default=0)
+        scale = next((update.scale for updates in start.low_rank.values() for update in updates), 0.0)
+        if rank != config.rank or (rank and not math.isclose(scale, config.alpha / rank, rel_tol=1e-3)):
+            has = f"pairs of rank {rank} and alpha {rank * scale:g}" if rank else "no pairs, as it was trained whole"
+            wanted = f"rank to {rank}" + (f" and alpha to {rank * scale:g}" if rank else "")
+            raise TrainingError(
+                f"rank is {config.rank} and alpha {config.alpha:g}, but the expert to continue from has {has}. Set {wanted}."
+            )
+    if not config.shared:
+        try:
+            split_sigmas(sigmas_from_timesteps(config.timesteps(family)), config.boundary)
+        except ScheduleError as error:
+            raise TrainingError(f"{error} It follows from shift, sample_steps and boundary; a pair has the same for both.") from error
+
+
 def check_not_output(what: str, given: Path, file: Path) -> None:
     """Refuse an input (`what`: its setting and value) that the run would write over.
 
@@ -203,7 +238,7 @@ def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expe
 
 
 def save_expert(path: Path, expert: Expert, model: Any) -> None:
-    """Write the expert as a LoRA file that the host, and DCMAttachExperts, load.
+    """Write the expert as a LoRA file that the host, and DCM Attach Experts, load.
 
     In bfloat16; a full fine-tune in the base's own dtype, as it is a small change of it.
     """

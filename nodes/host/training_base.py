@@ -21,7 +21,7 @@ from ...dcm_core.distill.trainer import Trainer
 from ...dcm_core.experts import FILE_PREFIX
 from ...dcm_core.families import Family
 from .attach import compute_dtype, detach_experts, diffusion_model, module_shapes, require_family
-from .compat import key_patches
+from .compat import is_oom, key_patches
 from .encoders import unload
 from .report import tell
 from .sampling import check_text
@@ -135,9 +135,9 @@ def _try(trainer: Trainer) -> Memory | None:
     """What the run needs; None if there is too little memory to find out."""
     try:
         return trainer.memory()
-    except comfy.model_management.OOM_EXCEPTION:
-        return None
     except RuntimeError as error:
+        if is_oom(error):
+            return None
         raise TrainingError(
             f"The model cannot be trained on as it is loaded ({error}). Load a text-to-video model, with weight_dtype default or "
             "fp8_e4m3fn (fast fp8 has no gradient)."

@@ -1,6 +1,8 @@
 """`python -m dcm_core`: the same work with arguments, a bar, and errors without a traceback."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dcm_core import __main__ as command_line
 from dcm_core.__main__ import main, progress_line
 from dcm_core.families import WAN
 from dcm_core.storage import TensorFile
@@ -146,3 +149,23 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_ends_a_command_can_be_caught_by_it(number, monkeypatch, capsys, tmp_path):
+    """A training run saves itself then; launchers and batch systems send SIGTERM."""
+    caught = []
+
+    def work(_):
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            caught.append(number)
+            raise
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(command_line, "inspect", work)
+    try:
+        assert run("inspect", tmp_path) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught == [number] and capsys.readouterr().err == "interrupted\n"

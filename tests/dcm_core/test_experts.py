@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from dcm_core.errors import ExpertError
 from dcm_core.expert_reader import read_expert
-from dcm_core.experts import Expert, LowRank, expert_from_release, expert_to_state_dict, split_update, stack_updates
+from dcm_core.experts import (
+    Expert,
+    LowRank,
+    expert_from_release,
+    expert_id,
+    expert_to_state_dict,
+    split_update,
+    stack_updates,
+)
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
 from dcm_core.keymap import fused_shape
 
@@ -268,6 +276,16 @@ def test_mangled_files_are_read_right_or_refused(data):
     with pytest.raises((ExpertError, ValueError, RuntimeError)) as caught:
         read_expert(mangled, metadata, "detail", WAN, shapes)
     assert caught.type is ExpertError
+
+
+def test_an_expert_s_id_is_of_all_it_does():
+    down, up = torch.ones(2, 4), torch.ones(4, 2)
+    experts = [
+        Expert("wan", "semantic", {module: (LowRank(down, up, scale, start),)})
+        for module, scale, start in (("q", 1.0, 0), ("q", 2.0, 0), ("k", 1.0, 0), ("q", 1.0, 4))
+    ]
+    assert len({expert_id(expert) for expert in experts}) == 4
+    assert expert_id(experts[0]) == expert_id(Expert("wan", "semantic", {"q": (LowRank(down.clone(), up.clone(), 1.0),)}))
 
 
 def test_an_expert_says_what_it_holds():

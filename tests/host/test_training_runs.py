@@ -82,6 +82,25 @@ def test_states_without_room_are_refused_before_the_first_step(train, module, mo
     train(model, data, config("detail", save_every=1, steps=5), tmp_path / "parts")
 
 
+@pytest.mark.parametrize("done", [0, 2])
+def test_a_step_that_fails_leaves_no_state_that_is_there_already(done, train, module, model, data, config, tmp_path, monkeypatch):
+    """Nothing at all of a first step, so that its settings can be changed."""
+    if done:
+        train(model, data, config("semantic", steps=done, save_every=done), tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(module("dcm_core.distill.trainer").Trainer, "_update", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(model, data, config("semantic", save_every=2), tmp_path)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    monkeypatch.undo()
+    if not done:
+        train(model, data, config("semantic", steps=1, batch_size=1), tmp_path)
+
+
 def test_an_interrupt_between_two_optimisers_is_not_saved(train, module, model, data, config, tmp_path, monkeypatch):
     learner, stepped = module("dcm_core.distill.learner").Learner, []
     settings = config("detail", save_every=1)
@@ -217,6 +236,34 @@ def test_experts_of_two_pairs_are_not_trained_together(module, model, data, conf
     start = training.first_expert(model, family, dataclasses.replace(settings, boundary=0.9), None, None)
     with pytest.raises(ValueError, match=r"different boundaries \(0\.76 and 0\.9\)"):
         training.train_expert(model, data, settings, tmp_path, below=semantic_expert(boundary=0.76), start=start)
+
+
+def test_a_semantic_expert_that_is_only_on_the_model_is_refused(train, module, model, data, config, semantic_expert, tmp_path):
+    """A run takes it off: the detail expert would stand on the base alone."""
+    expert = semantic_expert(boundary=0.9)
+    attached = module("nodes.host.attach").attach_experts(model, expert)
+    with pytest.raises(ValueError, match=r"has a semantic expert on it, which a run takes off.*Connect that expert to semantic_expert"):
+        train(attached, data, config("detail"), tmp_path)
+    assert train(attached, data, config("detail", steps=1), tmp_path, below=expert).history
+
+
+@pytest.mark.parametrize(("form", "settings", "message"), [
+    ({"rank": 2, "alpha": 4.0}, {}, r"rank is 4 and alpha 8, but .* has pairs of rank 2 and alpha 4\. Set rank to 2 and alpha to 4\."),
+    ({"alpha": 4.0}, {}, r"has pairs of rank 4 and alpha 4\."),
+    ({"rank": 0}, {}, r"has no pairs, as it was trained whole\. Set rank to 0\."),
+    ({}, {"rank": 0}, r"rank is 0 .* has pairs of rank 4 and alpha 8\."),
+])
+def test_a_form_that_the_expert_to_continue_from_has_not_is_refused(form, settings, message, train, module, model, data, config, tmp_path):
+    family = module("dcm_core.families").WAN
+    start = module("nodes.host.training").first_expert(model, family, config("semantic", **form), None, None)
+    with pytest.raises(ValueError, match=message):
+        train(model, data, config("semantic", **settings), tmp_path, start=start)
+
+
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_a_schedule_without_a_step_for_an_expert_is_refused(side, train, model, data, config, tmp_path):
+    with pytest.raises(ValueError, match=r"detail \(low-noise\) side is empty.*the boundary is 0\.3.*shift, sample_steps and boundary"):
+        train(model, data, config(side, boundary=0.3, shift=17.0), tmp_path)
 
 
 def test_a_run_does_not_write_over_what_it_continues_from(module, model, data, config, models):

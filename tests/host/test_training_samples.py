@@ -70,6 +70,28 @@ def test_losses_and_samples_are_shown_while_it_works(train, module, every_update
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["sample_00000002.mp4", "sample_00000004.mp4"]
 
 
+def test_a_sample_that_fails_does_not_end_the_run(train, tmp_path, caplog):
+    class Small(Vae):
+        def decode(self, latent):
+            raise torch.OutOfMemoryError("too little memory")
+
+    plain = train("semantic", tmp_path / "without")
+    assert train("semantic", tmp_path / "with", vae=Small(), sample_every=2).history == plain.history
+    assert "No sample at step 2: too little memory" in caplog.text
+
+
+def test_an_interrupt_during_a_sample_ends_the_run(train, tmp_path):
+    import comfy.model_management as management
+
+    class Pressed(Vae):
+        def decode(self, latent):
+            raise management.InterruptProcessingException
+
+    with pytest.raises(management.InterruptProcessingException):
+        train("semantic", tmp_path, vae=Pressed(), sample_every=2)
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000002.safetensors"]
+
+
 def test_a_resumed_run_shows_the_losses_from_its_start(train, module, tmp_path, monkeypatch):
     show, seen = module("nodes.host.show"), []
     train("semantic", tmp_path, steps=2)

@@ -21,6 +21,7 @@ def test_the_paper_s_values_are_the_defaults():
     [
         ({"expert": "both"}, "expert is 'both'; choose semantic or detail"),
         ({"expert": "detail", "rank": 0}, "rank is 0; the detail expert is a LoRA"),
+        ({"expert": "detail", "shared": True}, "shared is true; an expert for all noise levels is trained as a semantic one"),
         ({"expert": "semantic", "learning_rate": float("nan")}, "learning_rate is nan; it has to be a number from"),
         ({"expert": "semantic", "steps": 0}, "steps is 0"),
         ({"expert": "semantic", "scheduler": "linear"}, "choose one of constant, cosine"),

@@ -47,3 +47,11 @@ def test_other_and_damaged_files_are_refused(data, tmp_path):
     save_file({"latent.0": torch.zeros(1)}, tmp_path / "damaged.safetensors", {"format": "dcm-dataset", "facts": "{}"})
     with pytest.raises(DCMError, match="damaged data file"):
         read_data(tmp_path / "damaged.safetensors")
+
+
+def test_texts_of_the_same_tokens_in_another_order_are_two(data, tmp_path):
+    tokens = text(3)[0][0]
+    both = TensorData([data.latent(0)] * 2, [[[tokens, {}]], [[tokens.flip(1), {}]]], [0, 1], text(9))
+    write_data(tmp_path / "data.safetensors", both)
+    back = read_data(tmp_path / "data.safetensors")
+    assert torch.equal(back.conditioning(1)[0][0], tokens.flip(1)) and torch.equal(back.conditioning(0)[0][0], tokens)

@@ -51,12 +51,12 @@ def test_tokens():
     assert tokens_of((2, 5, 6, 7)) == 2 * 5 * 3 * 4
 
 
-def step_of(fixed, a_token, seen):
+def step_of(fixed, a_token, seen, a_video=0):
     """A step that makes so many bytes."""
 
     def step(shape):
         seen.append(shape)
-        torch.empty((fixed + a_token * tokens_of(shape)) // 4)
+        torch.empty((fixed + a_token * tokens_of(shape) + a_video * shape[0]) // 4)
 
     return step
 
@@ -67,10 +67,12 @@ def test_a_small_step_is_made_and_counted():
     assert seen == [(2, 3, 8, 8)]
 
 
-def test_a_large_step_follows_from_smaller_ones():
-    seen, large = [], (4, 21, 60, 104)
-    tokens = tokens_of(large)
-    assert step_size(step_of(4000, 40, seen), large) == pytest.approx(1.05 * (4000 + 40 * tokens), rel=1e-6)
+@pytest.mark.parametrize("videos", [1, 4])
+def test_a_large_step_follows_from_smaller_ones(videos):
+    """Also where each video brings something of its own, as its text."""
+    seen, large = [], (videos, 21, 60, 104)
+    size = 4000 + 40 * tokens_of(large) + 80_000 * videos
+    assert step_size(step_of(4000, 40, seen, 80_000), large) == pytest.approx(1.05 * size, rel=1e-6)
     assert large not in seen and all(tokens_of(shape) <= PROBE for shape in seen)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dcm_core.distill.config import TrainingConfig
-from dcm_core.distill.state import SavedState, read_state, save_state
+from dcm_core.distill.state import SavedState, check_folder, read_state, save_state
 from dcm_core.errors import CheckpointError
-from dcm_core.storage import TensorFile, write_tensors
+from dcm_core.storage import TensorFile, temporary_file, write_tensors
 
 CONFIG = TrainingConfig("semantic")
 TERMS = st.dictionaries(st.sampled_from(("loss", "temporal", "held_out")), st.floats(allow_infinity=False, allow_nan=False))
@@ -60,3 +61,29 @@ def test_a_state_without_a_readable_history_is_damaged(tmp_path, metadata, histo
     write_tensors(path, {"x": torch.ones(2)} | ({} if history is None else {"history": history}), metadata)
     with pytest.raises(CheckpointError, match=r"step_00000002.* is a damaged training state"):
         read_state(path)
+
+
+def test_an_old_state_that_another_program_holds_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    unlink = Path.unlink
+
+    def held(path, missing_ok=False):
+        if path.name.startswith("step_"):
+            raise PermissionError(13, "in use", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", held)
+        for steps in (1, 2):
+            save_state(tmp_path, SavedState(steps, CONFIG, {}, [{"step": 1}] * steps, {}), keep=1)
+    assert "step_00000001.safetensors cannot be removed (in use)" in caplog.text
+    save_state(tmp_path, SavedState(3, CONFIG, {}, [], {}), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003.safetensors"]
+
+
+def test_what_a_killed_writer_has_left_is_removed(tmp_path):
+    """And nothing else's."""
+    with temporary_file(tmp_path / "step_00000001.safetensors") as left, temporary_file(tmp_path / "expert.safetensors") as other:
+        left.write_bytes(b"half")
+        check_folder(tmp_path, size=1, count=1)
+        assert not left.exists() and other.exists()
+        left.touch()

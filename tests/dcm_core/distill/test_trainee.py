@@ -48,8 +48,11 @@ def test_pairs_on_every_linear_of_the_blocks_beside_the_release_s_sites_elsewher
     added = set(new[True].low_rank) - set(new[False].low_rank)
     assert added == {"single_blocks.0.linear2", "double_blocks.0.txt_attn.qkv"}
     assert "txt_in.individual_token_refiner.blocks.0.self_attn.proj" in new[True].low_rank
-    (update,) = new[True].low_rank["single_blocks.0.linear1"]
-    assert (update.start, update.up.shape) == (0, (7 * WIDTH, 2))
+    # q, k and v keep pairs of their own, the feed-forward rows beside them get one
+    rows = {name: [(update.start, len(update.up)) for update in updates] for name, updates in new[True].low_rank.items()}
+    assert rows["single_blocks.0.linear1"] == [(0, WIDTH), (WIDTH, WIDTH), (2 * WIDTH, WIDTH), (3 * WIDTH, 4 * WIDTH)]
+    assert rows["double_blocks.0.img_attn.qkv"] == [(0, WIDTH), (WIDTH, WIDTH), (2 * WIDTH, WIDTH)]
+    assert rows["double_blocks.0.txt_attn.qkv"] == [(0, 3 * WIDTH)]
     assert set(new[True].replaced) == set(new[False].replaced)
     assert set(new_detail(WAN, WAN_MODULES, 2, 4.0, generator(), every_linear=True).low_rank) == set(
         new_semantic(WAN, WAN_MODULES, 2, 4.0, generator()).low_rank
@@ -194,6 +197,15 @@ def test_averaging():
     average.average(trainee, 0.75)
     for (_, value), old in zip(average.named_parameters(), start, strict=True):
         assert torch.allclose(value, old + 0.25, atol=1e-6) and not value.requires_grad
+
+
+def test_an_alpha_that_a_file_has_rounded_is_one_alpha():
+    """Fused layers store three times the alpha over three times the rank."""
+    alphas = [torch.tensor(value, dtype=torch.float32).item() / rank for value, rank in ((0.1, 16), (0.1 * 3, 48))]
+    assert alphas[0] != alphas[1]
+    pairs = [LowRank(torch.zeros(2, WIDTH), torch.zeros(WIDTH, 2), scale) for scale in alphas]
+    expert = Expert("wan", "semantic", {"blocks.0.self_attn.q": (pairs[0],), "blocks.0.self_attn.o": (pairs[1],)})
+    assert make_trainee(expert, WAN_MODULES, torch.device("cpu")).scale == pytest.approx(0.1 / 16)
 
 
 def test_experts_that_cannot_be_trained_on_are_refused():
