@@ -3,7 +3,7 @@
     COMFYUI_PATH=<ComfyUI> python benchmarks/training_memory.py [--first <rows>]
 
 Base and steps are made on PyTorch's meta device by the code that a run asks (`Trainer.memory`), at the full length of the video.
-Attention is the flash kernel's, which keeps no matrix of scores.
+Attention is the flash kernel's, which keeps no matrix of scores. A detail expert stands on a semantic LoRA of its own rank.
 """
 
 import argparse
@@ -70,8 +70,12 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
     module = transformer(name, dtype).requires_grad_(False)
     modules, generator = dict(module.named_modules()), torch.Generator()
     shapes = {key: value.shape for key, value in module.state_dict().items()}
-    make = {"semantic": trainee.new_semantic, "detail": trainee.new_detail}[config.expert]
-    expert = make(family, modules, config.rank, config.alpha, generator, weight_of=lambda key: torch.empty(shapes[key]))
+
+    def new(make: Callable[..., Any]) -> Any:
+        return make(family, modules, config.rank, config.alpha, generator, weight_of=lambda key: torch.empty(shapes[key]))
+
+    expert = new(trainee.new_semantic if config.expert == "semantic" else trainee.new_detail)
+    below = new(trainee.new_semantic) if config.expert == "detail" else None
     extras = {} if name == WAN else {"pooled_output": torch.zeros(1, 768)}
     text = [[torch.zeros(1, TEXT_TOKENS, TEXT_DIM), extras]]
     data = pack("dcm_core.distill.dataset").TensorData([torch.zeros(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text)
@@ -80,7 +84,7 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = pack("dcm_core.distill.trainer").Trainer(
-            backbone, data, config, replace(expert, boundary=config.boundary), Path(folder), META
+            backbone, data, config, replace(expert, boundary=config.boundary), Path(folder), META, below
         )
         return trainer.memory()
 

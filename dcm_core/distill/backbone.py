@@ -145,15 +145,11 @@ class Backbone:
             return
         blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
 
-        def on_copies(forward: Callable[..., Any]) -> Callable[..., Any]:
-            # what is kept has to stay as it is
-            return lambda *args, **kwargs: forward(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
-
         # another pack may have put a forward of its own on a block
         before = [block.__dict__.get("forward") for block in blocks]
         try:
             for block in blocks:
-                forward = on_copies(block.forward) if self.family.writes_in_place else block.forward
+                forward = _on_copies(block) if self.family.writes_in_place else block.forward
                 block.__dict__["forward"] = self._forgetful(forward, experts)
             yield
         finally:
@@ -161,6 +157,25 @@ class Backbone:
                 block.__dict__.pop("forward", None)
                 if own is not None:
                     block.__dict__["forward"] = own
+
+
+def _on_copies(block: nn.Module) -> Callable[..., Any]:
+    """The forward of a block that writes into its input after its norms have read it.
+
+    What the backward pass needs stays as it is: the block's input, which is kept, and that of its norms. PyTorch notices such a
+    write, but not into what a checkpoint computes again.
+    """
+    forward, norms = block.forward, [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        hooks = [norm.register_forward_pre_hook(lambda _, given: tuple(map(_own, given))) for norm in norms]
+        try:
+            return forward(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return run
 
 
 def _own(value: Any) -> Any:

@@ -9,7 +9,7 @@ from .training import make_trainer
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
-TOLERANCE = 2e-4
+TOLERANCE, GRADIENTS = 2e-4, 3e-4
 BOUNDARY, GUIDANCE, CFG = 0.982, 6.0, 5.0
 
 
@@ -152,12 +152,12 @@ def test_step_equals_the_slow_one(side, trainer, model):
         downs = branch.down.weight.split(branch.ranks)
         for start, up, down, grad in zip(branch.starts, branch.ups, downs, branch.down.weight.grad.split(branch.ranks), strict=True):
             part = whole[start : start + len(up.weight)]
-            assert relative(up.weight.grad, made.trainee.scale * part @ down.detach().t()) < 2e-2, name
-            assert relative(grad, made.trainee.scale * up.weight.detach().t() @ part) < 2e-2, name
+            assert relative(up.weight.grad, made.trainee.scale * part @ down.detach().t()) < GRADIENTS, name
+            assert relative(grad, made.trainee.scale * up.weight.detach().t() @ part) < GRADIENTS, name
             checked += 1
     for name, site in zip(made.trainee.replaced.names, made.trainee.replaced.sites, strict=True):
         for param, value in site.replaced.named_parameters():
-            assert relative(value.grad, gradients[f"{name}.{param}"]) < 2e-2, name
+            assert relative(value.grad, gradients[f"{name}.{param}"]) < GRADIENTS, name
             checked += 1
     assert checked > 5
 
