@@ -33,6 +33,7 @@ from .sampling import as_image
 from .show import Show, in_words, with_experts
 from .training_base import (
     check_data,
+    check_fits,
     clear_device,
     differentiable,
     hold,
@@ -131,9 +132,15 @@ def train_expert(
         clear_device(base)
         # first: what other clones have patched into the shared model is taken out again
         hold(base, 0)
-        expert, backbone = first_expert(base, family, config, start, below), make_backbone(base, family, config)
-        trained = FLOAT32 * ((1 + (config.ema_decay > 0)) * size_of(expert) + (size_of(below) if below else 0))
-        hold(base, trained + discriminator_size(backbone, config))
+        backbone = make_backbone(base, family, config)
+        beside = discriminator_size(backbone, config) + (FLOAT32 * size_of(below) if below else 0)
+        if config.rank == 0:
+            # as large as the model: refused before it is made
+            check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
+        expert = first_expert(base, family, config, start, below)
+        trained = FLOAT32 * size_of(expert)
+        check_fits(base, config, trained, beside)
+        hold(base, (1 + (config.ema_decay > 0)) * trained + beside)
         processes = join(base.load_device)
         show = Show(base, below, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
         trainer = Trainer(
@@ -179,12 +186,15 @@ def shared_boundary(config: TrainingConfig, start: Expert | None, below: Expert 
 
 
 def check_form(model: Any, config: TrainingConfig, family: Family, start: Expert | None, below: Expert | None) -> None:
-    """Refuse settings that a run would pass over, or whose expert would never run.
+    """Refuse experts that do not fit, settings that a run would pass over, and those whose expert would never run.
 
     Raises:
-        TrainingError: a semantic expert that is only on the MODEL, a form that the expert to go on from does not have, or a
-            schedule without a step on either side of the boundary.
+        TrainingError: an expert of another family, a semantic expert that is only on the MODEL, a form that the expert to go on
+            from does not have, or a schedule without a step on either side of the boundary.
     """
+    for given in (start, below):
+        if given is not None and given.family != family.name:
+            raise TrainingError(f"The expert is of {given.family}, the model is {family.title}. Choose an expert made for this model.")
     attached = attached_experts(model)
     if attached is not None and attached.semantic and config.expert == "detail" and below is None:
         raise TrainingError(
@@ -218,23 +228,18 @@ def check_not_output(what: str, given: Path, file: Path) -> None:
 
 
 def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expert | None, below: Expert | None) -> Expert:
-    """What training begins with.
-
-    Raises:
-        TrainingError: an expert of another family.
-    """
+    """What training begins with: the given expert, or one that changes nothing yet."""
     modules = dict(diffusion_model(model).named_modules())
     generator = generator_of(config.seed, 0, 0)
-    for given in (start, below):
-        if given is not None and given.family != family.name:
-            raise TrainingError(f"The expert is of {given.family}, the model is {family.title}. Choose an expert made for this model.")
-    if start is not None:
-        expert = replace(start, role=config.expert)
-    elif config.expert == "semantic":
-        expert = new_semantic(family, modules, config.rank, config.alpha, generator, own_weights(model))
+    if config.expert == "semantic":
+        expert = start or new_semantic(family, modules, config.rank, config.alpha, generator, own_weights(model))
+    elif start is not None and start.replaced:
+        expert = start
     else:
         expert = new_detail(family, modules, config.rank, config.alpha, generator, below, own_weights(model), config.every_linear)
-    return replace(expert, boundary=config.boundary, timesteps=config.timesteps(family))
+        # a plain LoRA has no embedders and head of its own
+        expert = expert if start is None else replace(start, replaced=expert.replaced)
+    return replace(expert, role=config.expert, boundary=config.boundary, timesteps=config.timesteps(family))
 
 
 def save_expert(path: Path, expert: Expert, model: Any) -> None:

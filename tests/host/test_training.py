@@ -133,6 +133,12 @@ def test_another_configuration_or_other_data_is_not_resumed(train, module, model
             train(model, data, config("detail", steps=2), tmp_path / "detail", **given)
 
 
+def test_fewer_steps_than_were_made_give_the_expert_as_it_is(train, model, data, config, tmp_path):
+    whole = train(model, data, config("semantic", steps=3), tmp_path)
+    again = train(model, data, config("semantic", steps=2), tmp_path)
+    assert same(whole.expert, again.expert) and again.history == whole.history
+
+
 def test_a_damaged_state_is_passed_over(train, model, data, config, tmp_path):
     settings = config("semantic", steps=4, save_every=2, keep=3)
     whole = train(model, data, settings, tmp_path)

@@ -157,6 +157,22 @@ def run_on_card(module, train, config, small_card, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.parametrize(("settings", "first", "advice"), [
+    ({"rank": 0}, "first_expert", r"a rank above 0 \(a LoRA instead"), ({"rank": 128, "alpha": 128.0}, "Trainer", "rank below 128"),
+])
+def test_tensors_that_cannot_fit_are_refused_before_they_are_made(
+    settings, first, advice, wan, train, data, config, module, small_card, tmp_path, monkeypatch
+):
+    def never(*args, **keywords):
+        raise AssertionError("made")
+
+    monkeypatch.setattr(module("nodes.host.training"), first, never)
+    card = small_card(wan(layers=2), 8 * 2**20, ())
+    with pytest.raises(module("dcm_core.errors").DCMError, match=rf"Training needs about .* GiB beside the base model.*{advice}"):
+        train(card, data, config("semantic", **settings), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def measured_on_card(pack, module, monkeypatch):
     """A measured step runs out of memory where it makes more than the card has free."""

@@ -260,6 +260,14 @@ def test_a_form_that_the_expert_to_continue_from_has_not_is_refused(form, settin
         train(model, data, config("semantic", **settings), tmp_path, start=start)
 
 
+def test_a_plain_lora_to_continue_from_gets_embedders_and_head_of_its_own(module, model, config):
+    training, family = module("nodes.host.training"), module("dcm_core.families").WAN
+    settings = config("detail")
+    fresh = training.first_expert(model, family, settings, None, None)
+    again = training.first_expert(model, family, settings, dataclasses.replace(fresh, role="semantic", replaced={}), None)
+    assert again.role == "detail" and same(fresh, again) and set(again.replaced) == set(fresh.replaced) != set()
+
+
 @pytest.mark.parametrize("side", ["semantic", "detail"])
 def test_a_schedule_without_a_step_for_an_expert_is_refused(side, train, model, data, config, tmp_path):
     with pytest.raises(ValueError, match=r"detail \(low-noise\) side is empty.*the boundary is 0\.3.*shift, sample_steps and boundary"):
