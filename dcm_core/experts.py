@@ -174,29 +174,36 @@ def expert_to_state_dict(
 
 
 def write_expert(
-    path: str | os.PathLike, expert: Expert, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype | None = None
+    path: str | os.PathLike,
+    expert: Expert,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype | None = None,
+    replaced_dtype: torch.dtype | None = None,
 ) -> None:
     """Write our expert file, one tensor in memory at a time beside the expert.
 
     Args:
         dtype: of the written tensors (alphas stay as they are), None to keep.
+        replaced_dtype: of what replaces the base's tensors, None for `dtype`.
 
     Raises:
-        CheckpointError: too little room on the disk, or values that `dtype` cannot hold.
+        CheckpointError: too little room on the disk, or values that a dtype cannot hold.
     """
-    entries = expert_entries(expert, shapes, dtype)
+    entries = expert_entries(expert, shapes, dtype, replaced_dtype)
     tensors = ((key, cast(key, tensor, entries[key][0])) for key, tensor in expert_tensors(expert, shapes))
     write_stream(path, entries, tensors, expert_metadata(expert, len(entries)))
 
 
 def expert_entries(
-    expert: Expert, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype | None = None
+    expert: Expert, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype | None = None, replaced_dtype: torch.dtype | None = None
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """key -> (dtype, shape) of our expert file."""
-    return {
-        key: (tensor.dtype if dtype is None or key.endswith(".alpha") else dtype, tuple(tensor.shape))
-        for key, tensor in expert_tensors(expert, shapes)
-    }
+
+    def dtype_of(key: str, tensor: Tensor) -> torch.dtype:
+        wanted = (key.endswith(".set_weight") and replaced_dtype) or dtype
+        return tensor.dtype if wanted is None or key.endswith(".alpha") else wanted
+
+    return {key: (dtype_of(key, tensor), tuple(tensor.shape)) for key, tensor in expert_tensors(expert, shapes)}
 
 
 def expert_tensors(expert: Expert, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:

@@ -107,7 +107,7 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
     if not all(math.isfinite(value) and 0 <= value <= 1 + 1e-6 for value in values):
         raise ScheduleError(
             f"The sigmas are {listed}; a flow model's noise levels lie between 1 and 0. "
-            "Use DCMScheduler, or a scheduler that takes the MODEL."
+            "Use DCM Scheduler, or a scheduler that takes the MODEL."
         )
     if any(later >= earlier for earlier, later in pairwise(values)):
         raise ScheduleError(f"The sigmas are {listed}; they have to fall from step to step. Check what feeds `sigmas`.")

@@ -120,7 +120,7 @@ class DCMSaveDataset(io.ComfyNode):
     @classmethod
     def execute(cls, dataset: Any, file_name: str, overwrite: bool) -> io.NodeOutput:
         path = new_file(DATASETS, file_name, overwrite)
-        write_data(path, dataset)
+        write_data(path, dataset, progress=byte_progress(cls.hidden.unique_id))
         return io.NodeOutput(ui=report(f"saved {len(dataset)} clips to {path}", cls.hidden.unique_id))
 
 
@@ -146,7 +146,7 @@ class DCMLoadDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:
-        data = read_data(path_of(DATASETS, file_name))
+        data = read_data(path_of(DATASETS, file_name), byte_progress(cls.hidden.unique_id))
         return io.NodeOutput(data, ui=report(f"{len(data)} clips, {len(data.buckets)} sizes", cls.hidden.unique_id))
 
 

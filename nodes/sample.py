@@ -51,7 +51,7 @@ class DCMSampler(io.ComfyNode):
                 "expert, one trajectory. The text on the node says which step runs with which expert."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A model with experts (DCMLoadModel, DCMAttachExperts), or the high-noise model."),
+                io.Model.Input("model", tooltip="A model with experts (DCM Load Model, DCM Attach Experts), or the high-noise model."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Latent.Input("latent_image", tooltip="An empty video latent, or a video to start from (denoise below 1)."),
                 io.Int.Input(

@@ -34,7 +34,8 @@ def common_inputs(steps: int, learning_rate: float, rank_floor: int) -> list[io.
     return [
         io.Int.Input("steps", default=steps, min=1, max=1_000_000, tooltip="Optimiser steps in all; raise it to train a finished run on."),
         io.Float.Input(
-            "learning_rate", default=learning_rate, min=1e-9, max=1.0, step=1e-7, round=False, tooltip="Peak learning rate of AdamW."
+            "learning_rate", default=learning_rate, min=0.0, max=1.0, step=1e-7, round=False,
+            tooltip="Peak learning rate of AdamW. 0 takes 1e-4 for a semantic LoRA, 1e-6 for rank 0, 5e-6 for a detail expert.",
         ),
         io.Int.Input("rank", default=128, min=rank_floor, max=1024, tooltip=f"Rank of the low-rank pairs (the release has 128).{full}"),
         io.Float.Input("alpha", default=256.0, min=0.01, max=4096.0, step=0.5, tooltip="The pairs work at alpha / rank (the release: 2)."),
@@ -50,9 +51,7 @@ def common_inputs(steps: int, learning_rate: float, rank_floor: int) -> list[io.
             tooltip="Sigma between the experts, stored with the expert; both experts need the same. 0 takes that of the expert "
             "it goes with, else the family's (Wan 2.1: 0.979, HunyuanVideo: 0.982).",
         ),
-        io.Boolean.Input(
-            "gradient_checkpointing", default=True, tooltip="Needs far less memory, and about a third more time.",
-        ),
+        io.Boolean.Input("gradient_checkpointing", default=True, tooltip="Needs far less memory and somewhat more time."),
     ]
 
 
@@ -70,7 +69,8 @@ def last_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "cfg", default=5.0, min=0.0, max=30.0, step=0.1, **advanced(io.Float.Input),
-            tooltip="Guidance of the teacher, w in cond + w (cond - negative); the expert learns it, and samples at cfg 1.",
+            tooltip="KSampler's cfg minus 1: the teacher's w in cond + w (cond - negative); 0 is no guidance. The expert learns it, and "
+            "samples at cfg 1.",
         ),
         io.Float.Input(
             "ema_decay", default=0.95, min=0.0, max=0.9999, step=0.01, round=False, **advanced(io.Float.Input),
@@ -89,6 +89,23 @@ def last_inputs() -> list[io.Input]:
             tooltip="An expert file to begin with, instead of one that changes nothing.",
         ),
         io.Vae.Input("vae", optional=True, tooltip="Decodes the sample videos into output/dcm_training/<name>."),
+    ]
+
+
+def further_inputs() -> list[io.Input]:
+    """After all others, as saved graphs hold values by their place."""
+    return [
+        io.Float.Input(
+            "guidance", default=6.0, min=0.0, max=100.0, step=0.1, optional=True, **advanced(io.Float.Input),
+            tooltip="Embedded guidance of HunyuanVideo, in training and samples.",
+        ),
+        io.Int.Input(
+            "warmup_steps", default=10, min=0, max=100_000, optional=True, **advanced(io.Int.Input),
+            tooltip="Steps in which the learning rate rises to its peak.",
+        ),
+        io.Int.Input(
+            "keep", default=2, min=1, max=1000, optional=True, **advanced(io.Int.Input), tooltip="Newest states that are kept.",
+        ),
     ]
 
 
@@ -123,6 +140,7 @@ class DCMTrainSemanticExpert(io.ComfyNode):
                     tooltip="Weight of the temporal coherence loss, which is for the motion.",
                 ),
                 *last_inputs(),
+                *further_inputs(),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
@@ -185,6 +203,7 @@ class DCMTrainDetailExpert(io.ComfyNode):
                     tooltip="Pairs on every linear of the blocks, feed-forward too, instead of on the attention alone as in the "
                     "release. Helps on top of a semantic expert that was trained whole; the file is larger.",
                 ),
+                *further_inputs(),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],

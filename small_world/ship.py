@@ -14,7 +14,7 @@ import host
 
 # isort: split
 import torch
-from distill import load_base, load_data, load_expert, training
+from distill import load_base, load_data, load_expert
 from torch import Tensor
 from world import CAPTIONS, embed
 
@@ -27,6 +27,7 @@ TEXT_LAYER, TEXT_RANK = "text_embedding.0", 16
 
 storage, conditioning = host.pack("dcm_core.storage"), host.pack("dcm_core.conditioning")
 experts, extract = host.pack("dcm_core.experts"), host.pack("dcm_core.extract")
+attach = host.pack("nodes.host.attach")
 
 
 def copy_in_half(source: Path, target: Path) -> None:
@@ -85,7 +86,7 @@ def write_experts(folder: Path, base: Any, target: Path) -> None:
     found = {"semantic": small, "detail": compact(dataclasses.replace(detail, low_rank={}, replaced=own, diff=diff), DETAIL_VALUES)}
     target.mkdir(parents=True, exist_ok=True)
     for side, expert in found.items():
-        training.save_expert(target / f"dcm_small_world_{side}.safetensors", expert, base)
+        experts.write_expert(target / f"dcm_small_world_{side}.safetensors", expert, attach.module_shapes(base), torch.bfloat16)
 
 
 def write_captions(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The documentation speaks of what is there: links lead to files, the method map names functions and tests that exist."""
 
 import ast
+import dataclasses
 import json
 import re
 from functools import cache
@@ -8,6 +9,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+
+from dcm_core.distill.config import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
 METHOD_MAP = ROOT / "docs" / "method-map.md"
@@ -123,3 +126,12 @@ def test_a_page_that_names_what_is_not_there_fails(tmp_path, monkeypatch, text, 
     page.write_text(text)
     with pytest.raises(AssertionError):
         test(page)
+
+
+def test_every_training_setting_is_documented_with_its_default():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = text[text.index("| in `training` |"):].partition("\n\n")[0]
+    found = {}
+    for names, defaults, _ in ROW.findall(table.partition("\n")[2]):
+        found |= dict(zip(re.findall(r"`(\w+)`", names), map(json.loads, defaults.split(", ")), strict=True))
+    assert found == {field.name: field.default for field in dataclasses.fields(TrainingConfig) if field.name != "expert"}

@@ -142,8 +142,11 @@ def _is_video(path: Path) -> bool:
 
 
 def _text(path: Path) -> str:
-    """The text of a file, empty if there is none; bytes that are no UTF-8 become U+FFFD."""
-    return path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    """The text of a file, empty if there is none or it cannot be read; bytes that are no UTF-8 become U+FFFD."""
+    try:
+        return path.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError:
+        return ""
 
 
 def _clip_of_line(source: Path, number: int, line: str) -> Clip:

@@ -24,6 +24,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "steps": (1, 1e7),
     "batch_size": (1, 4096),
     "accumulate": (1, 4096),
+    "seed": (0, 2**63 - 1),
     "rank": (0, 4096),
     "alpha": (1e-6, 1e6),
     "learning_rate": (1e-12, 10),

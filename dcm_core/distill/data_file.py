@@ -9,14 +9,19 @@ from torch import Tensor
 
 from ..conditioning import Conditioning
 from ..errors import DCMError
-from ..storage import TensorFile, write_tensors
+from ..storage import Progress, TensorFile, write_tensors
 from .dataset import TensorData, TrainingData
 
 FORMAT = "dcm-dataset"
 
 
-def write_data(path: str | os.PathLike, data: TrainingData, dtype: torch.dtype = torch.bfloat16) -> None:
+def write_data(
+    path: str | os.PathLike, data: TrainingData, dtype: torch.dtype = torch.bfloat16, progress: Progress = lambda done, total: None
+) -> None:
     """Write all of `data`; texts that are the same are written once.
+
+    Args:
+        progress: called with (done, total) for each clip; may raise to interrupt, which leaves no file.
 
     Raises:
         DCMError: texts with extras that are no tensors or numbers.
@@ -25,9 +30,12 @@ def write_data(path: str | os.PathLike, data: TrainingData, dtype: torch.dtype =
     tensors: dict[str, Tensor] = {}
     texts: list[dict[str, float]] = []
     known: dict[str, int] = {}
-    which = [_add_text(data.conditioning(index), tensors, texts, known, dtype) for index in range(len(data))]
+    which = []
+    for index in range(len(data)):
+        which.append(_add_text(data.conditioning(index), tensors, texts, known, dtype))
+        tensors[f"latent.{index}"] = data.latent(index).to(dtype).contiguous()
+        progress(index + 1, len(data))
     unconditional = _add_text(data.unconditional(), tensors, texts, known, dtype)
-    tensors |= {f"latent.{index}": data.latent(index).to(dtype).contiguous() for index in range(len(data))}
     facts = {"which": which, "unconditional": unconditional, "texts": texts}
     write_tensors(path, tensors, {"format": FORMAT, "version": "1", "facts": json.dumps(facts)})
 
@@ -53,8 +61,11 @@ def _digest(value: Tensor) -> str:
     return hashlib.sha256(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def read_data(path: str | os.PathLike) -> TensorData:
+def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: None) -> TensorData:
     """Read the data back.
+
+    Args:
+        progress: as for `write_data`.
 
     Raises:
         DCMError: a file that holds none, or a damaged one.
@@ -69,7 +80,10 @@ def read_data(path: str | os.PathLike) -> TensorData:
             start = f"text.{index}."
             values = {key.removeprefix(start): file.read(key) for key in file.shapes if key.startswith(start)}
             texts.append([[values.pop("context"), {**values, **numbers}]])
-        latents = [file.read(f"latent.{index}") for index in range(len(facts["which"]))]
+        latents = []
+        for index in range(len(facts["which"])):
+            latents.append(file.read(f"latent.{index}"))
+            progress(index + 1, len(facts["which"]))
         return TensorData(latents, texts, facts["which"], texts[facts["unconditional"]])
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise DCMError(f"{path} is a damaged data file ({error}). Save the dataset again.") from error

@@ -3,11 +3,12 @@
 Randomness and the order of the data follow from seed and step; they need no state.
 """
 
+import dataclasses
 import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,13 @@ def check_folder(folder: Path, size: int, count: int) -> None:
     check_room({folder / STATES: missing * size})
 
 
-def save_state(folder: Path, saved: SavedState, keep: int) -> Path:
-    """Write the state, then remove those before it but the last `keep - 1`.
+def save_state(folder: Path, saved: SavedState, keep: int, lowest: int = 0) -> Path:
+    """Write the state, then remove those before it but the last `keep - 1`, and the newest of the first `lowest` steps.
+
+    Where the disk is full, all but the newest make room first.
 
     Raises:
-        CheckpointError: too little room on the disk; the older states stay.
+        CheckpointError: too little room on the disk; the newest state stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{saved.steps:08d}.safetensors"
@@ -113,14 +116,33 @@ def save_state(folder: Path, saved: SavedState, keep: int) -> Path:
         "facts": json.dumps(saved.facts),
     }
     tensors = {name: tensor.detach() for name, tensor in saved.tensors.items()}
-    write_tensors(path, {**tensors, HISTORY: _as_tensor(saved.history)}, metadata)
-    for old in sorted(found for found in saved_states(folder) if found <= path)[:-keep]:
+    tensors[HISTORY] = _as_tensor(saved.history)
+    try:
+        write_tensors(path, tensors, metadata)
+    except CheckpointError:
+        spare = _sorted_states(folder, path)[:-1]
+        if not spare:
+            raise
+        _remove(spare)
+        write_tensors(path, tensors, metadata)
+    before = _sorted_states(folder, path)
+    good = [found for found in before if int(NAME.fullmatch(found.name)[1]) <= lowest]
+    _remove(found for found in before[:-keep] if found not in good[-1:])
+    return path
+
+
+def _sorted_states(folder: Path, path: Path) -> list[Path]:
+    """The states up to `path`, oldest first; others are of another run, or damaged."""
+    return sorted(found for found in saved_states(folder) if found <= path)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         try:
-            old.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except OSError as error:
             # held by another program, such as a backup: it goes with a later state
-            logger.warning("%s cannot be removed (%s)", old, error.strerror)
-    return path
+            logger.warning("%s cannot be removed (%s)", path, error.strerror)
 
 
 def saved_states(folder: Path) -> Iterator[Path]:
@@ -158,6 +180,8 @@ def read_state(path: Path) -> SavedState:
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} holds no training state. Choose the folder of a training run.")
     tensors = file.read_all()
+    if unknown := set(json.loads(file.metadata.get("config", "{}"))) - {field.name for field in dataclasses.fields(TrainingConfig)}:
+        raise CheckpointError(f"{path} is of a newer version: {', '.join(sorted(unknown))} is no setting here. Update ComfyUI-DCM.")
     try:
         # version 0.1.0 had the history in the header
         history = tensors.pop(HISTORY).numpy().tobytes() if HISTORY in tensors else file.metadata[HISTORY]

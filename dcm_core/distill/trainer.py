@@ -25,7 +25,7 @@ from .parallel import Processes
 from .stages import DetailStage, SemanticStage, Terms
 from .state import History, SavedState, check_folder, newest_state, save_state
 from .trainee import make_fixed, make_trainee
-from .watch import Diverged, check_losses
+from .watch import Diverged, check_losses, lowest_window
 from .watcher import Quiet, Watcher
 
 logger = logging.getLogger(__name__)
@@ -302,7 +302,9 @@ class Trainer:
     def _save(self) -> None:
         if self.processes.first:
             saved = SavedState(self.done, self.config, self.facts, self.history, self._tensors())
-            save_state(self.folder, saved, self.config.keep)
+            # if the run diverges, it goes on from there
+            lowest = lowest_window(self.history) if self.config.divergence else 0
+            save_state(self.folder, saved, self.config.keep, lowest)
         self.saved = self.done
 
     @torch.no_grad()

@@ -38,14 +38,24 @@ class Diverged(TrainingError):
     """The expert has become worse than it was; it is not worth saving."""
 
 
-def _check_growth(history: History, config: TrainingConfig) -> None:
+def lowest_window(history: History) -> int:
+    """The last step of the window of the lowest mean loss, 0 where there is no whole window."""
+    means = _window_means(history)
+    return WINDOW * (1 + min(range(len(means)), key=means.__getitem__)) if means else 0
+
+
+def _window_means(history: History) -> list[float]:
     losses = [entry["loss"] for entry in history]
-    windows = [losses[start : start + WINDOW] for start in range(0, len(losses), WINDOW)]
-    means = [mean(finite) if (finite := [loss for loss in window if math.isfinite(loss)]) else math.inf for window in windows]
-    lowest = min(range(len(means)), key=means.__getitem__)
-    if means[-1] > config.divergence * means[lowest]:
+    windows = [losses[end - WINDOW : end] for end in range(WINDOW, len(losses) + 1, WINDOW)]
+    return [mean(finite) if (finite := [loss for loss in window if math.isfinite(loss)]) else math.inf for window in windows]
+
+
+def _check_growth(history: History, config: TrainingConfig) -> None:
+    means, step = _window_means(history), lowest_window(history)
+    lowest = means[step // WINDOW - 1]
+    if means[-1] > config.divergence * lowest:
         raise Diverged(
-            f"The loss has grown {means[-1] / means[lowest]:.0f}-fold since step {WINDOW * (lowest + 1)}, to {means[-1]:.3g}: training "
-            f"diverges. It stopped at step {len(history)} without saving. Remove the states after step {WINDOW * (lowest + 1)}, lower "
-            "learning_rate and resume, or start anew under another name."
+            f"The loss has grown {means[-1] / lowest:.0f}-fold since step {step}, to {means[-1]:.3g}: training diverges. It stopped at "
+            f"step {len(history)} without saving. Remove the states after step {step} (the run starts anew if none is left), lower "
+            "learning_rate and resume."
         )

@@ -20,7 +20,7 @@ from .encoders import host_encoders
 from .expert_files import read_expert_file
 from .folders import data_cache
 from .load import load_file
-from .training import check_not_output, save_expert, train_expert
+from .training import check_not_output, plots_of, save_expert, train_expert
 
 logger = logging.getLogger("ComfyUI-DCM")
 
@@ -72,6 +72,8 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     )
     if processes.first:
         save_expert(output, result.expert, model)
+        for term, plot in plots_of(result).items():
+            plot.save(states / f"loss_{term}.png")
     return f"{result.expert}, {len(result.history)} steps, saved to {output}"
 
 
@@ -90,7 +92,8 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Train
     """The data, and the VAE where there is one."""
     given = settings.get("dataset")
     if isinstance(given, str):
-        return read_data(path_in(folder, "dataset", given)), None
+        vae = load_vae(path_in(folder, "vae", settings["vae"])) if "vae" in settings else None
+        return read_data(path_in(folder, "dataset", given)), vae
     if not isinstance(given, dict) or "folder" not in given:
         raise TrainingError(f"`dataset` is {given!r}; it has to be a file of DCM Save Dataset, or settings with a `folder` of clips.")
     values = dict(given)

@@ -44,7 +44,7 @@ def load_file(path: Path, weight_dtype: str, node_id: str | None = None) -> tupl
     contents = recognise(file)
     if contents.layout is Layout.EXPERT:
         raise CheckpointError(
-            f"{name} holds an expert (a LoRA), not a model. Load the base model here and give this file to DCMAttachExperts."
+            f"{name} holds an expert (a LoRA), not a model. Load the base model here and give this file to DCM Attach Experts."
         )
     if contents.layout in (Layout.NATIVE, Layout.OTHER):
         model = comfy.sd.load_diffusion_model(str(path), model_options=dict(WEIGHT_DTYPES[weight_dtype]))

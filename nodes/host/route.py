@@ -78,7 +78,7 @@ def route_call(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -
     if facts is None:
         raise ExpertError(
             "The DCM experts of this MODEL are gone: another node took it apart after they were attached. "
-            "Put DCMAttachExperts (or DCMLoadModel) after that node."
+            "Put DCM Attach Experts (or DCM Load Model) after that node."
         )
     detail = is_detail(t, facts.boundary)
     rows = int(detail.sum())  # one wait for the device, not one for each question
@@ -97,6 +97,6 @@ def expert_in_place(patcher: Any, facts: AttachedExperts, side: str) -> Abstract
     experts = [p.model for p in patcher.get_additional_models_with_key(KEY)]
     present = {expert.role for expert in experts}
     if missing := sorted(set(facts.strengths) - present):
-        raise ExpertError(f"The {missing[0]} expert of this MODEL is missing. Attach it again with DCMAttachExperts.")
+        raise ExpertError(f"The {missing[0]} expert of this MODEL is missing. Attach it again with DCM Attach Experts.")
     working = [(expert, facts.strengths[expert.role]) for expert in experts if side in expert.sides]
     return in_place(patcher.model.diffusion_model, working, add_linear)

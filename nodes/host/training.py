@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ...dcm_core.distill.batches import generator_of
@@ -98,9 +99,13 @@ def train_and_save(
         model, data, config, folder, start=load_expert(continue_from, config.expert, model), below=below, vae=vae, node_id=node_id
     )
     save_expert(file, result.expert, model)
-    terms = [term for term in result.history[-1] if term != "step"]
-    plots = torch.cat([as_image(plot_losses(result.history, term)) for term in terms])
+    plots = torch.cat([as_image(plot) for plot in plots_of(result).values()])
     return Run(with_experts(model, result.expert, below), result, file, plots)
+
+
+def plots_of(result: Result) -> dict[str, Image.Image]:
+    """A plot of each loss, by its name."""
+    return {term: plot_losses(result.history, term) for term in result.history[-1] if term != "step"}
 
 
 def train_expert(
@@ -245,8 +250,8 @@ def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expe
 def save_expert(path: Path, expert: Expert, model: Any) -> None:
     """Write the expert as a LoRA file that the host, and DCM Attach Experts, load.
 
-    In bfloat16; a full fine-tune in the base's own dtype, as it is a small change of it.
+    Pairs in bfloat16; what replaces the base's tensors in the base's own dtype, as it is a small change of them.
     """
-    whole = not expert.low_rank and model.model_dtype() in (torch.float32, torch.float16)
-    write_expert(path, expert, module_shapes(model), model.model_dtype() if whole else torch.bfloat16)
+    own = model.model_dtype() if model.model_dtype() in (torch.float32, torch.float16) else torch.bfloat16
+    write_expert(path, expert, module_shapes(model), torch.bfloat16, own)
     logger.info("saved %s to %s", expert, path)

@@ -18,9 +18,11 @@ from dcm_core.experts import (
     expert_to_state_dict,
     split_update,
     stack_updates,
+    write_expert,
 )
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
 from dcm_core.keymap import fused_shape
+from dcm_core.storage import TensorFile
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RELEASES = {"wan": "wan_tiny", "hunyuan_video": "hy_tiny"}
@@ -276,6 +278,16 @@ def test_mangled_files_are_read_right_or_refused(data):
     with pytest.raises((ExpertError, ValueError, RuntimeError)) as caught:
         read_expert(mangled, metadata, "detail", WAN, shapes)
     assert caught.type is ExpertError
+
+
+def test_what_replaces_the_base_s_tensors_can_be_written_in_another_dtype(tmp_path):
+    pair = LowRank(torch.randn(2, 4), torch.randn(4, 2), 1.0)
+    expert = Expert("wan", "detail", {"blocks.0.self_attn.q": (pair,)}, {"head.head.weight": torch.randn(4, 4)})
+    path = tmp_path / "expert.safetensors"
+    write_expert(path, expert, {"blocks.0.self_attn.q.weight": (4, 4)}, torch.bfloat16, torch.float16)
+    dtypes = TensorFile(path).dtypes
+    assert dtypes["diffusion_model.head.head.set_weight"] is torch.float16
+    assert dtypes["diffusion_model.blocks.0.self_attn.q.lora_up.weight"] is torch.bfloat16
 
 
 def test_an_expert_s_id_is_of_all_it_does():

@@ -190,6 +190,7 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
     assert 0 < log.index("peak memory about") < log.index("step 2/2: loss"), "told before the first step"
     assert ", 3 steps, saved to" in run(3).stdout
     assert list((tmp_path / "expert_states").glob("step_00000003.safetensors"))
+    assert {path.name for path in (tmp_path / "expert_states").glob("*.png")} >= {"loss_loss.png", "loss_huber.png", "loss_temporal.png"}
     wrong = run(3, modle="x")
     assert wrong.returncode == 2 and "modle is no setting of a training run" in wrong.stderr
 

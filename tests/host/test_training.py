@@ -212,22 +212,16 @@ def test_too_little_memory_is_refused_with_advice(train, module, model, data, co
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
 def test_two_processes_train_as_one(side, train, module, model, data, config, tmp_path):
-    """torchrun's environment, two CPU processes, against one with the same global batch."""
+    """torchrun with two CPU processes, against one with the same global batch."""
     alone = train(model, data, config(side, steps=3, batch_size=4), tmp_path / "alone")
     script = Path(__file__).with_name("train_in_parallel.py")
-    port = str(29500 + os.getpid() % 1000)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), side, str(tmp_path / "together"), json.dumps(SMALL)],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                 "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-3000:]
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*torchrun, str(script), side, str(tmp_path / "together"), json.dumps(SMALL)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"losses_{rank}.json").read_text()) for rank in range(2))
     assert first == second
     for name in TERMS[side] | {"loss"}:
         assert [entry[name] for entry in first] == pytest.approx([entry[name] for entry in alone.history], rel=1e-4), name

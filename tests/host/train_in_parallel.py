@@ -1,4 +1,4 @@
-"""One of several processes of test_training: trains an expert, prints its losses."""
+"""One of several processes of test_training: trains an expert, writes its losses to a file."""
 
 import importlib
 import json
@@ -29,4 +29,5 @@ if __name__ == "__main__":
     data = helper("training").random_data(pack("dcm_core.distill.dataset"))
     config = pack("dcm_core.distill.config").TrainingConfig(side, **values)
     result = pack("nodes.host.training").train_expert(model, data, config, folder)
-    print(json.dumps(result.history))
+    # beside the states; what two processes print may run into each other
+    folder.with_name(f"losses_{os.environ['RANK']}.json").write_text(json.dumps(result.history))

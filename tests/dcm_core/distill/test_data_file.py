@@ -55,3 +55,17 @@ def test_texts_of_the_same_tokens_in_another_order_are_two(data, tmp_path):
     write_data(tmp_path / "data.safetensors", both)
     back = read_data(tmp_path / "data.safetensors")
     assert torch.equal(back.conditioning(1)[0][0], tokens.flip(1)) and torch.equal(back.conditioning(0)[0][0], tokens)
+
+
+def test_progress_tells_every_clip_and_can_interrupt(data, tmp_path):
+    told = []
+    write_data(tmp_path / "data.safetensors", data, progress=lambda *done: told.append(done))
+    read_data(tmp_path / "data.safetensors", lambda *done: told.append(done))
+    assert told == 2 * [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_data(tmp_path / "other.safetensors", data, progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.safetensors"]

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,3 +88,45 @@ def test_what_a_killed_writer_has_left_is_removed(tmp_path):
         check_folder(tmp_path, size=1, count=1)
         assert not left.exists() and other.exists()
         left.touch()
+
+
+def steps_in(folder):
+    return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*"))
+
+
+def saved_at(steps):
+    return SavedState(steps, CONFIG, {}, [], {"x": torch.zeros(1000)})
+
+
+def test_the_newest_state_before_the_lowest_loss_is_kept(tmp_path):
+    """A run that diverges goes on from it."""
+    for steps in (100, 200, 300, 400, 500):
+        save_state(tmp_path, saved_at(steps), keep=2, lowest=min(steps, 250))
+    assert steps_in(tmp_path) == [200, 400, 500]
+    save_state(tmp_path, saved_at(600), keep=2, lowest=50)
+    assert steps_in(tmp_path) == [500, 600]
+
+
+def test_on_a_full_disk_older_states_make_room_for_a_new_one(tmp_path, monkeypatch):
+    states = 2
+    for steps in (1, 2):
+        size = save_state(tmp_path, saved_at(steps), keep=3).stat().st_size
+
+    def usage(folder):
+        return SimpleNamespace(free=int((states + 0.5) * size) - sum(path.stat().st_size for path in tmp_path.iterdir()))
+
+    monkeypatch.setattr("dcm_core.storage.shutil.disk_usage", usage)
+    save_state(tmp_path, saved_at(3), keep=3)
+    assert steps_in(tmp_path) == [2, 3]
+    states = 1
+    with pytest.raises(CheckpointError, match=r"step_00000004.* needs .* free"):
+        save_state(tmp_path, saved_at(4), keep=3)
+    assert steps_in(tmp_path) == [3]
+
+
+def test_a_state_of_a_newer_version_is_told_from_a_damaged_one(tmp_path, metadata):
+    config = json.dumps({**json.loads(CONFIG.to_json()), "new_setting": 1})
+    path = tmp_path / "step_00000002.safetensors"
+    write_tensors(path, {"x": torch.ones(2)}, metadata | {"config": config})
+    with pytest.raises(CheckpointError, match=r"is of a newer version: new_setting is no setting here"):
+        read_state(path)

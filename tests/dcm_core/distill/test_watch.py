@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dcm_core.distill.config import TrainingConfig, TrainingError
-from dcm_core.distill.watch import PATIENCE, WINDOW, Diverged, check_losses
+from dcm_core.distill.watch import PATIENCE, WINDOW, Diverged, check_losses, lowest_window
 
 
 def history(*losses):
@@ -45,3 +45,10 @@ def test_losses_that_grow():
 
 def test_one_high_loss_is_no_divergence():
     check_losses(history(*[0.1] * WINDOW, 50.0, *[0.1] * (WINDOW - 1)), config())
+
+
+def test_the_lowest_window():
+    low, high = [0.1] * WINDOW, [5.0] * WINDOW
+    assert lowest_window(history(*low[1:])) == 0
+    assert lowest_window(history(*high, *low, *high, *high[1:])) == 2 * WINDOW
+    assert lowest_window(history(*[math.nan] * WINDOW, *high)) == 2 * WINDOW
