@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import DCMError
 from ..families import Family
 from ..routing import Side
-from ..schedule import DEFAULT_POINTS, DEFAULT_SHIFT, generic_sigmas
+from ..schedule import DEFAULT_POINTS, DEFAULT_SHIFT, TIMESTEPS, generic_sigmas
 from .phases import Phases
 
 
@@ -163,8 +163,9 @@ class TrainingConfig:
         """Whether there is a discriminator."""
         return self.expert == "detail" and self.adversarial_weight > 0
 
-    def make_phases(self) -> Phases:
-        return Phases(self.expert, self.boundary, self.shift, self.points, self.phases, self.shared)
+    def make_phases(self, family: Family) -> Phases:
+        steps = tuple(timestep / TIMESTEPS for timestep in self.timesteps(family))
+        return Phases(self.expert, self.boundary, self.shift, self.points, self.phases, self.shared, steps)
 
     def timesteps(self, family: Family) -> tuple[float, ...]:
         """What the expert is stored with: the release's schedule where it was trained on its noise levels, else the generic one."""

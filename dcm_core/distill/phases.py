@@ -3,6 +3,7 @@
 The solver points (schedule.solver_sigmas) are numbered upwards from the cleanest: sigma[0] < ... < sigma[points - 1] = 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +26,8 @@ class Phases:
         side: the expert. It owns exactly the points that sampling gives it (`routing.is_detail`).
         boundary: sigma where the detail expert takes over.
         count: phases of this expert; each ends where the next cleaner one begins.
+        steps: sigmas of the steps that the expert is for. Where a side has as many steps as phases, a phase is a step: it ends at
+            the point nearest to the next step. Otherwise the points are shared out evenly.
         shared: one expert for all noise levels, with `count` phases on each side of the boundary; `side` only names what is stored.
 
     Raises:
@@ -37,6 +40,7 @@ class Phases:
     points: int = DEFAULT_POINTS
     count: int = 1
     shared: bool = False
+    steps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_boundary(self.boundary)
@@ -74,9 +78,19 @@ class Phases:
     @cached_property
     def starts(self) -> Tensor:
         """For every owned point, the cleanest point of its phase."""
-        sides = [self._points_of(side) for side in SIDES] if self.shared else [self.owned]
-        parts = [part for points in sides for part in points.tensor_split(self.count)]
+        parts = [part for side in (SIDES if self.shared else (self.side,)) for part in self._parts(side)]
         return torch.cat([part[:1].expand(len(part)) for part in parts])
+
+    def _parts(self, side: Side) -> Sequence[Tensor]:
+        """A side's points in phases, the cleanest first."""
+        points = self._points_of(side)
+        steps = sorted(sigma for sigma in self.steps if bool(is_detail(torch.tensor(sigma), self.boundary)) == (side == "detail"))
+        if len(steps) == self.count:
+            ends = [int((self.sigmas[points] - sigma).abs().argmin()) + 1 for sigma in steps[:-1]]
+            parts = points.tensor_split(ends)
+            if all(map(len, parts)):
+                return parts
+        return points.tensor_split(self.count)
 
     def ends(self, index: Tensor) -> Tensor:
         """sigma where the phases of the points `index` (batch,) end."""

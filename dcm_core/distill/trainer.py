@@ -72,7 +72,7 @@ class Trainer:
     def __post_init__(self, start: Expert, below: Expert | None) -> None:
         config = self.config
         modules = dict(self.backbone.module.named_modules())
-        self.phases = config.make_phases()
+        self.phases = config.make_phases(self.backbone.family)
         self.trainee = make_trainee(start, modules, self.device)
         self.below_working: Working = () if below is None else make_fixed(below, modules, self.device, self.backbone.dtype)
         self.average = self.trainee.copy() if config.ema_decay else None

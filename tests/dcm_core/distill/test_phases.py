@@ -1,12 +1,16 @@
 """Noise levels and phases; the boundary is the one that sampling uses."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dcm_core.distill.config import TrainingConfig
 from dcm_core.distill.phases import Phases
 from dcm_core.errors import ScheduleError
+from dcm_core.families import HUNYUAN_VIDEO, WAN
 from dcm_core.routing import is_detail
 
 
@@ -39,6 +43,24 @@ def test_every_point_has_one_owner_and_phases_follow_each_other(boundary, shift,
         assert set(index.tolist()) <= set(phases.owned.tolist())
         level = phases.draw_above_phase(index, torch.Generator().manual_seed(0))
         assert (phases.previous[level] >= phases.ends(index)).all() and set(level.tolist()) <= set(phases.owned.tolist())
+
+
+@pytest.mark.parametrize(("family", "counts"), [(WAN, {"semantic": 3, "detail": 3}), (HUNYUAN_VIDEO, {"semantic": 2, "detail": 2})])
+def test_as_many_phases_as_steps_end_where_the_steps_end(family, counts):
+    """At the point nearest to each, and at the end of the side."""
+    steps = [timestep / 1000 for timestep in family.preset.timesteps]
+    for side, count in counts.items():
+        phases = TrainingConfig(side, phases=count).for_family(family).make_phases(family)
+        own = [step for step in steps if is_detail(torch.tensor(step), phases.boundary) == (side == "detail")]
+        for step, following in pairwise(own):
+            point = phases.owned[(phases.sigmas[phases.owned] - step).abs().argmin()]
+            nearest = phases.sigmas[(phases.sigmas - following).abs().argmin()]
+            assert float(phases.ends(point[None])) == float(nearest) == pytest.approx(following, abs=0.005)
+        assert float(phases.ends(phases.owned[:1])) == float(phases.previous[phases.owned[0]])
+        evenly = TrainingConfig(side, phases=count + 1).for_family(family).make_phases(family)
+        assert [int(n) for n in evenly.starts.unique(return_counts=True)[1]] == [
+            len(part) for part in evenly.owned.tensor_split(count + 1)
+        ]
 
 
 def test_a_batch_has_the_end_of_each_element():
