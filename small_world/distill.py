@@ -2,10 +2,14 @@
 
     COMFYUI_PATH=... python small_world/distill.py <folder with the base> [run ...]
 
-Runs that are done are passed over; an interrupted one goes on where it stopped.
+Two runs at a time, each on one thread (`--at-once`): with more threads numbers are added up in another order. Runs that are done are
+passed over; an interrupted one goes on where it stopped.
 """
 
 import argparse
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,9 +110,47 @@ def load_data(folder: Path, model: Any, count: int | None = None) -> Any:
     return dataset.TensorData(list(latents), texts, [index % len(texts) for index in range(len(latents))], no_text)
 
 
+def expert_path(folder: Path, name: str) -> Path:
+    """The file of a trained expert."""
+    return folder / f"{name}.safetensors"
+
+
 def load_expert(folder: Path, name: str, model: Any) -> Any:
     """A trained expert."""
-    return pack("nodes.host.expert_files").read_expert_file(folder / f"{name}.safetensors", RUNS[name].config.expert, model)
+    return pack("nodes.host.expert_files").read_expert_file(expert_path(folder, name), RUNS[name].config.expert, model)
+
+
+def train(folder: Path, name: str, seed: int) -> None:
+    """One run, in this process."""
+    model = load_base(folder)
+    plan = RUNS[name]
+    below = load_expert(folder, plan.below, model) if plan.below else None
+    started = time.monotonic()
+    config = replace(plan.config, seed=seed)
+    result = training.train_expert(model, load_data(folder, model), config, folder / "states" / name, below=below)
+    training.save_expert(expert_path(folder, name), result.expert, model)
+    last = result.history[-100:]
+    means = {term: sum(entry[term] for entry in last) / len(last) for term in last[-1]}
+    print(f"{name}: {time.monotonic() - started:.0f} s, last losses {means}", flush=True)
+
+
+def train_side_by_side(folder: Path, names: list[str], seed: int, at_once: int) -> None:
+    """Runs in processes of one thread, each as soon as there is room and the expert under it is there."""
+    waiting, working = list(names), {}
+    while waiting or working:
+        ready = [name for name in waiting if RUNS[name].below not in (*waiting, *working)]
+        for name in ready[: at_once - len(working)]:
+            command = [sys.executable, __file__, str(folder), name, "--seed", str(seed), "--at-once", "1"]
+            working[name] = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            waiting.remove(name)
+        time.sleep(1)
+        for name, process in list(working.items()):
+            if process.poll() is not None:
+                del working[name]
+                if process.returncode:
+                    for other in working.values():
+                        other.terminate()
+                    raise SystemExit(f"{name} ended with {process.returncode}; the runs that were at work can be gone on with.")
 
 
 def main() -> None:
@@ -116,22 +158,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("runs", nargs="*", default=list(RUNS), help=f"of {', '.join(RUNS)} (default: all)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at-once", type=int, default=2, help="so many runs at a time (default: %(default)s)")
     args = parser.parse_args()
-    model = load_base(args.folder)
-    data = load_data(args.folder, model)
-    for name in args.runs:
-        path = args.folder / f"{name}.safetensors"
-        if path.exists():
-            continue
-        plan = RUNS[name]
-        below = load_expert(args.folder, plan.below, model) if plan.below else None
-        config = replace(plan.config, seed=args.seed)
-        started = time.monotonic()
-        result = training.train_expert(model, data, config, args.folder / "states" / name, below=below)
-        training.save_expert(path, result.expert, model)
-        last = result.history[-100:]
-        means = {term: sum(entry[term] for entry in last) / len(last) for term in last[-1]}
-        print(f"{name}: {time.monotonic() - started:.0f} s, last losses {means}", flush=True)
+    runs = [name for name in args.runs if not expert_path(args.folder, name).exists()]
+    if args.at_once > 1:
+        teacher_videos(args.folder, load_base(args.folder))
+        train_side_by_side(args.folder, runs, args.seed, args.at_once)
+        return
+    for name in runs:
+        train(args.folder, name, args.seed)
 
 
 if __name__ == "__main__":

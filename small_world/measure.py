@@ -16,6 +16,7 @@ import host  # noqa: F401
 
 # isort: split
 import torch
+from chart import charts
 from comfy.latent_formats import Wan21
 from distill import BOUNDARY, GUIDANCE, load_base, load_expert, pack, sample
 from judge import (
@@ -167,6 +168,7 @@ def main() -> None:
     if len(tables) > 1:
         means = {title: {name: mean_of([table[title][name] for table in tables]) for name in row} for title, row in tables[0].items()}
         write(means, args.folder / "measured")
+        charts(means).save(args.folder / "measured.png")
 
 
 if __name__ == "__main__":
