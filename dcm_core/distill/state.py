@@ -180,20 +180,18 @@ def read_state(path: Path) -> SavedState:
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} holds no training state. Choose the folder of a training run.")
     tensors = file.read_all()
-    if unknown := set(json.loads(file.metadata.get("config", "{}"))) - {field.name for field in dataclasses.fields(TrainingConfig)}:
-        raise CheckpointError(f"{path} is of a newer version: {', '.join(sorted(unknown))} is no setting here. Update ComfyUI-DCM.")
     try:
+        settings = json.loads(file.metadata["config"])
+        unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(TrainingConfig)})
         # version 0.1.0 had the history in the header
         history = tensors.pop(HISTORY).numpy().tobytes() if HISTORY in tensors else file.metadata[HISTORY]
-        return SavedState(
-            int(file.metadata["steps"]),
-            TrainingConfig(**json.loads(file.metadata["config"])),
-            json.loads(file.metadata["facts"]),
-            json.loads(history),
-            tensors,
-        )
+        steps, facts, history = int(file.metadata["steps"]), json.loads(file.metadata["facts"]), json.loads(history)
+        config = None if unknown else TrainingConfig(**settings)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is a damaged training state ({error}). Remove it to go on from the one before.") from error
+    if config is None:
+        raise CheckpointError(f"{path} is of a newer version: {', '.join(unknown)} is no setting here. Update ComfyUI-DCM.")
+    return SavedState(steps, config, facts, history, tensors)
 
 
 def _as_tensor(history: History) -> Tensor:

@@ -188,19 +188,17 @@ def new_detail(
     low_rank: dict[str, tuple[LowRank, ...]] = {}
     replaced: dict[str, Tensor] = {}
     semantic = semantic or Expert(family.name, "semantic")
-    for name in sorted(modules):
+    whole = _block_linears(family, modules) if every_linear else []
+    for name in [*whole, *(name for name in sorted(modules) if name not in whole)]:
         pieces = family.key_map.sources_of(name)
-        targets = [piece for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)]
-        if targets:
-            low_rank[name] = tuple(
-                _new_pair(modules[name], rank, alpha, generator, _rows(modules[name], piece.part)) for piece in targets
-            )
+        rows = [_rows(modules[name], piece.part) for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)]
+        if name in whole:
+            rows += _rest(modules[name], rows)
+        if rows:
+            low_rank[name] = tuple(_new_pair(modules[name], rank, alpha, generator, part) for part in rows)
         if any(piece.source.split(".")[0] in family.detail_modules for piece in pieces):
             for key in _parameter_names(name, modules[name]):
                 replaced[key] = _free(merged(semantic, key, weight_of))
-    if every_linear:
-        for name in _block_linears(family, modules):
-            low_rank[name] = low_rank.get(name, ()) + _rest(modules[name], low_rank.get(name, ()), rank, alpha, generator)
     return Expert(family.name, "detail", low_rank, replaced)
 
 
@@ -210,12 +208,10 @@ def _block_linears(family: Family, modules: Mapping[str, nn.Module]) -> list[str
     return sorted(name for name, module in modules.items() if name.startswith(lists) and hasattr(module, "in_features"))
 
 
-def _rest(
-    module: nn.Module, pairs: tuple[LowRank, ...], rank: int, alpha: float, generator: torch.Generator
-) -> tuple[LowRank, ...]:
-    """A fresh pair on the rows of a linear after those that have pairs, if there are any."""
-    start = sum(len(pair.up) for pair in pairs)
-    return (_new_pair(module, rank, alpha, generator, slice(start, None)),) if start < module.out_features else ()
+def _rest(module: nn.Module, rows: list[slice]) -> list[slice]:
+    """The rows of a linear after those given, if there are any."""
+    start = sum(len(range(*part.indices(module.out_features))) for part in rows)
+    return [slice(start, None)] if start < module.out_features else []
 
 
 def _parameter_names(name: str, module: nn.Module) -> list[str]:

@@ -127,6 +127,6 @@ def test_on_a_full_disk_older_states_make_room_for_a_new_one(tmp_path, monkeypat
 def test_a_state_of_a_newer_version_is_told_from_a_damaged_one(tmp_path, metadata):
     config = json.dumps({**json.loads(CONFIG.to_json()), "new_setting": 1})
     path = tmp_path / "step_00000002.safetensors"
-    write_tensors(path, {"x": torch.ones(2)}, metadata | {"config": config})
+    write_tensors(path, {"x": torch.ones(2)}, metadata | {"config": config, "history": "[]"})
     with pytest.raises(CheckpointError, match=r"is of a newer version: new_setting is no setting here"):
         read_state(path)
