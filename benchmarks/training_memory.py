@@ -82,7 +82,7 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
     backbone = pack("dcm_core.distill.backbone").Backbone(
         module, family, torch.bfloat16, lambda: {"optimized_attention_override": flash_attention}, config.checkpointing
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pack("nodes.host.compat").gradients():
         trainer = pack("dcm_core.distill.trainer").Trainer(
             backbone, data, config, replace(expert, boundary=config.boundary), Path(folder), META, below
         )
