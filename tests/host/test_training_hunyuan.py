@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from .training import make_trainer
+from .training import make_trainer, same
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
@@ -27,22 +27,30 @@ def model(module, releases):
 
 
 @pytest.fixture(scope="module")
-def trainer(module, model, tmp_path_factory):
-    """trainer(side, ...) -> a Trainer on random data, its pairs' `up` no longer zero."""
+def data(module):
     generator = torch.Generator().manual_seed(0)
 
     def conditioning():
         return [[torch.randn(1, 5, 4096, generator=generator) * 0.3, {"pooled_output": torch.randn(1, 768, generator=generator) * 0.5}]]
 
     latents = [torch.randn(16, 5, 6, 8, generator=generator) for _ in range(2)]
-    data = module("dcm_core.distill.dataset").TensorData(latents, [conditioning(), conditioning()], [0, 1], conditioning())
+    return module("dcm_core.distill.dataset").TensorData(latents, [conditioning(), conditioning()], [0, 1], conditioning())
+
+
+@pytest.fixture(scope="module")
+def config(module):
+    """Small settings, the release's noise levels: config("semantic", steps=3, ...)."""
+    small = {"batch_size": 2, "rank": 4, "alpha": 8.0, "cfg": CFG, "guidance": GUIDANCE, "discriminator_width": 64, "checkpointing": False}
+    return lambda side, **values: module("dcm_core.distill.config").TrainingConfig(side, **{**small, **values})
+
+
+@pytest.fixture(scope="module")
+def trainer(module, model, data, config, tmp_path_factory):
+    """trainer(side, ...) -> a Trainer on random data, its pairs' `up` no longer zero."""
 
     def make(side, model=model, checkpointing=False):
         generator = torch.Generator().manual_seed(1)
-        config = module("dcm_core.distill.config").TrainingConfig(
-            side, batch_size=2, rank=4, alpha=8.0, cfg=CFG, guidance=GUIDANCE, discriminator_width=64, checkpointing=checkpointing
-        )
-        made = make_trainer(module, model, data, config, tmp_path_factory.mktemp(side))
+        made = make_trainer(module, model, data, config(side, checkpointing=checkpointing), tmp_path_factory.mktemp(side))
         for name, value in made.learner.parameters.items():
             value.data += 0.02 * torch.randn(value.shape, generator=generator) * (".ups." in name or ".replaced." in name)
         return made
@@ -178,3 +186,17 @@ def test_an_fp8_base_has_the_gradients_of_its_weights_in_float32(side, trainer, 
         assert value.grad.abs().sum() > 0, name
         assert relative(value.grad, reference.learner.parameters[name].grad) < 1e-2, name
     assert all(torch.equal(weights[name], value.float()) for name, value in network.named_parameters())
+
+
+@pytest.mark.parametrize(("side", "values"), [("semantic", {}), ("detail", {"every_linear": True, "phases": 2})])
+def test_a_resumed_run_equals_one_that_was_not_interrupted(side, values, train, model, data, config, module, tmp_path):
+    settings = {**values, "learning_rate": 1e-3, "save_every": 1, "warmup_steps": 0}
+    whole = train(model, data, config(side, steps=3, **settings), tmp_path / "whole")
+    train(model, data, config(side, steps=1, **settings), tmp_path / "parts")
+    resumed = train(model, data, config(side, steps=3, **settings), tmp_path / "parts")
+    assert whole.history == resumed.history and same(whole.expert, resumed.expert)
+    # the file holds all that was trained: fused layers with pairs of their own beside the rest
+    file = tmp_path / "expert.safetensors"
+    module("nodes.host.training").save_expert(file, whole.expert, model)
+    read = module("nodes.host.expert_files").read_expert_file(file, side, model)
+    assert set(read.low_rank) == set(whole.expert.low_rank) and set(read.replaced) == set(whole.expert.replaced)
