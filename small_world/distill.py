@@ -120,13 +120,13 @@ def load_expert(folder: Path, name: str, model: Any) -> Any:
     return pack("nodes.host.expert_files").read_expert_file(expert_path(folder, name), RUNS[name].config.expert, model)
 
 
-def train(folder: Path, name: str, seed: int) -> None:
+def train(folder: Path, name: str, seed: int, steps: int | None) -> None:
     """One run, in this process."""
     model = load_base(folder)
     plan = RUNS[name]
     below = load_expert(folder, plan.below, model) if plan.below else None
     started = time.monotonic()
-    config = replace(plan.config, seed=seed)
+    config = replace(plan.config, seed=seed, steps=steps or plan.config.steps)
     result = training.train_expert(model, load_data(folder, model), config, folder / "states" / name, below=below)
     training.save_expert(expert_path(folder, name), result.expert, model)
     last = result.history[-100:]
@@ -134,13 +134,13 @@ def train(folder: Path, name: str, seed: int) -> None:
     print(f"{name}: {time.monotonic() - started:.0f} s, last losses {means}", flush=True)
 
 
-def train_side_by_side(folder: Path, names: list[str], seed: int, at_once: int) -> None:
+def train_side_by_side(folder: Path, names: list[str], at_once: int, options: list[str]) -> None:
     """Runs in processes of one thread, each as soon as there is room and the expert under it is there."""
     waiting, working = list(names), {}
     while waiting or working:
         ready = [name for name in waiting if RUNS[name].below not in (*waiting, *working)]
         for name in ready[: at_once - len(working)]:
-            command = [sys.executable, __file__, str(folder), name, "--seed", str(seed), "--at-once", "1"]
+            command = [sys.executable, __file__, str(folder), name, "--at-once", "1", *options]
             working[name] = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
             waiting.remove(name)
         time.sleep(1)
@@ -158,15 +158,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("runs", nargs="*", default=list(RUNS), help=f"of {', '.join(RUNS)} (default: all)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of each run, to try the script (default: as many as it is for)")
     parser.add_argument("--at-once", type=int, default=2, help="so many runs at a time (default: %(default)s)")
     args = parser.parse_args()
     runs = [name for name in args.runs if not expert_path(args.folder, name).exists()]
     if args.at_once > 1:
         teacher_videos(args.folder, load_base(args.folder))
-        train_side_by_side(args.folder, runs, args.seed, args.at_once)
+        options = ["--seed", str(args.seed), *(["--steps", str(args.steps)] if args.steps else [])]
+        train_side_by_side(args.folder, runs, args.at_once, options)
         return
     for name in runs:
-        train(args.folder, name, args.seed)
+        train(args.folder, name, args.seed, args.steps)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from .training_base import (
     clear_device,
     differentiable,
     hold,
+    interrupted_at_exit,
     make_backbone,
     make_room,
     own_weights,
@@ -165,7 +166,8 @@ def train_expert(
         # the trainer has its own
         del expert, start
         memory = make_room(trainer, base, config, node_id)
-        return trainer.run()
+        with interrupted_at_exit():
+            return trainer.run()
 
 
 def facts_of(base: Any, data: TrainingData, start: Expert | None, below: Expert | None, processes: int) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """The host's MODEL as the base of a training run: its weights, its place in memory, what can be trained on it."""
 
+import atexit
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +29,9 @@ from .report import tell
 from .sampling import check_text
 
 logger = logging.getLogger("ComfyUI-DCM")
+
+# What a step may take to end, and a state to be written, when the process is about to.
+EXIT_SECONDS = 120.0
 
 
 def gradient_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -67,6 +72,23 @@ def differentiable(base: Any) -> Iterator[None]:
 
 def _nothing(*_: Any) -> None:
     """Makes the host go its plain way."""
+
+
+@contextmanager
+def interrupted_at_exit() -> Iterator[None]:
+    """Ends a run, which then saves itself, before the process: on Ctrl+C the host's server waits for nothing that its worker does."""
+    over = threading.Event()
+
+    def leave() -> None:
+        comfy.model_management.interrupt_current_processing(True)
+        over.wait(EXIT_SECONDS)
+
+    atexit.register(leave)
+    try:
+        yield
+    finally:
+        over.set()
+        atexit.unregister(leave)
 
 
 def training_base(model: Any) -> Any:

@@ -26,6 +26,7 @@ class Server:
 
     def __init__(self, base, port):
         self.base, self.port, self.boot, self.log_file = base, port, "", base / "server.log"
+        self.process = None
 
     @property
     def url(self):
@@ -93,7 +94,7 @@ def start_server(base, host=HOST, python=sys.executable, extra_args=(), folder=F
     ]
     environment = {**os.environ, "COMFYUI_PATH": str(host), "PYTHONUNBUFFERED": "1"}
     with server.log_file.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=base)
+        process = server.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=base)
     try:
         wait_until_ready(server, process)
         server.boot = server.log()

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from .graphs import id_of, inputs_of, read, to_prompt
-from .server import FOLDER, ROOT, RUN_SECONDS, failure, messages
+from .server import FOLDER, ROOT, RUN_SECONDS, failure, messages, start_server
 
 CACHED_PROMPT = ROOT / "workflows" / "DCM Wan 2.1 text to video (cached prompt).json"
 PLAN = "step 1-3 semantic, 4-6 detail, boundary 0.979"
@@ -155,3 +156,31 @@ def test_interrupt_ends_a_run_and_the_next_is_as_ever(server, make_prompt, rende
     assert happened["execution_interrupted"]["node_id"] == id_of(long, "DCMSampler")
     assert not {"execution_error", "execution_success"} & set(happened)
     assert torch.equal(latent_of(server, server.run(make_prompt())), latent_of(server, rendered))
+
+
+TRAINING = ROOT / "workflows" / "DCM small world training (CPU).json"
+
+
+def test_ctrl_c_on_the_server_saves_a_training_run(info, tmp_path):
+    """The server waits for no work that is in hand. A parent that ignores the signal would have it ignored there, too."""
+    prompt = to_prompt(read(TRAINING), info)
+    trainer = id_of(prompt, "DCMTrainSemanticExpert")
+    prompt[trainer]["inputs"] |= {"steps": 100_000, "save_every": 100_000, "sample_every": 0, "batch_size": 2, "name": "ended"}
+    wanted, found = [trainer], {}
+    while wanted:
+        number = wanted.pop()
+        found[number] = prompt[number]
+        wanted += [value[0] for value in prompt[number]["inputs"].values() if isinstance(value, list)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with start_server(tmp_path) as running:
+            running.queue(found)
+            deadline = time.monotonic() + RUN_SECONDS
+            while "step 1/100000" not in running.log() and time.monotonic() < deadline:
+                time.sleep(0.1)
+            running.process.send_signal(signal.SIGINT)
+            running.process.wait(timeout=RUN_SECONDS)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    (state,) = (tmp_path / "output" / "dcm_training" / "ended").glob("step_*.safetensors")
+    assert int(state.stem.removeprefix("step_")) > 0
