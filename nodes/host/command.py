@@ -52,10 +52,12 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     output = path("output")
     if output.is_dir():
         raise TrainingError(f"`output` is {output}, a folder; it has to be the file to write.")
-    inputs = [(name, settings[name]) for name in ("model", "vae", "dataset", "semantic", "continue_from") if name in settings]
-    for name, given in [*inputs, *(("text_encoders", file) for file in settings.get("text_encoders") or ())]:
-        if isinstance(given, str):
-            check_not_output(f"{name} is {given}", folder / given, output)
+    inputs = [(name, settings.get(name)) for name in ("model", "vae", "dataset", "semantic", "continue_from")]
+    inputs += [("text_encoders", file) for file in settings.get("text_encoders") or ()]
+    for name, given in inputs:
+        # what is no path is said where it is read
+        if isinstance(given, str) and given:
+            check_not_output(f"{name} is {given}", path_in(folder, name, given), output)
     # not beside the output: among the host's LoRAs every state would be offered as one
     states = path("states") if "states" in settings else folder / f"{output.stem}_states"
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))

@@ -224,6 +224,14 @@ def test_settings_that_do_not_fit_are_named(more, error, base_file, module):
         module("nodes.host.command").train("detail", settings, base_file.parent)
 
 
+def test_an_input_in_the_home_folder_is_not_written_over(base_file, module, monkeypatch):
+    monkeypatch.setenv("HOME", str(base_file.parent))
+    monkeypatch.setenv("USERPROFILE", str(base_file.parent))
+    settings = {"model": "~/base.safetensors", "dataset": "data.safetensors", "output": "base.safetensors"}
+    with pytest.raises(module("dcm_core.errors").DCMError, match=r"model is ~/base\.safetensors, the file that this run writes"):
+        module("nodes.host.command").train("semantic", settings, base_file.parent)
+
+
 def test_encoding_says_how_far_it_is(module, caplog):
     progress = module("nodes.host.command").logged_progress("dataset")
     with caplog.at_level("INFO"):
