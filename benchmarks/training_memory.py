@@ -97,10 +97,9 @@ def main() -> None:
     pack("dcm_core.distill.memory").PROBE = 10**9  # nothing is made, so that the whole video can be
     print("| model | frames | base | settings | base, GiB | experts and optimiser | a step | in all |\n|---|---|---|---|---|---|---|---|")
     for name, frames, dtype, settings in ROWS[: args.first]:
-        found = memory(pack, name, frames, dtype, settings)
+        parts = memory(pack, name, frames, dtype, settings).parts.values()
         told = ", ".join(f"{key} {value}" for key, value in settings.items())
-        parts = [found.base, found.present + found.moments, found.step]
-        sizes = " | ".join(f"{size / 2**30:.1f}" for size in (*parts, sum(parts)))
+        sizes = " | ".join(f"{size:.1f}" for size in (*parts, sum(parts)))
         print(f"| {name} | {frames} | {str(dtype).removeprefix('torch.')} | {told} | {sizes} |", flush=True)
 
 

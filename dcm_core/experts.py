@@ -18,7 +18,7 @@ from .families import Family
 from .keymap import Piece, fuse
 from .lora_names import split_key
 from .routing import Side
-from .storage import cast, write_stream
+from .storage import bytes_of, cast, write_stream
 
 FILE_FORMAT = "1"
 FILE_PREFIX = "diffusion_model."
@@ -93,7 +93,7 @@ def expert_id(expert: Expert) -> str:
     pairs = [(name, [(update.start, update.scale) for update in updates]) for name, updates in sorted(expert.low_rank.items())]
     digest = hashlib.sha256(repr((str(expert), pairs, sorted(expert.replaced), sorted(expert.diff))).encode())
     for tensor in expert_tensor_list(expert):
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

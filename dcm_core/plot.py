@@ -45,15 +45,15 @@ def plot_schedule(sigmas: Tensor, boundary: float, width: int = 768, height: int
     for step in range(plan.steps):
         colour = COLOURS[plan.side(step)]
         draw.line([at(step, values[step]), at(step + 1, values[step + 1])], fill=colour, width=round(0.9 * unit))
-        _dot(draw, at(step, values[step]), colour, 1.4 * unit)
+        dot(draw, at(step, values[step]), colour, 1.4 * unit)
         if step % every == 0:
             draw.text((at(step + 0.5, 0)[0], bottom + 2 * unit), str(step + 1), fill=TEXT, font=font, anchor="ma")
-    _dot(draw, at(plan.steps, values[-1]), TEXT, 1.1 * unit)
+    dot(draw, at(plan.steps, values[-1]), TEXT, 1.1 * unit)
     draw.text(((left + right) / 2, bottom + 7 * unit), "step", fill=TEXT, font=font, anchor="ma")
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _dot(draw: ImageDraw.ImageDraw, centre: tuple[float, float], colour: str, radius: float) -> None:
+def dot(draw: ImageDraw.ImageDraw, centre: tuple[float, float], colour: str, radius: float) -> None:
     x, y = centre
     draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
 
@@ -68,7 +68,7 @@ def _dashed(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[fl
 def _legend(draw: ImageDraw.ImageDraw, plan: Plan, x: float, y: float, unit: float, font: ImageFont.FreeTypeFont) -> None:
     """The plan in words, a dot in its colour before each side."""
     for part in str(plan).partition(", boundary")[0].split(", "):
-        _dot(draw, (x, y), COLOURS[part.rpartition(" ")[2]], 1.4 * unit)
+        dot(draw, (x, y), COLOURS[part.rpartition(" ")[2]], 1.4 * unit)
         draw.text((x + 3 * unit, y), part, fill=TEXT, font=font, anchor="lm")
         x += draw.textlength(part, font=font) + 8 * unit
 
@@ -112,7 +112,7 @@ def plot_losses(history: Sequence[Mapping[str, float]], term: str, width: int = 
         draw.line([at(*point) for point in points], fill=GRID, width=max(1, round(0.5 * unit)))
         draw.line([at(*point) for point in zip(steps, smooth, strict=True)], fill=COLOURS["semantic"], width=round(0.9 * unit))
     else:
-        _dot(draw, at(*points[0]), COLOURS["semantic"], 1.4 * unit)
+        dot(draw, at(*points[0]), COLOURS["semantic"], 1.4 * unit)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -139,7 +139,7 @@ def plot_profile(profile: Profile | None, title: str, width: int = 960, height: 
         draw.text((left - 1.5 * unit, y), label, fill=TEXT, font=small, anchor="rm")
     x = left
     for name in profile.experts:
-        _dot(draw, (x + 1.4 * unit, 12 * unit), COLOURS.get(name, TEXT), 1.4 * unit)
+        dot(draw, (x + 1.4 * unit, 12 * unit), COLOURS.get(name, TEXT), 1.4 * unit)
         draw.text((x + 4 * unit, 12 * unit), name, fill=TEXT, font=font, anchor="lm")
         x += draw.textlength(name, font=font) + 8 * unit
     says = "size of the change / size of the weights" if profile.relative else "size of the change (Frobenius norm)"

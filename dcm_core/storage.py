@@ -197,7 +197,7 @@ def write_stream(
             if (key, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
                 raise CheckpointError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}; {name} {dtype} {tuple(shape)} was announced.")
             with _writing(path):
-                file.write(tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+                file.write(bytes_of(tensor))
             done += _nbytes(dtype, shape)
             if progress is not None:
                 progress(done, total)
@@ -241,6 +241,11 @@ def check_room(sizes: Mapping[Path, int]) -> None:
             raise CheckpointError(
                 f"{names} {needed / 1e9:.1f} GB, but {paths[0].parent} has {free / 1e9:.1f} GB free. Make room, or choose another disk."
             )
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they are in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def is_finite(tensor: Tensor) -> bool:

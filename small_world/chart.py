@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dcm_core.plot import BACKGROUND, GRID, SCALE, TEXT
+from dcm_core.plot import BACKGROUND, GRID, SCALE, TEXT, dot
 
 # a line through the base's steps, a point for each pair of experts
 EXPERTS = {"one expert": "#b58cff", "two experts": "#f2a33c", "+ GAN and feature matching": "#4cb3ff"}
@@ -46,8 +46,8 @@ def chart(table: Mapping[str, Mapping[str, Any]], measure: str, size: tuple[int,
     for title, colour, marks in (("base", TEXT, base), *((title, EXPERTS[title], [point]) for title, point in points.items())):
         for calls, value, error in marks:
             draw.line([at(calls, value - error), at(calls, value + error)], fill=colour, width=max(1, round(unit / 2)))
-            _dot(draw, at(calls, value), colour, 1.3 * unit)
-        _dot(draw, (box[2] - 2 * unit, legend), colour, 1.3 * unit)
+            dot(draw, at(calls, value), colour, 1.3 * unit)
+        dot(draw, (box[2] - 2 * unit, legend), colour, 1.3 * unit)
         draw.text((box[2] - 5 * unit, legend), title, fill=TEXT, font=font, anchor="rm")
         legend += 5.5 * unit
     return image.resize(size, Image.Resampling.LANCZOS)
@@ -68,7 +68,3 @@ def _value(value: Any) -> Span:
 
 def _share(value: float, span: Span) -> float:
     return math.log(value / span[0]) / math.log(span[1] / span[0])
-
-
-def _dot(draw: ImageDraw.ImageDraw, centre: tuple[float, float], colour: str, radius: float) -> None:
-    draw.ellipse([centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius], fill=colour)

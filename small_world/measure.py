@@ -18,7 +18,7 @@ import host  # noqa: F401
 import torch
 from chart import charts
 from comfy.latent_formats import Wan21
-from distill import BOUNDARY, GUIDANCE, load_base, load_expert, pack, sample
+from distill import BOUNDARY, GUIDANCE, expert_path, load_base, load_expert, pack, sample
 from judge import (
     edge_strength,
     energy_distance,
@@ -68,7 +68,7 @@ def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
         "+ GAN and feature matching": ("semantic", "detail"),
     }
     for name, run in runs.items():
-        if all((folder / f"{part}.safetensors").exists() for part in run if part):
+        if all(expert_path(folder, part).exists() for part in run if part):
             found[name] = pair(*(load_expert(folder, part, base) if part else None for part in run))
     shipped = {side: MODELS / "loras" / f"dcm_small_world_{side}.safetensors" for side in ("semantic", "detail")}
     found["as shipped"] = pair(*(read_expert_file(path, side, base) for side, path in shipped.items()))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..conditioning import Conditioning
 from ..errors import DCMError
-from ..storage import Progress, TensorFile, write_tensors
+from ..storage import Progress, TensorFile, bytes_of, write_tensors
 from .dataset import TensorData, TrainingData
 
 FORMAT = "dcm-dataset"
@@ -47,7 +47,8 @@ def _add_text(
     context, extras = text[0]
     values = {"context": context, **{name: value for name, value in extras.items() if isinstance(value, Tensor)}}
     numbers = {name: value for name, value in extras.items() if isinstance(value, (int, float))}
-    key = repr([(name, tuple(value.shape), _digest(value)) for name, value in values.items()] + sorted(numbers.items()))
+    hashes = [(name, tuple(value.shape), hashlib.sha256(bytes_of(value)).hexdigest()) for name, value in values.items()]
+    key = repr(hashes + sorted(numbers.items()))
     if key not in known:
         known[key] = len(texts)
         texts.append(numbers)
@@ -55,10 +56,6 @@ def _add_text(
             kept = value.to(dtype) if value.is_floating_point() else value
             tensors[f"text.{known[key]}.{name}"] = kept.contiguous().clone()
     return known[key]
-
-
-def _digest(value: Tensor) -> str:
-    return hashlib.sha256(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: None) -> TensorData:

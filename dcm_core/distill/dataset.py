@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning, load_conditioning
 from ..errors import CheckpointError, DCMError
-from ..storage import TensorFile
+from ..storage import TensorFile, bytes_of
 from .clips import Problem
 
 LATENT = "latent"
@@ -219,7 +218,7 @@ class TensorData(TrainingData):
         digest = hashlib.sha256()
         for tensor in [*self._latents, *(value for value in values if isinstance(value, Tensor))]:
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(bytes_of(tensor))
         return digest.hexdigest()
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning, load_conditioning, save_conditioning
 from ..errors import CheckpointError, DCMError
-from ..storage import Progress, TensorFile, write_tensors
+from ..storage import Progress, TensorFile, is_finite, write_tensors
 from .clips import ClipFacts, ClipSettings, Problem, check_clips, find_clips, no_clip_left, read_clip
 from .dataset import LATENT, Dataset, Entry
 from .video_file import ClipError
@@ -122,7 +121,7 @@ def _checked(latent: Tensor, facts: ClipFacts) -> Tensor:
             f"The VAE made a latent of shape {tuple(latent.shape)}; expected channels, frames, height, width. "
             "Connect the VAE of Wan 2.1 or HunyuanVideo."
         )
-    if not torch.isfinite(latent).all():
+    if not is_finite(latent):
         raise ClipError(facts.clip.path, "has a latent with NaN or infinite values. Run the VAE in bfloat16 or float32.")
     return latent
 
@@ -134,7 +133,7 @@ def _encode_texts(new: Mapping[str, Path], encoders: Encoders, progress: Progres
 
 
 def _checked_text(conditioning: Conditioning, text: str) -> Conditioning:
-    if not all(torch.isfinite(context).all() for context, _ in conditioning):
+    if not all(is_finite(context) for context, _ in conditioning):
         raise DCMError(f"The text encoder made NaN or infinite values of {text!r}. Run it in bfloat16 or float32, or choose another file.")
     return conditioning
 

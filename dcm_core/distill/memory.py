@@ -48,10 +48,15 @@ class Memory:
         """What has to be free when the run starts, wherever the host has put the base."""
         return self.moments + self.step
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """GiB by name."""
+        sizes = {"base": self.base, "experts and optimiser": self.present + self.moments, "a step": self.step}
+        return {name: size / GIB for name, size in sizes.items()}
+
     def __str__(self) -> str:
-        parts = {"base": self.base, "experts and optimiser": self.present + self.moments, "a step": self.step}
-        listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-        return f"peak memory about {sum(parts.values()) / GIB:.2f} GiB ({listed})"
+        listed = ", ".join(f"{name} {size:.2f}" for name, size in self.parts.items())
+        return f"peak memory about {sum(self.parts.values()):.2f} GiB ({listed})"
 
     def check(self, available: int, config: TrainingConfig) -> None:
         """Refuse what cannot fit even with the base offloaded.

@@ -72,8 +72,11 @@ class Phases:
 
     def _points_of(self, side: Side) -> Tensor:
         """Numbers of the points that sampling gives to a side, rising."""
-        mine = is_detail(self.sigmas, self.boundary) == (side == "detail")
-        return mine.nonzero().flatten()
+        return self._are_of(side, self.sigmas).nonzero().flatten()
+
+    def _are_of(self, side: Side, sigmas: Tensor) -> Tensor:
+        """Whether sampling gives each of the noise levels to a side."""
+        return is_detail(sigmas, self.boundary) == (side == "detail")
 
     @cached_property
     def starts(self) -> Tensor:
@@ -84,10 +87,11 @@ class Phases:
     def _parts(self, side: Side) -> Sequence[Tensor]:
         """A side's points in phases, the cleanest first."""
         points = self._points_of(side)
-        steps = sorted(sigma for sigma in self.steps if bool(is_detail(torch.tensor(sigma), self.boundary)) == (side == "detail"))
+        steps = torch.tensor(self.steps, dtype=self.sigmas.dtype)
+        steps = steps[self._are_of(side, steps)].sort().values
         if len(steps) == self.count:
-            ends = [int((self.sigmas[points] - sigma).abs().argmin()) + 1 for sigma in steps[:-1]]
-            parts = points.tensor_split(ends)
+            nearest = (self.sigmas[points, None] - steps[:-1]).abs().argmin(0)
+            parts = points.tensor_split(nearest + 1)
             if all(map(len, parts)):
                 return parts
         return points.tensor_split(self.count)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "dcm-training"
 STATES = "step_*.safetensors"
 HISTORY = "history"
-NAME = re.compile(r"step_(\d{8})\.safetensors")
+NAME = re.compile(r"step_\d{8}\.safetensors")
 
 History = list[dict[str, float]]
 
@@ -108,7 +108,7 @@ def save_state(folder: Path, saved: SavedState, keep: int, lowest: int = 0) -> P
         CheckpointError: too little room on the disk; the newest state stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{saved.steps:08d}.safetensors"
+    path = _path(folder, saved.steps)
     metadata = {
         "format": FORMAT,
         "steps": str(saved.steps),
@@ -126,9 +126,13 @@ def save_state(folder: Path, saved: SavedState, keep: int, lowest: int = 0) -> P
         _remove(spare)
         write_tensors(path, tensors, metadata)
     before = _sorted_states(folder, path)
-    good = [found for found in before if int(NAME.fullmatch(found.name)[1]) <= lowest]
+    good = [found for found in before if found <= _path(folder, lowest)]
     _remove(found for found in before[:-keep] if found not in good[-1:])
     return path
+
+
+def _path(folder: Path, steps: int) -> Path:
+    return folder / f"step_{steps:08d}.safetensors"
 
 
 def _sorted_states(folder: Path, path: Path) -> list[Path]:

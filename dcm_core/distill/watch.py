@@ -41,7 +41,7 @@ class Diverged(TrainingError):
 def lowest_window(history: History) -> int:
     """The last step of the window of the lowest mean loss, 0 where there is no whole window."""
     means = _window_means(history)
-    return WINDOW * (1 + min(range(len(means)), key=means.__getitem__)) if means else 0
+    return WINDOW * (1 + _lowest(means)) if means else 0
 
 
 def _window_means(history: History) -> list[float]:
@@ -50,12 +50,17 @@ def _window_means(history: History) -> list[float]:
     return [mean(finite) if (finite := [loss for loss in window if math.isfinite(loss)]) else math.inf for window in windows]
 
 
+def _lowest(means: list[float]) -> int:
+    return min(range(len(means)), key=means.__getitem__)
+
+
 def _check_growth(history: History, config: TrainingConfig) -> None:
-    means, step = _window_means(history), lowest_window(history)
-    lowest = means[step // WINDOW - 1]
-    if means[-1] > config.divergence * lowest:
+    means = _window_means(history)
+    lowest = _lowest(means)
+    step = WINDOW * (1 + lowest)
+    if means[-1] > config.divergence * means[lowest]:
         raise Diverged(
-            f"The loss has grown {means[-1] / lowest:.0f}-fold since step {step}, to {means[-1]:.3g}: training diverges. It stopped at "
-            f"step {len(history)} without saving. Remove the states after step {step} (the run starts anew if none is left), lower "
-            "learning_rate and resume."
+            f"The loss has grown {means[-1] / means[lowest]:.0f}-fold since step {step}, to {means[-1]:.3g}: training diverges. It "
+            f"stopped at step {len(history)} without saving. Remove the states after step {step} (the run starts anew if none is "
+            "left), lower learning_rate and resume."
         )

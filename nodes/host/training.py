@@ -144,9 +144,7 @@ def train_expert(
             # as large as the model: refused before it is made
             check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
         expert = first_expert(base, family, config, start, below)
-        trained = FLOAT32 * size_of(expert)
-        check_fits(base, config, trained, beside)
-        hold(base, (1 + (config.ema_decay > 0)) * trained + beside)
+        hold(base, check_fits(base, config, FLOAT32 * size_of(expert), beside))
         processes = join(base.load_device)
         show = Show(base, below, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
         trainer = Trainer(

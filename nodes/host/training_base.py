@@ -121,12 +121,15 @@ def offloadable(base: Any) -> int:
     return base.loaded_size() if base.load_device != base.offload_device else 0
 
 
-def check_fits(base: Any, config: TrainingConfig, trained: int, beside: int) -> None:
+def check_fits(base: Any, config: TrainingConfig, trained: int, beside: int) -> int:
     """Refuse a run whose own tensors cannot fit, before they are on the device; what a step makes is not known yet.
 
     Args:
         trained: bytes of the trained tensors; an average, two moments and a gradient of each will join them.
         beside: bytes of what else stays there: discriminator, an expert under the trained one.
+
+    Returns:
+        Bytes that will be there before the first step.
 
     Raises:
         TrainingError: with what to change.
@@ -134,6 +137,7 @@ def check_fits(base: Any, config: TrainingConfig, trained: int, beside: int) -> 
     present = (1 + (config.ema_decay > 0)) * trained + beside
     available = comfy.model_management.get_free_memory(base.load_device) + offloadable(base)
     Memory(base=0, present=0, moments=2 * trained, step=present + trained).check(available, config)
+    return present
 
 
 def make_room(trainer: Trainer, base: Any, config: TrainingConfig, node_id: str | None = None) -> Memory:

@@ -38,10 +38,10 @@ def data(module):
 
 
 @pytest.fixture(scope="module")
-def config(module):
-    """Small settings, the release's noise levels: config("semantic", steps=3, ...)."""
-    small = {"batch_size": 2, "rank": 4, "alpha": 8.0, "cfg": CFG, "guidance": GUIDANCE, "discriminator_width": 64, "checkpointing": False}
-    return lambda side, **values: module("dcm_core.distill.config").TrainingConfig(side, **{**small, **values})
+def config(config):
+    """The small settings on the release's noise levels."""
+    release = {"boundary": 0.0, "shift": 17.0, "cfg": CFG, "guidance": GUIDANCE}
+    return lambda side, **values: config(side, **{**release, **values})
 
 
 @pytest.fixture(scope="module")
