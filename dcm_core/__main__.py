@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from .convert import DTYPES, KEEP, convert_release
 from .errors import DCMError
@@ -27,36 +28,12 @@ def progress_line(label: str) -> Progress:
     def update(done: int, total: int) -> None:
         nonlocal bar
         percent = 100 * done // total if total else 100
-        bar = bar or make_bar(label)
+        bar = bar or tqdm(total=100, desc=label, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
         bar.update(percent - bar.n)
         if done >= total:
             bar.close()
 
     return update
-
-
-def make_bar(label: str) -> Any:
-    """tqdm's bar, which every ComfyUI has, else plain lines."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return PlainBar(label)
-    return tqdm(total=100, desc=label, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
-
-
-class PlainBar:
-    """A line for every tenth part."""
-
-    def __init__(self, label: str):
-        self.label, self.n = label, 0
-
-    def update(self, percent: int) -> None:
-        if (self.n + percent) // 10 > self.n // 10:
-            print(f"{self.label} {self.n + percent}%", file=sys.stderr)
-        self.n += percent
-
-    def close(self) -> None:
-        """Nothing is left open."""
 
 
 def convert(args: argparse.Namespace) -> str:

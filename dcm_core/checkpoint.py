@@ -195,10 +195,7 @@ def _half_message(file: TensorFile, family: Family, layout: Layout, missing: set
 
 def semantic_state_dict(file: TensorFile, contents: Contents, progress: Progress | None = None) -> dict[str, Tensor]:
     """The base (semantic) weights of a diffusers-layout file in native names, each tensor read once."""
-    state_dict: dict[str, Tensor] = {}
-    for target, tensor in each_native(file, contents, progress):
-        state_dict[target] = tensor
-    return state_dict
+    return dict(each_native(file, contents, progress))
 
 
 def each_native(file: TensorFile, contents: Contents, progress: Progress | None = None) -> Iterable[tuple[str, Tensor]]:

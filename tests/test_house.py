@@ -157,7 +157,7 @@ def test_scanners_find_every_node():
         assert node.name.startswith("DCM")
     names = [node.name for node in found]
     assert len(names) == len(set(names))
-    assert set(names) >= NODE_IDS
+    assert set(names) == NODE_IDS
 
 
 def project():

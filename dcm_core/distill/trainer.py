@@ -18,6 +18,7 @@ from .config import TrainingConfig
 from .consistency import Batch, Roles, predict
 from .dataset import BatchOrder, TrainingData
 from .discriminator import make_discriminator
+from .divergence import Diverged, check_losses, lowest_window
 from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, make_learner, make_schedule
 from .losses import pseudo_huber
 from .memory import Memory, step_size, total
@@ -25,7 +26,6 @@ from .parallel import Processes
 from .stages import DetailStage, SemanticStage, Terms
 from .state import History, SavedState, check_folder, newest_state, save_state
 from .trainee import make_fixed, make_trainee
-from .watch import Diverged, check_losses, lowest_window
 from .watcher import Quiet, Watcher
 
 logger = logging.getLogger(__name__)

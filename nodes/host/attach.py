@@ -27,7 +27,7 @@ from ...dcm_core.families import FAMILIES, Family
 from ...dcm_core.routing import Side, check_boundary
 from .route import KEY, AttachedExperts, attached_experts, route_call, step_cache_note
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ComfyUI-DCM")
 
 # Boundaries go through text in files and widgets.
 SAME_BOUNDARY = 1e-6

@@ -1,6 +1,5 @@
 """What the sampling nodes ask of the host: schedules of a MODEL, checks before a run, and the run."""
 
-import logging
 from typing import Any
 
 import comfy.model_management
@@ -19,8 +18,6 @@ from ...dcm_core.schedule import check_sigmas, generic_sigmas, last_part, sigmas
 from .attach import attached_experts, diffusion_model, model_family, with_boundary
 from .switch import KEY as SIDES_KEY
 from .switch import Sides, with_sides
-
-logger = logging.getLogger("ComfyUI-DCM")
 
 AUTO, GENERIC = "auto", "generic"
 PRESETS = {family.preset.title: family.preset for family in FAMILIES.values()}

@@ -133,12 +133,6 @@ def test_help(command, option, capsys):
     assert option in capsys.readouterr().out
 
 
-def test_without_tqdm(source, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert run("convert", source, tmp_path / "b.safetensors", tmp_path / "e.safetensors") == 0
-    assert "100" in capsys.readouterr().err
-
-
 def test_bar_of_nothing(capsys):
     progress_line("nothing")(0, 0)
     assert "nothing" in capsys.readouterr().err

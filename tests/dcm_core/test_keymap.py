@@ -75,7 +75,10 @@ def test_mangled_key_lists_are_reported(data):
     added = data.draw(st.sets(st.text(min_size=1, max_size=20).filter(lambda k: family.key_map.find(k) is None), max_size=3))
     report = family.key_map.match(set(keys) - dropped | added)
     assert set(report.unmatched) == added
-    assert report.complete == (not dropped and not added) or set(report.missing) <= dropped
+    # HunyuanVideo's guidance embedder is not in every model
+    required = {key for key in dropped if "guidance_embedder" not in key}
+    assert required <= set(report.missing) <= dropped
+    assert report.complete == (not report.missing and not added)
 
 
 def test_missing_key_is_named(family):

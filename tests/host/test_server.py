@@ -10,15 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ..test_house import NODE_IDS
 from .graphs import id_of, inputs_of, read, to_prompt
 from .server import FOLDER, ROOT, RUN_SECONDS, failure, messages, start_server
 
 CACHED_PROMPT = ROOT / "workflows" / "DCM Wan 2.1 text to video (cached prompt).json"
 PLAN = "step 1-3 semantic, 4-6 detail, boundary 0.979"
-NODE_IDS = {
-    "DCMLoadModel", "DCMAttachExperts", "DCMSampler", "DCMScheduler", "DCMGuider", "DCMSplitSigmas", "DCMConvertCheckpoint",
-    "DCMExtractLoRA", "DCMSchedulePlot", "DCMSaveConditioning", "DCMLoadConditioning",
-}
 LATENT = "200"  # a node the tests add
 
 
@@ -64,7 +61,7 @@ def test_the_pack_loads_without_a_complaint(server):
 
 def test_all_nodes_are_listed(info):
     ours = {name: node for name, node in info.items() if node["python_module"] == f"custom_nodes.{FOLDER}"}
-    assert set(ours) >= NODE_IDS
+    assert set(ours) == NODE_IDS
     for name, node in ours.items():
         assert name.startswith("DCM")
         assert node["display_name"].startswith("DCM ")

@@ -123,8 +123,8 @@ def test_an_interrupt_between_two_optimisers_is_not_saved(train, module, model, 
 
 
 def test_a_diverging_run_is_ended_and_the_states_before_are_kept(train, module, model, data, config, tmp_path, monkeypatch):
-    watch, trainer_module = module("dcm_core.distill.watch"), module("dcm_core.distill.trainer")
-    monkeypatch.setattr(watch, "WINDOW", 2)
+    divergence, trainer_module = module("dcm_core.distill.divergence"), module("dcm_core.distill.trainer")
+    monkeypatch.setattr(divergence, "WINDOW", 2)
     update = trainer_module.Trainer._update
 
     def growing(self):
@@ -132,7 +132,7 @@ def test_a_diverging_run_is_ended_and_the_states_before_are_kept(train, module, 
         self.history[-1]["loss"] *= 100.0 ** (self.done > 2)
 
     monkeypatch.setattr(trainer_module.Trainer, "_update", growing)
-    with pytest.raises(watch.Diverged, match=r"-fold since step 2, .*stopped at step 4 without saving"):
+    with pytest.raises(divergence.Diverged, match=r"-fold since step 2, .*stopped at step 4 without saving"):
         train(model, data, config("semantic", steps=9, save_every=2, keep=9), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002.safetensors"]
     monkeypatch.undo()

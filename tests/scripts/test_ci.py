@@ -32,7 +32,7 @@ def test_workflow_is_well_formed(path):
     for job in workflow["jobs"].values():
         assert ("uses" in job) != ("runs-on" in job and bool(steps_of(job)))
         needs = job.get("needs", [])
-        assert {needs} if isinstance(needs, str) else set(needs) <= set(workflow["jobs"])
+        assert set([needs] if isinstance(needs, str) else needs) <= set(workflow["jobs"])
         for step in job.get("steps", []):
             assert ("run" in step) != ("uses" in step)
             assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]), "an action of no fixed version"

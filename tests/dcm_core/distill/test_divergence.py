@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dcm_core.distill.config import TrainingConfig, TrainingError
-from dcm_core.distill.watch import PATIENCE, WINDOW, Diverged, check_losses, lowest_window
+from dcm_core.distill.divergence import PATIENCE, WINDOW, Diverged, check_losses, lowest_window
 
 
 def history(*losses):
