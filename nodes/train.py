@@ -134,7 +134,7 @@ class DCMTrainSemanticExpert(io.ComfyNode):
             ),
             inputs=[
                 *first_inputs("semantic"),
-                *common_inputs(1000, 1e-4, rank_floor=0),
+                *common_inputs(1000, 0.0, rank_floor=0),
                 io.Float.Input(
                     "temporal_weight", default=1.0, min=0.0, max=100.0, step=0.1, **advanced(io.Float.Input),
                     tooltip="Weight of the temporal coherence loss, which is for the motion.",

@@ -90,6 +90,8 @@ def prepare_model(
     facts = attached_experts(model)
     if facts is not None and sigma != facts.boundary:
         model = with_boundary(model, sigma)
+    if detail_model is not None and (its := attached_experts(detail_model)) is not None and sigma not in (None, its.boundary):
+        detail_model = with_boundary(detail_model, sigma)
     other_cfg = detail_cfg if detail_cfg and detail_cfg != cfg else None
     if detail_model is not None or other_cfg is not None:
         if sigma is None:

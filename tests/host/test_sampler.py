@@ -176,6 +176,15 @@ def test_two_models_in_the_sampler_node(run, base, wan, module):
     assert torch.equal(out.result[0]["samples"], core_sample(pair, sigmas, 3, latent()["samples"], negative=COND))
 
 
+def test_the_boundary_is_the_second_models_too(run, routed):
+    """The same model twice, each with experts: one expert owns each step, whichever model runs it."""
+    # the second of these steps lies between this boundary and the experts' own
+    settings = {"schedule": "generic", "steps": 6, "shift": 17.0, "boundary": 0.99}
+    twice = run(routed, detail_model=routed.clone(), **settings)
+    assert text(twice) == "step 1 semantic, 2-6 detail, boundary 0.99"
+    assert torch.equal(twice.result[0]["samples"], run(routed, **settings).result[0]["samples"])
+
+
 def test_image_model_has_its_own_boundary(module, wan):
     sampling = module("nodes.host.sampling")
     assert sampling.choose_boundary(wan(channels=36, layers=1, width=128), 0.0, True) == 0.9
