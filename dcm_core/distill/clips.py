@@ -308,7 +308,7 @@ def _fitted(frame: Any, facts: ClipFacts) -> Tensor:
     width, height = facts.bucket
     scale = max(width / facts.width, height / facts.height)
     covering = max(height, round(scale * facts.height)), max(width, round(scale * facts.width))
-    image = upright(frame).permute(2, 0, 1)[None].float() / 255
+    image = upright(frame, facts.clip.path).permute(2, 0, 1)[None].float() / 255
     image = F.interpolate(image, covering, mode="bicubic", antialias=True)[0].clamp(0, 1)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     return image[:, top : top + height, left : left + width].permute(1, 2, 0)

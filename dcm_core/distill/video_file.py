@@ -106,6 +106,14 @@ def shown_frames(path: Path, gap: float) -> Iterator[tuple[Any, float]]:
             yield shown, time + gap
 
 
-def upright(frame: Any) -> Tensor:
-    """The pixels of a decoded frame as they are to be seen: uint8 (height, width, 3)."""
-    return torch.rot90(torch.from_numpy(frame.to_ndarray(format="rgb24")), _quarter_turns(frame))
+def upright(frame: Any, path: Path) -> Tensor:
+    """The pixels of a decoded frame as they are to be seen: uint8 (height, width, 3).
+
+    Raises:
+        ClipError: colours that cannot be converted.
+    """
+    try:
+        pixels = frame.to_ndarray(format="rgb24")
+    except av.FFmpegError as error:
+        raise ClipError(path, f"has colours that cannot become RGB ({error.strerror}). Encode it again, for example as .mp4.") from error
+    return torch.rot90(torch.from_numpy(pixels), _quarter_turns(frame))

@@ -21,7 +21,7 @@ from dcm_core.distill.clips import (
     read_clip,
     source_state,
 )
-from dcm_core.distill.video_file import ClipError, shown_frames
+from dcm_core.distill.video_file import ClipError, shown_frames, upright
 from dcm_core.errors import DCMError
 
 SMALL = ClipSettings(frames=9, fps=16, width=64, height=48)
@@ -320,6 +320,13 @@ def test_portrait_clips_stay_portrait(video, tmp_path):
     facts = inspect_clip(Clip(video(tmp_path / "a.mkv", size=(96, 128)), "x"), SMALL)
     assert facts.bucket == (48, 64)
     assert read_clip(facts, SMALL).shape == (9, 64, 48, 3)
+
+
+def test_colours_that_cannot_be_converted(tmp_path):
+    frame = av.VideoFrame(8, 8, "yuv420p")
+    frame.colorspace = 3  # reserved
+    with pytest.raises(ClipError, match=r"clip.mp4: has colours that cannot become RGB"):
+        upright(frame, tmp_path / "clip.mp4")
 
 
 def test_a_clip_that_the_camera_turned_is_read_upright(video, tmp_path):
