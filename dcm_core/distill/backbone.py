@@ -183,10 +183,11 @@ def _own(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _counts_versions(weight: Tensor) -> bool:
-    """Whether a backward pass can save it. A weight of inference mode that was moved outside it says no more that it is one."""
+def _can_be_saved(weight: Tensor) -> bool:
+    """Whether a backward pass can save it. A weight of inference mode that was moved outside it says no more that it is one, but has
+    no version."""
     try:
-        return weight._version >= 0
+        return not weight.is_inference() and weight._version >= 0
     except RuntimeError:
         return False
 
@@ -201,7 +202,7 @@ def usable_weights(module: nn.Module) -> Iterator[None]:
     try:
         for owner in module.modules():
             for name, weight in owner._parameters.items():
-                if weight is not None and not _counts_versions(weight) and type(weight.data) is Tensor:
+                if weight is not None and not _can_be_saved(weight) and type(weight.data) is Tensor:
                     plain = torch.empty(0, dtype=weight.dtype, device=weight.device)
                     plain.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
                     owner.__dict__[name] = plain
