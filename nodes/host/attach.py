@@ -167,10 +167,13 @@ def detach_experts(model: Any) -> Any:
     return clone
 
 
-def with_boundary(model: Any, boundary: float) -> Any:
-    """A clone of MODEL whose experts change over at another sigma."""
+def with_boundary(model: Any, boundary: float | None) -> Any:
+    """A clone of MODEL whose experts change over at another sigma; MODEL itself if it has none, or they do so already."""
+    facts = attached_experts(model)
+    if facts is None or facts.boundary == boundary:
+        return model
     clone = model.clone()
-    clone.set_attachments(KEY, dataclasses.replace(attached_experts(model), boundary=check_boundary(boundary), own_boundary=True))
+    clone.set_attachments(KEY, dataclasses.replace(facts, boundary=check_boundary(boundary), own_boundary=True))
     return clone
 
 

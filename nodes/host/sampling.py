@@ -87,16 +87,13 @@ def prepare_model(
         DCMError: two models that do not fit together; two sides asked of a model without a boundary.
     """
     sigma = choose_boundary(model, boundary, detail_model is not None)
-    facts = attached_experts(model)
-    if facts is not None and sigma != facts.boundary:
-        model = with_boundary(model, sigma)
-    if detail_model is not None and (its := attached_experts(detail_model)) is not None and sigma not in (None, its.boundary):
-        detail_model = with_boundary(detail_model, sigma)
+    model = with_boundary(model, sigma)
     other_cfg = detail_cfg if detail_cfg and detail_cfg != cfg else None
     if detail_model is not None or other_cfg is not None:
         if sigma is None:
             raise DCMError("This model has no usual boundary, and boundary is 0. Set boundary to the sigma where the sides change.")
-        model = with_sides(model, Sides(sigma, detail_model, other_cfg))
+        low = None if detail_model is None else with_boundary(detail_model, sigma)
+        model = with_sides(model, Sides(sigma, low, other_cfg))
     return model, sigma
 
 
