@@ -60,14 +60,13 @@ def load_vae(folder: Path) -> WanVAE:
 def encode_clips(folder: Path, count: int, seed: int) -> Tensor:
     """Latents of the training clips as the transformer sees them, (count, 16, frames, height, width); kept in the folder."""
     path = folder / "latents.safetensors"
-    if path.exists():
-        return TensorFile(path).read("latents").float()
-    vae = load_vae(folder)
-    scenes = clips(count, seed)
-    parts = [scenes[start : start + ENCODED_AT_ONCE] for start in range(0, count, ENCODED_AT_ONCE)]
-    latents = torch.cat([Wan21().process_in(vae.encode(torch.stack([render(scene) for scene in part]))) for part in parts])
-    write_tensors(path, {"latents": latents.half()}, {})
-    return latents
+    if not path.exists():
+        vae = load_vae(folder)
+        scenes = clips(count, seed)
+        parts = [scenes[start : start + ENCODED_AT_ONCE] for start in range(0, count, ENCODED_AT_ONCE)]
+        latents = torch.cat([Wan21().process_in(vae.encode(torch.stack([render(scene) for scene in part]))) for part in parts])
+        write_tensors(path, {"latents": latents.half()}, {})
+    return TensorFile(path).read("latents").float()
 
 
 def flow_matching_loss(model: WanModel, x0: Tensor, context: Tensor, generator: torch.Generator) -> Tensor:
@@ -80,11 +79,24 @@ def flow_matching_loss(model: WanModel, x0: Tensor, context: Tensor, generator: 
     return F.mse_loss(velocity, noise - x0)
 
 
+def make_optimizer(model: WanModel) -> torch.optim.Optimizer:
+    """AdamW, with a learning rate of its own for what takes in the words.
+
+    Adam moves every weight by about the learning rate, and an output by that times its inputs: the 4096 of a word would throw the
+    first layer of the text about until no unit answers to some words, and the base never learns them.
+    """
+    words = model.text_embedding[0].weight
+    rest = [parameter for parameter in model.parameters() if parameter is not words]
+    groups = [{"params": rest, "lr": LEARNING_RATE}, {"params": [words], "lr": LEARNING_RATE * WIDTH / TEXT_WIDTH}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
+
+
 def train(model: WanModel, latents: Tensor, steps: int, seed: int) -> nn.Module:
     """Train it; returns the averaged model."""
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.03)
+    optimizer = make_optimizer(model)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=0.03)
     # all captions have the same number of words; no caption is as many zeros
     texts = torch.stack([embed(text).float() for text in CAPTIONS])
     generator = torch.Generator().manual_seed(seed)

@@ -56,3 +56,25 @@ def test_scripts_make_base_and_experts(environment, tmp_path):
     shipped = sorted((tmp_path / "shipped").iterdir())
     assert [path.name for path in shipped] == ["dcm_small_world_detail.safetensors", "dcm_small_world_semantic.safetensors"]
     assert sum(path.stat().st_size for path in shipped) < 6.5e6
+
+
+LIVE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch, train_base
+from world import COLOURS, LATENT, MOTIONS, SHAPES, embed
+torch.manual_seed(0)
+model = train_base.make_transformer()
+train_base.train(model, torch.randn(16, *LATENT), 20, seed=0)
+words = torch.stack([embed(word)[0].float() for word in (*COLOURS, *SHAPES, *MOTIONS)])
+# below -3 a GELU is flat: such a unit learns no more
+print(int((model.text_embedding[0](words) > -3).sum(1).min()))
+"""
+
+
+def test_every_word_keeps_units_that_learn(environment):
+    """A first layer that is thrown about kills them: the base never heard what the motion's words said."""
+    command = [str(environment.python), "-c", LIVE, str(SMALL_WORLD)]
+    result = subprocess.run(command, env=environment.variables(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert int(result.stdout.splitlines()[-1]) > 100
