@@ -144,7 +144,7 @@ class DCMGuider(io.ComfyNode):
             node_id="DCMGuider",
             display_name="DCM Guider",
             category="DCM/sampling",
-            description="A guider for SamplerCustomAdvanced that routes each step: attached experts, a second full model, a cfg a side.",
+            description="A guider for SamplerCustomAdvanced that routes each step: attached experts or a second model, a cfg for each.",
             inputs=[
                 io.Model.Input("model", tooltip="A model with experts, or the high-noise model."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
