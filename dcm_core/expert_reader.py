@@ -108,7 +108,7 @@ def _collect(tensors: Mapping[str, Tensor], family: Family, shapes: Shapes) -> l
         piece = names.find(name.module) if name else None
         if name is not None and name.kind == "unsupported":
             unsupported.append(key)
-        elif piece is None:
+        elif piece is None or (name.kind in ("down", "up") and not shapes.keys() & {piece.target, f"{piece.target}.weight"}):
             unplaced.append(key)
         else:
             site = sites.setdefault(f"{piece.target}|{piece.part}", Site(piece, adapter=name.adapter))

@@ -215,6 +215,7 @@ def test_detail_copies_of_the_release_are_replacements():
     [
         ({}, {}, "holds no tensor"),
         (wan_pair() | {"diffusion_model.blocks.9.x.lora_up.weight": torch.ones(1)}, {}, "1 of 3 tensors fit nothing"),
+        ({"blocks.0.lora_A.weight": torch.ones(2, 4), "blocks.0.lora_B.weight": torch.ones(4, 2)}, {}, r"2 of 2 .* nothing .*: blocks\.0\.lora_A"),
         (wan_pair(rank=2) | {"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 4)}, {}, "are for the same tensor"),
         ({k: v for k, v in wan_pair().items() if "down" in k}, {}, "half of a low-rank pair"),
         ({"blocks.0.self_attn.q.alpha": torch.tensor(1.0)}, {}, "alpha has no low-rank pair"),
