@@ -92,6 +92,29 @@ def check_facts(metadata: Mapping[str, str], role: Side, family: Family) -> None
         raise ExpertError(f"This expert file has format {metadata['dcm.format']}; this version reads {FILE_FORMAT}. Update the node pack.")
 
 
+def check_sizes(expert: Expert, shapes: Shapes) -> None:
+    """Refuse an expert that was made for a model of another size.
+
+    Raises:
+        ExpertError: a tensor that the model does not have, or has in another shape.
+    """
+    for module, updates in expert.low_rank.items():
+        shape = tuple(shapes.get(f"{module}.weight", ()))
+        for update in updates:
+            # a fused tensor's row blocks are as high as its input is wide, but for the last
+            heights = (*shape[1:], shape[0] - update.start) if shape else ()
+            if tuple(update.down.shape[1:]) != shape[1:] or update.up.shape[0] not in heights:
+                raise _other_size(f"{module}'s pair has shapes {tuple(update.down.shape)} and {tuple(update.up.shape)}", module, shape)
+    for name, tensor in (*expert.replaced.items(), *expert.diff.items()):
+        if tuple(tensor.shape) != (shape := tuple(shapes.get(name, ()))):
+            raise _other_size(f"{name} has shape {tuple(tensor.shape)}", name, shape)
+
+
+def _other_size(given: str, name: str, shape: Sequence[int]) -> ExpertError:
+    says = f"the model's {name} is {tuple(shape) or 'absent'}"
+    return ExpertError(f"{given}; {says}. Use an expert made for a model of this size.")
+
+
 def is_release_part(tensors: Iterable[str], family: Family) -> bool:
     """True if the file follows the release's conventions, so that a missing alpha means the release's scale."""
     return any(
@@ -223,9 +246,8 @@ def _low_rank(site: Site, shape: Sequence[int], default_scale: DefaultScale) -> 
     room = shape[0] if piece.part is None else shape[0] - piece.part * shape[1]
     rows_fit = up.ndim == down.ndim == len(shape) and (up.shape[0] == room if piece.part is None else up.shape[0] <= room)
     if not (rows_fit and down.shape[0] == up.shape[1] > 0 and tuple(down.shape[1:]) == tuple(shape[1:])):
-        raise ExpertError(
-            f"{name_some(site.keys.values())} have shapes {tuple(down.shape)} and {tuple(up.shape)}; the model's "
-            f"{piece.target} is {tuple(shape)}. Use an expert made for a model of this size."
+        raise _other_size(
+            f"{name_some(site.keys.values())} have shapes {tuple(down.shape)} and {tuple(up.shape)}", piece.target, shape
         )
     if alpha is not None and alpha.numel() != 1:
         raise ExpertError(f"{site.keys['alpha']} has shape {tuple(alpha.shape)}; an alpha is one number. Save the expert again.")
@@ -251,10 +273,7 @@ def _place_full(site: Site, kind: str, name: str, shapes: Shapes, into: dict[str
     elif tuple(tensor.shape) == shape:
         into[name] = tensor
         return
-    raise ExpertError(
-        f"{site.keys[kind]} has shape {tuple(tensor.shape)}; the model's {name} is {shape or 'absent'}. "
-        "Use an expert made for a model of this size."
-    )
+    raise _other_size(f"{site.keys[kind]} has shape {tuple(tensor.shape)}", name, shape)
 
 
 def split_fused(module: str, updates: Sequence[LowRank], family: Family) -> tuple[LowRank, ...]:

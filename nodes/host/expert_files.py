@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...dcm_core.errors import CheckpointError
-from ...dcm_core.expert_reader import check_facts, read_expert
+from ...dcm_core.expert_reader import check_facts, check_sizes, read_expert
 from ...dcm_core.experts import Expert
 from ...dcm_core.routing import Side
 from ...dcm_core.storage import TensorFile
@@ -39,10 +39,11 @@ def trained_expert(expert: Expert | None, role: Side, model: Any) -> Expert | No
     """An expert straight from its training, checked as a file is.
 
     Raises:
-        ExpertError: another family, or another role.
+        ExpertError: another family or role, or made for a model of another size.
     """
     if expert is not None:
         check_facts({"dcm.family": expert.family, "dcm.expert": expert.role}, role, require_family(model))
+        check_sizes(expert, module_shapes(model))
     return expert
 
 

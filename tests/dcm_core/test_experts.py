@@ -1,6 +1,7 @@
 """Experts as data: the release's, our file, and every naming they may come in."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcm_core.errors import ExpertError
-from dcm_core.expert_reader import read_expert
+from dcm_core.expert_reader import check_sizes, read_expert
 from dcm_core.experts import (
     Expert,
     LowRank,
@@ -215,7 +216,7 @@ def test_detail_copies_of_the_release_are_replacements():
     [
         ({}, {}, "holds no tensor"),
         (wan_pair() | {"diffusion_model.blocks.9.x.lora_up.weight": torch.ones(1)}, {}, "1 of 3 tensors fit nothing"),
-        ({"blocks.0.lora_A.weight": torch.ones(2, 4), "blocks.0.lora_B.weight": torch.ones(4, 2)}, {}, r"2 of 2 .* nothing .*: blocks\.0\.lora_A"),
+        ({f"blocks.0.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}, {}, r"2 of 2 .* nothing .*: blocks\.0\.lora_A"),
         (wan_pair(rank=2) | {"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 4)}, {}, "are for the same tensor"),
         ({k: v for k, v in wan_pair().items() if "down" in k}, {}, "half of a low-rank pair"),
         ({"blocks.0.self_attn.q.alpha": torch.tensor(1.0)}, {}, "alpha has no low-rank pair"),
@@ -234,6 +235,24 @@ def test_detail_copies_of_the_release_are_replacements():
 def test_bad_files(tensors, metadata, message):
     with pytest.raises(ValueError, match=message):
         read_expert(tensors, metadata, "semantic", WAN, WAN_SHAPES)
+
+
+def test_an_expert_that_is_no_file_is_checked_for_its_sizes(family):
+    detail, shapes = release(family)
+    expert = expert_from_release(family, detail)
+    check_sizes(expert, shapes)
+    module, name = next(iter(expert.low_rank)), next(iter(expert.replaced))
+    pair = expert.low_rank[module][-1]
+    narrow = replace(pair, down=pair.down[:, 1:])
+    short = replace(pair, up=pair.up[1:])
+    for wrong in (narrow, short):
+        with pytest.raises(ExpertError, match=rf"{module}'s pair has shapes .*; the model's {module} is \(.* of this size"):
+            check_sizes(replace(expert, low_rank={module: (wrong,)}), shapes)
+    with pytest.raises(ExpertError, match=rf"{name} has shape \(1,\); the model's {name} is \("):
+        check_sizes(replace(expert, replaced={name: torch.zeros(1)}), shapes)
+    for lost in ({"low_rank": {"blocks.99.x": (pair,)}}, {"diff": {"blocks.99.x": torch.zeros(1)}}):
+        with pytest.raises(ExpertError, match=r"the model's blocks\.99\.x is absent"):
+            check_sizes(replace(expert, **lost), shapes)
 
 
 def test_wrong_family_is_recognised_by_its_keys():

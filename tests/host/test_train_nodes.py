@@ -130,6 +130,18 @@ def test_a_detail_expert_stands_on_no_other(trained, node, data, output):
         node("DCMAttachExperts", semantic_expert=detail.result[1], boundary=0.0, **both)
 
 
+@pytest.mark.parametrize("other", [{"width": 384}, {"layers": 3}])
+def test_a_trained_expert_of_another_model_s_size_is_refused(other, wan, node, data, output, random_expert):
+    model, experts = wan(layers=2), {side: random_expert(wan(**{"layers": 2, **other}), side) for side in ("semantic", "detail")}
+    names = {"semantic_lora": "none", "detail_lora": "none", "semantic_strength": 1.0, "detail_strength": 1.0, "boundary": 0.0}
+    for side, expert in experts.items():
+        with pytest.raises(ValueError, match=r"blocks\.\d\..* the model's blocks\.\d\..* Use an expert made for a model of this size"):
+            node("DCMAttachExperts", model=model, **names, **{f"{side}_expert": expert})
+    with pytest.raises(ValueError, match="Use an expert made for a model of this size"):
+        node("DCMTrainDetailExpert", model=model, dataset=data, name="x", semantic_expert=experts["semantic"], **DETAIL)
+    assert not (output / "dcm_training" / "x").exists()
+
+
 def test_a_vae_of_other_latents_is_refused(wan, node, data, output):
     from types import SimpleNamespace
 
