@@ -4,32 +4,20 @@ Every tensor is placed or named in an error; nothing is dropped.
 """
 
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .errors import ExpertError, name_some
-from .experts import FILE_FORMAT, Expert, LowRank, place_low_rank, split_update
+from .experts import FILE_FORMAT, Expert, LowRank, split_fused
 from .families import FAMILIES, Family
-from .keymap import Piece
-from .lora_names import LoraKey, ModuleNames, Shapes, candidates, count_known, split_key
+from .keymap import Shape
+from .lora_names import Kind, Shapes, count_known, is_release_part
+from .match import NO_LAYER, OTHER_KIND, Site, find_sites, tensor_name, wrong_kinds
 from .routing import Side, check_boundary
-
-RELEASE_ADAPTER = "lora1"
-
-
-@dataclass
-class Site:
-    """The tensors a file holds for one of its modules."""
-
-    piece: Piece
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    keys: dict[str, str] = field(default_factory=dict)
-    adapter: str | None = None
+from .updates import DefaultScale, Update, site_updates
 
 
 def read_expert(
@@ -54,14 +42,16 @@ def read_expert(
             wrong shapes, NaN or infinite values, missing keys in a file of ours.
     """
     check_facts(metadata, role, family)
-    sites = _collect(tensors, family, shapes)
+    sites = _places({key: tuple(tensor.shape) for key, tensor in tensors.items()}, family, shapes)
     _check_values(tensors)
     default_scale = DefaultScale(family, metadata, peft_config, released=is_release_part(tensors, family))
     low_rank: dict[str, list[LowRank]] = {}
     replaced: dict[str, Tensor] = {}
     diff: dict[str, Tensor] = {}
     for site in sites:
-        _place(site, shapes, default_scale, low_rank, replaced, diff)
+        held = {kind: tensors[key] for kind, key in site.keys.items()}
+        for update in site_updates(site.piece, held, family, shapes, default_scale):
+            _gather(update, shapes[update.name], low_rank, replaced, diff)
     expert = Expert(
         family.name,
         role,
@@ -115,51 +105,24 @@ def _other_size(given: str, name: str, shape: Sequence[int]) -> ExpertError:
     return ExpertError(f"{given}; {says}. Use an expert made for a model of this size.")
 
 
-def is_release_part(tensors: Iterable[str], family: Family) -> bool:
-    """True if the file follows the release's conventions, so that a missing alpha means the release's scale."""
-    return any(
-        family.detail_source(key) or ((name := split_key(key)) and name.adapter == RELEASE_ADAPTER) for key in tensors
-    )
-
-
-def _collect(tensors: Mapping[str, Tensor], family: Family, shapes: Shapes) -> list[Site]:
-    names = ModuleNames(family, shapes)
-    sites: dict[str, Site] = {}
-    unplaced, unsupported, collided = [], [], []
-    for key, tensor in tensors.items():
-        name = name_of(key, family)
-        piece = names.find(name.module) if name else None
-        if name is not None and name.kind == "unsupported":
-            unsupported.append(key)
-        elif piece is None or (name.kind in ("down", "up") and not shapes.keys() & {piece.target, f"{piece.target}.weight"}):
-            unplaced.append(key)
-        else:
-            site = sites.setdefault(f"{piece.target}|{piece.part}", Site(piece, adapter=name.adapter))
-            if name.kind in site.tensors:
-                collided += [key, site.keys[name.kind]]
-            site.tensors[name.kind], site.keys[name.kind] = tensor, key
-    if unsupported:
+def _places(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> list[Site]:
+    """Where every tensor belongs; none is left out."""
+    sites, strangers = find_sites(keys, family, shapes)
+    if unsupported := strangers.get(OTHER_KIND):
         raise ExpertError(
             f"{len(unsupported)} tensors are of a kind that cannot be routed ({name_some(unsupported)}). Expected plain LoRA pairs, "
             ".diff, .diff_b or .set_weight; convert the file to a plain LoRA first."
         )
-    if collided:
-        raise ExpertError(f"{name_some(set(collided))} are for the same tensor. Expected one name for each; merge the adapters first.")
-    if unplaced:
-        raise ExpertError(_unplaced_message(unplaced, len(tensors), family))
+    if collided := {name for site in sites for kind, key in site.again for name in (key, site.keys[kind])}:
+        raise ExpertError(f"{name_some(collided)} are for the same tensor. Expected one name for each; merge the adapters first.")
+    if unplaced := strangers.get(NO_LAYER):
+        raise ExpertError(_unplaced_message(unplaced, len(keys), family))
     if not sites:
         raise ExpertError("The file holds no tensor. Expected the LoRA of an expert.")
-    return list(sites.values())
-
-
-def name_of(key: str, family: Family) -> LoraKey | None:
-    """The key taken apart; the release's detail copies count as replacements."""
-    for name in candidates(key):
-        source = family.detail_source(name)
-        if source is not None:
-            module, _, param = source.rpartition(".")
-            return LoraKey(module, "set_bias" if param == "bias" else "set_weight", RELEASE_ADAPTER)
-    return split_key(key)
+    for site in sites:
+        if wrong := wrong_kinds(site, keys, shapes):
+            raise _refusal(site, wrong, keys, shapes)
+    return sites
 
 
 def _unplaced_message(unplaced: list[str], count: int, family: Family) -> str:
@@ -175,112 +138,48 @@ def _unplaced_message(unplaced: list[str], count: int, family: Family) -> str:
     )
 
 
+def _refusal(site: Site, wrong: Mapping[Kind, str], keys: Mapping[str, Shape], shapes: Shapes) -> ExpertError:
+    """What is wrong with a site's tensors."""
+    held = site.keys
+    pair = [kind for kind in ("down", "up") if kind in held]
+    if len(pair) == 1:
+        return ExpertError(f"{name_some(held.values())} is half of a low-rank pair. Save or download the file again.")
+    if "alpha" in held and not pair:
+        return ExpertError(f"{held['alpha']} has no low-rank pair. Save or download the file again.")
+    kind = next(iter(pair if wrong.keys() & pair else wrong))
+    name, given = tensor_name(site.piece, kind, shapes), tuple(keys[held[kind]])
+    if kind in pair:
+        return _other_size(f"{name_some(held.values())} have shapes {given} and {tuple(keys[held['up']])}", site.piece.target, shapes[name])
+    if kind == "alpha":
+        return ExpertError(f"{held[kind]} has shape {given}; an alpha is one number. Save the expert again.")
+    if site.piece.part is not None and kind in ("set_weight", "set_bias"):
+        return ExpertError(f"{held[kind]} replaces only some rows of the fused {name}. Convert the expert to native names first.")
+    return _other_size(f"{held[kind]} has shape {given}", name, shapes[name])
+
+
+def _gather(
+    update: Update, shape: Shape, low_rank: dict[str, list[LowRank]], replaced: dict[str, Tensor], diff: dict[str, Tensor]
+) -> None:
+    """Put what a file does to the tensor of this shape with the rest."""
+    name, pair = update.name, update.low_rank
+    if update.replaced is not None:
+        replaced[name] = update.replaced
+    if pair is not None and len(shape) == 2:
+        low_rank.setdefault(name.removesuffix(".weight"), []).append(pair)
+    elif pair is not None:
+        full = pair.scale * pair.up.float().flatten(1) @ pair.down.float().flatten(1)
+        diff[name] = full.reshape(tuple(shape))
+    if update.diff is not None and name not in diff and update.rows == shape[0]:
+        diff[name] = update.diff
+    elif update.diff is not None:
+        whole = diff.setdefault(name, update.diff.new_zeros(tuple(shape)))
+        whole[update.start : update.start + update.rows] += update.diff
+
+
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if broken:
         raise ExpertError(f"{len(broken)} tensors hold NaN or infinite values: {name_some(broken)}. Download or train the file again.")
-
-
-class DefaultScale:
-    """alpha / rank of a pair that stores no alpha: PEFT's or diffusers' configuration, else the release's, else 1."""
-
-    def __init__(self, family: Family, metadata: Mapping[str, str], peft_config: Mapping | None, released: bool):
-        self.config = peft_config or _diffusers_config(metadata) or {}
-        self.fallback = family.lora_scale if released else 1.0
-
-    def __call__(self, module: str, rank: int) -> float:
-        alpha = self.config.get("lora_alpha")
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
-        if alpha is None:
-            return self.fallback
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-
-def _diffusers_config(metadata: Mapping[str, str]) -> dict:
-    """The LoRA configuration diffusers stores as JSON in a file's metadata, keys without their `transformer.`."""
-    try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError as error:
-        raise ExpertError(f"The metadata `lora_adapter_metadata` is no JSON ({error}). Save the LoRA again.") from error
-    return {key.removeprefix("transformer."): value for key, value in config.items()}
-
-
-def _place(
-    site: Site,
-    shapes: Shapes,
-    default_scale: DefaultScale,
-    low_rank: dict[str, list[LowRank]],
-    replaced: dict[str, Tensor],
-    diff: dict[str, Tensor],
-) -> None:
-    """Put one module's tensors where they belong."""
-    piece, tensors = site.piece, site.tensors
-    weight = piece.target if piece.target in shapes else f"{piece.target}.weight"
-    bias = f"{piece.target}.bias"
-    if ("down" in tensors) != ("up" in tensors):
-        raise ExpertError(f"{name_some(site.keys.values())} is half of a low-rank pair. Save or download the file again.")
-    if "alpha" in tensors and "down" not in tensors:
-        raise ExpertError(f"{site.keys['alpha']} has no low-rank pair. Save or download the file again.")
-    if "down" in tensors:
-        update = _low_rank(site, shapes[weight], default_scale)
-        if len(shapes[weight]) > 2:
-            full = update.scale * update.up.float().flatten(1) @ update.down.float().flatten(1)
-            diff[weight] = full.reshape(tuple(shapes[weight]))
-        else:
-            low_rank.setdefault(piece.target, []).append(update)
-    for kind, name, into in (
-        ("set_weight", weight, replaced),
-        ("set_bias", bias, replaced),
-        ("diff", weight, diff),
-        ("diff_b", bias, diff),
-    ):
-        if kind in tensors:
-            _place_full(site, kind, name, shapes, into)
-
-
-def _low_rank(site: Site, shape: Sequence[int], default_scale: DefaultScale) -> LowRank:
-    down, up, alpha = site.tensors["down"], site.tensors["up"], site.tensors.get("alpha")
-    piece = site.piece
-    room = shape[0] if piece.part is None else shape[0] - piece.part * shape[1]
-    rows_fit = up.ndim == down.ndim == len(shape) and (up.shape[0] == room if piece.part is None else up.shape[0] <= room)
-    if not (rows_fit and down.shape[0] == up.shape[1] > 0 and tuple(down.shape[1:]) == tuple(shape[1:])):
-        raise _other_size(
-            f"{name_some(site.keys.values())} have shapes {tuple(down.shape)} and {tuple(up.shape)}", piece.target, shape
-        )
-    if alpha is not None and alpha.numel() != 1:
-        raise ExpertError(f"{site.keys['alpha']} has shape {tuple(alpha.shape)}; an alpha is one number. Save the expert again.")
-    scale = default_scale(piece.source, down.shape[0]) if alpha is None else alpha.item() / down.shape[0]
-    return place_low_rank(piece, down, up, scale)
-
-
-def _place_full(site: Site, kind: str, name: str, shapes: Shapes, into: dict[str, Tensor]) -> None:
-    """Put a whole tensor, or a fused tensor's rows, into `into[name]`."""
-    tensor, part = site.tensors[kind], site.piece.part
-    shape = tuple(shapes.get(name, ()))
-    if part is not None and kind.startswith("set"):
-        raise ExpertError(f"{site.keys[kind]} replaces only some rows of the fused {name}. Convert the expert to native names first.")
-    if site.piece.swap_halves:
-        tensor = torch.cat(tensor.chunk(2)[::-1])
-    if part is not None and shape:
-        width = shapes[f"{site.piece.target}.weight"][1]
-        whole = into.setdefault(name, tensor.new_zeros(shape))
-        start, stop = part * width, part * width + tensor.shape[0]
-        if tuple(whole[start:stop].shape) == tuple(tensor.shape):
-            whole[start:stop] = tensor
-            return
-    elif tuple(tensor.shape) == shape:
-        into[name] = tensor
-        return
-    raise _other_size(f"{site.keys[kind]} has shape {tuple(tensor.shape)}", name, shape)
-
-
-def split_fused(module: str, updates: Sequence[LowRank], family: Family) -> tuple[LowRank, ...]:
-    """A module's updates in row order, one for each row block they were stacked from."""
-    parts = len(family.key_map.sources_of(module))
-    ordered = sorted(updates, key=lambda update: update.start)
-    return tuple(piece for update in ordered for piece in split_update(update, parts))
 
 
 def _check_complete(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Shapes) -> None:

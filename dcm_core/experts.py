@@ -6,7 +6,7 @@ Also our expert file: keys that ComfyUI's own LoRA loader applies exactly, plus 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -113,9 +113,7 @@ def merged(expert: Expert, name: str, weight_of: Callable[[str], Tensor]) -> Ten
 
 def place_low_rank(piece: Piece, down: Tensor, up: Tensor, scale: float) -> LowRank:
     """A source module's pair as an update of its native module's rows (see `keymap.Rule.part`)."""
-    if piece.swap_halves:
-        up = torch.cat(up.chunk(2)[::-1])
-    return LowRank(down, up, scale, start=(piece.part or 0) * down.shape[1])
+    return LowRank(down, piece.in_native_order(up), scale, start=(piece.part or 0) * down.shape[1])
 
 
 def expert_from_release(family: Family, tensors: Mapping[str, Tensor]) -> Expert:
@@ -157,7 +155,7 @@ def expert_from_release(family: Family, tensors: Mapping[str, Tensor]) -> Expert
     )
 
 
-def _in_row_order(updates: Sequence[LowRank]) -> tuple[LowRank, ...]:
+def _in_row_order(updates: Iterable[LowRank]) -> tuple[LowRank, ...]:
     return tuple(sorted(updates, key=lambda update: update.start))
 
 
@@ -259,6 +257,12 @@ def split_update(update: LowRank, parts: int) -> tuple[LowRank, ...]:
         for part, columns in enumerate(used)
         if bool(columns.any())
     )
+
+
+def split_fused(module: str, updates: Iterable[LowRank], family: Family) -> tuple[LowRank, ...]:
+    """A module's updates in row order, one for each row block they were stacked from."""
+    parts = len(family.key_map.sources_of(module))
+    return tuple(piece for update in _in_row_order(updates) for piece in split_update(update, parts))
 
 
 def expert_metadata(expert: Expert, count: int) -> dict[str, str]:

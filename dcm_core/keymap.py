@@ -56,6 +56,10 @@ class Piece:
     part: int | None = None
     swap_halves: bool = False
 
+    def in_native_order(self, tensor: Tensor) -> Tensor:
+        """The source's rows in the order of the target's."""
+        return torch.cat(tensor.chunk(2)[::-1]) if self.swap_halves else tensor
+
 
 @dataclass(frozen=True)
 class MatchReport:
@@ -192,4 +196,4 @@ def fuse(pieces: Sequence[Piece], tensors: Mapping[str, Tensor]) -> Tensor:
             f"but have shapes {', '.join(str(tuple(value.shape)) for value in values)}."
         )
     value = values[0] if len(values) == 1 else torch.cat(values)
-    return torch.cat(value.chunk(2)[::-1]) if pieces[0].swap_halves else value
+    return pieces[0].in_native_order(value)

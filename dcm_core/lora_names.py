@@ -34,6 +34,9 @@ PATTERNS = tuple((re.compile(rf"(?P<module>.+?){ending}"), kind) for ending, kin
 PREFIXES = ("base_model.model.", "transformer.", "model.diffusion_model.", "diffusion_model.", "model.", "unet.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 
+# What the release calls its detail LoRA.
+RELEASE_ADAPTER = "lora1"
+
 
 @dataclass(frozen=True)
 class LoraKey:
@@ -59,6 +62,21 @@ def candidates(module: str) -> list[str]:
         if names[-1].startswith(prefix):
             names.append(names[-1][len(prefix):])
     return names
+
+
+def name_of(key: str, family: Family) -> LoraKey | None:
+    """The key taken apart; the release's detail copies count as replacements."""
+    for name in candidates(key):
+        source = family.detail_source(name)
+        if source is not None:
+            module, _, param = source.rpartition(".")
+            return LoraKey(module, "set_bias" if param == "bias" else "set_weight", RELEASE_ADAPTER)
+    return split_key(key)
+
+
+def is_release_part(keys: Iterable[str], family: Family) -> bool:
+    """True if a file follows the release's conventions, so that a missing alpha means the release's scale."""
+    return any(family.detail_source(key) or ((name := split_key(key)) and name.adapter == RELEASE_ADAPTER) for key in keys)
 
 
 def flat_name(module: str) -> str | None:

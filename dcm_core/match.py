@@ -2,15 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from .checkpoint import Contents, Layout
 from .errors import name_some
-from .expert_reader import name_of
 from .families import FAMILIES, Family
 from .keymap import Piece, Shape
-from .lora_names import Kind, ModuleNames, Shapes, count_known
+from .lora_names import Kind, ModuleNames, Shapes, count_known, name_of
 from .storage import TensorFile
 
 # What is wrong with a tensor that has no place.
@@ -21,10 +20,15 @@ MOST_BLOCKS = 1000
 
 @dataclass(frozen=True)
 class Site:
-    """The tensors (kind -> key) a file holds for one module, and where that is in the model."""
+    """The tensors (kind -> key) a file holds for one module, and where that is in the model.
+
+    Attributes:
+        again: more keys for the same tensors.
+    """
 
     piece: Piece
     keys: dict[Kind, str] = field(default_factory=dict)
+    again: list[tuple[Kind, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -104,30 +108,32 @@ def match_expert(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> M
         keys: the expert's keys and their shapes.
         shapes: native tensor name -> shape of the model; () where it is not known.
     """
+    sites, misfits = find_sites(keys, family, shapes)
+    for site in sites:
+        found = [(TWICE, key) for _, key in site.again]
+        found += [(why, site.keys.pop(kind)) for kind, why in wrong_kinds(site, keys, shapes).items()]
+        for why, key in found:
+            misfits.setdefault(why, []).append(key)
+    return Match(tuple(site for site in sites if site.keys), {why: tuple(keys) for why, keys in misfits.items()})
+
+
+def find_sites(keys: Iterable[str], family: Family, shapes: Shapes) -> tuple[list[Site], dict[str, list[str]]]:
+    """The keys by the module of the model that they are for, and by the reason why they are for none."""
     names = ModuleNames(family, shapes)
     sites: dict[tuple[str, int | None], Site] = {}
-    misfits: dict[str, list[str]] = {}
-    other_size: set[tuple[str, int | None]] = set()
-    for key, shape in keys.items():
+    strangers: dict[str, list[str]] = {}
+    for key in keys:
         name = name_of(key, family)
         piece = names.find(name.module) if name else None
         if name is not None and name.kind == "unsupported":
-            misfits.setdefault(OTHER_KIND, []).append(key)
+            strangers.setdefault(OTHER_KIND, []).append(key)
         elif piece is None or tensor_name(piece, name.kind, shapes) not in shapes:
-            misfits.setdefault(NO_LAYER, []).append(key)
-        elif not _fits(name.kind, tuple(shape), piece, shapes):
-            misfits.setdefault(OTHER_SIZE, []).append(key)
-            other_size.add((piece.target, piece.part))
+            strangers.setdefault(NO_LAYER, []).append(key)
         elif name.kind in (site := sites.setdefault((piece.target, piece.part), Site(piece))).keys:
-            misfits.setdefault(TWICE, []).append(key)
+            site.again.append((name.kind, key))
         else:
             site.keys[name.kind] = key
-    for place, site in sites.items():
-        for kind, key in list(_halves(site, keys)):
-            misfits.setdefault(OTHER_SIZE if place in other_size else HALF, []).append(key)
-            del site.keys[kind]
-    found = tuple(site for site in sites.values() if site.keys)
-    return Match(found, {why: tuple(keys) for why, keys in misfits.items()})
+    return list(sites.values()), strangers
 
 
 def tensor_name(piece: Piece, kind: Kind, shapes: Shapes) -> str:
@@ -136,9 +142,25 @@ def tensor_name(piece: Piece, kind: Kind, shapes: Shapes) -> str:
     return f"{target}.bias" if kind in ("diff_b", "set_bias") else target if target in shapes else f"{target}.weight"
 
 
+def wrong_kinds(site: Site, keys: Mapping[str, Shape], shapes: Shapes) -> dict[Kind, str]:
+    """What does not go with the model, or with its other half, and why."""
+    wrong = {kind: why for kind, key in site.keys.items() if (why := _misfit(kind, tuple(keys[key]), site.piece, shapes))}
+    pair = [keys[site.keys[kind]] for kind in ("down", "up") if kind in site.keys.keys() - wrong.keys()]
+    if len(pair) < 2 or not 0 < pair[0][0] == pair[1][1] == math.prod(pair[1][1:]):
+        why = OTHER_SIZE if OTHER_SIZE in wrong.values() else HALF
+        wrong |= {kind: why for kind in ("down", "up", "alpha") if kind in site.keys}
+    return wrong
+
+
+def _misfit(kind: Kind, shape: tuple[int, ...], piece: Piece, shapes: Shapes) -> str | None:
+    if piece.part is not None and kind in ("set_weight", "set_bias"):
+        return OTHER_KIND  # some rows of a tensor cannot be replaced
+    return None if _fits(kind, shape, piece, shapes) else OTHER_SIZE
+
+
 def _fits(kind: Kind, shape: tuple[int, ...], piece: Piece, shapes: Shapes) -> bool:
     if kind == "alpha":
-        return shape in ((), (1,))
+        return math.prod(shape) == 1
     whole = tuple(shapes[tensor_name(piece, kind, shapes)])
     if len(shape) < (2 if kind in ("down", "up") else 1):
         return False
@@ -150,10 +172,3 @@ def _fits(kind: Kind, shape: tuple[int, ...], piece: Piece, shapes: Shapes) -> b
         return shape == whole if kind != "up" else len(shape) == len(whole) and shape[0] == whole[0]
     room = whole[0] - piece.part * tuple(shapes[f"{piece.target}.weight"])[1]
     return len(shape) == len(whole) and 0 < shape[0] <= room and (kind == "up" or shape[1:] == whole[1:])
-
-
-def _halves(site: Site, keys: Mapping[str, Shape]) -> Iterator[tuple[Kind, str]]:
-    """Tensors of a low-rank pair that lack the other half, or do not go with it."""
-    pair = [keys[site.keys[kind]] for kind in ("down", "up") if kind in site.keys]
-    if len(pair) < 2 or not 0 < pair[0][0] == pair[1][1] == math.prod(pair[1][1:]):
-        yield from ((kind, site.keys[kind]) for kind in ("down", "up", "alpha") if kind in site.keys)

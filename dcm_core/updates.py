@@ -1,18 +1,20 @@
 """What an expert does to each tensor of its base, read from its file or from the modules it was made into, a layer at a time."""
 
+import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from .adapters import RoutedExpert
 from .checkpoint import Contents
-from .expert_reader import DefaultScale, is_release_part, split_fused
-from .experts import LowRank, place_low_rank, stack_updates
+from .errors import ExpertError
+from .experts import LowRank, place_low_rank, split_fused, stack_updates
 from .families import Family
 from .keymap import Piece
-from .lora_names import Kind, Shapes
+from .lora_names import Kind, Shapes, is_release_part
 from .match import any_model, expert_part, match_expert, tensor_name
 from .storage import Progress, TensorFile
 
@@ -58,24 +60,47 @@ def file_updates(
     default_scale = DefaultScale(family, file.metadata, peft_config, released=is_release_part(keys, family))
     sites = match_expert(keys, family, shapes).sites
     for done, site in enumerate(sites, start=1):
-        tensors = {kind: _native(site.piece, kind, file.read(expert[key])) for kind, key in site.keys.items()}
-        yield from _site_updates(site.piece, tensors, family, shapes, default_scale)
+        tensors = {kind: file.read(expert[key]) for kind, key in site.keys.items()}
+        yield from site_updates(site.piece, tensors, family, shapes, default_scale)
         if progress is not None:
             progress(done, len(sites))
 
 
-def _native(piece: Piece, kind: Kind, tensor: Tensor) -> Tensor:
-    swapped = piece.swap_halves and kind not in ("down", "up", "alpha")
-    return torch.cat(tensor.chunk(2)[::-1]) if swapped else tensor
+class DefaultScale:
+    """alpha / rank of a pair that stores no alpha: PEFT's or diffusers' configuration, else the release's, else 1."""
+
+    def __init__(self, family: Family, metadata: Mapping[str, str], peft_config: Mapping | None, released: bool):
+        self.config = peft_config or _diffusers_config(metadata) or {}
+        self.fallback = family.lora_scale if released else 1.0
+
+    def __call__(self, module: str, rank: int) -> float:
+        alpha = self.config.get("lora_alpha")
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+        if alpha is None:
+            return self.fallback
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
-def _site_updates(
+def _diffusers_config(metadata: Mapping[str, str]) -> dict:
+    """The LoRA configuration diffusers stores as JSON in a file's metadata, keys without their `transformer.`."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except json.JSONDecodeError as error:
+        raise ExpertError(f"The metadata `lora_adapter_metadata` is no JSON ({error}). Save the LoRA again.") from error
+    return {key.removeprefix("transformer."): value for key, value in config.items()}
+
+
+def site_updates(
     piece: Piece, tensors: Mapping[Kind, Tensor], family: Family, shapes: Shapes, default_scale: DefaultScale
 ) -> Iterator[Update]:
-    widths = (tensors[kind].shape[1] for kind in ("down", "diff", "set_weight") if kind in tensors and tensors[kind].ndim > 1)
-    start = (piece.part or 0) * next(widths, 0)
-    diff = tensors.get("diff")
+    """What a site's tensors, which fit the model, do to it."""
     weight, bias = (tensor_name(piece, kind, shapes) for kind in ("diff", "diff_b"))
+    known = (shapes.get(weight, ()), *(tensors[kind].shape for kind in ("down", "diff") if kind in tensors))
+    start = (piece.part or 0) * next((shape[1] for shape in known if len(shape) > 1), 0)
+    whole = {kind: piece.in_native_order(tensor) for kind, tensor in tensors.items() if kind not in ("down", "up", "alpha")}
+    diff = whole.get("diff")
     if "down" in tensors:
         down, up = tensors["down"], tensors["up"]
         scale = default_scale(piece.source, down.shape[0]) if "alpha" not in tensors else tensors["alpha"].item() / down.shape[0]
@@ -85,11 +110,11 @@ def _site_updates(
         diff = None if together else diff
     if diff is not None:
         yield Update(weight, diff=diff, start=start)
-    if "diff_b" in tensors:
-        yield Update(bias, diff=tensors["diff_b"], start=start)
+    if "diff_b" in whole:
+        yield Update(bias, diff=whole["diff_b"], start=start)
     for kind, name in (("set_weight", weight), ("set_bias", bias)):
-        if kind in tensors:
-            yield Update(name, replaced=tensors[kind], start=start)
+        if kind in whole:
+            yield Update(name, replaced=whole[kind])
 
 
 def low_rank_updates(name: str, updates: Sequence[LowRank], diff: Tensor | None = None, start: int = 0) -> Iterator[Update]:

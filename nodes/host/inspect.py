@@ -11,8 +11,7 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
 
 from ...dcm_core.errors import DCMError
-from ...dcm_core.expert_reader import split_fused
-from ...dcm_core.experts import FILE_PREFIX, LowRank
+from ...dcm_core.experts import FILE_PREFIX, LowRank, split_fused
 from ...dcm_core.families import Family
 from ...dcm_core.inspect import in_lines, inspect_file
 from ...dcm_core.magnitude import Base, Change, Profile, file_profile, is_plain, make_profile, measure

@@ -206,6 +206,13 @@ def test_diffs_and_replacements():
     assert set(expert.replaced) == {"head.head.weight", "head.head.bias"}
 
 
+def test_a_convolution_s_pair_and_difference_are_added():
+    pair = {"patch_embedding.lora_A.weight": torch.ones(2, 3, 1, 2, 2), "patch_embedding.lora_B.weight": torch.ones(4, 2, 1, 1, 1)}
+    tensors = pair | {"patch_embedding.diff": torch.ones(4, 3, 1, 2, 2)}
+    expert = read_expert(tensors, {}, "semantic", WAN, {"patch_embedding.weight": (4, 3, 1, 2, 2)})
+    assert torch.equal(expert.diff["patch_embedding.weight"], torch.full((4, 3, 1, 2, 2), 3.0))
+
+
 def test_detail_copies_of_the_release_are_replacements():
     tensors = {"proj_out_lora.weight": torch.ones(8, 4), "proj_out_lora.bias": torch.ones(8)}
     assert set(read_expert(tensors, {}, "detail", WAN, WAN_SHAPES).replaced) == {"head.head.weight", "head.head.bias"}

@@ -1,9 +1,12 @@
 """Every key of an expert has its place in a model, or a reason why not."""
 
 import pytest
+import torch
 
 from dcm_core.checkpoint import recognise
 from dcm_core.convert import convert_release
+from dcm_core.errors import ExpertError
+from dcm_core.expert_reader import read_expert
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
 from dcm_core.match import Target, any_model, expert_part, guess_family, match_expert
 from dcm_core.storage import TensorFile
@@ -74,6 +77,8 @@ def test_what_does_not_fit_is_named_with_its_reason(changes, reason, count):
     assert {why: len(found) for why, found in match.misfits.items()} == {reason: count}
     assert match.fitting == len(keys) - count
     assert str(match).startswith(f"{len(keys) - count} of {len(keys)}; {reason}: ")
+    with pytest.raises(ExpertError):
+        read_expert({key: torch.ones(shape) for key, shape in keys.items()}, {}, "detail", WAN, SHAPES)
 
 
 def test_whole_tensors_fit():
@@ -91,6 +96,8 @@ def test_parts_of_a_fused_layer():
 
     assert misfits("attn.to_k", 8) == misfits("proj_mlp", 20) == {}
     assert list(misfits("proj_mlp", 21)) == ["another size"]
+    rows = {f"{stem}.attn.to_k.set_weight": (8, 8)}
+    assert list(match_expert(rows, HUNYUAN_VIDEO, shapes).misfits) == ["no plain LoRA"], "rows are not replaced"
 
 
 def test_a_model_it_is_not_for(family, expert):
