@@ -9,11 +9,70 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .magnitude import AFTER, BEFORE, Profile
-from .routing import Plan, plan_steps
+from .routing import plan_steps
 
 BACKGROUND, GRID, TEXT = "#1e1f26", "#3a3c48", "#d7d9e0"
 COLOURS = {"semantic": "#f2a33c", "detail": "#4cb3ff"}
 SCALE = 2  # drawn larger and reduced: smooth lines
+
+Point = tuple[float, float]
+
+
+class Canvas:
+    """An image that is being drawn: positions in its own large pixels, widths, radii and margins in `unit`s.
+
+    Attributes:
+        unit: a hundredth of the shorter side.
+        left, top, right, bottom: of the box inside the margins.
+    """
+
+    def __init__(self, width: int, height: int, margins: tuple[float, float, float, float]):
+        self.size = width, height
+        self.image = Image.new("RGB", (width * SCALE, height * SCALE), BACKGROUND)
+        self.draw = ImageDraw.Draw(self.image)
+        self.unit = min(width, height) * SCALE / 100
+        self.font, self.small = (ImageFont.load_default(size=size * self.unit) for size in (4.2, 3.4))
+        left, top, right, bottom = (margin * self.unit for margin in margins)
+        self.left, self.top, self.right, self.bottom = left, top, self.image.width - right, self.image.height - bottom
+
+    def at(self, across: float, up: float) -> Point:
+        """A place in the box: (0, 0) is its lower left corner, (1, 1) the upper right one."""
+        return self.left + (self.right - self.left) * across, self.bottom - (self.bottom - self.top) * up
+
+    def line(self, points: Sequence[Point], colour: str, width: float) -> None:
+        self.draw.line(points, fill=colour, width=max(1, round(width * self.unit)))
+
+    def dot(self, centre: Point, colour: str, radius: float = 1.4) -> None:
+        x, y, radius = *centre, radius * self.unit
+        self.draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
+
+    def text(self, place: Point, text: str, anchor: str, font: ImageFont.FreeTypeFont | None = None) -> None:
+        self.draw.text(place, text, fill=TEXT, font=font or self.font, anchor=anchor)
+
+    def level(self, up: float, label: str, font: ImageFont.FreeTypeFont | None = None, gap: float = 1.5) -> None:
+        """A line across the box, its label before it."""
+        x, y = self.at(0, up)
+        self.line([(x, y), (self.right, y)], GRID, 0.25)
+        self.text((x - gap * self.unit, y), label, "rm", font)
+
+    def legend(self, y: float, colours: Mapping[str, str]) -> None:
+        """Words in a row, a dot in its colour before each."""
+        x = self.left
+        for text, colour in colours.items():
+            self.dot((x, y), colour)
+            self.text((x + 3 * self.unit, y), text, "lm")
+            x += self.draw.textlength(text, font=self.font) + 8 * self.unit
+
+    def shortened(self, text: str) -> str:
+        """The text, its end left out where it is wider than the box."""
+        shown = text
+        while text and self.draw.textlength(shown, font=self.font) > self.right - self.left:
+            text = text[:-1]
+            shown = f"{text}..."
+        return shown
+
+    def finished(self) -> Image.Image:
+        return self.image.resize(self.size, Image.Resampling.LANCZOS)
 
 
 def plot_schedule(sigmas: Tensor, boundary: float, width: int = 768, height: int = 432) -> Image.Image:
@@ -23,54 +82,34 @@ def plot_schedule(sigmas: Tensor, boundary: float, width: int = 768, height: int
         ScheduleError: sigmas that cannot be sampled, or a boundary outside (0, 1).
     """
     plan = plan_steps(sigmas, boundary)
-    image = Image.new("RGB", (width * SCALE, height * SCALE), BACKGROUND)
-    draw = ImageDraw.Draw(image)
-    unit = min(width, height) * SCALE / 100
-    font = ImageFont.load_default(size=4.2 * unit)
-    left, top, right, bottom = 13 * unit, 14 * unit, width * SCALE - 5 * unit, height * SCALE - 13.5 * unit
-
-    def at(step: float, sigma: float) -> tuple[float, float]:
-        return left + (right - left) * step / plan.steps, bottom - (bottom - top) * sigma
-
+    canvas = Canvas(width, height, (13, 14, 5, 13.5))
+    unit = canvas.unit
+    points = [canvas.at(step / plan.steps, sigma) for step, sigma in enumerate(sigmas.tolist())]
     for sigma in (0, 0.25, 0.5, 0.75, 1):
-        draw.line([at(0, sigma), at(plan.steps, sigma)], fill=GRID, width=max(1, round(unit / 4)))
-        draw.text((left - 2.5 * unit, at(0, sigma)[1]), f"{sigma:g}", fill=TEXT, font=font, anchor="rm")
-    _dashed(draw, at(0, boundary), at(plan.steps, boundary), TEXT, unit)
+        canvas.level(sigma, f"{sigma:g}", gap=2.5)
+    _dashed(canvas, boundary)
     below = boundary > 0.5  # on the side of the line that has room
-    draw.text((left + unit, at(0, boundary)[1] + (unit if below else -unit)), f"boundary {boundary:g}", fill=TEXT, font=font,
-              anchor="la" if below else "ld")
-    _legend(draw, plan, left, 5 * unit, unit, font)
-    values = sigmas.tolist()
+    x, y = canvas.at(0, boundary)
+    canvas.text((x + unit, y + (unit if below else -unit)), f"boundary {boundary:g}", "la" if below else "ld")
+    words = str(plan).partition(", boundary")[0].split(", ")
+    canvas.legend(5 * unit, {part: COLOURS[part.rpartition(" ")[2]] for part in words})
     every = max(1, round(plan.steps / 12))
     for step in range(plan.steps):
         colour = COLOURS[plan.side(step)]
-        draw.line([at(step, values[step]), at(step + 1, values[step + 1])], fill=colour, width=round(0.9 * unit))
-        dot(draw, at(step, values[step]), colour, 1.4 * unit)
+        canvas.line(points[step : step + 2], colour, 0.9)
+        canvas.dot(points[step], colour)
         if step % every == 0:
-            draw.text((at(step + 0.5, 0)[0], bottom + 2 * unit), str(step + 1), fill=TEXT, font=font, anchor="ma")
-    dot(draw, at(plan.steps, values[-1]), TEXT, 1.1 * unit)
-    draw.text(((left + right) / 2, bottom + 7 * unit), "step", fill=TEXT, font=font, anchor="ma")
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+            canvas.text((canvas.at((step + 0.5) / plan.steps, 0)[0], canvas.bottom + 2 * unit), str(step + 1), "ma")
+    canvas.dot(points[-1], TEXT, 1.1)
+    canvas.text((canvas.at(0.5, 0)[0], canvas.bottom + 7 * unit), "step", "ma")
+    return canvas.finished()
 
 
-def dot(draw: ImageDraw.ImageDraw, centre: tuple[float, float], colour: str, radius: float) -> None:
-    x, y = centre
-    draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
-
-
-def _dashed(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], colour: str, unit: float) -> None:
-    x = start[0]
-    while x < end[0]:
-        draw.line([(x, start[1]), (min(x + 2 * unit, end[0]), start[1])], fill=colour, width=max(1, round(unit / 3)))
-        x += 3.5 * unit
-
-
-def _legend(draw: ImageDraw.ImageDraw, plan: Plan, x: float, y: float, unit: float, font: ImageFont.FreeTypeFont) -> None:
-    """The plan in words, a dot in its colour before each side."""
-    for part in str(plan).partition(", boundary")[0].split(", "):
-        dot(draw, (x, y), COLOURS[part.rpartition(" ")[2]], 1.4 * unit)
-        draw.text((x + 3 * unit, y), part, fill=TEXT, font=font, anchor="lm")
-        x += draw.textlength(part, font=font) + 8 * unit
+def _dashed(canvas: Canvas, up: float) -> None:
+    x, y = canvas.at(0, up)
+    while x < canvas.right:
+        canvas.line([(x, y), (min(x + 2 * canvas.unit, canvas.right), y)], TEXT, 1 / 3)
+        x += 3.5 * canvas.unit
 
 
 def plot_losses(history: Sequence[Mapping[str, float]], term: str, width: int = 768, height: int = 432) -> Image.Image:
@@ -80,101 +119,80 @@ def plot_losses(history: Sequence[Mapping[str, float]], term: str, width: int = 
         history: for each step its `step` and losses by name; steps without `term` are passed over.
     """
     points = [(entry["step"], entry[term]) for entry in history if math.isfinite(entry.get(term, math.nan))]
-    image = Image.new("RGB", (width * SCALE, height * SCALE), BACKGROUND)
-    draw = ImageDraw.Draw(image)
-    unit = min(width, height) * SCALE / 100
-    font = ImageFont.load_default(size=4.2 * unit)
-    left, top, right, bottom = 17 * unit, 12 * unit, width * SCALE - 5 * unit, height * SCALE - 12 * unit
-    draw.text((left, 5 * unit), term.replace("_", " "), fill=TEXT, font=font, anchor="lm")
+    canvas = Canvas(width, height, (17, 12, 5, 12))
+    unit = canvas.unit
+    canvas.text((canvas.left, 5 * unit), term.replace("_", " "), "lm")
     if not points:
-        return image.resize((width, height), Image.Resampling.LANCZOS)
+        return canvas.finished()
     steps, values = zip(*points, strict=True)
     # one wild step must not flatten the rest
     ordered = sorted(values)
     low, high = min(ordered), ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
     high = high if high > low else low + 1e-12
 
-    def at(step: float, value: float) -> tuple[float, float]:
-        across = (step - steps[0]) / max(1, steps[-1] - steps[0])
-        return left + (right - left) * across, bottom - (bottom - top) * min(1.0, (value - low) / (high - low))
+    def at(step: float, value: float) -> Point:
+        return canvas.at((step - steps[0]) / max(1, steps[-1] - steps[0]), min(1.0, (value - low) / (high - low)))
 
     for part in (0, 0.5, 1):
-        value = low + part * (high - low)
-        draw.line([at(steps[0], value), (right, at(steps[0], value)[1])], fill=GRID, width=max(1, round(unit / 4)))
-        draw.text((left - 1.5 * unit, at(steps[0], value)[1]), f"{value:.3g}", fill=TEXT, font=font, anchor="rm")
+        canvas.level(part, f"{low + part * (high - low):.3g}")
     for step, anchor in ((steps[0], "la"), (steps[-1], "ra")):
-        draw.text((at(step, low)[0], bottom + 3 * unit), f"{step:g}", fill=TEXT, font=font, anchor=anchor)
+        canvas.text((at(step, low)[0], canvas.bottom + 3 * unit), f"{step:g}", anchor)
     mean, smooth = values[0], []
     for count, value in enumerate(values, start=1):
         mean += (value - mean) * max(0.03, 1 / count)
         smooth.append(mean)
     if len(points) > 1:
-        draw.line([at(*point) for point in points], fill=GRID, width=max(1, round(0.5 * unit)))
-        draw.line([at(*point) for point in zip(steps, smooth, strict=True)], fill=COLOURS["semantic"], width=round(0.9 * unit))
+        canvas.line([at(*point) for point in points], GRID, 0.5)
+        canvas.line([at(*point) for point in zip(steps, smooth, strict=True)], COLOURS["semantic"], 0.9)
     else:
-        dot(draw, at(*points[0]), COLOURS["semantic"], 1.4 * unit)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+        canvas.dot(at(*points[0]), COLOURS["semantic"])
+    return canvas.finished()
 
 
 def plot_profile(profile: Profile | None, title: str, width: int = 960, height: int = 432) -> Image.Image:
     """A bar for each expert at each block, the embedders before and the output head after them; None: no expert."""
-    image = Image.new("RGB", (width * SCALE, height * SCALE), BACKGROUND)
-    draw = ImageDraw.Draw(image)
-    unit = min(width, height) * SCALE / 100
-    font, small = (ImageFont.load_default(size=size * unit) for size in (4.2, 3.4))
-    left, top, right, bottom = 12 * unit, 19 * unit, width * SCALE - 3 * unit, height * SCALE - 13 * unit
-    draw.text((left, 5 * unit), _shortened(draw, title, right - left, font), fill=TEXT, font=font, anchor="lm")
+    canvas = Canvas(width, height, (12, 19, 3, 13))
+    unit = canvas.unit
+    canvas.text((canvas.left, 5 * unit), canvas.shortened(title), "lm")
     every = [size for sizes in profile.experts.values() for size in sizes.values()] if profile else []
     highest = max(every, default=0.0)
     if not highest:
-        says = "no change to show" if profile else "no expert"
-        draw.text(((left + right) / 2, (top + bottom) / 2), says, fill=TEXT, font=font, anchor="mm")
-        return image.resize((width, height), Image.Resampling.LANCZOS)
+        canvas.text(canvas.at(0.5, 0.5), "no change to show" if profile else "no expert", "mm")
+        return canvas.finished()
     step = _round_step(highest / 4)
     lines = math.ceil(highest / step - 1e-9)
     for line in range(lines + 1):
-        y = bottom - (bottom - top) * line / lines
-        draw.line([(left, y), (right, y)], fill=GRID, width=max(1, round(unit / 4)))
-        label = f"{100 * line * step:g}%" if profile.relative else f"{line * step:g}"
-        draw.text((left - 1.5 * unit, y), label, fill=TEXT, font=small, anchor="rm")
-    x = left
-    for name in profile.experts:
-        dot(draw, (x + 1.4 * unit, 12 * unit), COLOURS.get(name, TEXT), 1.4 * unit)
-        draw.text((x + 4 * unit, 12 * unit), name, fill=TEXT, font=font, anchor="lm")
-        x += draw.textlength(name, font=font) + 8 * unit
+        canvas.level(line / lines, f"{100 * line * step:g}%" if profile.relative else f"{line * step:g}", canvas.small)
+    canvas.legend(12 * unit, {name: COLOURS.get(name, TEXT) for name in profile.experts})
     says = "size of the change / size of the weights" if profile.relative else "size of the change (Frobenius norm)"
     says += ", ? needs the base" if profile.unmeasured else ""
-    draw.text((right, 12 * unit), says, fill=TEXT, font=small, anchor="rm")
-    _bars(draw, profile, (left, top, right, bottom), lines * step, unit, small)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    canvas.text((canvas.right, 12 * unit), says, "rm", canvas.small)
+    _bars(canvas, profile, lines * step)
+    return canvas.finished()
 
 
-def _bars(
-    draw: ImageDraw.ImageDraw, profile: Profile, box: tuple[float, float, float, float], highest: float, unit: float,
-    font: ImageFont.FreeTypeFont,
-) -> None:
-    left, top, right, bottom = box
+def _bars(canvas: Canvas, profile: Profile, highest: float) -> None:
+    unit, bottom = canvas.unit, canvas.bottom
     groups = {group: count for group, count in profile.groups.items() if count}
     # a gap before and after each group, as wide as a column
-    column = (right - left) / (sum(groups.values()) + len(groups))
+    column = (canvas.right - canvas.left) / (sum(groups.values()) + len(groups))
     bar = min(0.8 * column / len(profile.experts), 10 * unit)
     every = _round_step(max(1.0, 7 * unit / column))
-    x = left + column / 2
+    x = canvas.left + column / 2
     for group, count in groups.items():
-        middle = x + count * column / 2
         single = group in (BEFORE, AFTER)
-        name = group if single else f"{group.removesuffix('s').replace('_', ' ')}"
-        draw.text((middle, bottom + (2 if single else 7) * unit), name, fill=TEXT, font=font, anchor="ma")
+        name = group if single else group.removesuffix("s").replace("_", " ")
+        canvas.text((x + count * column / 2, bottom + (2 if single else 7) * unit), name, "ma", canvas.small)
         for index in range(count):
             if not single and index % every == 0:
-                draw.text((x + column / 2, bottom + 2 * unit), str(index), fill=TEXT, font=font, anchor="ma")
+                canvas.text((x + column / 2, bottom + 2 * unit), str(index), "ma", canvas.small)
             for number, (expert, sizes) in enumerate(profile.experts.items()):
                 if (group, index) in sizes:
                     start = x + column / 2 + (number - len(profile.experts) / 2) * bar
-                    height = (bottom - top) * sizes[group, index] / highest
-                    draw.rectangle([start, bottom - height, start + bar, bottom], fill=COLOURS.get(expert, TEXT))
+                    top = canvas.at(0, sizes[group, index] / highest)[1]
+                    canvas.draw.rectangle([start, top, start + bar, bottom], fill=COLOURS.get(expert, TEXT))
             if (group, index) in profile.unmeasured.values():
-                draw.text((x + column / 2, bottom - unit), "?", fill=TEXT, font=font, anchor="md")
+                canvas.text((x + column / 2, bottom - unit), "?", "md", canvas.small)
             x += column
         x += column
 
@@ -183,12 +201,3 @@ def _round_step(value: float) -> float:
     """The next 1, 2 or 5 times a power of ten."""
     power = 10 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9))
-
-
-def _shortened(draw: ImageDraw.ImageDraw, text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
-    """The text, its end left out where it is too wide."""
-    if draw.textlength(text, font=font) <= width:
-        return text
-    while text and draw.textlength(f"{text}...", font=font) > width:
-        text = text[:-1]
-    return f"{text}..."

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from dcm_core.plot import BACKGROUND, GRID, SCALE, TEXT, dot
+from dcm_core.plot import TEXT, Canvas, Point
 
 # a line through the base's steps, a point for each pair of experts
 EXPERTS = {"one expert": "#b58cff", "two experts": "#f2a33c", "+ GAN and feature matching": "#4cb3ff"}
@@ -22,35 +22,31 @@ def chart(table: Mapping[str, Mapping[str, Any]], measure: str, size: tuple[int,
     rows = {title: (_value(row["calls"])[0], *_value(row[measure])) for title, row in table.items() if _value(row[measure])[0] > 0}
     base = sorted(point for title, point in rows.items() if title.startswith("base"))
     points = {title: rows[title] for title in EXPERTS if title in rows}
-    image = Image.new("RGB", (size[0] * SCALE, size[1] * SCALE), BACKGROUND)
-    draw, unit = ImageDraw.Draw(image), size[1] * SCALE / 100
-    font = ImageFont.load_default(size=4.2 * unit)
-    box = (17 * unit, 12 * unit, image.width - 5 * unit, image.height - 14 * unit)
+    canvas = Canvas(*size, (17, 12, 5, 14))
+    unit = canvas.unit
     shown = [*base, *points.values()]
     across = min(calls for calls, _, _ in shown) / 1.3, max(calls for calls, _, _ in shown) * 1.3
     up = 10 ** math.floor(math.log10(min(value for _, value, _ in shown))), 10 ** math.ceil(math.log10(max(value for _, value, _ in shown)))
 
-    def at(calls: float, value: float) -> tuple[float, float]:
-        x, y = _share(calls, across), _share(max(value, up[0]), up)
-        return box[0] + (box[2] - box[0]) * x, box[3] - (box[3] - box[1]) * y
+    def at(calls: float, value: float) -> Point:
+        return canvas.at(_share(calls, across), _share(max(value, up[0]), up))
 
-    draw.text((box[0], 5 * unit), measure, fill=TEXT, font=font, anchor="lm")
+    canvas.text((canvas.left, 5 * unit), measure, "lm")
     for power in range(round(math.log10(up[0])), round(math.log10(up[1])) + 1):
-        draw.line([at(across[0], 10.0**power), at(across[1], 10.0**power)], fill=GRID, width=max(1, round(unit / 4)))
-        draw.text((box[0] - 1.5 * unit, at(across[0], 10.0**power)[1]), f"{10.0**power:g}", fill=TEXT, font=font, anchor="rm")
+        canvas.level(_share(10.0**power, up), f"{10.0**power:g}")
     for calls in sorted({calls for calls, _, _ in shown}):
-        draw.text((at(calls, up[0])[0], box[3] + 2 * unit), f"{calls:g}", fill=TEXT, font=font, anchor="ma")
-    draw.text(((box[0] + box[2]) / 2, box[3] + 7 * unit), "calls of the model", fill=TEXT, font=font, anchor="ma")
-    draw.line([at(calls, value) for calls, value, _ in base], fill=TEXT, width=round(0.7 * unit))
-    legend = box[1] + 2 * unit
+        canvas.text((at(calls, up[0])[0], canvas.bottom + 2 * unit), f"{calls:g}", "ma")
+    canvas.text((canvas.at(0.5, 0)[0], canvas.bottom + 7 * unit), "calls of the model", "ma")
+    canvas.line([at(calls, value) for calls, value, _ in base], TEXT, 0.7)
+    legend = canvas.top + 2 * unit
     for title, colour, marks in (("base", TEXT, base), *((title, EXPERTS[title], [point]) for title, point in points.items())):
         for calls, value, error in marks:
-            draw.line([at(calls, value - error), at(calls, value + error)], fill=colour, width=max(1, round(unit / 2)))
-            dot(draw, at(calls, value), colour, 1.3 * unit)
-        dot(draw, (box[2] - 2 * unit, legend), colour, 1.3 * unit)
-        draw.text((box[2] - 5 * unit, legend), title, fill=TEXT, font=font, anchor="rm")
+            canvas.line([at(calls, value - error), at(calls, value + error)], colour, 0.5)
+            canvas.dot(at(calls, value), colour, 1.3)
+        canvas.dot((canvas.right - 2 * unit, legend), colour, 1.3)
+        canvas.text((canvas.right - 5 * unit, legend), title, "rm")
         legend += 5.5 * unit
-    return image.resize(size, Image.Resampling.LANCZOS)
+    return canvas.finished()
 
 
 def charts(table: Mapping[str, Mapping[str, Any]], measures: tuple[str, ...] = ("latent distance", "spectrum error")) -> Image.Image:
