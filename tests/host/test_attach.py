@@ -7,12 +7,10 @@ import threading
 import pytest
 import torch
 
+from .compare import by_sigma, relative
+
 SIGMAS = [1.0, 0.992, 0.982, 0.949, 0.905, 0.81, 0.0]
 SAMPLERS = ["euler", "heun", "dpmpp_2m", "uni_pc", "res_multistep", "euler_ancestral", "dpmpp_2s_ancestral", "lcm"]
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +40,6 @@ def merged(wan, attach, experts, strengths=None, **kwargs):
     return model
 
 
-def two_merged(sample_model, semantic, detail, boundary):
-    """The slow reference: each call goes to the merged model of its side."""
-    from comfy.patcher_extension import WrappersMP
-
-    model = sample_model.clone()
-    models = {True: detail.model, False: semantic.model}
-
-    def choose(executor, x, t, *args, **kwargs):
-        return models[bool((t < boundary - 1e-6).all())]._apply_model(x, t, *args, **kwargs)
-
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "reference", choose)
-    return model
-
-
 def untouched(model, before):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
     assert not [name for name, m in model.model.named_modules() if "forward" in m.__dict__]
@@ -69,7 +53,7 @@ def copy_of(model):
 def test_routed_equals_merged_in_every_sampler(wan, attach, base, random_expert, sample, sampler):
     detail = random_expert(base)
     routed = attach.attach_experts(base, detail=detail)
-    reference = two_merged(base, base, merged(wan, attach, [detail]), 0.979)
+    reference = by_sigma(base, merged(wan, attach, [detail]), 0.979)
     assert relative(sample(routed, SIGMAS, sampler), sample(reference, SIGMAS, sampler)) < 1e-6
 
 
@@ -80,7 +64,7 @@ def test_routed_equals_merged_in_every_sampler(wan, attach, base, random_expert,
 def test_other_shapes(wan, attach, random_expert, sample, shape, batch, size, rank):
     base = wan(**shape)
     detail = random_expert(base, rank=rank)
-    reference = two_merged(base, base, merged(wan, attach, [detail], **shape), 0.979)
+    reference = by_sigma(base, merged(wan, attach, [detail], **shape), 0.979)
     out = sample(attach.attach_experts(base, detail=detail), SIGMAS, batch=batch, size=size)
     assert relative(out, sample(reference, SIGMAS, batch=batch, size=size)) < 1e-6
 
@@ -89,7 +73,7 @@ def test_other_shapes(wan, attach, random_expert, sample, shape, batch, size, ra
 def test_strength(wan, attach, base, random_expert, sample, strength):
     detail = random_expert(base)
     routed = attach.attach_experts(base, detail=detail, detail_strength=strength)
-    reference = two_merged(base, base, merged(wan, attach, [detail], [strength]), 0.979)
+    reference = by_sigma(base, merged(wan, attach, [detail], [strength]), 0.979)
     assert relative(sample(routed, SIGMAS), sample(reference, SIGMAS)) < 1e-6
 
 
@@ -98,8 +82,8 @@ def test_stacked_and_independent_experts(wan, attach, base, random_expert, sampl
     stacked = attach.attach_experts(base, semantic, detail)
     independent = attach.attach_experts(base, semantic, detail, stacked=False)
     high, low, both = merged(wan, attach, [semantic]), merged(wan, attach, [detail]), merged(wan, attach, [semantic, detail])
-    assert relative(sample(stacked, SIGMAS), sample(two_merged(base, high, both, 0.979), SIGMAS)) < 1e-5
-    assert relative(sample(independent, SIGMAS), sample(two_merged(base, high, low, 0.979), SIGMAS)) < 1e-6
+    assert relative(sample(stacked, SIGMAS), sample(by_sigma(high, both, 0.979, base), SIGMAS)) < 1e-5
+    assert relative(sample(independent, SIGMAS), sample(by_sigma(high, low, 0.979, base), SIGMAS)) < 1e-6
 
 
 @pytest.mark.parametrize("strength", [0.5, 0.0, -1.0])
@@ -108,7 +92,7 @@ def test_strength_of_a_stacked_expert_that_replaces_layers(wan, attach, base, ra
     semantic, detail = random_expert(base, "semantic", 1), random_expert(base, "detail", 2)
     stacked = attach.attach_experts(base, semantic, detail, semantic_strength=strength)
     high, both = merged(wan, attach, [semantic], [strength]), merged(wan, attach, [semantic, detail], [strength, 1.0])
-    assert relative(sample(stacked, SIGMAS), sample(two_merged(base, high, both, 0.979), SIGMAS)) < 1e-5
+    assert relative(sample(stacked, SIGMAS), sample(by_sigma(high, both, 0.979, base), SIGMAS)) < 1e-5
 
 
 @pytest.mark.parametrize("stacked", [True, False])
@@ -124,7 +108,7 @@ def test_bare_parameters_convolutions_and_norms(wan, attach, base, random_expert
     low = merged(wan, attach, [semantic, detail] if stacked else [detail])
     before = copy_of(base)
     out = sample(attach.attach_experts(base, semantic, detail, stacked=stacked), SIGMAS)
-    assert relative(out, sample(two_merged(base, high, low, 0.979), SIGMAS)) < 1e-5
+    assert relative(out, sample(by_sigma(high, low, 0.979, base), SIGMAS)) < 1e-5
     untouched(base, before)
     assert not [n for n, m in base.model.named_modules() if "modulation" in m.__dict__]
 
@@ -239,7 +223,7 @@ def test_user_lora_before_or_after_attaching(wan, attach, base, random_expert, s
     low = merged(wan, attach, [detail])
     for model in (low, high := wan()):
         model.model.state_dict()[key] += 0.8 * patch[key][1][0]
-    reference = sample(two_merged(base, high, low, 0.979), SIGMAS)
+    reference = sample(by_sigma(high, low, 0.979, base), SIGMAS)
     plain = sample(attach.attach_experts(base, detail=detail), SIGMAS)
     for model in (after, before):
         out = sample(model, SIGMAS)
@@ -288,7 +272,7 @@ def test_fp8_base(module, releases, sample, attach):
 
 def test_cond_and_uncond_in_one_batch(wan, attach, base, random_expert, sample):
     detail = random_expert(base)
-    reference = two_merged(base, base, merged(wan, attach, [detail]), 0.979)
+    reference = by_sigma(base, merged(wan, attach, [detail]), 0.979)
     assert relative(sample(attach.attach_experts(base, detail=detail), SIGMAS, cfg=3.0), sample(reference, SIGMAS, cfg=3.0)) < 1e-5
 
 

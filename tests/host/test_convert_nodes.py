@@ -6,13 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from .compare import relative
+
 RELEASES = {"wan_tiny": "wan", "hy_tiny": "hunyuan_video"}
 BOUNDARIES = {"wan_tiny": 0.979, "hy_tiny": 0.982}
 TOLERANCE = 1e-5
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def golden_conditioning(expected):

@@ -3,12 +3,10 @@
 import pytest
 import torch
 
+from .compare import relative
+
 RELEASES = {"wan_tiny": "wan", "hy_tiny": "hunyuan_video"}
 TOLERANCE = 1e-5
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def conditioning(expected):

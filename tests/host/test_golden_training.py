@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .compare import relative
+
 pytestmark = pytest.mark.usefixtures("gradients")
 
 TOLERANCE = 1e-4
@@ -24,10 +26,6 @@ def weight(recipe, role, key, shape):
     if "norm" in key and key.endswith(".weight"):
         return 1 + recipe.normals(f"{role}.{key}", shape, 0.1).float()
     return recipe.weight(key, shape, f"{role}.{key}").float()
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def close(a, b):

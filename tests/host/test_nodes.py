@@ -12,12 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from dcm_core.families import FAMILIES
 
+from .compare import relative
+
 PAIRS = {"wan_tiny": "wan", "hy_tiny": "hunyuan_video"}
 SIGMAS = [1.0, 0.99, 0.985, 0.95, 0.8, 0.0]
-
-
-def relative(a, b):
-    return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
 def text(output):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from .compare import relative
 from .graphs import id_of, read, to_prompt
 from .server import FOLDER, HOST, ROOT, start_server
 
@@ -117,10 +118,6 @@ def latent(server, prompt):
 @pytest.fixture(scope="module")
 def expected(alone, graph):
     return latent(alone, graph())
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 def through(prompt, taker, kind, **inputs):

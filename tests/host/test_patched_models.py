@@ -6,12 +6,10 @@ import types
 import pytest
 import torch
 
+from .compare import relative
+
 SIGMAS = [1.0, 0.992, 0.982, 0.949, 0.905, 0.81, 0.0]
 BLOCKS = "diffusion_model.blocks"
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture(scope="module")

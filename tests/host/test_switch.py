@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from .compare import by_sigma, relative
+
 SIGMAS = [1.0, 0.96, 0.9, 0.8, 0.6, 0.3, 0.0]
 BOUNDARY = 0.875
 SAMPLERS = ["euler", "heun", "dpmpp_2m", "uni_pc", "res_multistep", "euler_ancestral", "dpm_2"]
@@ -25,30 +27,13 @@ def low(wan):
     return wan(seed=2)
 
 
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-def reference(high, low):
-    """Slow: every model call goes to the model that owns its sigma."""
-    from comfy.patcher_extension import WrappersMP
-
-    def choose(executor, x, t, *args, **kwargs):
-        model = low if bool((t < BOUNDARY - 1e-6).all()) else high
-        return model.model._apply_model(x, t, *args, **kwargs)
-
-    model = high.clone()
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "reference", choose)
-    return model
-
-
 def pair(switch, high, low, **kwargs):
     return switch.with_sides(high, switch.Sides(BOUNDARY, low, **kwargs))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_equals_reference(switch, high, low, sample, sampler):
-    assert relative(sample(pair(switch, high, low), SIGMAS, sampler), sample(reference(high, low), SIGMAS, sampler)) < 1e-6
+    assert relative(sample(pair(switch, high, low), SIGMAS, sampler), sample(by_sigma(high, low, BOUNDARY), SIGMAS, sampler)) < 1e-6
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -58,7 +43,7 @@ def test_batch_mask_and_image(switch, high, low, sample, batch):
     latent = torch.randn(batch, 16, 2, 6, 8, generator=torch.Generator().manual_seed(0))
     kwargs = {"mask": mask, "latent": latent, "cfg": 2.0}
     out = sample(pair(switch, high, low), SIGMAS[2:], **kwargs)
-    assert relative(out, sample(reference(high, low), SIGMAS[2:], **kwargs)) < 1e-6
+    assert relative(out, sample(by_sigma(high, low, BOUNDARY), SIGMAS[2:], **kwargs)) < 1e-6
     torch.testing.assert_close(out[..., :4], latent[..., :4], rtol=1e-4, atol=1e-4)
 
 
@@ -152,7 +137,7 @@ def test_sampler_that_raises_sigma_goes_back(switch, high, low, sample):
 
     name = comfy.samplers.KSAMPLER(there_and_back)
     outs = []
-    for model in (pair(switch, high, low), reference(high, low)):
+    for model in (pair(switch, high, low), by_sigma(high, low, BOUNDARY)):
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds({"positive": [[torch.ones(1, 4, 4096), {}]]})
         with torch.inference_mode():

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from .compare import by_sigma, relative
+
 SIGMAS = [1.0, 0.96, 0.9, 0.8, 0.6, 0.3, 0.0]
 BOUNDARY = 0.875
 
@@ -27,23 +29,6 @@ def low(wan):
 @pytest.fixture
 def pair(switch, high, low):
     return switch.with_sides(high, switch.Sides(BOUNDARY, low))
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-def by_sigma(high, low, boundary=BOUNDARY):
-    """Slow reference: every model call goes to the model that owns its sigma."""
-    from comfy.patcher_extension import WrappersMP
-
-    def choose(executor, x, t, *args, **kwargs):
-        owner = low if t.max() < boundary - 1e-6 else high
-        return owner.model._apply_model(x, t, *args, **kwargs)
-
-    model = high.clone()
-    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "reference", choose)
-    return model
 
 
 def visits(sigmas):
@@ -97,7 +82,7 @@ def state(patcher):
 @pytest.mark.parametrize("sampler", ["euler_cfg_pp", "dpmpp_2s_ancestral", "dpmpp_2m_sde", "deis", "lcm", "er_sde", "heunpp2"])
 def test_more_samplers_equal_the_reference(pair, high, low, sample, sampler):
     cfg = 2.0 if "cfg_pp" in sampler else 1.0
-    assert relative(sample(pair, SIGMAS, sampler, cfg=cfg), sample(by_sigma(high, low), SIGMAS, sampler, cfg=cfg)) < 1e-6
+    assert relative(sample(pair, SIGMAS, sampler, cfg=cfg), sample(by_sigma(high, low, BOUNDARY), SIGMAS, sampler, cfg=cfg)) < 1e-6
 
 
 @pytest.mark.parametrize(("sampler", "switches"), [("euler", 1), ("heun", 1), ("dpmpp_2m", 1), ("uni_pc", 1), ("res_multistep", 1)])
@@ -111,7 +96,7 @@ def test_going_back_loads_only_on_a_change_of_side(pair, high, low, monkeypatch)
     loads = record_loads(monkeypatch, high, low)
     out = guide(pair, visits([0.96, 0.9, 0.5, 0.4, 0.96, 0.9, 0.5]))
     assert loads == [["high"], ["low"], ["high"], ["low"]]
-    assert relative(out, guide(by_sigma(high, low), visits([0.96, 0.9, 0.5, 0.4, 0.96, 0.9, 0.5]))) < 1e-6
+    assert relative(out, guide(by_sigma(high, low, BOUNDARY), visits([0.96, 0.9, 0.5, 0.4, 0.96, 0.9, 0.5]))) < 1e-6
 
 
 def test_boundary_itself_belongs_to_the_first_model(pair, high, low, monkeypatch):
@@ -133,7 +118,7 @@ def on_a_small_card(model):
 def test_host_evicts_the_first_model_when_memory_is_short(switch, high, low, sample, monkeypatch):
     import comfy.model_management as management
 
-    expected = sample(by_sigma(high, low), SIGMAS)
+    expected = sample(by_sigma(high, low, BOUNDARY), SIGMAS)
     management.unload_all_models()
     loaded, load = {}, management.load_models_gpu
 

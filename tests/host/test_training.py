@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dcm_core.experts import expert_tensor_list
+
 from .small_models import native_wan
-from .training import SMALL, random_data, same, tensors_of, weights
+from .training import SMALL, random_data, same, weights
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
@@ -30,7 +32,7 @@ def test_training_changes_the_expert_and_nothing_else(side, train, model, data, 
     result = train(model, data, config(side, clip_norm=1e6), tmp_path)
     assert [entry["step"] for entry in result.history] == [1, 2, 3]
     assert TERMS[side] <= set(result.history[-1])
-    assert all(value.isfinite().all() for value in tensors_of(result.expert))
+    assert all(value.isfinite().all() for value in expert_tensor_list(result.expert))
     assert all(update.up.abs().sum() > 0 for updates in result.expert.low_rank.values() for update in updates)
     assert result.expert.boundary == 0.9 and result.expert.role == side
     after = weights(model)

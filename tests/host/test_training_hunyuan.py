@@ -5,16 +5,13 @@ import copy
 import pytest
 import torch
 
+from .compare import relative
 from .training import make_trainer, same
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
 TOLERANCE, GRADIENTS = 2e-4, 3e-4
 BOUNDARY, GUIDANCE, CFG = 0.982, 6.0, 5.0
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from .compare import relative
 from .small_models import KINDS, native_wan, stored
 from .training import make_trainer
 
@@ -67,10 +68,6 @@ def gradients_of(places, model, made):
     with places.differentiable(model):
         terms = made._gradients(0)
     return terms, {name: value.grad for name, value in made.learner.parameters.items()}
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.usefixtures("gradients")

@@ -2,6 +2,8 @@
 
 import torch
 
+from dcm_core.experts import expert_id
+
 SMALL = {
     "steps": 3, "batch_size": 2, "rank": 4, "alpha": 8.0, "discriminator_width": 64, "checkpointing": False, "warmup_steps": 2,
     "boundary": 0.9, "shift": 5.0,
@@ -27,14 +29,9 @@ def make_trainer(module, model, data, config, folder):
     )
 
 
-def tensors_of(expert):
-    pairs = [tensor for updates in expert.low_rank.values() for update in updates for tensor in (update.down, update.up)]
-    return [*pairs, *expert.replaced.values()]
-
-
 def same(a, b):
     """Whether two experts are equal to the last bit."""
-    return all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
+    return expert_id(a) == expert_id(b)
 
 
 def weights(model):

@@ -1,0 +1,20 @@
+"""What results are compared with, and how."""
+
+
+def relative(a, b):
+    """How far a is from b, as a share of b."""
+    a, b = a.float(), b.float()
+    return ((a - b).norm() / b.norm()).item()
+
+
+def by_sigma(high, low, boundary, model=None):
+    """The slow reference of two experts: every call of `model` (or `high`) goes to the whole model that owns its sigma."""
+    from comfy.patcher_extension import WrappersMP
+
+    def choose(executor, x, t, *args, **kwargs):
+        owner = low if bool((t < boundary - 1e-6).all()) else high
+        return owner.model._apply_model(x, t, *args, **kwargs)
+
+    model = (model or high).clone()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "reference", choose)
+    return model
