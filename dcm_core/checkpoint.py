@@ -14,7 +14,8 @@ from .keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from .lora_names import split_key
 from .storage import Progress, TensorFile, each_read, is_finite
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.")
+# `model.model.` is what ComfyUI saves HunyuanVideo with
+PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "model.", "module.")
 BASE_LAYER = ".base_layer."
 NATIVE_WEIGHT = re.compile(rf"(?P<stem>blocks|double_blocks|single_blocks)\.(?P<index>{BLOCK_INDEX})\.(?P<rest>.+\.weight)")
 

@@ -216,10 +216,11 @@ def expert_tensors(expert: Expert, shapes: Mapping[str, Sequence[int]]) -> Itera
         yield f"{FILE_PREFIX}{module}.lora_up.weight", up
         yield f"{FILE_PREFIX}{module}.alpha", torch.tensor(alpha)
     for name, tensor in expert.replaced.items():
-        yield f"{FILE_PREFIX}{name.removesuffix('.weight')}.set_weight", tensor
+        yield f"{FILE_PREFIX}{name.removesuffix('.weight').removesuffix('.scale')}.set_weight", tensor
     for name, tensor in expert.diff.items():
         module, _, param = name.rpartition(".")
-        suffix = {"weight": "diff", "bias": "diff_b"}.get(param)
+        # a norm's `scale` is called `weight` in newer hosts
+        suffix = {"weight": "diff", "scale": "diff", "bias": "diff_b"}.get(param)
         yield (f"{FILE_PREFIX}{module}.{suffix}" if suffix else f"{FILE_PREFIX}{name}.diff"), tensor
 
 

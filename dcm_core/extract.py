@@ -83,13 +83,25 @@ class NativeView:
         return self.contents.family
 
     def _native_pieces(self) -> dict[str, list[Piece]]:
-        quantised = [key for key in self.file.shapes if key.endswith(QUANTISED)]
+        mark = self.family.native_marks[0]
+        prefix = next(key for key in self.file.shapes if without_prefix(key) == mark).removesuffix(mark)
+        # a whole checkpoint holds a VAE and text encoders too
+        keys = [key for key in self.file.shapes if key.startswith(prefix)]
+        quantised = [key for key in keys if key.endswith(QUANTISED)]
         if quantised:
             raise CheckpointError(
                 f"{self.file.path} is quantised: its weights need the scales beside them ({name_some(quantised)}). "
                 "Use the bf16, fp16 or fp32 version of the model."
             )
-        return {name: [Piece(key, name)] for key in self.file.shapes for name in [without_prefix(key)]}
+        pieces: dict[str, list[Piece]] = {}
+        for key in keys:
+            bare = key.removeprefix(prefix)
+            name = alias.target if (alias := self.family.alias_map.find(bare)) else bare
+            pieces.setdefault(name, []).append(Piece(key, name))
+        double = [piece.source for found in pieces.values() if len(found) > 1 for piece in found]
+        if double:
+            raise CheckpointError(f"{self.file.path} holds the same tensors under two names ({name_some(double)}). Load a clean file.")
+        return pieces
 
     def shape(self, name: str) -> tuple[int, ...]:
         return fused_shape([self.file.shapes[piece.source] for piece in self.pieces[name]])

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .families import Family
@@ -102,6 +102,13 @@ class ModuleNames:
 
     def find(self, module: str) -> Piece | None:
         """The native place of a module (or of a tensor that is no module's weight), None if the model has none."""
+        piece = self._find(module)
+        # older hosts call the weight of some norms `scale`
+        if piece is not None and f"{piece.target}.weight" not in self.tensors and (scale := f"{piece.target}.scale") in self.tensors:
+            return replace(piece, target=scale)
+        return piece
+
+    def _find(self, module: str) -> Piece | None:
         flat = flat_name(module)
         if flat is not None:
             return self.flat.get(flat)

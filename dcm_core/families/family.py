@@ -28,7 +28,7 @@ class Family:
         fps: frames per second of its videos.
         writes_in_place: the host's blocks overwrite tensors that a backward pass needs.
         text_extras: (entry of a conditioning, argument of the transformer) beside the text embedding.
-        ALIAS_TO_NATIVE: the original code's module names where they differ from the native ones (LoRA files use them).
+        ALIAS_TO_NATIVE: names of the original code, or of other ComfyUIs, where they differ from the native ones (files use them).
     """
 
     name: str

@@ -4,6 +4,7 @@ from ..keymap import Rule
 from ..schedule import Preset
 from .family import Family
 
+WHOLE = ("",)
 WEIGHT = ("weight",)
 SCALE = ("scale",)
 
@@ -76,7 +77,19 @@ HEAD = (
     Rule("proj_out", "final_layer.linear"),
 )
 
+# What older ComfyUIs and released files call `.scale`, newer ComfyUIs call `.weight`.
+NORMS = (
+    *(f"{NATIVE_DOUBLE}.{stream}_attn.norm.{name}_norm" for stream in ("img", "txt") for name in ("query", "key")),
+    *(f"{NATIVE_SINGLE}.norm.{name}_norm" for name in ("query", "key")),
+)
+
 ORIGINAL = (
+    *(Rule(norm, norm, WEIGHT, SCALE) for norm in NORMS),
+    *(Rule(f"{norm}.scale", norm, WHOLE, SCALE) for norm in NORMS),
+    *(Rule(f"{NATIVE_DOUBLE}.{stream}_attn_{letter}_norm", f"{NATIVE_DOUBLE}.{stream}_attn.norm.{name}_norm", WEIGHT, SCALE)
+      for stream in ("img", "txt") for letter, name in (("q", "query"), ("k", "key"))),
+    *(Rule(f"{NATIVE_SINGLE}.{letter}_norm", f"{NATIVE_SINGLE}.norm.{name}_norm", WEIGHT, SCALE)
+      for letter, name in (("q", "query"), ("k", "key"))),
     *(Rule(f"{name}.mlp.{layer}", f"{name}.{target}") for name in ("time_in", "guidance_in", "txt_in.t_embedder")
       for layer, target in (("0", "in_layer"), ("2", "out_layer"))),
     Rule("txt_in.c_embedder.linear_1", "txt_in.c_embedder.in_layer"),

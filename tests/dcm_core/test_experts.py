@@ -23,6 +23,7 @@ from dcm_core.experts import (
 )
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
 from dcm_core.keymap import fused_shape
+from dcm_core.match import guess_family, match_expert
 from dcm_core.storage import TensorFile
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -159,6 +160,29 @@ def test_original_hunyuan_names():
         "transformer.double_blocks.0.img_attn_qkv.lora_B.weight": torch.ones(12, 2),
     }
     assert "double_blocks.0.img_attn.qkv" in read_expert(tensors, {}, "semantic", HUNYUAN_VIDEO, shapes).low_rank
+
+
+NORM = "double_blocks.0.img_attn.norm.query_norm"
+
+
+@pytest.mark.parametrize("key", [
+    f"diffusion_model.{NORM}.diff", f"diffusion_model.{NORM}.scale.diff", f"lora_unet_{NORM}.diff".replace(".", "_", 4),
+    "transformer.double_blocks.0.img_attn_q_norm.diff", "transformer.transformer_blocks.0.attn.norm_q.diff",
+])
+@pytest.mark.parametrize("name", [f"{NORM}.scale", f"{NORM}.weight"])
+def test_a_hunyuan_norm_is_found_as_the_host_calls_it(key, name):
+    expert = read_expert({key: torch.ones(4)}, {}, "semantic", HUNYUAN_VIDEO, {name: (4,)})
+    assert list(expert.diff) == [name]
+    assert match_expert({key: (4,)}, HUNYUAN_VIDEO, {name: (4,)}).misfits == {}
+    assert guess_family({key: (4,)}, {}) is HUNYUAN_VIDEO
+
+
+@pytest.mark.parametrize("name", [f"{NORM}.scale", f"{NORM}.weight"])
+def test_a_hunyuan_norm_has_one_name_in_our_files(name):
+    expert = Expert("hunyuan_video", "semantic", diff={name: torch.ones(4)})
+    assert list(expert_to_state_dict(expert, {})[0]) == [f"diffusion_model.{NORM}.diff"]
+    expert = Expert("hunyuan_video", "semantic", replaced={name: torch.ones(4)})
+    assert list(expert_to_state_dict(expert, {})[0]) == [f"diffusion_model.{NORM}.set_weight"]
 
 
 def wan_pair(rank=2, **extra):

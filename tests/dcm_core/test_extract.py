@@ -1,6 +1,7 @@
 """A full fine-tune as a LoRA: the best one of its rank, with true numbers about what it keeps."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -208,6 +209,54 @@ def test_prefixed_native_files(save, tmp_path, prefix):
     tuned = save({prefix + name: tensor for name, tensor in tuned.items()}, "tuned.safetensors")
     extract_lora(tuned, save(base, "base.safetensors"), out, 2)
     assert read(out, WAN, base).low_rank
+
+
+# Tencent's file names, in the order they are put in place of ComfyUI's.
+TENCENT = (
+    (r"(img|txt)_attn\.norm\.(q|k)\w+_norm\.scale", r"\1_attn_\2_norm.weight"),
+    (r"norm\.(q|k)\w+_norm\.scale", r"\1_norm.weight"),
+    (r"(img|txt|self)_attn\.(qkv|proj)", r"\1_attn_\2"),
+    (r"(img|txt)_mod\.lin\b", r"\1_mod.linear"),
+    (r"modulation\.lin\b", "modulation.linear"),
+    (r"^(time_in|guidance_in|txt_in\.t_embedder)\.in_layer", r"\1.mlp.0"),
+    (r"^(time_in|guidance_in|txt_in\.t_embedder)\.out_layer", r"\1.mlp.2"),
+    (r"c_embedder\.in_layer", "c_embedder.linear_1"),
+    (r"c_embedder\.out_layer", "c_embedder.linear_2"),
+    (r"(blocks\.\d+\.(img_|txt_)?mlp)\.0", r"\1.fc1"),
+    (r"(blocks\.\d+\.(img_|txt_)?mlp)\.2", r"\1.fc2"),
+)
+
+
+def in_tencent_names(tensors):
+    for pattern, name in TENCENT:
+        tensors = {re.sub(pattern, name, key): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def in_newer_names(tensors):
+    """As a newer ComfyUI saves it, in a checkpoint with a VAE."""
+    renamed = {f"model.model.{re.sub(r'_norm.scale$', '_norm.weight', key)}": tensor for key, tensor in tensors.items()}
+    return renamed | {"vae.decoder.conv1.weight": torch.full((2, 2), torch.nan)}
+
+
+@pytest.mark.parametrize("rename", [in_tencent_names, in_newer_names])
+def test_hunyuan_names_of_others(save, tmp_path, rename):
+    tuned, base = tuned_and_base(HUNYUAN_VIDEO, save)
+    renamed = rename(tuned)
+    assert len(renamed.keys() - tuned.keys()) > 6
+    files = []
+    for number, tensors in enumerate((tuned, renamed)):
+        extract_lora(save(tensors, "tuned.safetensors"), save(base, "base.safetensors"), tmp_path / f"{number}.safetensors", 2)
+        files.append(TensorFile(tmp_path / f"{number}.safetensors").read_all())
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+def test_one_tensor_under_two_names(save, out):
+    _, base = tuned_and_base(HUNYUAN_VIDEO, save)
+    both = base | {"time_in.mlp.0.bias": base["time_in.in_layer.bias"].clone()}
+    with pytest.raises(CheckpointError, match=r"under two names \(time_in\.in_layer\.bias, time_in\.mlp\.0\.bias\)"):
+        extract_lora(save(both, "both.safetensors"), save(base, "base.safetensors"), out, 2)
 
 
 def test_dtype_of_the_file(save, tmp_path):

@@ -215,6 +215,33 @@ def test_an_extracted_lora_restores_the_fine_tune_in_core(golden, node, folder):
     assert after < before / 100, "what is left is the rounding of the bfloat16 pairs"
 
 
+@pytest.mark.parametrize("kind", ["norms", "everything"])
+@pytest.mark.parametrize("experts", ["detail on top of semantic (as released)", "independent, each on its side"])
+def test_files_that_the_host_saves(releases, node, module, recipe, folder, kind, experts):
+    """A fine-tune saved by this host, in whatever names it has; the base in those of older ones."""
+    import comfy.sd
+
+    name = "hy_tiny_saved"
+    node("DCMConvertCheckpoint", model_name=releases["hy_tiny"], base_name=name, expert_name=name, dtype="float32", overwrite=True)
+    base, expected = f"{name}.safetensors", recipe.expected("hy_tiny")
+    model = core_model(base)
+    want = velocity(model, expected, 1.0)
+    comfy.sd.save_checkpoint(str(folder / "diffusion_models" / f"tuned_{name}.safetensors"), model)
+    weights = load_file(folder / "diffusion_models" / base)
+    changed = before_tuning(weights) if kind == "everything" else weights
+    save_file(changed | {key: 1.5 * value for key, value in weights.items() if "y_norm" in key}, folder / "diffusion_models" / base)
+    node("DCMExtractLoRA", tuned_model=f"tuned_{name}.safetensors", base_model=base, rank=4, name=f"{name}.safetensors", overwrite=True)
+    facts = node("DCMInspectModel", file=f"diffusion_models/tuned_{name}.safetensors").result[0]
+    assert "native layout" in facts and "HunyuanVideo" in facts
+    before = core_model(base)
+    after = node(
+        "DCMAttachExperts", model=before, semantic_lora=f"{name}.safetensors", semantic_strength=1.0, detail_lora="none",
+        detail_strength=1.0, experts=experts, boundary=0.0,
+    ).result[0]
+    assert relative(velocity(before, expected, 1.0), want) > 0.01
+    assert relative(velocity(after, expected, 1.0), want) < 0.002, "the rounding of the bfloat16 file"
+
+
 # conditioning
 
 
