@@ -1,7 +1,7 @@
 """What a model file is, by its content, and its parts in native names."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -12,6 +12,7 @@ from .experts import Expert, expert_from_release
 from .families import FAMILIES, Family
 from .keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from .lora_names import split_key
+from .mapped import views
 from .storage import Progress, TensorFile, each_read, is_finite
 
 # `model.model.` is what ComfyUI saves HunyuanVideo with
@@ -199,14 +200,21 @@ def semantic_state_dict(file: TensorFile, contents: Contents, progress: Progress
     return dict(each_native(file, contents, progress))
 
 
-def each_native(file: TensorFile, contents: Contents, progress: Progress | None = None) -> Iterable[tuple[str, Tensor]]:
-    """The base's tensors in native names, one at a time.
+def semantic_views(file: TensorFile, contents: Contents, progress: Progress | None = None) -> dict[str, Tensor]:
+    """The same to be copied: only fused tensors are in memory, the others are views of the file."""
+    return dict(each_native(file, contents, progress, views(file).__getitem__))
+
+
+def each_native(
+    file: TensorFile, contents: Contents, progress: Progress | None = None, read: Callable[[str], Tensor] | None = None
+) -> Iterable[tuple[str, Tensor]]:
+    """The base's tensors in native names, one at a time; `read` gives the file's if not the file.
 
     Raises:
         CheckpointError: NaN or infinite weights.
     """
     sources = [piece.source for pieces in contents.matched.values() for piece in pieces]
-    reader = each_read(file, sources, progress)
+    reader = each_read(file, sources, progress, read)
     for target, pieces in contents.matched.items():
         tensors = dict(next(reader) for _ in pieces)
         check_finite(file, tensors)

@@ -1,14 +1,15 @@
 """One safetensors file: read tensor by tensor, or written as a stream, whatever its size.
 
 Resident memory stays at about one tensor, also for files larger than the memory: the safetensors library checks a file,
-tensors are then read at their offsets (it would map the whole file), and what is written goes to disk as it is made.
+tensors are then read at their offsets (it would map the whole file; `mapped` does), and what is written goes to disk as it
+is made.
 """
 
 import json
 import os
+import secrets
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,7 @@ class TensorFile:
     Attributes:
         metadata: the file's string metadata.
         shapes, dtypes: of every tensor, by key.
+        offsets: where each tensor begins in the file.
 
     Raises:
         CheckpointError: anything but a whole safetensors file.
@@ -81,7 +83,7 @@ class TensorFile:
                     part = file.get_slice(key)
                     self.shapes[key] = tuple(part.get_shape())
                     self.dtypes[key] = self._dtype(key, str(part.get_dtype()))
-            self._offsets = self._read_offsets()
+            self.offsets = self._read_offsets()
             self._state = self._file_state()
         except (SafetensorError, OSError, ValueError) as error:
             if isinstance(error, CheckpointError):
@@ -108,8 +110,11 @@ class TensorFile:
         found = self.path.stat()
         return found.st_ino, found.st_size, found.st_mtime_ns
 
+    def changed(self) -> bool:
+        """True if the file is not the one that was opened."""
+        return self._file_state() != self._state
+
     def _read_offsets(self) -> dict[str, int]:
-        """Where each tensor begins in the file."""
         with self.path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
@@ -135,9 +140,9 @@ class TensorFile:
         """
         data = bytearray(self.nbytes(key))
         try:
-            changed = self._file_state() != self._state
+            changed = self.changed()
             with self.path.open("rb") as file:
-                file.seek(self._offsets[key])
+                file.seek(self.offsets[key])
                 whole = file.readinto(data) == len(data)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {key} cannot be read ({error}). Was the file moved? Load it again.") from error
@@ -276,14 +281,12 @@ def temporary_file(path: Path, nbytes: int = 0) -> Iterator[Path]:
     """
     check_room({path: nbytes})
     with _writing(path):
-        # short: the whole name may have 255 bytes
-        handle, name = tempfile.mkstemp(prefix=f"{PREFIX}{path.name[:32]}.", suffix=SUFFIX, dir=path.parent)
-        os.close(handle)
-    temporary = Path(name)
+        # short: the whole name may have 255 bytes; opened plainly, as `tempfile` would leave the file to its owner alone
+        temporary = path.parent / f"{PREFIX}{path.name[:32]}.{secrets.token_hex(8)}{SUFFIX}"
+        temporary.open("xb").close()
     try:
         yield temporary
         with _writing(path):
-            temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -306,24 +309,20 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors that are in memory, as `write_stream`."""
     entries = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     write_stream(path, entries, iter(tensors.items()), metadata)
 
 
-def each_read(file: TensorFile, keys: Iterable[str], progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors called `keys` one after the other, with progress in bytes."""
+def each_read(
+    file: TensorFile, keys: Iterable[str], progress: Progress | None = None, read: Callable[[str], Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors called `keys` one after the other, with progress in bytes; `read` gives them if not the file."""
     keys = list(keys)
     total, done = sum(file.nbytes(key) for key in keys), 0
     for key in keys:
-        tensor = file.read(key)
+        tensor = (read or file.read)(key)
         done += file.nbytes(key)
         if progress is not None:
             progress(done, total)

@@ -111,6 +111,19 @@ def test_temporary_file_needs_no_content(tmp_path):
     assert left_in(tmp_path) == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs the modes of POSIX")
+def test_others_may_read_what_the_umask_lets_them(tmp_path, monkeypatch):
+    """As for any new file, and without a moment in which the umask is another: it is that of every thread."""
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patched:
+            patched.delattr(os, "umask")
+            write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+        assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.parametrize("name", [244 * "x" + ".safetensors", 241 * "x" + ".safetensors"])
 def test_a_long_name(tmp_path, name):
     """A name that the system takes is written; another is refused in words."""

@@ -134,6 +134,20 @@ def test_loader_recognises_content_not_names(node, releases, folder, recipe, nam
     assert "diffusers layout" in text(node("DCMLoadModel", model_name="prefixed.safetensors", weight_dtype="default"))
 
 
+@pytest.mark.parametrize("unmapped", [False, True], ids=["mapped", "--disable-mmap"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_base_is_read_without_a_copy_unless_the_host_is_told_so(node, releases, module, monkeypatch, name, unmapped):
+    import comfy.utils
+
+    file = module("dcm_core.storage").TensorFile
+    read, original = [], file.read
+    monkeypatch.setattr(file, "read", lambda self, key: read.append(key) or original(self, key))
+    monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", unmapped)
+    node("DCMLoadModel", model_name=releases[name], weight_dtype="default")
+    base = {key for key in read if ".lora_" not in key and "_lora." not in key}
+    assert bool(base) is unmapped and len(base) < len(read)
+
+
 def test_native_and_foreign_models_pass_through(node, releases, folder):
     node("DCMConvertCheckpoint", model_name=releases["wan_tiny"], base_name="native", expert_name="e", dtype="keep", overwrite=False)
     assert "loaded by the host as it is" in text(node("DCMLoadModel", model_name="native.safetensors", weight_dtype="default"))
