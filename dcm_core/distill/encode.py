@@ -17,7 +17,7 @@ from .dataset import LATENT, Dataset, Entry
 from .video_file import ClipError
 
 FORMAT = "dcm-latent"
-VERSION = "2"  # of what the cache holds; a change makes everything anew
+VERSION = "3"  # of what the cache holds; a change makes everything anew
 
 # Where each part of the work begins, in thousandths of the progress bar.
 CHECKING, VIDEOS, TEXTS, END = 0, 50, 900, 1000

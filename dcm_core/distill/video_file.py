@@ -8,10 +8,12 @@ from typing import Any
 
 import av
 import torch
+from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
 
 from ..errors import DCMError
 
+UNSPECIFIED = 2  # ffmpeg's number of no matrix
 NO_TIMES = "has frames without times, or with times that run backwards. Encode it again, for example as .mp4."
 
 
@@ -106,6 +108,19 @@ def shown_frames(path: Path, gap: float) -> Iterator[tuple[Any, float]]:
             yield shown, time + gap
 
 
+def _colours(frame: Any) -> dict[str, int]:
+    """What a frame says of its colours, as PyAV before 17 has to be told it, with another matrix on the side of RGB, where it
+    has no meaning: it passes over what does not differ.
+
+    A frame that says nothing is BT.601, as in ffmpeg and ComfyUI, whose files of RGB frames say nothing and are that.
+    """
+    matrix, extent = frame.colorspace, frame.color_range
+    if frame.format.is_rgb or (matrix == UNSPECIFIED and not extent):
+        return {}
+    told = {"src_colorspace": matrix, "dst_colorspace": Colorspace.ITU709 if matrix == Colorspace.ITU601 else Colorspace.ITU601}
+    return told | ({"src_color_range": extent, "dst_color_range": ColorRange.JPEG} if extent else {})
+
+
 def upright(frame: Any, path: Path) -> Tensor:
     """The pixels of a decoded frame as they are to be seen: uint8 (height, width, 3).
 
@@ -113,7 +128,7 @@ def upright(frame: Any, path: Path) -> Tensor:
         ClipError: colours that cannot be converted.
     """
     try:
-        pixels = frame.to_ndarray(format="rgb24")
+        pixels = frame.to_ndarray(format="rgb24", **_colours(frame))
     except av.FFmpegError as error:
         raise ClipError(path, f"has colours that cannot become RGB ({error.strerror}). Encode it again, for example as .mp4.") from error
     return torch.rot90(torch.from_numpy(pixels), _quarter_turns(frame))

@@ -322,6 +322,33 @@ def test_portrait_clips_stay_portrait(video, tmp_path):
     assert read_clip(facts, SMALL).shape == (9, 64, 48, 3)
 
 
+BT601, BT709, BT2020, NONE = (0.299, 0.114, 5), (0.2126, 0.0722, 1), (0.2627, 0.0593, 9), (0.299, 0.114, 2)
+LIMITED, FULL = 1, 2
+
+
+@pytest.mark.parametrize("matrix", [BT601, BT709, BT2020, NONE])
+@pytest.mark.parametrize("extent", [0, LIMITED, FULL])
+def test_colours_are_what_the_file_says_they_are(tmp_path, matrix, extent):
+    """The equation of the standards, the other way round; what says nothing is BT.601 of limited range, as for ffmpeg."""
+    colour = red, green, blue = 0.8, 0.2, 0.1
+    kr, kb, number = matrix
+    y = kr * red + (1 - kr - kb) * green + kb * blue
+    parts = y, (blue - y) / (2 - 2 * kb), (red - y) / (2 - 2 * kr)
+    scale, start = ((255, 255, 255), (0, 128, 128)) if extent == FULL else ((219, 224, 224), (16, 128, 128))
+    planes = [np.full((48, 64), round(start[i] + scale[i] * parts[i]), np.uint8) for i in range(3)]
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", 16)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 48, "yuv444p", {"qp": "0"}
+        stream.codec_context.colorspace, stream.codec_context.color_range = number, extent
+        for _ in range(9):
+            frame = av.VideoFrame.from_ndarray(np.stack(planes), format="yuv444p")
+            frame.colorspace, frame.color_range = number, extent
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    pixels = read_clip(inspect_clip(Clip(tmp_path / "a.mp4", "x"), SMALL), SMALL)
+    assert pixels.mean(dim=(0, 1, 2)).tolist() == pytest.approx(colour, abs=0.012)
+
+
 def test_colours_that_cannot_be_converted(tmp_path):
     frame = av.VideoFrame(8, 8, "yuv420p")
     frame.colorspace = 3  # reserved
