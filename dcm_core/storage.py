@@ -223,7 +223,8 @@ def _header(entries: Entries, metadata: Mapping[str, str]) -> bytes:
             raise CheckpointError(f"{key} is {dtype}, which no safetensors file holds. Convert it first.")
         description[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(description, separators=(",", ":")).encode()
+    # half a surrogate (of a file name that is no UTF-8) would make a header that nobody reads
+    text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -37,7 +38,8 @@ class Problem(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.path.name}: {self.reason}"
+        # a name that is no UTF-8 can be neither shown nor logged
+        return f"{self.path.name}: {self.reason}".encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,7 @@ def content_hash(path: Path) -> str:
 def _check_caption(clip: Clip) -> None:
     if not clip.caption:
         raise ClipError(clip.path, f"has no caption. Write one to {clip.path.stem}.txt beside it, or to its line of the .jsonl.")
-    if "\ufffd" in clip.caption:
+    if re.search("[\ufffd\ud800-\udfff]", clip.caption):
         raise ClipError(clip.path, "has a caption that is not UTF-8. Save the text as UTF-8.")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from dcm_core import storage
 from dcm_core.errors import CheckpointError
-from dcm_core.storage import cast, is_finite, temporary_file, write_stream, write_tensors
+from dcm_core.storage import TensorFile, cast, is_finite, temporary_file, write_stream, write_tensors
 
 from .test_storage import entries_of, left_in
 
@@ -103,6 +103,11 @@ def test_disk_room_is_checked_first(tmp_path, monkeypatch):
 def test_missing_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"The folder .*nowhere does not exist\. Create it"):
         write_tensors(tmp_path / "nowhere" / "x.safetensors", {}, {})
+
+
+def test_half_a_surrogate_in_the_metadata(tmp_path):
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {"clip": "é \udcff \U0001f600"})
+    assert TensorFile(tmp_path / "x.safetensors").metadata == {"clip": "é ? \U0001f600"}
 
 
 def test_temporary_file_needs_no_content(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -167,6 +168,27 @@ def test_clips_that_cannot_be_used_are_left_out_and_named(three, run, clip):
     lines = data.report().split("\n")
     assert lines[1] == "64x48: 3"
     assert [line[:21] for line in lines[2:]] == ["left out b.mkv: lasts", "left out d.mkv: has n", "note e.mkv: variable "]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs names that are bytes")
+def test_a_name_that_is_no_text(three, run, clip, tmp_path):
+    """It is no reason to leave a clip out; what is said of it can be shown."""
+    for name, caption in (("\udcff", "a mouse"), ("\udcfe", "")):
+        clip("d.mkv", caption).rename(tmp_path / f"{name}.mkv")
+        (tmp_path / "d.txt").rename(tmp_path / f"{name}.txt")
+    data, _ = run()
+    assert len(data) == 4 and all(data.latent(index).isfinite().all() for index in range(4))
+    assert r"left out \udcfe.mkv: has no caption" in data.report()
+    data.report().encode()
+    assert run()[1] == (0, [], 0), "the cache holds it"
+
+
+def test_a_caption_of_half_a_surrogate_is_left_out(clip, tmp_path, run):
+    clip("a.mkv", "a cat")
+    (tmp_path / "list.jsonl").write_text('{"video": "a.mkv", "caption": "a cat"}\n{"video": "a.mkv", "caption": "a \\ud83d cat"}')
+    record = Recorder()
+    data = prepare(tmp_path / "list.jsonl", SMALL, record.encoders(), tmp_path / "cache")
+    assert len(data) == 1 and "a.mkv: has a caption that is not UTF-8" in str(data.problems[0])
 
 
 def test_a_clip_that_fails_while_it_is_encoded_is_left_out(three, run):
