@@ -38,7 +38,10 @@ def common_inputs(steps: int, learning_rate: float, rank_floor: int) -> list[io.
             tooltip="Peak learning rate of AdamW. 0 takes 1e-4 for a semantic LoRA, 1e-6 for rank 0, 5e-6 for a detail expert.",
         ),
         io.Int.Input("rank", default=128, min=rank_floor, max=1024, tooltip=f"Rank of the low-rank pairs (the release has 128).{full}"),
-        io.Float.Input("alpha", default=256.0, min=0.01, max=4096.0, step=0.5, tooltip="The pairs work at alpha / rank (the release: 2)."),
+        io.Float.Input(
+            "alpha", default=256.0, min=0.01, max=4096.0, step=0.5,
+            tooltip="The pairs work at alpha / rank (the release: 2): change both.",
+        ),
         io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="Videos in memory at once."),
         io.Int.Input("accumulate", default=1, min=1, max=1024, tooltip="Batches that make one optimiser step."),
         io.Int.Input(

@@ -8,6 +8,7 @@ passed over; an interrupted one goes on where it stopped.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -138,20 +139,25 @@ def train(folder: Path, name: str, seed: int, steps: int | None) -> None:
 def train_side_by_side(folder: Path, names: list[str], at_once: int, options: list[str]) -> None:
     """Runs in processes of one thread, each as soon as there is room and the expert under it is there."""
     waiting, working = list(names), {}
-    while waiting or working:
-        ready = [name for name in waiting if RUNS[name].below not in (*waiting, *working)]
-        for name in ready[: at_once - len(working)]:
-            command = [sys.executable, __file__, str(folder), name, "--at-once", "1", *options]
-            working[name] = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            waiting.remove(name)
-        time.sleep(1)
-        for name, process in list(working.items()):
-            if process.poll() is not None:
-                del working[name]
-                if process.returncode:
-                    for other in working.values():
-                        other.terminate()
-                    raise SystemExit(f"{name} ended with {process.returncode}; the runs that were at work can be gone on with.")
+    try:
+        while waiting or working:
+            ready = [name for name in waiting if RUNS[name].below not in (*waiting, *working)]
+            for name in ready[: at_once - len(working)]:
+                command = [sys.executable, __file__, str(folder), name, "--at-once", "1", *options]
+                working[name] = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                waiting.remove(name)
+            time.sleep(1)
+            for name, process in list(working.items()):
+                if process.poll() is not None:
+                    del working[name]
+                    if process.returncode:
+                        raise SystemExit(f"{name} ended with {process.returncode}; the runs that were at work can be gone on with.")
+    finally:
+        # they save themselves
+        for process in working.values():
+            process.terminate()
+        for process in working.values():
+            process.wait()
 
 
 def main() -> None:
@@ -162,6 +168,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each run, to try the script (default: as many as it is for)")
     parser.add_argument("--at-once", type=int, default=2, help="so many runs at a time (default: %(default)s)")
     args = parser.parse_args()
+    # a run that is ended saves itself, however it is ended
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs = [name for name in args.runs if not expert_path(args.folder, name).exists()]
     if args.at_once > 1:
         teacher_videos(args.folder, load_base(args.folder))

@@ -47,6 +47,11 @@ LIMITS: dict[str, tuple[float, float]] = {
     "weight_decay": (0, 10),
     "divergence": (0, 1e9),
 }
+# What a resumed run may change: how long, how fast, how often.
+FREE = {
+    "steps", "save_every", "keep", "held_out_every", "sample_every", "checkpointing", "divergence",
+    "learning_rate", "discriminator_learning_rate",
+}
 
 
 @dataclass(frozen=True)
@@ -174,13 +179,18 @@ class TrainingConfig:
         return tuple(1000 * value for value in generic_sigmas(self.sample_steps, self.shift, self.points)[:-1].tolist())
 
     def differences(self, other: "TrainingConfig") -> list[str]:
-        """`name: other's -> mine` of every setting that a resumed run may not change: what is trained, not how long, how fast, or how
-        often it is saved."""
-        free = {
-            "steps", "save_every", "keep", "held_out_every", "sample_every", "checkpointing", "divergence",
-            "learning_rate", "discriminator_learning_rate",
-        }
-        names = [field.name for field in dataclasses.fields(self) if field.name not in free]
+        """`name: other's -> mine` of every setting that a resumed run may not change."""
+        return self._compared(other, [field.name for field in dataclasses.fields(self) if field.name not in FREE])
+
+    def changes(self, other: "TrainingConfig") -> list[str]:
+        """The same of those that it may change."""
+        return self._compared(other, [field.name for field in dataclasses.fields(self) if field.name in FREE])
+
+    def new_rates(self, other: "TrainingConfig") -> list[str]:
+        """The same of the learning rates that are used."""
+        return self._compared(other, ["learning_rate", *(["discriminator_learning_rate"] if self.adversarial else [])])
+
+    def _compared(self, other: "TrainingConfig", names: list[str]) -> list[str]:
         return [
             f"{name}: {getattr(other, name)!r} -> {getattr(self, name)!r}"
             for name in names if getattr(self, name) != getattr(other, name)

@@ -74,7 +74,7 @@ class Memory:
         if config.rank == 0:
             fixes.append("a rank above 0 (a LoRA instead of a full fine-tune)")
         elif config.rank > 16:
-            fixes.append(f"rank below {config.rank}")
+            fixes.append(f"rank below {config.rank}, and alpha in proportion")
         raise TrainingError(
             f"Training needs about {(self.present + self.coming) / GIB:.2f} GiB beside the base model, "
             f"{(self.present + available) / GIB:.2f} GiB can be had. Try {', '.join(fixes)}."

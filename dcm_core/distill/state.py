@@ -32,7 +32,11 @@ History = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class SavedState:
-    """A saved run: `steps` are done."""
+    """A saved run: `steps` are done.
+
+    Attributes:
+        tensors: everything that the next step depends on, by name.
+    """
 
     steps: int
     config: TrainingConfig
@@ -41,10 +45,10 @@ class SavedState:
     tensors: dict[str, Tensor]
 
     def check(self, config: TrainingConfig, facts: dict[str, str], path: Path) -> None:
-        """Refuse to go on with other settings or data than the run was started with.
+        """Refuse to go on with other settings or data than the run was started with, and what would change nothing.
 
         Raises:
-            TrainingError: names every difference.
+            TrainingError: names every difference, or fewer steps than were made, or a learning rate that no step is left for.
         """
         found = config.differences(self.config)
         names = {**self.facts, **facts}
@@ -56,6 +60,24 @@ class SavedState:
                 f"{path} is the state of another run; it differs in {'; '.join(found)}. "
                 "Set these back to resume it, or start anew under another name."
             )
+        if config.steps < self.steps:
+            raise TrainingError(
+                f"steps is {config.steps}, but the run in {path.parent} has made {self.steps} already. Set steps to {self.steps} for its "
+                "expert as it is, or higher to train on, or start anew under another name."
+            )
+        rates = config.new_rates(self.config)
+        if config.steps == self.steps and rates:
+            raise TrainingError(
+                f"The run in {path.parent} has made all of its {self.steps} steps: there is none left for {'; '.join(rates)}. Raise steps "
+                "to train on at the new rate, set it back for the expert as it is, or start anew under another name."
+            )
+
+    def in_words(self, config: TrainingConfig) -> str:
+        """What a run with these settings does with the state."""
+        if config.steps == self.steps:
+            return f"all {self.steps} steps were made before, nothing was trained; raise steps to train on"
+        changes = config.changes(self.config)
+        return f"went on from step {self.steps}" + (f" with {'; '.join(changes)}" if changes else "")
 
 
 def optimizer_tensors(prefix: str, names: list[str], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -154,8 +176,23 @@ def saved_states(folder: Path) -> Iterator[Path]:
     return (path for path in folder.glob(STATES) if NAME.fullmatch(path.name))
 
 
-def newest_state(folder: Path) -> tuple[Path, SavedState] | None:
+def check_state(folder: Path, config: TrainingConfig, facts: dict[str, str]) -> None:
+    """Refuse a folder whose newest state the run could not go on from (`SavedState.check`); reads no weights.
+
+    Raises:
+        TrainingError: the state of another run, or states that cannot be read.
+    """
+    found = newest_state(folder, weights=False)
+    if found is not None:
+        path, saved = found
+        saved.check(config, facts, path)
+
+
+def newest_state(folder: Path, weights: bool = True) -> tuple[Path, SavedState] | None:
     """The newest state that can be read, None without any; a damaged one is passed over for the one before.
+
+    Args:
+        weights: read the tensors too.
 
     Raises:
         TrainingError: there are states, but none can be read.
@@ -163,7 +200,7 @@ def newest_state(folder: Path) -> tuple[Path, SavedState] | None:
     paths = sorted(saved_states(folder), reverse=True)
     for path in paths:
         try:
-            return path, read_state(path)
+            return path, read_state(path, weights)
         except CheckpointError as error:
             logger.warning("%s cannot be read (%s); trying the state before it", path, error)
     if paths:
@@ -174,8 +211,11 @@ def newest_state(folder: Path) -> tuple[Path, SavedState] | None:
     return None
 
 
-def read_state(path: Path) -> SavedState:
+def read_state(path: Path, weights: bool = True) -> SavedState:
     """Read a state.
+
+    Args:
+        weights: read the tensors too.
 
     Raises:
         CheckpointError: a damaged file, or no training state.
@@ -183,7 +223,7 @@ def read_state(path: Path) -> SavedState:
     file = TensorFile(path)
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} holds no training state. Choose the folder of a training run.")
-    tensors = file.read_all()
+    tensors = file.read_all(None if weights else file.shapes.keys() & {HISTORY})
     try:
         settings = json.loads(file.metadata["config"])
         unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(TrainingConfig)})

@@ -23,6 +23,7 @@ from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, make_learner, make_s
 from .losses import pseudo_huber
 from .memory import Memory, step_size, total
 from .parallel import Processes
+from .signals import held_back
 from .stages import DetailStage, SemanticStage, Terms
 from .state import History, SavedState, check_folder, newest_state, save_state
 from .trainee import make_fixed, make_trainee
@@ -38,11 +39,13 @@ class Result:
     Attributes:
         history: for each update its `step` and losses by name.
         seconds: of this run, without what was done before it was resumed.
+        resumed: what it went on from, in words; empty for a new run.
     """
 
     expert: Expert
     history: History
     seconds: float
+    resumed: str
 
 
 @dataclass
@@ -102,7 +105,7 @@ class Trainer:
             TrainingError: a state of another run, or losses that are no numbers or diverge.
             CheckpointError: a folder that cannot be written to, or a disk without room for the states.
         """
-        self._resume()
+        resumed = self._resume()
         if self.processes.first:
             self._check_room()
         began = time.monotonic()
@@ -119,7 +122,7 @@ class Trainer:
             if self.worth_saving and self.done > self.saved:
                 self._save()
             raise
-        return Result(self.expert(), self.history, time.monotonic() - began)
+        return Result(self.expert(), self.history, time.monotonic() - began, resumed)
 
     def expert(self) -> Expert:
         """The (averaged) expert as it is now."""
@@ -167,9 +170,7 @@ class Trainer:
         config = self.config
         if config.expert == "semantic":
             return *SemanticStage(self.phases, config.cfg, config.temporal_weight).losses(self.roles(), batch), None
-        stage = DetailStage(
-            self.phases, config.cfg, config.adversarial_weight, feature_weight=config.feature_weight
-        )
+        stage = DetailStage(self.phases, config.cfg, config.adversarial_weight, feature_weight=config.feature_weight)
         return stage.losses(self.roles(), batch, self.backbone.features, self.discriminator)
 
     @property
@@ -178,14 +179,12 @@ class Trainer:
         return self.config.guidance if embedded else None
 
     def _make_judge(self) -> Learner:
-        parameters = dict(self.discriminator.named_parameters())
-        rate = self.config.discriminator_learning_rate
+        parameters, rate = dict(self.discriminator.named_parameters()), self.config.discriminator_learning_rate
         return make_learner("discriminator", parameters, rate, betas=(0.0, 0.999), weight_decay=0.0)
 
     def _video(self, index: int, generator: torch.Generator) -> Video:
-        x0 = self.latent_in(self.data.latent(index)[None].float())[0]
         text = text_of(self.data.conditioning(index), self.backbone.family, self._guidance)
-        return Video(x0, text, self.no_text, generator)
+        return Video(self.latent_in(self.data.latent(index)[None].float())[0], text, self.no_text, generator)
 
     def _batches(self, step: int) -> Iterator[tuple[Batch, float]]:
         """The batches of one update with their shares in its loss."""
@@ -196,8 +195,7 @@ class Trainer:
                 self._video(index, generator_of(config.seed, step, part * size + position))
                 for position, index in self.processes.share(chosen)
             ]
-            for batch, share in stacked(videos, self.phases, self.device):
-                yield batch, share / config.accumulate
+            yield from ((batch, share / config.accumulate) for batch, share in stacked(videos, self.phases, self.device))
 
     def _update(self) -> None:
         """One step of the optimisers, and its losses in the history."""
@@ -299,6 +297,7 @@ class Trainer:
         saves = -(-(self.config.steps - self.done) // self.config.save_every)
         check_folder(self.folder, size, min(saves, self.config.keep + 1))
 
+    @held_back()  # who is impatient presses again
     def _save(self) -> None:
         if self.processes.first:
             saved = SavedState(self.done, self.config, self.facts, self.history, self._tensors())
@@ -308,10 +307,11 @@ class Trainer:
         self.saved = self.done
 
     @torch.no_grad()
-    def _resume(self) -> None:
+    def _resume(self) -> str:
+        """Take up the newest state, if there is one; what that means in words."""
         found = newest_state(self.folder)
         if found is None:
-            return
+            return ""
         path, saved = found
         saved.check(self.config, self.facts, path)
         for learner in self._learners:
@@ -325,4 +325,6 @@ class Trainer:
             warnings.simplefilter("ignore")  # torch takes it for a mistake
             for _ in range(self.done):
                 self.schedule.step()
-        logger.info("resumed %s at step %d", path, self.done)
+        resumed = saved.in_words(self.config)
+        logger.info("%s: %s", path, resumed)
+        return resumed

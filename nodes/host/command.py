@@ -76,7 +76,8 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         save_expert(output, result.expert, model)
         for term, plot in plots_of(result).items():
             plot.save(states / f"loss_{term}.png")
-    return f"{result.expert}, {len(result.history)} steps, saved to {output}"
+    resumed = f" ({result.resumed})" if result.resumed else ""
+    return f"{result.expert}, {len(result.history)} steps{resumed}, saved to {output}"
 
 
 def path_in(folder: Path, name: str, given: Any) -> Path:

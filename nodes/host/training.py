@@ -15,6 +15,7 @@ from ...dcm_core.distill.config import TrainingConfig, TrainingError
 from ...dcm_core.distill.dataset import TrainingData
 from ...dcm_core.distill.discriminator import discriminator_size
 from ...dcm_core.distill.parallel import join
+from ...dcm_core.distill.state import check_state
 from ...dcm_core.distill.trainee import new_detail, new_semantic
 from ...dcm_core.distill.trainer import Result, Trainer
 from ...dcm_core.distill.watcher import Quiet
@@ -70,7 +71,8 @@ class Run:
     def __str__(self) -> str:
         last = self.result.history[-1]
         steps = f"{int(last['step'])} steps, {self.result.seconds:.0f} s in this run"
-        return f"{self.expert}\n{steps}: {in_words(last)}\nsaved to {self.file}"
+        lines = [str(self.expert), self.result.resumed, f"{steps}: {in_words(last)}", f"saved to {self.file}"]
+        return "\n".join(filter(None, lines))
 
 
 def train_and_save(
@@ -132,8 +134,13 @@ def train_expert(
     family = require_family(model)
     config = config.for_family(family, shared_boundary(config, start, below))
     check_form(model, config, family, start, below)
+    check_data(model, data, vae)
+    # refuses what cannot be held out
+    data.split(config.held_out, config.seed)
     base = training_base(model)
-    check_data(base, data, vae)
+    processes = join(base.load_device)
+    facts = facts_of(base, data, start, below, processes.count)
+    check_state(folder, config, facts)
     with torch.inference_mode(False), torch.enable_grad(), gradients(), differentiable(base):
         clear_device(base)
         # first: what other clones have patched into the shared model is taken out again
@@ -145,7 +152,6 @@ def train_expert(
             check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
         expert = first_expert(base, family, config, start, below)
         hold(base, check_fits(base, config, FLOAT32 * size_of(expert), beside))
-        processes = join(base.load_device)
         show = Show(base, below, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
         trainer = Trainer(
             backbone,
@@ -157,7 +163,7 @@ def train_expert(
             below=below,
             # cloned: what the host made in inference mode has no place in a backward pass
             latent_in=lambda latent: base.model.process_latent_in(latent.clone().float()),
-            facts=facts_of(base, data, start, below, processes.count),
+            facts=facts,
             watcher=show if processes.first else Quiet(),
             processes=processes,
         )

@@ -92,11 +92,21 @@ def interrupted_at_exit() -> Iterator[None]:
 
 
 def training_base(model: Any) -> Any:
-    """A clone of MODEL with nothing on it but patches on its weights (LoRAs), which the teacher has too."""
+    """A clone of MODEL with nothing on it but patches on its weights (LoRAs), which the teacher has too.
+
+    Raises:
+        TrainingError: weights that the host may take away, and cannot load in another way.
+    """
     base = detach_experts(model)
     if hasattr(base, "get_non_dynamic_delegate"):
-        # newer hosts take the memory of weights away when they need it
-        base = base.get_non_dynamic_delegate()
+        # newer hosts take the memory of weights away when they need it, and load the file again for this
+        try:
+            base = base.get_non_dynamic_delegate()
+        except RuntimeError as error:
+            raise TrainingError(
+                f"This ComfyUI may take the MODEL's weights away while they are trained on, and cannot load them to stay ({error}). "
+                "Load the model with DCM Load Model or Load Diffusion Model, or start ComfyUI with --disable-dynamic-vram."
+            ) from error
     # compiled blocks and the like: they hide the layers that are trained beside
     base.object_patches = {}
     return base

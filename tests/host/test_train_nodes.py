@@ -51,6 +51,23 @@ def test_nodes_train_save_and_show(trained, output, models):
         assert f"{expert.role} expert, rank 4" in text and "2 steps" in text and file in text
 
 
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_inputs_are_the_settings_of_a_run(side, module):
+    """Their defaults are a run's, but for sample videos, which a node shows; their limits lie within a run's."""
+    settings = module("dcm_core.distill.config")
+    defaults = vars(settings.TrainingConfig(side))
+    node = getattr(module("nodes.train"), f"DCMTrain{side.capitalize()}Expert")
+    inputs = {item.id: item for item in node.define_schema().inputs if item.id in defaults}
+    assert len(inputs) > 15
+    for name, item in inputs.items():
+        if name in settings.LIMITS:
+            low, high = settings.LIMITS[name]
+            assert (low <= item.min or name == "learning_rate") and item.max <= high, name
+        if (side, name) == ("detail", "learning_rate"):
+            defaults[name] = 5e-6  # what 0 takes there
+        assert name == "sample_every" or item.default in (None, defaults[name]), name
+
+
 def test_experts_are_usable_at_once_and_from_their_files(trained, node, sample):
     model, semantic, detail = trained
     sigmas = [1.0, 0.95, 0.8, 0.0]
@@ -200,11 +217,21 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
     assert "semantic expert, rank 2" in first.stdout and ", 2 steps, saved to" in first.stdout
     log = first.stderr
     assert 0 < log.index("peak memory about") < log.index("step 2/2: loss"), "told before the first step"
-    assert ", 3 steps, saved to" in run(3).stdout
+    assert ", 3 steps (went on from step 2 with steps: 2 -> 3), saved to" in run(3).stdout
     assert list((tmp_path / "expert_states").glob("step_00000003.safetensors"))
     assert {path.name for path in (tmp_path / "expert_states").glob("*.png")} >= {"loss_loss.png", "loss_huber.png", "loss_temporal.png"}
     wrong = run(3, modle="x")
     assert wrong.returncode == 2 and "modle is no setting of a training run" in wrong.stderr
+
+
+def test_a_model_that_the_host_cannot_load_to_stay_is_refused(train, module, wan, tmp_path, data, config, monkeypatch):
+    def no_delegate(patcher):
+        raise RuntimeError("cached_patcher_init is not initialized.")
+
+    model = wan(layers=1)
+    monkeypatch.setattr(type(model), "get_non_dynamic_delegate", no_delegate, raising=False)
+    with pytest.raises(module("dcm_core.distill.config").TrainingError, match=r"not initialized.*--disable-dynamic-vram"):
+        train(model, data, config("semantic"), tmp_path)
 
 
 @pytest.fixture(scope="module")

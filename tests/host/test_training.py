@@ -135,10 +135,30 @@ def test_another_configuration_or_other_data_is_not_resumed(train, module, model
             train(model, data, config("detail", steps=2), tmp_path / "detail", **given)
 
 
-def test_fewer_steps_than_were_made_give_the_expert_as_it_is(train, model, data, config, tmp_path):
-    whole = train(model, data, config("semantic", steps=3), tmp_path)
-    again = train(model, data, config("semantic", steps=2), tmp_path)
+def test_a_finished_run_gives_its_expert_and_says_what_it_did(train, model, data, config, tmp_path):
+    whole = train(model, data, config("semantic", steps=2), tmp_path)
+    again = train(model, data, config("semantic", steps=2, save_every=1), tmp_path)
     assert same(whole.expert, again.expert) and again.history == whole.history
+    assert whole.resumed == "" and again.resumed == "all 2 steps were made before, nothing was trained; raise steps to train on"
+    longer = train(model, data, config("semantic", steps=3, learning_rate=1e-3), tmp_path)
+    assert longer.resumed == "went on from step 2 with steps: 2 -> 3; learning_rate: 0.0001 -> 0.001" and len(longer.history) == 3
+
+
+REFUSED = {
+    "another run": ({"rank": 8}, r"it differs in rank: 4 -> 8"),
+    "fewer steps": ({"steps": 1}, r"steps is 1, but the run in .* has made 2 already. Set steps to 2"),
+    "rate": ({"steps": 2, "learning_rate": 1e-3}, r"all of its 2 steps: there is none left for learning_rate: 0.0001 -> 0.001"),
+    "held out": ({"held_out": 4}, r"4 of 4 clips cannot be held out"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_run_cannot_go_on_with_is_refused_before_the_base_is_loaded(case, train, module, model, data, config, tmp_path, monkeypatch):
+    train(model, data, config("semantic", steps=2), tmp_path)
+    settings, message = REFUSED[case]
+    monkeypatch.setattr(module("nodes.host.training"), "clear_device", None)
+    with pytest.raises(module("dcm_core.errors").DCMError, match=message):
+        train(model, data, config("semantic", **settings), tmp_path)
 
 
 def test_a_damaged_state_is_passed_over(train, model, data, config, tmp_path):

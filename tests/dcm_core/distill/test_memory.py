@@ -83,7 +83,7 @@ def test_advice_names_what_would_help():
         "batch_size below 4": {"batch_size": 4},
         "gradient checkpointing on": {"checkpointing": False},
         "a rank above 0": {"rank": 0},
-        "rank below 64": {"rank": 64},
+        "rank below 64, and alpha in proportion": {"rank": 64},
         "fewer frames": {},
     }
     for advice, settings in cases.items():
