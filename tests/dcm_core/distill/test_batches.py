@@ -1,0 +1,62 @@
+"""A batch follows from seed, step and place alone, however its videos are put together."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcm_core.distill.backbone import Text
+from dcm_core.distill.batches import Video, generator_of, make_batch, stacked, text_of
+from dcm_core.distill.config import TrainingError
+from dcm_core.distill.phases import Phases
+from dcm_core.families import HUNYUAN_VIDEO, WAN
+
+PHASES = Phases("semantic", 0.8, shift=5.0)
+CPU = torch.device("cpu")
+places = st.tuples(st.integers(0, 10), st.integers(0, 10_000), st.integers(0, 64))
+
+
+def make_videos(count, words=3, height=2):
+    text = Text(torch.zeros(1, words, 4))
+    return [Video(torch.full((2, 3, height, 2), float(place)), text, text, generator_of(1, 7, place)) for place in range(count)]
+
+
+@given(places, places)
+def test_each_place_has_its_own_randomness(one, other):
+    drawn = [torch.rand(4, generator=generator_of(*place)).tolist() for place in (one, one, other)]
+    assert drawn[0] == drawn[1]
+    assert (drawn[0] == drawn[2]) == (one == other)
+
+
+def test_a_batch_is_its_videos_one_by_one():
+    together = make_batch(make_videos(3), PHASES, CPU)
+    apart = [make_batch([video], PHASES, CPU) for video in make_videos(3)]
+    for name in ("x0", "noise", "index", "level", "level_noise"):
+        assert torch.equal(getattr(together, name), torch.cat([getattr(batch, name) for batch in apart])), name
+    assert together.text.context.shape == (3, 3, 4)
+    assert set(together.index.tolist()) <= set(PHASES.owned.tolist())
+    assert not torch.equal(together.noise, together.level_noise)
+
+
+def test_videos_of_several_kinds_are_batches_with_their_shares():
+    videos = [*make_videos(2), *make_videos(1, words=5), *make_videos(1, height=4), *make_videos(1)]
+    batches = list(stacked(videos, PHASES, CPU))
+    assert [(tuple(batch.x0.shape), batch.text.context.shape[1], share) for batch, share in batches] == [
+        ((3, 2, 3, 2, 2), 3, 0.6), ((1, 2, 3, 2, 2), 5, 0.2), ((1, 2, 3, 4, 2), 3, 0.2),
+    ]
+
+
+def test_only_valid_tokens_of_a_text_are_taken():
+    context = torch.arange(8.0).view(1, 4, 2).half()
+    mask = torch.tensor([[1, 1, 0, 0]])
+    text = text_of([[context, {"attention_mask": mask}]], WAN, None)
+    assert torch.equal(text.context, context[:, :2].float()) and text.extras == {}
+
+
+def test_what_a_family_needs_beside_the_text():
+    entries = {"pooled_output": torch.ones(1, 768)}
+    text = text_of([[torch.zeros(1, 4, 2), entries]], HUNYUAN_VIDEO, 6.0)
+    assert torch.equal(text.extras["y"], torch.ones(1, 768)) and text.extras["guidance"].tolist() == [6.0]
+    assert "guidance" not in text_of([[torch.zeros(1, 4, 2), entries]], HUNYUAN_VIDEO, None).extras
+    with pytest.raises(TrainingError, match="has no pooled_output, which HunyuanVideo needs"):
+        text_of([[torch.zeros(1, 4, 2), {}]], HUNYUAN_VIDEO, 6.0)
