@@ -1,5 +1,7 @@
 """Convert releases and extract LoRAs."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..dcm_core.convert import DTYPES, KEEP, convert_release
@@ -7,7 +9,7 @@ from ..dcm_core.errors import CheckpointError
 from ..dcm_core.extract import extract_lora
 from .host.compat import newer
 from .host.devices import compute_device
-from .host.folders import LORAS, MODELS, files, new_file, path_of
+from .host.folders import LORAS, MODELS, NONE, files, new_file, path_of, state_of
 from .host.progress import byte_progress
 from .host.report import report
 
@@ -47,6 +49,10 @@ class DCMConvertCheckpoint(io.ComfyNode):
             is_output_node=True,
             **newer(search_aliases=["split checkpoint", "diffusers to comfyui", "convert dcm"]),
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str | None = NONE, **inputs: Any) -> int:
+        return state_of(MODELS, model_name)
 
     @classmethod
     def execute(cls, model_name: str, base_name: str, expert_name: str, dtype: str, overwrite: bool) -> io.NodeOutput:
@@ -90,6 +96,10 @@ class DCMExtractLoRA(io.ComfyNode):
             is_output_node=True,
             **newer(search_aliases=["extract difference", "svd lora", "model to lora"]),
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, tuned_model: str | None = NONE, base_model: str | None = NONE, **inputs: Any) -> list[int]:
+        return [state_of(MODELS, tuned_model), state_of(MODELS, base_model)]
 
     @classmethod
     def execute(cls, tuned_model: str, base_model: str, rank: int, name: str, overwrite: bool) -> io.NodeOutput:

@@ -87,14 +87,22 @@ function before(node, input) {
   return slot < 0 ? null : node.getInputNode?.(slot);
 }
 
+// The nodes that a model comes through, the one that loads it last.
+function chain(node, input) {
+  const nodes = [];
+  for (let at = before(node, input); at && nodes.length < 64; at = before(at, "model") ?? at.getInputNode?.(0)) nodes.push(at);
+  return nodes;
+}
+
 // What a plan depends on: the sampler's widgets, and the files of the nodes its model comes through.
 function ask(node) {
   // a connected schedule is known only when it runs
   if (before(node, "sigmas")) return null;
   const asked = Object.fromEntries(["schedule", "steps", "shift", "denoise", "boundary"].map((name) => [name, widgetValue(node, name)]));
-  asked.two_models = Boolean(before(node, "detail_model"));
-  let at = before(node, "model");
-  for (let hops = 0; at && hops < 64; hops++) {
+  const nodes = chain(node, "model");
+  // the same model twice, each with its LoRAs, is one
+  asked.two_models = Boolean(before(node, "detail_model")) && chain(node, "detail_model").at(-1) !== nodes.at(-1);
+  for (const at of nodes) {
     if (at.comfyClass === "DCMAttachExperts" && at.mode !== BYPASSED && !("semantic" in asked)) {
       // an expert straight from its training is known only when it runs
       if (before(at, "semantic_expert") || before(at, "detail_expert")) return null;
@@ -103,7 +111,6 @@ function ask(node) {
       asked.attached_boundary = widgetValue(at, "boundary");
     }
     asked.model = widgetValue(at, "model_name") ?? widgetValue(at, "unet_name") ?? asked.model;
-    at = before(at, "model") ?? at.getInputNode?.(0);
   }
   return asked;
 }

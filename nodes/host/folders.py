@@ -59,8 +59,8 @@ def new_file(category: str, name: str, overwrite: bool) -> Path:
 
 
 def _inside(folder: Path, name: str) -> Path | None:
-    """The path of `name` in the (resolved) folder; None for no name, or one that leads elsewhere."""
-    path = (folder / name.strip()).resolve()
+    """The path of `name` in the (resolved) folder, links in it as they are; None for no name, or one that leads elsewhere."""
+    path = Path(os.path.normpath(folder / name.strip()))
     return path if name.strip() and folder in path.parents else None
 
 

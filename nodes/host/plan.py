@@ -4,22 +4,22 @@ start as it is."""
 import functools
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...dcm_core.checkpoint import Layout, recognise
+from ...dcm_core.checkpoint import Layout, recognise, without_prefix
 from ...dcm_core.errors import DCMError
-from ...dcm_core.families import FAMILIES, WAN
+from ...dcm_core.families import FAMILIES
 from ...dcm_core.routing import plan_steps
-from ...dcm_core.schedule import generic_sigmas, last_part, sigmas_from_timesteps
 from ...dcm_core.storage import TensorFile
 from .attach import own_boundary
-from .folders import LORAS, MODELS, NONE, path_of
+from .folders import LORAS, MODELS, SUFFIX, path_of
 from .report import server
-from .sampling import AUTO, PRESETS, WAN22_BOUNDARY, has_sides
+from .sampling import has_sides, sigmas_by_name, usual_boundary
 
 ROUTE, EVENT = "/dcm/plan", "dcm.plan"
 logger = logging.getLogger("ComfyUI-DCM")
@@ -44,7 +44,7 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Args:
         asked: the sampler's `schedule`, `steps`, `shift`, `denoise`, `boundary`, `two_models` (bool), and of the nodes before
-            it the files `model`, `semantic`, `detail` and `attached_boundary`.
+            it the files `model`, `semantic`, `detail` and `attached_boundary`. Files of other kinds tell nothing.
 
     Raises:
         DCMError: settings or files that give no plan.
@@ -57,29 +57,17 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
         experts = [{**base, "boundary": preset.boundary, "timesteps": preset.timesteps}]
     if not (experts or two_models):
         return None
-    known = [family for found in (*experts, base) if found and (family := found["family"])]
-    preset = known[0].preset if known else None
+    family = next((found["family"] for found in (*experts, base) if found and found["family"]), None)
     timesteps = next((found["timesteps"] for found in experts if found["timesteps"]), None)
-    if two_models and known and known[0] is WAN:
-        usual = WAN22_BOUNDARY[base is not None and base["takes_image"]]
-    else:
-        usual = preset.boundary if preset else 0.0
+    usual = usual_boundary(family, two_models, base is not None and base["takes_image"])
     boundary = asked["boundary"] or asked.get("attached_boundary") or own_boundary(found["boundary"] for found in experts) or usual
-    schedule = asked["schedule"]
-    if schedule in PRESETS:
-        sigmas = PRESETS[schedule].sigmas
-    elif schedule == AUTO and timesteps:
-        sigmas = sigmas_from_timesteps(timesteps)
-    elif schedule == AUTO and preset and not two_models:
-        sigmas = preset.sigmas
-    else:
-        sigmas = generic_sigmas(asked["steps"], asked["shift"])
-    return as_message(last_part(sigmas, asked["denoise"]), boundary) if boundary else None
+    sigmas = sigmas_by_name(asked["schedule"], asked["steps"], asked["shift"], asked["denoise"], timesteps, family, two_models)
+    return as_message(sigmas, boundary) if boundary else None
 
 
 def _look(category: str, name: str | None) -> Mapping[str, Any] | None:
-    """What the header of a file says; None without a file."""
-    if not name or name == NONE:
+    """What the header of a file says; None without a file that has one."""
+    if not name or not name.endswith(SUFFIX):
         return None
     path = path_of(category, name)
     return _header(path, path.stat().st_mtime_ns)
@@ -89,11 +77,13 @@ def _look(category: str, name: str | None) -> Mapping[str, Any] | None:
 def _header(path: Path, changed: int) -> Mapping[str, Any]:
     file = TensorFile(path)
     contents = recognise(file)
-    patches = file.shapes.get("patch_embedding.weight", (0, 0))
+    shapes = {without_prefix(key): shape for key, shape in file.shapes.items()}
+    taken, given = (shapes.get(f"{layer}.weight", ()) for layer in ("patch_embedding", "head.head"))
     return {
         "layout": contents.layout,
         "family": contents.family or FAMILIES.get(file.metadata.get("dcm.family", "")),
-        "takes_image": patches[1] > 16,
+        # more channels than it gives
+        "takes_image": bool(taken and given) and math.prod(taken[1:]) > given[0],
         "boundary": float(file.metadata.get("dcm.boundary", 0)),
         "timesteps": json.loads(file.metadata.get("dcm.timesteps", "null")),
     }

@@ -1,5 +1,6 @@
 """What the sampling nodes ask of the host: schedules of a MODEL, checks before a run, and the run."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ...dcm_core.adapters import find_module
 from ...dcm_core.errors import DCMError, ScheduleError
-from ...dcm_core.families import FAMILIES, WAN
+from ...dcm_core.families import FAMILIES, WAN, Family
 from ...dcm_core.routing import check_boundary, plan_steps
 from ...dcm_core.schedule import check_sigmas, generic_sigmas, last_part, sigmas_from_timesteps
 from .attach import attached_experts, diffusion_model, model_family, with_boundary
@@ -38,23 +39,39 @@ def choose_sigmas(schedule: str, steps: int, shift: float, denoise: float, model
         raise ScheduleError(f"The schedule is {schedule!r}; choose one of {', '.join((AUTO, *PRESETS, GENERIC))}.")
     if schedule == AUTO and model is None:
         raise ScheduleError("The schedule is auto, but no model is connected to read it from. Connect the model, or choose a schedule.")
-    if schedule == AUTO:
-        sigmas = _own_sigmas(model)
-        sigmas = generic_sigmas(steps, shift) if sigmas is None else sigmas
+    if schedule != AUTO:
+        return sigmas_by_name(schedule, steps, shift, denoise)
+    facts, sides = attached_experts(model), model.get_attachment(SIDES_KEY)
+    two_models = sides is not None and are_two(model, sides.detail_model)
+    return sigmas_by_name(AUTO, steps, shift, denoise, facts and facts.timesteps, model_family(model), two_models)
+
+
+def sigmas_by_name(
+    schedule: str, steps: int, shift: float, denoise: float, timesteps: Sequence[float] | None = None, family: Family | None = None,
+    two_models: bool = False,
+) -> Tensor:
+    """The sigmas of a schedule; what auto depends on is told: the experts' timesteps, and what the model is."""
+    if schedule in PRESETS:
+        sigmas = PRESETS[schedule].sigmas
+    elif schedule == AUTO and timesteps:
+        sigmas = sigmas_from_timesteps(timesteps)
+    elif schedule == AUTO and family is not None and not two_models:
+        sigmas = family.preset.sigmas
     else:
-        sigmas = generic_sigmas(steps, shift) if schedule == GENERIC else PRESETS[schedule].sigmas
+        sigmas = generic_sigmas(steps, shift)
     return last_part(sigmas, denoise)
 
 
-def _own_sigmas(model: Any) -> Tensor | None:
-    facts = attached_experts(model)
-    if facts is not None and facts.timesteps is not None:
-        return sigmas_from_timesteps(facts.timesteps)
-    sides = model.get_attachment(SIDES_KEY)
-    if sides is not None and sides.detail_model is not None:
-        return None
-    family = model_family(model)
-    return family.preset.sigmas if family is not None else None
+def are_two(model: Any, detail_model: Any) -> bool:
+    """Whether a second MODEL has weights of its own, and is not the first one with other LoRAs."""
+    return detail_model is not None and not model.is_clone(detail_model)
+
+
+def usual_boundary(family: Family | None, two_models: bool, takes_image: bool) -> float | None:
+    """The sigma where the detail side of a kind of model begins, None if it has none."""
+    if two_models and family is WAN:
+        return WAN22_BOUNDARY[takes_image]
+    return family.preset.boundary if family is not None else None
 
 
 def choose_boundary(model: Any, boundary: float, two_models: bool) -> float | None:
@@ -68,10 +85,8 @@ def choose_boundary(model: Any, boundary: float, two_models: bool) -> float | No
     facts, family = attached_experts(model), model_family(model)
     if facts is not None and facts.own_boundary:
         return facts.boundary
-    if two_models and family is WAN:
-        takes_image = diffusion_model(model).in_dim > model.get_model_object("latent_format").latent_channels
-        return WAN22_BOUNDARY[takes_image]
-    return family.preset.boundary if family is not None else None
+    takes_image = getattr(diffusion_model(model), "in_dim", 0) > model.get_model_object("latent_format").latent_channels
+    return usual_boundary(family, two_models, takes_image)
 
 
 def prepare_model(
@@ -86,7 +101,7 @@ def prepare_model(
     Raises:
         DCMError: two models that do not fit together; two sides asked of a model without a boundary.
     """
-    sigma = choose_boundary(model, boundary, detail_model is not None)
+    sigma = choose_boundary(model, boundary, are_two(model, detail_model))
     model = with_boundary(model, sigma)
     other_cfg = detail_cfg if detail_cfg and detail_cfg != cfg else None
     if detail_model is not None or other_cfg is not None:

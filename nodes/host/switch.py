@@ -58,7 +58,7 @@ def check_pair(model: Any, detail_model: Any) -> None:
     """Both models have to mean the same by a latent and by a sigma.
 
     Raises:
-        DCMError: different latent formats, channels or kinds of noise level, or a pair inside a pair.
+        DCMError: different latent formats, channels, kinds of noise level or devices, or a pair inside a pair.
     """
     if detail_model.get_attachment(KEY) is not None:
         raise DCMError("detail_model carries a detail model of its own. Connect the plain low-noise model.")
@@ -73,6 +73,12 @@ def check_pair(model: Any, detail_model: Any) -> None:
                 f"model and detail_model cannot share one trajectory: their {name} is {first} and {second}. "
                 "Connect the high-noise and the low-noise half of the same model."
             )
+    devices = [str(patcher.load_device) for patcher in (model, detail_model)]
+    if devices[0] != devices[1]:
+        raise DCMError(
+            f"model is to run on {devices[0]} and detail_model on {devices[1]}, but a trajectory stays on one device. Load both for the "
+            "same one: ComfyUI offloads the one that is not at work."
+        )
 
 
 class Run:

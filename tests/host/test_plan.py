@@ -62,8 +62,11 @@ def test_two_full_models_change_over_where_wan_2_2_does(server):
     file = TensorFile(ROOT / "small_world" / "models" / "diffusion_models" / SMALL["model"])
     with_image = {key: file.read(key) for key in file.shapes}
     with_image["patch_embedding.weight"] = with_image["patch_embedding.weight"].repeat(1, 3, 1, 1, 1)[:, :36]
-    write_tensors(models / "takes_image.safetensors", with_image, {})
-    assert ask(server, model="takes_image.safetensors", two_models=True)["boundary"] == 0.9
+    for name, prefix in (("takes_image", ""), ("whole", "model.diffusion_model.")):
+        write_tensors(models / f"{name}.safetensors", {prefix + key: value for key, value in with_image.items()}, {})
+        assert ask(server, model=f"{name}.safetensors", two_models=True)["boundary"] == 0.9
+    # what a GGUF file is is not known, but its experts are
+    assert ask(server, **{**SMALL, "model": "base.gguf"}) == ask(server, **SMALL)
 
 
 def test_two_models_with_experts_or_a_lora(server):
@@ -78,6 +81,30 @@ def test_two_models_with_experts_or_a_lora(server):
     half = ask(server, model=SMALL["model"], semantic="plain.safetensors", two_models=True, shift=8.0, steps=4)
     assert half == ask(server, model=SMALL["model"], two_models=True, shift=8.0, steps=4) and half["boundary"] == 0.875
     assert ask(server, model=SMALL["model"], semantic="plain.safetensors")["boundary"] == 0.979
+
+
+@pytest.fixture(scope="module")
+def small_world(module):
+    """Load the small world's base: load() -> MODEL."""
+    return lambda: module("nodes.host.load").load_model(SMALL["model"], "default")[0]
+
+
+@pytest.mark.parametrize("schedule", ["auto", "generic", "HunyuanVideo 4 steps"])
+@pytest.mark.parametrize("second", [None, "same", "other"])
+@pytest.mark.parametrize("experts", [True, False])
+def test_what_is_foreseen_is_what_the_sampler_does(experts, second, schedule, module, small_world):
+    plan, sampling = module("nodes.host.plan"), module("nodes.host.sampling")
+    model = small_world()
+    detail = {None: lambda: None, "same": model.clone, "other": small_world}[second]()
+    if experts:
+        read, attach = module("nodes.host.expert_files").load_expert, module("nodes.host.attach").attach_experts
+        model = attach(model, *(read(SMALL[side], side, model) for side in ("semantic", "detail")))
+    prepared, boundary = sampling.prepare_model(model, 0.0, detail)
+    sigmas = sampling.choose_sigmas(schedule, 6, 9.0, 0.7, prepared)
+    asked = {"model": SMALL["model"], **(SMALL if experts else {}), "two_models": second == "other"}
+    foreseen = plan.foresee({**SETTINGS, "schedule": schedule, "shift": 9.0, "denoise": 0.7, **asked})
+    # the same model twice without experts: what else differs, only the run tells
+    assert foreseen == (plan.as_message(sigmas, boundary) if experts or second == "other" else None)
 
 
 @pytest.mark.parametrize(

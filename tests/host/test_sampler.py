@@ -185,6 +185,13 @@ def test_the_boundary_is_the_second_models_too(run, routed):
     assert torch.equal(twice.result[0]["samples"], run(routed, **settings).result[0]["samples"])
 
 
+def test_the_same_model_twice_is_not_wan_2_2(run, base):
+    settings = {"steps": 6, "shift": 17.0}
+    out = run(base, detail_model=base.clone(), **settings)
+    assert text(out) == "step 1-3 semantic, 4-6 detail, boundary 0.979"
+    assert torch.equal(out.result[0]["samples"], run(base, **settings).result[0]["samples"])
+
+
 def test_image_model_has_its_own_boundary(module, wan):
     sampling = module("nodes.host.sampling")
     assert sampling.choose_boundary(wan(channels=36, layers=1, width=128), 0.0, True) == 0.9

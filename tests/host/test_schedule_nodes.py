@@ -126,24 +126,18 @@ def test_a_lora_of_any_kind_does_not_move_two_models_boundary(sampling, module, 
     assert sampling.prepare_model(half)[1] == 0.979
 
 
-class Unknown:
+def unknown(model):
     """A MODEL of a family that has no experts."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def get_attachment(self, key):
-        return None
-
-    def get_model_object(self, name):
-        return torch.nn.Linear(2, 2) if name == "diffusion_model" else self.model.get_model_object(name)
+    clone = model.clone()
+    clone.add_object_patch("diffusion_model", torch.nn.Linear(2, 2))
+    return clone
 
 
 def test_other_models_have_to_be_given_a_boundary_for_two_sides(sampling, base):
-    assert sampling.choose_boundary(Unknown(base), 0.0, False) is None
+    assert sampling.choose_boundary(unknown(base), 0.0, False) is None
     for two_sides in ({"detail_model": base}, {"detail_cfg": 2.0}):
         with pytest.raises(ValueError, match="no usual boundary"):
-            sampling.prepare_model(Unknown(base), **two_sides)
+            sampling.prepare_model(unknown(base), **two_sides)
 
 
 def test_split_is_at_the_boundary_of_the_release(node):

@@ -146,6 +146,13 @@ def test_sampler_that_raises_sigma_goes_back(switch, high, low, sample):
     assert relative(*outs) < 1e-6
 
 
+def test_models_of_two_devices_are_refused(switch, high, low):
+    elsewhere = low.clone()
+    elsewhere.load_device = torch.device("meta")
+    with pytest.raises(ValueError, match="model is to run on cpu and detail_model on meta, but a trajectory stays on one device"):
+        switch.with_sides(high, switch.Sides(BOUNDARY, elsewhere))
+
+
 def test_models_that_do_not_fit(switch, module, high, releases):
     hunyuan, _ = module("nodes.host.load").load_model(releases["hy_tiny"], "default")
     with pytest.raises(ValueError, match="cannot share one trajectory: their latent format is Wan21 and HunyuanVideo"):
