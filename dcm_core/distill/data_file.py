@@ -3,13 +3,16 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning
 from ..errors import DCMError
-from ..storage import Progress, TensorFile, bytes_of, write_tensors
+from ..mapped import views
+from ..storage import Progress, TensorFile, bytes_of, write_stream
 from .dataset import TensorData, TrainingData
 
 FORMAT = "dcm-dataset"
@@ -18,48 +21,53 @@ FORMAT = "dcm-dataset"
 def write_data(
     path: str | os.PathLike, data: TrainingData, dtype: torch.dtype = torch.bfloat16, progress: Progress = lambda done, total: None
 ) -> None:
-    """Write all of `data`; texts that are the same are written once.
+    """Write all of `data`, clip by clip; texts that are the same are written once.
 
     Args:
         progress: called with (done, total) for each clip; may raise to interrupt, which leaves no file.
 
     Raises:
-        DCMError: texts with extras that are no tensors or numbers.
         CheckpointError: too little room on the disk.
     """
-    tensors: dict[str, Tensor] = {}
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     texts: list[dict[str, float]] = []
+    sources: list[Callable[[], Conditioning]] = []
     known: dict[str, int] = {}
     which = []
-    for index in range(len(data)):
-        which.append(_add_text(data.conditioning(index), tensors, texts, known, dtype))
-        tensors[f"latent.{index}"] = data.latent(index).to(dtype).contiguous()
-        progress(index + 1, len(data))
-    unconditional = _add_text(data.unconditional(), tensors, texts, known, dtype)
-    facts = {"which": which, "unconditional": unconditional, "texts": texts}
-    write_tensors(path, tensors, {"format": FORMAT, "version": "1", "facts": json.dumps(facts)})
+    for read in (*(partial(data.conditioning, index) for index in range(len(data))), data.unconditional):
+        tensors, numbers = _parts(read(), dtype)
+        hashes = [(name, tuple(value.shape), hashlib.sha256(bytes_of(value)).hexdigest()) for name, value in tensors.items()]
+        key = repr(hashes + sorted(numbers.items()))
+        if key not in known:
+            known[key] = len(texts)
+            entries |= {f"text.{known[key]}.{name}": (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+            texts.append(numbers)
+            sources.append(read)
+        which.append(known[key])
+    entries |= {f"latent.{index}": (dtype, data.shape(index)) for index in range(len(data))}
+    facts = {"which": which[:-1], "unconditional": which[-1], "texts": texts}
+
+    def each() -> Iterator[tuple[str, Tensor]]:
+        for number, read in enumerate(sources):
+            for name, value in _parts(read(), dtype)[0].items():
+                yield f"text.{number}.{name}", value
+        for index in range(len(data)):
+            yield f"latent.{index}", data.latent(index).to(dtype)
+            progress(index + 1, len(data))
+
+    write_stream(path, entries, each(), {"format": FORMAT, "version": "1", "facts": json.dumps(facts)})
 
 
-def _add_text(
-    text: Conditioning, tensors: dict[str, Tensor], texts: list[dict[str, float]], known: dict[str, int], dtype: torch.dtype
-) -> int:
-    """Number of the text among those written."""
+def _parts(text: Conditioning, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """A text's tensors as they are written, and its numbers."""
     context, extras = text[0]
-    values = {"context": context, **{name: value for name, value in extras.items() if isinstance(value, Tensor)}}
+    tensors = {"context": context, **{name: value for name, value in extras.items() if isinstance(value, Tensor)}}
     numbers = {name: value for name, value in extras.items() if isinstance(value, (int, float))}
-    hashes = [(name, tuple(value.shape), hashlib.sha256(bytes_of(value)).hexdigest()) for name, value in values.items()]
-    key = repr(hashes + sorted(numbers.items()))
-    if key not in known:
-        known[key] = len(texts)
-        texts.append(numbers)
-        for name, value in values.items():
-            kept = value.to(dtype) if value.is_floating_point() else value
-            tensors[f"text.{known[key]}.{name}"] = kept.contiguous().clone()
-    return known[key]
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}, numbers
 
 
 def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: None) -> TensorData:
-    """Read the data back.
+    """Read the data back; its tensors are views of the file.
 
     Args:
         progress: as for `write_data`.
@@ -71,15 +79,15 @@ def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: 
     if file.metadata.get("format") != FORMAT:
         raise DCMError(f"{path} holds no training data. Choose a file that DCM Save Dataset wrote.")
     try:
-        facts = json.loads(file.metadata["facts"])
+        facts, tensors = json.loads(file.metadata["facts"]), views(file)
         texts: list[Conditioning] = []
         for index, numbers in enumerate(facts["texts"]):
             start = f"text.{index}."
-            values = {key.removeprefix(start): file.read(key) for key in file.shapes if key.startswith(start)}
+            values = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
             texts.append([[values.pop("context"), {**values, **numbers}]])
         latents = []
         for index in range(len(facts["which"])):
-            latents.append(file.read(f"latent.{index}"))
+            latents.append(tensors[f"latent.{index}"])
             progress(index + 1, len(facts["which"]))
         return TensorData(latents, texts, facts["which"], texts[facts["unconditional"]])
     except (KeyError, ValueError, TypeError, IndexError) as error:

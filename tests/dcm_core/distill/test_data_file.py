@@ -1,5 +1,7 @@
 """Training data in one file."""
 
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -30,6 +32,26 @@ def test_what_is_written_comes_back(data, tmp_path):
         assert torch.equal(context, wanted) and set(extras) == set(wanted_extras)
     assert back.conditioning(0)[0][1]["guidance"] == 6.0
     assert torch.equal(back.unconditional()[0][0], data.unconditional()[0][0])
+
+
+class Fresh(TensorData):
+    """Data that is made when it is asked for; `most` is how many latents were there at once."""
+
+    most = 0
+
+    def latent(self, index):
+        latent = super().latent(index).clone()
+        self.alive = [one for one in getattr(self, "alive", []) if one() is not None] + [weakref.ref(latent)]
+        self.most = max(self.most, len(self.alive))
+        return latent
+
+
+def test_no_more_than_a_clip_is_held(data, tmp_path):
+    fresh = Fresh([data.latent(0).bfloat16()] * 8, [text(1)], [0] * 8, text(9))
+    write_data(tmp_path / "data.safetensors", fresh)
+    assert 1 <= fresh.most <= 2
+    back = read_data(tmp_path / "data.safetensors")
+    assert len({back.latent(index).untyped_storage().data_ptr() for index in range(8)}) == 1, "views of one mapped file"
 
 
 def test_equal_texts_are_written_once(data, tmp_path):
