@@ -64,7 +64,11 @@ def sigmas_by_name(
 
 def are_two(model: Any, detail_model: Any) -> bool:
     """Whether a second MODEL has weights of its own, and is not the first one with other LoRAs."""
-    return detail_model is not None and not model.is_clone(detail_model)
+    if detail_model is None:
+        return False
+    # newer hosts' clones for torch.compile have a copy of the base's weights, and know whose
+    first, second = (getattr(each, "clone_base_uuid", each.model) for each in (model, detail_model))
+    return first != second
 
 
 def usual_boundary(family: Family | None, two_models: bool, takes_image: bool) -> float | None:

@@ -192,6 +192,15 @@ def test_the_same_model_twice_is_not_wan_2_2(run, base):
     assert torch.equal(out.result[0]["samples"], run(base, **settings).result[0]["samples"])
 
 
+def test_a_clone_with_a_copy_of_the_weights_is_the_same_model(module, base, wan):
+    """As newer hosts make one for torch.compile."""
+    if not hasattr(base, "clone_base_uuid"):
+        pytest.skip("clones of this ComfyUI share the weights")
+    copied = base.clone(model_override=wan(seed=1).get_clone_model_override())
+    assert not base.is_clone(copied)
+    assert module("nodes.host.sampling").prepare_model(base, detail_model=copied)[1] == 0.979
+
+
 def test_image_model_has_its_own_boundary(module, wan):
     sampling = module("nodes.host.sampling")
     assert sampling.choose_boundary(wan(channels=36, layers=1, width=128), 0.0, True) == 0.9
