@@ -19,7 +19,7 @@ from ...dcm_core.storage import TensorFile
 from .attach import own_boundary
 from .folders import LORAS, MODELS, SUFFIX, path_of
 from .report import server
-from .sampling import has_sides, sigmas_by_name, usual_boundary
+from .sampling import AUTO, has_sides, sigmas_by_name, usual_boundary
 
 ROUTE, EVENT = "/dcm/plan", "dcm.plan"
 logger = logging.getLogger("ComfyUI-DCM")
@@ -59,7 +59,9 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     family = next((found["family"] for found in (*experts, base) if found and found["family"]), None)
     timesteps = next((found["timesteps"] for found in experts if found["timesteps"]), None)
-    usual = usual_boundary(family, two_models, base is not None and base["takes_image"])
+    if family is None and base is None and asked["schedule"] == AUTO and not (timesteps or two_models):
+        return None  # auto is then the model's own, and which that is no file says
+    usual = usual_boundary(family, two_models, base and base["takes_image"])
     boundary = asked["boundary"] or asked.get("attached_boundary") or own_boundary(found["boundary"] for found in experts) or usual
     sigmas = sigmas_by_name(asked["schedule"], asked["steps"], asked["shift"], asked["denoise"], timesteps, family, two_models)
     return as_message(sigmas, boundary) if boundary else None
@@ -77,7 +79,7 @@ def _look(category: str, name: str | None) -> Mapping[str, Any] | None:
 def _header(path: Path, changed: int) -> Mapping[str, Any]:
     file = TensorFile(path)
     contents = recognise(file)
-    shapes = {without_prefix(key): shape for key, shape in file.shapes.items()}
+    shapes = contents.native_shapes(file) if contents.matched else {without_prefix(key): shape for key, shape in file.shapes.items()}
     taken, given = (shapes.get(f"{layer}.weight", ()) for layer in ("patch_embedding", "head.head"))
     return {
         "layout": contents.layout,

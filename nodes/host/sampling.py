@@ -71,10 +71,10 @@ def are_two(model: Any, detail_model: Any) -> bool:
     return first != second
 
 
-def usual_boundary(family: Family | None, two_models: bool, takes_image: bool) -> float | None:
-    """The sigma where the detail side of a kind of model begins, None if it has none."""
+def usual_boundary(family: Family | None, two_models: bool, takes_image: bool | None) -> float | None:
+    """The sigma where the detail side of a kind of model begins, None if it has none or `takes_image` is not known."""
     if two_models and family is WAN:
-        return WAN22_BOUNDARY[takes_image]
+        return WAN22_BOUNDARY.get(takes_image)
     return family.preset.boundary if family is not None else None
 
 

@@ -65,8 +65,31 @@ def test_two_full_models_change_over_where_wan_2_2_does(server):
     for name, prefix in (("takes_image", ""), ("whole", "model.diffusion_model.")):
         write_tensors(models / f"{name}.safetensors", {prefix + key: value for key, value in with_image.items()}, {})
         assert ask(server, model=f"{name}.safetensors", two_models=True)["boundary"] == 0.9
-    # what a GGUF file is is not known, but its experts are
-    assert ask(server, **{**SMALL, "model": "base.gguf"}) == ask(server, **SMALL)
+    # diffusers names: the last layer is called otherwise
+    write_tensors(models / "diffusers.safetensors", in_diffusers_names(with_image), {})
+    assert ask(server, model="diffusers.safetensors", two_models=True)["boundary"] == 0.9
+
+
+def in_diffusers_names(native):
+    """A base as diffusers keeps it."""
+    templates = [pair for rule in WAN.DIFFUSERS_TO_NATIVE for pair in rule.key_pairs()]
+    names = {target.replace("{n}", str(n)): source.replace("{n}", str(n)) for source, target in templates for n in range(40)}
+    return {names[key]: value for key, value in native.items()}
+
+
+def test_what_a_gguf_base_is_is_not_known_but_its_experts_are(server):
+    gguf = {"model": "base.gguf"}
+    assert ask(server, **{**SMALL, **gguf}) == ask(server, **SMALL)
+    file = TensorFile(ROOT / "small_world" / "models" / "loras" / SMALL["semantic"])
+    loras = server.base / "models" / "loras"
+    loras.mkdir(exist_ok=True)
+    for name, facts in (("plain", {}), ("of_wan", {"dcm.family": "wan"})):
+        write_tensors(loras / f"{name}.safetensors", file.read_all(), facts)
+    # it may be an image model's half, or no Wan at all
+    assert ask(server, **gguf, semantic="of_wan.safetensors", two_models=True) is None
+    assert ask(server, **gguf, semantic="plain.safetensors", boundary=0.9) is None
+    assert ask(server, **gguf, semantic="of_wan.safetensors")["boundary"] == 0.979
+    assert ask(server, **gguf, semantic="plain.safetensors", boundary=0.9, schedule="generic")["boundary"] == 0.9
 
 
 def test_two_models_with_experts_or_a_lora(server):
