@@ -18,7 +18,7 @@ from ...dcm_core.routing import check_boundary, plan_steps
 from ...dcm_core.schedule import check_sigmas, generic_sigmas, last_part, sigmas_from_timesteps
 from .attach import attached_experts, diffusion_model, model_family, with_boundary
 from .switch import KEY as SIDES_KEY
-from .switch import Sides, with_sides
+from .switch import Sides, SidesGuider, with_sides
 
 AUTO, GENERIC = "auto", "generic"
 PRESETS = {family.preset.title: family.preset for family in FAMILIES.values()}
@@ -117,7 +117,7 @@ def prepare_model(
 
 
 def make_guider(model: Any, positive: list, negative: list | None, cfg: float, detail_cfg: float = 0.0) -> Any:
-    """The host's guider over a prepared MODEL.
+    """A guider over a prepared MODEL.
 
     Raises:
         DCMError: a cfg other than 1 without a negative, or text embeddings of another model.
@@ -132,7 +132,7 @@ def make_guider(model: Any, positive: list, negative: list | None, cfg: float, d
     if negative is not None:
         check_text(model, negative, "negative")
         conds["negative"] = negative
-    guider = comfy.samplers.CFGGuider(model)
+    guider = SidesGuider(model)
     guider.inner_set_conds(conds)
     guider.set_cfg(cfg)
     return guider

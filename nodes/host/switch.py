@@ -176,6 +176,19 @@ class Run:
             self.guider.cfg = self.cfg
 
 
+class SidesGuider(comfy.samplers.CFGGuider):
+    """The host's guider; a first model that owns no step is not loaded (the host would do so before any step)."""
+
+    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sides = self.model_patcher.get_attachment(KEY)
+        if sides is None or sides.detail_model is None or not bool(is_detail(sigmas, sides.boundary).all()):
+            return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        alone = comfy.samplers.CFGGuider(sides.detail_model)
+        alone.inner_set_conds({name: [[None, cond] for cond in conds] for name, conds in self.original_conds.items()})
+        alone.set_cfg(self.cfg if sides.detail_cfg is None else sides.detail_cfg)
+        return alone.sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+
 def has_hooks(conds: dict[str, list[dict]]) -> bool:
     """Whether a conditioning, or a ControlNet on it, changes weights while it is used."""
     return any(

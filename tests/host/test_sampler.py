@@ -176,6 +176,29 @@ def test_two_models_in_the_sampler_node(run, base, wan, module):
     assert torch.equal(out.result[0]["samples"], core_sample(pair, sigmas, 3, latent()["samples"], negative=COND))
 
 
+def test_the_last_steps_alone_load_the_second_model_alone(run, node, base, wan, monkeypatch):
+    import comfy.model_management as management
+    import comfy.samplers
+    import comfy_extras.nodes_custom_sampler as core
+
+    low, loaded, load = wan(seed=2), [], management.load_models_gpu
+
+    def record(models, *args, **kwargs):
+        loaded.extend(patcher.model for patcher in models)
+        return load(models, *args, **kwargs)
+
+    monkeypatch.setattr(management, "load_models_gpu", record)
+    sigmas = torch.tensor([0.8, 0.4, 0.0])
+    out = run(base, detail_model=low, sigmas=sigmas)
+    assert text(out) == "step 1-2 detail, boundary 0.875 (the semantic side has no step)"
+    guider = node("DCMGuider", model=base, positive=COND, cfg=1.0, detail_model=low).result[0]
+    noise = core.Noise_RandomNoise(3)
+    with torch.inference_mode():
+        core.SamplerCustomAdvanced.execute(noise, guider, comfy.samplers.sampler_object("euler"), sigmas, latent())
+    assert loaded == [low.model, low.model]
+    assert torch.equal(out.result[0]["samples"], run(low, sigmas=sigmas).result[0]["samples"])
+
+
 def test_the_boundary_is_the_second_models_too(run, routed):
     """The same model twice, each with experts: one expert owns each step, whichever model runs it."""
     # the second of these steps lies between this boundary and the experts' own

@@ -99,6 +99,39 @@ def test_going_back_loads_only_on_a_change_of_side(pair, high, low, monkeypatch)
     assert relative(out, guide(by_sigma(high, low, BOUNDARY), visits([0.96, 0.9, 0.5, 0.4, 0.96, 0.9, 0.5]))) < 1e-6
 
 
+@pytest.mark.parametrize("detail_cfg", [None, 1.5])
+def test_a_first_model_without_a_step_is_not_loaded(switch, high, low, monkeypatch, detail_cfg):
+    import comfy.samplers
+
+    def run(guider, sigmas):
+        conds = {"positive": torch.ones(1, 4, 4096), "negative": torch.zeros(1, 4, 4096)}
+        guider.inner_set_conds({name: [[cond, {"hooks": lora_hook(low)}]] for name, cond in conds.items()})
+        noise = torch.randn(2, 16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        euler, mask = comfy.samplers.sampler_object("euler"), torch.ones(1, 1, 4, 4)
+        mask[..., 2:] = 0
+        with torch.inference_mode():
+            return guider.sample(
+                noise, noise.flip(0), euler, torch.tensor(sigmas), denoise_mask=mask, callback=seen, disable_pbar=True, seed=0
+            )
+
+    def seen(step, *_):
+        steps.append(step)
+
+    steps = []
+    before = [state(high), state(low)]
+    plain = comfy.samplers.CFGGuider(low)
+    plain.set_cfg(detail_cfg or 3.0)
+    guider = switch.SidesGuider(switch.with_sides(high, switch.Sides(BOUNDARY, low, detail_cfg)))
+    guider.set_cfg(3.0)
+    expected = run(plain, SIGMAS[3:])
+    loads = record_loads(monkeypatch, high, low)
+    assert torch.equal(run(guider, SIGMAS[3:]), expected)
+    assert loads == [["low"]] and steps == [0, 1, 2, 0, 1, 2]
+    assert [state(high), state(low)] == before
+    run(guider, SIGMAS[2:])
+    assert loads[1:] == [["high"], ["low"]]
+
+
 def test_boundary_itself_belongs_to_the_first_model(pair, high, low, monkeypatch):
     at = torch.tensor(BOUNDARY).item()
     loads = record_loads(monkeypatch, high, low)
