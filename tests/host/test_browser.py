@@ -16,6 +16,7 @@ from .server import HOST, ROOT, start_server
 
 SMALL_WORLD = ROOT / "workflows" / "DCM small world (CPU).json"
 TRAINING = ROOT / "workflows" / "DCM small world training (CPU).json"
+TWO_MODELS = ROOT / "workflows" / "DCM Wan 2.2 text to video (two models).json"
 WAN = ROOT / "workflows" / "DCM Wan 2.1 text to video.json"
 # A folder with the built files of a newer front end; `python scripts/test.py` brings one.
 NEWER = os.environ.get("COMFYUI_FRONT_END")
@@ -178,6 +179,21 @@ def test_the_step_bar_shows_the_plan_before_the_run(page):
     page.set_widget("DCMAttachExperts", "detail_lora", "none")
     page.set_widget("DCMAttachExperts", "semantic_lora", "none")
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 0")
+
+
+def test_the_step_bar_asks_for_two_models_and_for_one_twice(page):
+    def asked(change):
+        with page.page.expect_request("**/dcm/plan") as request:
+            change()
+        return {name: request.value.post_data_json[name] for name in ("model", "two_models")}
+
+    high = "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors"
+    assert asked(lambda: page.open(TWO_MODELS)) == {"model": high, "two_models": True}
+    connect = """() => { const [sampler] = app.graph._nodes.filter(node => node.type === "DCMSampler");
+        const slot = sampler.inputs.findIndex(input => input.name === "detail_model");
+        const [{ id }] = app.graph._nodes.filter(node => node.type === "UNETLoader" && node.widgets[0].value.includes("high"));
+        app.graph.getNodeById(id).connect(0, sampler, slot) }"""
+    assert asked(lambda: page.run(connect)) == {"model": high, "two_models": False}
 
 
 def test_without_what_it_needs_the_bar_is_not_there_and_the_graph_runs(page, chromium):
