@@ -18,6 +18,7 @@ from ...dcm_core.distill.backbone import Backbone
 from ...dcm_core.distill.config import TrainingConfig, TrainingError
 from ...dcm_core.distill.dataset import TrainingData
 from ...dcm_core.distill.memory import Memory
+from ...dcm_core.distill.signals import held_back
 from ...dcm_core.distill.trainee import WeightOf
 from ...dcm_core.distill.trainer import Trainer
 from ...dcm_core.experts import FILE_PREFIX
@@ -80,8 +81,11 @@ def interrupted_at_exit() -> Iterator[None]:
     over = threading.Event()
 
     def leave() -> None:
-        comfy.model_management.interrupt_current_processing(True)
-        over.wait(EXIT_SECONDS)
+        # pressed again, it would end the process in the middle of the writing
+        with held_back():
+            comfy.model_management.interrupt_current_processing(True)
+            logger.info("The training run is saved before ComfyUI ends; this takes %.0f s at most.", EXIT_SECONDS)
+            over.wait(EXIT_SECONDS)
 
     atexit.register(leave)
     try:

@@ -4,6 +4,7 @@ that others have changed."""
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,14 @@ def test_a_finished_run_gives_its_expert_and_says_what_it_did(train, model, data
     assert whole.resumed == "" and again.resumed == "all 2 steps were made before, nothing was trained; raise steps to train on"
     longer = train(model, data, config("semantic", steps=3, learning_rate=1e-3), tmp_path)
     assert longer.resumed == "went on from step 2 with steps: 2 -> 3; learning_rate: 0.0001 -> 0.001" and len(longer.history) == 3
+
+
+def test_another_learning_rate_takes_effect_where_a_run_goes_on(train, model, data, config, tmp_path):
+    train(model, data, config("semantic", steps=2), tmp_path / "faster")
+    shutil.copytree(tmp_path / "faster", tmp_path / "same")
+    same_rate = train(model, data, config("semantic", steps=4), tmp_path / "same").history
+    faster = train(model, data, config("semantic", steps=4, learning_rate=1e-2), tmp_path / "faster").history
+    assert faster[:3] == same_rate[:3] and faster[3] != same_rate[3]
 
 
 REFUSED = {

@@ -1,7 +1,11 @@
 """Runs that end early, go on from experts, hold clips out, or get data that does not fit."""
 
+import atexit
 import dataclasses
 import gc
+import signal
+import threading
+import time
 import weakref
 
 import pytest
@@ -120,6 +124,61 @@ def test_an_interrupt_between_two_optimisers_is_not_saved(train, module, model, 
     assert module("dcm_core.distill.state").newest_state(tmp_path / "parts")[1].steps == 2
     again = train(model, data, settings, tmp_path / "parts")
     assert same(whole.expert, again.expert) and whole.history == again.history
+
+
+@pytest.fixture
+def ctrl_c():
+    """A signal that interrupts, also where whoever started the tests has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # as a terminal's, to the main thread, whichever presses here
+    yield lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_waits_until_the_state_is_written(ctrl_c, train, module, model, data, config, tmp_path, monkeypatch):
+    """Of one who is impatient, or of torchrun, which passes on what the terminal has sent to all."""
+    show, state, pressed = module("nodes.host.training").Show, module("dcm_core.distill.state"), []
+    write = state.write_tensors
+
+    def press(*_):
+        pressed.append(1)
+        ctrl_c()
+
+    def written(*args):
+        press()
+        write(*args)
+
+    monkeypatch.setattr(show, "step", press)
+    monkeypatch.setattr(state, "write_tensors", written)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, config("semantic"), tmp_path)
+    assert len(pressed) == 2 and state.newest_state(tmp_path)[1].steps == 1
+
+
+def test_a_process_that_ends_waits_for_its_run_however_often_it_is_told(ctrl_c, module, monkeypatch):
+    """The host's server trains in a thread of its own, which ends with the process."""
+    import comfy.model_management as management
+
+    places, registered, begun, saved, told = module("nodes.host.training_base"), [], threading.Event(), threading.Event(), []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    monkeypatch.setattr(management, "interrupt_current_processing", told.append)
+
+    def run():
+        with places.interrupted_at_exit():
+            begun.set()
+            while not told:
+                time.sleep(0.01)
+            ctrl_c()
+            time.sleep(0.2)
+            saved.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    begun.wait()
+    with pytest.raises(KeyboardInterrupt):
+        registered[0]()
+    assert saved.is_set()
+    thread.join()
 
 
 def test_a_diverging_run_is_ended_and_the_states_before_are_kept(train, module, model, data, config, tmp_path, monkeypatch):

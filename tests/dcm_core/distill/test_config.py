@@ -1,5 +1,7 @@
 """Training settings."""
 
+import dataclasses
+
 import pytest
 
 from dcm_core.distill.config import TrainingConfig, TrainingError
@@ -38,5 +40,14 @@ def test_wrong_settings_are_named(values, message):
 
 def test_a_resumed_run_may_be_longer_but_not_another():
     config = TrainingConfig("semantic", steps=10)
-    assert TrainingConfig("semantic", steps=99, save_every=7, learning_rate=1e-5).differences(config) == []
+    longer = TrainingConfig("semantic", steps=99, save_every=7, learning_rate=1e-5)
+    assert longer.differences(config) == []
+    assert longer.changes(config) == ["steps: 10 -> 99", "learning_rate: 0.0 -> 1e-05", "save_every: 100 -> 7"]
     assert TrainingConfig("semantic", rank=4, seed=3).differences(config) == ["rank: 128 -> 4", "seed: 0 -> 3"]
+
+
+def test_only_learning_rates_that_are_used_count():
+    given = {"discriminator_learning_rate": 1e-4}
+    assert TrainingConfig("detail", **given).new_rates(TrainingConfig("detail")) == ["discriminator_learning_rate: 5e-06 -> 0.0001"]
+    for unused in (TrainingConfig("semantic"), TrainingConfig("detail", adversarial_weight=0.0)):
+        assert dataclasses.replace(unused, **given).new_rates(unused) == []
