@@ -84,7 +84,7 @@ class Trainer:
         )
         self.schedule = make_schedule(self.learner.optimizer, config)
         self.discriminator = make_discriminator(self.backbone, config).to(self.device) if config.adversarial else None
-        self.judge = self._make_judge() if config.adversarial else None
+        self.discriminator_learner = self._make_discriminator_learner() if config.adversarial else None
         self.loss_scale = LOSS_SCALE if self.backbone.dtype is torch.float16 else 1.0
         train, self.held_out = self.data.split(config.held_out, config.seed)
         self.order = BatchOrder(self.data.buckets_of(train), config.batch_size * self.processes.count, config.seed)
@@ -134,7 +134,7 @@ class Trainer:
         channels, *largest = self.data.shape(example)
         text = text_of(self.data.conditioning(example), self.backbone.family, self._guidance)
         trained = total(self.learner.parameters.values())
-        judging = total(self.judge.parameters.values()) if self.judge else 0
+        judging = total(self.discriminator_learner.parameters.values()) if self.discriminator_learner else 0
 
         def step(shape: tuple[int, ...]) -> None:
             x0 = torch.zeros(channels, *shape[1:])
@@ -178,7 +178,7 @@ class Trainer:
         embedded = getattr(getattr(self.backbone.module, "params", None), "guidance_embed", False)
         return self.config.guidance if embedded else None
 
-    def _make_judge(self) -> Learner:
+    def _make_discriminator_learner(self) -> Learner:
         parameters, rate = dict(self.discriminator.named_parameters()), self.config.discriminator_learning_rate
         return make_learner("discriminator", parameters, rate, betas=(0.0, 0.999), weight_decay=0.0)
 
@@ -213,8 +213,8 @@ class Trainer:
             self.loss_scale = scale
         self.worth_saving = False
         self.learner.step(norm)
-        if self.judge is not None:
-            self.judge.step(self.judge.gather(self.processes))
+        if self.discriminator_learner is not None:
+            self.discriminator_learner.step(self.discriminator_learner.gather(self.processes))
         self.schedule.step()
         if self.average is not None:
             self.average.average(self.trainee, self.config.ema_decay)
@@ -244,7 +244,7 @@ class Trainer:
 
     @property
     def _learners(self) -> list[Learner]:
-        return [learner for learner in (self.learner, self.judge) if learner is not None]
+        return [learner for learner in (self.learner, self.discriminator_learner) if learner is not None]
 
     def _forget(self) -> None:
         for learner in self._learners:
@@ -282,8 +282,8 @@ class Trainer:
         tensors = self.learner.tensors()
         if self.backbone.dtype is torch.float16:
             tensors["loss_scale"] = torch.tensor(self.loss_scale)
-        if self.judge is not None:
-            tensors |= self.judge.tensors()
+        if self.discriminator_learner is not None:
+            tensors |= self.discriminator_learner.tensors()
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.named_parameters()}
         return tensors

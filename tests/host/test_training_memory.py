@@ -62,7 +62,7 @@ def test_a_step_takes_what_was_told(side, dtype, values, size, trainer):
     taken = peak(made._update)
     gradients = sum(4 * value.numel() for value in made.learner.parameters.values())
     assert 0.95 * taken < told.step < 1.15 * (taken + gradients)
-    trained = sum(value.numel() for value in (*made.learner.parameters.values(), *(made.judge.parameters.values() if made.judge else ())))
+    trained = sum(value.numel() for learner in made._learners for value in learner.parameters.values())
     assert told.moments == 8 * trained
 
 
