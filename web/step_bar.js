@@ -100,8 +100,9 @@ function ask(node) {
   if (before(node, "sigmas")) return null;
   const asked = Object.fromEntries(["schedule", "steps", "shift", "denoise", "boundary"].map((name) => [name, widgetValue(node, name)]));
   const nodes = chain(node, "model");
+  const others = chain(node, "detail_model");
   // the same model twice, each with its LoRAs, is one
-  asked.two_models = Boolean(before(node, "detail_model")) && chain(node, "detail_model").at(-1) !== nodes.at(-1);
+  asked.two_models = others.length > 0 && others.at(-1) !== nodes.at(-1);
   for (const at of nodes) {
     if (at.comfyClass === "DCMAttachExperts" && at.mode !== BYPASSED && !("semantic" in asked)) {
       // an expert straight from its training is known only when it runs
