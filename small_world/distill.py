@@ -34,16 +34,18 @@ sampling, schedule = pack("nodes.host.sampling"), pack("dcm_core.schedule")
 SHIFT, BOUNDARY = 3.0, 0.76
 PHASES = 3
 
+# What the semantic expert is asked for most it learns best: the three levels where its steps start. More of it, or any for the detail
+# expert, brings the spectrum closer and latents further away (docs/small-world-trials.md).
 # No guidance: a base of this size needs little, and an expert of this size learns it badly (docs/small-world-trials.md).
 SEMANTIC = config_module.TrainingConfig(
     "semantic", steps=4500, batch_size=8, rank=0, learning_rate=2e-4, scheduler="cosine", warmup_steps=50, ema_decay=0.95,
-    boundary=BOUNDARY, shift=SHIFT, phases=PHASES, cfg=0.0, checkpointing=False, save_every=400, keep=1,
+    boundary=BOUNDARY, shift=SHIFT, phases=PHASES, entry_share=0.6, cfg=0.0, checkpointing=False, save_every=400, keep=1,
 )
 # The semantic expert below is trained whole, its feed-forward layers for high noise: here they need pairs too.
 # The paper's adversarial weight of 0.1 brings the spectrum closer, but pixels and latents further away (docs/small-world-trials.md).
 DETAIL = replace(
-    SEMANTIC, expert="detail", steps=4500, rank=64, alpha=128.0, every_linear=True, learning_rate=3e-4, adversarial_weight=0.06,
-    discriminator_learning_rate=1e-4, discriminator_width=256,
+    SEMANTIC, expert="detail", entry_share=0.0, steps=4500, rank=64, alpha=128.0, every_linear=True, learning_rate=3e-4,
+    adversarial_weight=0.06, discriminator_learning_rate=1e-4, discriminator_width=256,
 )
 
 

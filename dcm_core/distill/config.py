@@ -32,6 +32,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "warmup_steps": (0, 1e7),
     "clip_norm": (1e-6, 1e6),
     "ema_decay": (0, 0.999999),
+    "entry_share": (0, 1),
     "cfg": (0, 100),
     "temporal_weight": (0, 1e4),
     "adversarial_weight": (0, 1e4),
@@ -63,6 +64,8 @@ class TrainingConfig:
         boundary: sigma between the experts, stored with the result; 0 takes the given expert's, else the family's.
         shift, points: of the solver's noise levels.
         phases: consistency phases of this expert (of each side, where it is shared).
+        entry_share: share of the drawn noise levels that are the noisiest of a phase, where a step of sampling enters it; the rest
+            are drawn from all alike.
         shared: train one expert for all noise levels (the paper's ablation).
         batch_size: videos a step and process; `accumulate` batches make one update.
         rank, alpha: of the low-rank pairs; rank 0 is a full fine-tune (semantic expert only).
@@ -102,6 +105,7 @@ class TrainingConfig:
     shift: float = DEFAULT_SHIFT
     points: int = DEFAULT_POINTS
     phases: int = 1
+    entry_share: float = 0.0
     shared: bool = False
     cfg: float = 5.0
     temporal_weight: float = 1.0
@@ -170,7 +174,7 @@ class TrainingConfig:
 
     def make_phases(self, family: Family) -> Phases:
         steps = tuple(timestep / TIMESTEPS for timestep in self.timesteps(family))
-        return Phases(self.expert, self.boundary, self.shift, self.points, self.phases, self.shared, steps)
+        return Phases(self.expert, self.boundary, self.shift, self.points, self.phases, self.shared, steps, self.entry_share)
 
     def timesteps(self, family: Family) -> tuple[float, ...]:
         """What the expert is stored with: the release's schedule where it was trained on its noise levels, else the generic one."""

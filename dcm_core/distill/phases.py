@@ -29,6 +29,7 @@ class Phases:
         steps: sigmas of the steps that the expert is for. Where a side has as many steps as phases, a phase is a step: it ends at
             the point nearest to the next step. Otherwise the points are shared out evenly.
         shared: one expert for all noise levels, with `count` phases on each side of the boundary; `side` only names what is stored.
+        entry_share: share of the drawn points that are a phase's noisiest, where a step of sampling enters it.
 
     Raises:
         ScheduleError: a side without points, or more phases than points.
@@ -41,6 +42,7 @@ class Phases:
     count: int = 1
     shared: bool = False
     steps: tuple[float, ...] = ()
+    entry_share: float = 0.0
 
     def __post_init__(self) -> None:
         check_boundary(self.boundary)
@@ -81,8 +83,17 @@ class Phases:
     @cached_property
     def starts(self) -> Tensor:
         """For every owned point, the cleanest point of its phase."""
-        parts = [part for side in (SIDES if self.shared else (self.side,)) for part in self._parts(side)]
-        return torch.cat([part[:1].expand(len(part)) for part in parts])
+        return torch.cat([part[:1].expand(len(part)) for part in self._phases])
+
+    @cached_property
+    def entries(self) -> Tensor:
+        """The noisiest point of each phase, rising."""
+        return torch.cat([part[-1:] for part in self._phases])
+
+    @cached_property
+    def _phases(self) -> list[Tensor]:
+        """The points of each phase, rising."""
+        return [part for side in (SIDES if self.shared else (self.side,)) for part in self._parts(side)]
 
     def _parts(self, side: Side) -> Sequence[Tensor]:
         """A side's points in phases, the cleanest first."""
@@ -101,8 +112,12 @@ class Phases:
         return self.previous[self.starts[index - self.owned[0]]]
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Points drawn uniformly from the expert's, (count,)."""
-        return self.owned[torch.randint(len(self.owned), (count,), generator=generator)]
+        """Points drawn uniformly from the expert's, but for the share of the phases' entries, (count,)."""
+        index = self.owned[torch.randint(len(self.owned), (count,), generator=generator)]
+        if not self.entry_share:
+            return index
+        entry = self.entries[torch.randint(len(self.entries), (count,), generator=generator)]
+        return torch.where(torch.rand(count, generator=generator) < self.entry_share, entry, index)
 
     def draw_above_phase(self, index: Tensor, generator: torch.Generator) -> Tensor:
         """For each point one drawn uniformly from the expert's whose `previous` is no cleaner than the end of its phase."""

@@ -63,6 +63,27 @@ def test_as_many_phases_as_steps_end_where_the_steps_end(family, counts):
         ]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_share_of_the_points_is_where_phases_are_entered(shared):
+    """Each phase's noisiest as often as the others'; without a share the draws are as they were."""
+    count, share = 60_000, 0.6
+    phases = Phases("semantic", 0.9, count=3, shared=shared, entry_share=share)
+    plain = Phases("semantic", 0.9, count=3, shared=shared)
+    parts = phases.owned.split(phases.starts.unique(return_counts=True)[1].tolist())
+    entries = [int(part[-1]) for part in parts]
+    assert phases.entries.tolist() == entries and len(entries) == (6 if shared else 3)
+    drawn = phases.draw(count, torch.Generator().manual_seed(0))
+    found = torch.bincount(drawn, minlength=50) / count
+    expected = torch.zeros(50)
+    expected[phases.owned] = (1 - share) / len(phases.owned)
+    expected[entries] += share / len(entries)
+    torch.testing.assert_close(found, expected, atol=0.005, rtol=0)
+    draws = [torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)]
+    uniform = plain.owned[torch.randint(len(plain.owned), (100,), generator=draws[1])]
+    assert torch.equal(plain.draw(100, draws[0]), uniform)
+    assert torch.equal(*(generator.get_state() for generator in draws))
+
+
 def test_a_batch_has_the_end_of_each_element():
     phases = Phases("detail", 0.9765, count=5)
     index = torch.tensor([0, 6, 7, 34])
