@@ -10,7 +10,7 @@ attentions, its own condition embedder and head), in the real ComfyUI. The workf
 - two samplers: sigmas split at the boundary, the second sampler's MODEL with the expert as core's LoRA
 - hook LoRA: the expert as core's LoRA hook on the conditioning, with keyframes 0 and 1 at the boundary
 
-A run ends with the first MODEL in place again, since the next queue needs it. Few layers weigh the embedders more than the
+A run begins and ends with its first MODEL in place, as when it is queued again and again. Few layers weigh the embedders more than the
 model's 30 do, in time and even more in weights; `--layers 30` is the whole model. `--cpu-time` counts the CPU seconds of one
 thread, which stay comparable on a machine that others use too.
 """
@@ -72,7 +72,7 @@ def random_base(layers: int, dtype: torch.dtype) -> Any:
         dim=DIM, ffn_dim=FFN, num_heads=HEADS, num_layers=layers, text_dim=TEXT_DIM,
         operations=comfy.ops.disable_weight_init, device="meta", dtype=dtype,
     ).state_dict()
-    weights = {name: torch.randn(tensor.shape, dtype=dtype) * 0.7 / tensor[0].numel() ** 0.5 for name, tensor in shapes.items()}
+    weights = {name: (torch.randn(tensor.shape) * 0.7 / tensor[0].numel() ** 0.5).to(dtype) for name, tensor in shapes.items()}
     return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
 
 
@@ -141,6 +141,7 @@ def run(
     import comfy.sample
     import comfy.samplers
 
+    comfy.model_management.load_models_gpu([stages[0][0], *stages[0][0].get_nested_additional_models()])
     marks, first = [clock()], semantic_steps(sigmas)
     parts = {"all": sigmas, "semantic": sigmas[: first + 1], "detail": sigmas[first:]}
 

@@ -1,12 +1,15 @@
 """What a training run is said to need before its first step, for the real model sizes: arithmetic on tensors without values.
 
-    COMFYUI_PATH=<ComfyUI> python benchmarks/training_memory.py [--first <rows>]
+    COMFYUI_PATH=<ComfyUI> python benchmarks/training_memory.py [--first <rows>] [--measure]
 
 Base and steps are made on PyTorch's meta device by the code that a run asks (`Trainer.memory`), at the full length of the video.
 Attention is the flash kernel's, which keeps no matrix of scores. A detail expert stands on a semantic LoRA of its own rank.
+
+`--measure` makes real steps of the Wan rows on the GPU, with random weights, and prints the most that PyTorch had allocated beside it.
 """
 
 import argparse
+import gc
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from routing import DIM, FFN, HEADS, TEXT_DIM, TEXT_TOKENS, start_host
+from routing import DIM, FFN, HEADS, TEXT_DIM, TEXT_TOKENS, random_base, start_host
 from torch import Tensor, nn
 
 META = torch.device("meta")
@@ -89,18 +92,42 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
         return trainer.memory()
 
 
+def measure(pack: Callable[[str], Any], frames: int, dtype: torch.dtype, settings: dict[str, Any], steps: int = 3) -> tuple[float, float]:
+    """(GiB at the peak, seconds a step) of a run on a Wan base of random weights."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    model = random_base(30, dtype)
+    attach, trainee = pack("nodes.host.attach"), pack("dcm_core.distill.trainee")
+    config = pack("dcm_core.distill.config").TrainingConfig(**settings, steps=steps)
+    family, modules = attach.require_family(model), dict(attach.diffusion_model(model).named_modules())
+    below = trainee.new_semantic(family, modules, config.rank, config.alpha, torch.Generator()) if config.expert == "detail" else None
+    text = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM), {}]]
+    data = pack("dcm_core.distill.dataset").TensorData([torch.randn(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text)
+    torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        result = pack("nodes.host.training").train_expert(model, data, config, Path(folder), below=below)
+    return torch.cuda.max_memory_allocated() / 2**30, result.seconds / steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="make real steps of the Wan rows on the GPU")
     parser.add_argument("--first", type=int, default=len(ROWS), help="so many rows of the table (default: all)")
     args = parser.parse_args()
     pack = start_host()
-    pack("dcm_core.distill.memory").PROBE = 10**9  # nothing is made, so that the whole video can be
-    print("| model | frames | base | settings | base, GiB | experts and optimiser | a step | in all |\n|---|---|---|---|---|---|---|---|")
+    probe = pack("dcm_core.distill.memory")
+    measured = " measured | seconds a step |" if args.measure else ""
+    head = f"| model | frames | base | settings | base, GiB | experts and optimiser | a step | in all |{measured}"
+    print(head, "|---" * (head.count("|") - 1) + "|", sep="\n")
     for name, frames, dtype, settings in ROWS[: args.first]:
+        usual, probe.PROBE = probe.PROBE, 10**9  # nothing is made, so that the whole video can be
         parts = memory(pack, name, frames, dtype, settings).parts.values()
+        probe.PROBE = usual
         told = ", ".join(f"{key} {value}" for key, value in settings.items())
-        sizes = " | ".join(f"{size:.1f}" for size in (*parts, sum(parts)))
-        print(f"| {name} | {frames} | {str(dtype).removeprefix('torch.')} | {told} | {sizes} |", flush=True)
+        sizes = [f"{size:.1f}" for size in (*parts, sum(parts))]
+        if args.measure:
+            sizes += [f"{value:.1f}" for value in measure(pack, frames, dtype, settings)] if name == WAN else ["", ""]
+        print(f"| {name} | {frames} | {str(dtype).removeprefix('torch.')} | {told} | {' | '.join(sizes)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,5 +16,6 @@ def by_sigma(high, low, boundary, model=None):
         return owner.model._apply_model(x, t, *args, **kwargs)
 
     model = (model or high).clone()
+    model.set_additional_models("reference", [other for other in (high, low) if not other.is_clone(model)])
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "reference", choose)
     return model

@@ -9,7 +9,7 @@ import torch
 
 from dcm_core.conditioning import save_conditioning
 
-from .server import HOST, ROOT, make_tiny_models, start_server
+from .server import DEVICE, HOST, ROOT, make_tiny_models, start_server
 from .small_models import make_wan
 from .training import SMALL, random_data
 
@@ -48,7 +48,9 @@ def pack(models):
     """The pack, loaded as ComfyUI loads a custom node folder."""
     if HOST is None:
         pytest.skip(NEEDS_HOST)
-    argv, sys.argv = sys.argv, ["main.py", "--cpu"]
+    # the golden numbers are of whole float32
+    torch.backends.cudnn.allow_tf32 = False
+    argv, sys.argv = sys.argv, ["main.py", *DEVICE]
     import comfy.options
 
     comfy.options.enable_args_parsing()

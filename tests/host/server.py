@@ -14,6 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HOST = os.environ.get("COMFYUI_PATH")
+# what tells the host where to run; `python scripts/test.py --gpu` takes the device it finds
+DEVICE = [] if os.environ.get("COMFYUI_DCM_TEST_GPU") else ["--cpu"]
 FOLDER = "some-folder.name"  # no Python name
 START_SECONDS, RUN_SECONDS = 120, 120
 
@@ -89,7 +91,7 @@ def start_server(base, host=HOST, python=sys.executable, extra_args=(), folder=F
         probe.bind(("127.0.0.1", 0))
         server = Server(base, probe.getsockname()[1])
     command = [
-        str(python), str(Path(host) / "main.py"), "--cpu", "--port", str(server.port), "--base-directory", str(base),
+        str(python), str(Path(host) / "main.py"), *DEVICE, "--port", str(server.port), "--base-directory", str(base),
         "--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}", "--disable-auto-launch", "--disable-api-nodes", *extra_args,
     ]
     environment = {**os.environ, "COMFYUI_PATH": str(host), "PYTHONUNBUFFERED": "1"}

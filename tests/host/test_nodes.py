@@ -52,10 +52,10 @@ def velocity(recipe):
             context = context[:, : int(expected["mask"].sum())]
             extras = {"pooled_output": expected["pooled"], "guidance": 6.0}
         outputs = []
-        hook = model.model.diffusion_model.register_forward_hook(lambda m, a, output: outputs.append(output.float()))
+        hook = model.model.diffusion_model.register_forward_hook(lambda m, a, output: outputs.append(output.float().cpu()))
 
         def one(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
-            denoise(expected["noise"], sigmas[:1].expand(len(x)), **extra_args)
+            denoise(expected["noise"].to(x.device), sigmas[:1].expand(len(x)), **extra_args)
             return x
 
         guider = comfy.samplers.CFGGuider(model)

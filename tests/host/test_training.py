@@ -48,8 +48,9 @@ def test_every_trained_tensor_gets_a_gradient(side, module, model, data, config,
     family = module("dcm_core.families").WAN
     settings = config(side).for_family(family)
     expert = training.first_expert(model, family, settings, None, None)
+    training.hold(model, 0)
     trainer = trainer_module.Trainer(
-        training.make_backbone(model, family, settings), data, settings, expert, tmp_path, torch.device("cpu")
+        training.make_backbone(model, family, settings), data, settings, expert, tmp_path, model.load_device
     )
     # a fresh `up` is zero, which keeps `down` from having a gradient
     for name, value in trainer.learner.parameters.items():

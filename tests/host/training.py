@@ -23,9 +23,10 @@ def make_trainer(module, model, data, config, folder):
     training, places = module("nodes.host.training"), module("nodes.host.training_base")
     family = module("nodes.host.attach").require_family(model)
     config = config.for_family(family)
+    places.hold(model, 0)
     return module("dcm_core.distill.trainer").Trainer(
         places.make_backbone(model, family, config), data, config, training.first_expert(model, family, config, None, None),
-        folder, torch.device("cpu"),
+        folder, model.load_device,
     )
 
 
