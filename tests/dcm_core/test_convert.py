@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dcm_core import storage
+from dcm_core import convert, storage
 from dcm_core.checkpoint import Layout, detail_expert, recognise, semantic_state_dict
 from dcm_core.convert import DTYPES, convert_release
 from dcm_core.errors import CheckpointError
@@ -248,8 +248,6 @@ def test_truncated_release(family, save, release, targets):
 
 def test_the_expert_is_written_and_freed_before_the_base(save, release, targets, monkeypatch):
     """Both in memory are more than 2 GB for HunyuanVideo in float32."""
-    from dcm_core import convert
-
     experts, alive = [], []
     original = convert.detail_expert
 

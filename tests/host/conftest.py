@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dcm_core.conditioning import save_conditioning
 
@@ -122,8 +123,6 @@ def node(module):
 @pytest.fixture(scope="session")
 def releases(pack, models, recipe):
     """Files of the golden releases among the host's diffusion models: model name -> file name."""
-    from safetensors.torch import save_file
-
     names = {}
     for model in ("wan_tiny", "hy_tiny"):
         names[model] = f"{model}.safetensors"

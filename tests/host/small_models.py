@@ -4,14 +4,14 @@ import json
 
 import torch
 
+from dcm_core.families import WAN
+
 KINDS = ["bfloat16", "fp8", "scaled_fp8", "quantised"]
 FP8 = torch.float8_e4m3fn
 
 
 def native_wan(seed=0, width=256, layers=2, channels=16):
     """The weights of a small Wan model in the host's layout, float32."""
-    from dcm_core.families import WAN
-
     generator = torch.Generator().manual_seed(seed)
     shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "head.modulation": (1, 2, width)}
     special = {

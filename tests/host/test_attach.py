@@ -115,8 +115,6 @@ def test_bare_parameters_convolutions_and_norms(wan, attach, base, random_expert
 
 def test_what_the_host_would_drop_from_a_stacked_expert_is_an_error(attach, base, random_expert, sample):
     """A pair and a difference on one tensor: the host keeps only one; routed, both count."""
-    import dataclasses
-
     name = "blocks.0.self_attn.q.weight"
     both = dataclasses.replace(random_expert(base, "semantic", replaced=False), diff={name: torch.eye(256) * 3})
     with pytest.raises(ValueError, match=r"could not place 1 .* blocks\.0\.self_attn\.q\.weight"):

@@ -29,8 +29,6 @@ def hunyuan(module, releases):
 @pytest.fixture(scope="module")
 def routed(module, base, random_expert):
     """An expert with a schedule of its own."""
-    import dataclasses
-
     expert = dataclasses.replace(random_expert(base), boundary=0.7, timesteps=(900.0, 600.0, 300.0))
     return module("nodes.host.attach").attach_experts(base, detail=expert)
 

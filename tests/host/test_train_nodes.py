@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,8 +161,6 @@ def test_a_trained_expert_of_another_model_s_size_is_refused(other, wan, node, d
 
 
 def test_a_vae_of_other_latents_is_refused(wan, node, data, output):
-    from types import SimpleNamespace
-
     with pytest.raises(ValueError, match=r"VAE's latents have 48 channels, the model's have 16\. Connect the model's own VAE"):
         node("DCMTrainSemanticExpert", model=wan(layers=1), dataset=data, name="x", vae=SimpleNamespace(latent_channels=48), **SEMANTIC)
     assert not (output / "dcm_training").exists()

@@ -218,8 +218,6 @@ def test_a_full_disk_loses_no_state(train, module, model, data, config, tmp_path
 
 def test_what_does_not_fit_is_refused_before_training(train, module, model, data, config, random_expert, tmp_path):
     errors = module("dcm_core.errors")
-    import dataclasses
-
     foreign = dataclasses.replace(random_expert(model), family="hunyuan_video")
     with pytest.raises(errors.DCMError, match=r"The expert is of hunyuan_video, the model is Wan 2.1"):
         train(model, data, config("semantic"), tmp_path, start=foreign)

@@ -3,10 +3,12 @@
 import atexit
 import dataclasses
 import gc
+import shutil
 import signal
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,9 +60,6 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_alone(train, modul
 
 
 def test_states_without_room_are_refused_before_the_first_step(train, module, model, data, config, tmp_path, monkeypatch):
-    import shutil
-    from types import SimpleNamespace
-
     errors, trainer_class = module("dcm_core.errors"), module("dcm_core.distill.trainer").Trainer
     whole = train(model, data, config("detail", save_every=1), tmp_path / "whole")
     assert len(whole.history) == 4

@@ -145,8 +145,6 @@ def test_clips_that_cannot_be_used_are_refused_with_the_reason(clip, video, tmp_
 
 
 def test_a_file_of_sound_only_is_refused(tmp_path):
-    import av
-
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), format="s16", layout="mono")

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dcm_core.distill.data_file import read_data, write_data
@@ -55,8 +56,6 @@ def test_no_more_than_a_clip_is_held(data, tmp_path):
 
 
 def test_equal_texts_are_written_once(data, tmp_path):
-    from safetensors import safe_open
-
     write_data(tmp_path / "data.safetensors", data)
     with safe_open(tmp_path / "data.safetensors", "pt") as file:
         assert len([key for key in list(file.keys()) if key.endswith(".context")]) == 3
