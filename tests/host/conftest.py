@@ -174,13 +174,15 @@ def random_expert(module):
 
 @pytest.fixture(scope="session")
 def sample():
-    """Sample a small video: sample(model, sigmas, sampler="euler", ...) -> latent as the host returns it."""
+    """Sample a small video: sample(model, sigmas, sampler="euler", ...) -> latent as the host returns it.
+
+    `prompt` goes onto the positive conditioning."""
     import comfy.sample
     import comfy.samplers
 
-    def run(model, sigmas, sampler="euler", seed=3, cfg=1.0, batch=1, callback=None, mask=None, latent=None, size=(2, 6, 8)):
+    def run(model, sigmas, sampler="euler", seed=3, cfg=1.0, batch=1, callback=None, mask=None, latent=None, size=(2, 6, 8), **prompt):
         generator = torch.Generator().manual_seed(11)
-        positive = [[torch.randn(1, 6, 4096, generator=generator), {}]]
+        positive = [[torch.randn(1, 6, 4096, generator=generator), prompt]]
         negative = [[torch.randn(1, 6, 4096, generator=generator), {}]]
         latent = torch.zeros(batch, 16, *size) if latent is None else latent
         noise = comfy.sample.prepare_noise(latent, seed)

@@ -230,6 +230,22 @@ def test_user_lora_before_or_after_attaching(wan, attach, base, random_expert, s
     assert torch.equal(sample(attach.attach_experts(base, detail=detail), SIGMAS), plain)
 
 
+@pytest.mark.parametrize(("layer", "sides"), [("blocks.0.ffn.0", 2), ("head.head", 1)])
+def test_a_hook_lora_works_on_the_base_s_own_layers(wan, attach, base, random_expert, sample, layer, sides):
+    """On the detail side a layer that the expert replaces is without it."""
+    import comfy.hooks
+
+    detail, key = random_expert(base), f"diffusion_model.{layer}.weight"
+    lora = {f"diffusion_model.{layer}.diff": torch.randn(base.model.state_dict()[key].shape) * 0.05}
+    high, low = wan(), merged(wan, attach, [detail])
+    for model in (high, low)[:sides]:
+        model.model.state_dict()[key] += lora[f"diffusion_model.{layer}.diff"]
+    routed = attach.attach_experts(base, detail=detail)
+    out = sample(routed, SIGMAS, hooks=comfy.hooks.create_hook_lora(lora, 1.0, 0.0))
+    assert relative(out, sample(by_sigma(high, low, 0.979, base), SIGMAS)) < 1e-5
+    assert relative(out, sample(routed, SIGMAS)) > 1e-3
+
+
 def test_a_user_s_lora_reaches_the_experts_of_clones_on_further_gpus(attach, base, random_expert):
     """Newer hosts keep them as additional models."""
     key = "diffusion_model.head.head.weight"
