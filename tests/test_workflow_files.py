@@ -172,6 +172,14 @@ def test_models_can_be_downloaded_and_are_listed_in_the_note(path):
 
 
 @each_workflow
+def test_a_plotted_boundary_is_the_model_s(path):
+    for node in read(path)["nodes"]:
+        if node["type"] == "DCMSchedulePlot":
+            assert node["widgets_values"][0] == 0
+            assert [slot["link"] for slot in node["inputs"] if slot["name"] == "model"] != [None]
+
+
+@each_workflow
 def test_every_node_names_its_pack(path):
     for node in read(path)["nodes"]:
         if node["type"] not in FRONT_END_ONLY:
