@@ -109,6 +109,11 @@ def further_inputs() -> list[io.Input]:
         io.Int.Input(
             "keep", default=2, min=1, max=1000, optional=True, **advanced(io.Int.Input), tooltip="Newest states that are kept.",
         ),
+        io.Float.Input(
+            "entry_share", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, **advanced(io.Float.Input),
+            tooltip="Share of the training at the noise levels where a phase begins, from which the expert's steps start; the rest is "
+            "spread over all levels. For as many phases as steps.",
+        ),
     ]
 
 

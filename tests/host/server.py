@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HOST = os.environ.get("COMFYUI_PATH")
-# what tells the host where to run; `python scripts/test.py --gpu` takes the device it finds
+# what tells the host where to run: on the CPU, or on the device that it takes by itself
 DEVICE = [] if os.environ.get("COMFYUI_DCM_TEST_GPU") else ["--cpu"]
 FOLDER = "some-folder.name"  # no Python name
 START_SECONDS, RUN_SECONDS = 120, 120
