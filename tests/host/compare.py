@@ -3,7 +3,7 @@
 
 def relative(a, b):
     """How far a is from b, as a share of b."""
-    a, b = a.float(), b.float()
+    a, b = a.cpu().float(), b.cpu().float()
     return ((a - b).norm() / b.norm()).item()
 
 

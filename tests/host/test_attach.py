@@ -193,14 +193,14 @@ def test_rows_on_both_sides_in_one_batch(attach, base, random_expert):
     import comfy.model_management as management
 
     management.load_models_gpu([routed, *routed.get_nested_additional_models()])
-    x, context = torch.randn(2, 16, 1, 4, 4), torch.randn(2, 3, 4096)
+    x, context = (torch.randn(shape, device=routed.load_device) for shape in ((2, 16, 1, 4, 4), (2, 3, 4096)))
     options = {"wrappers": routed.wrappers}
 
     def call(rows, sigmas):
         routed.pre_run()
         with torch.inference_mode():
             return routed.model.apply_model(
-                x[rows], torch.tensor(sigmas), c_crossattn=context[rows], transformer_options=dict(options)
+                x[rows], torch.tensor(sigmas, device=x.device), c_crossattn=context[rows], transformer_options=dict(options)
             )
 
     both = call([0, 1], [0.99, 0.5])

@@ -85,7 +85,7 @@ def denoise_once(model, x, sigma):
     seen = []
 
     def one(denoise, state, sigmas, extra_args=None, callback=None, disable=None):
-        seen.append(denoise(x, sigmas[:1].expand(len(x)), **extra_args))
+        seen.append(denoise(x.to(state.device), sigmas[:1].expand(len(x)), **extra_args))
         return state
 
     guider = comfy.samplers.CFGGuider(model)
@@ -132,7 +132,7 @@ def test_sampler_that_raises_sigma_goes_back(switch, high, low, sample):
 
     def there_and_back(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
         for sigma in (0.96, 0.5, 0.96, 0.5):
-            x = denoise(x, torch.tensor([sigma]).expand(len(x)), **extra_args)
+            x = denoise(x, torch.tensor([sigma], device=x.device).expand(len(x)), **extra_args)
         return x
 
     name = comfy.samplers.KSAMPLER(there_and_back)
@@ -149,7 +149,8 @@ def test_sampler_that_raises_sigma_goes_back(switch, high, low, sample):
 def test_models_of_two_devices_are_refused(switch, high, low):
     elsewhere = low.clone()
     elsewhere.load_device = torch.device("meta")
-    with pytest.raises(ValueError, match="model is to run on cpu and detail_model on meta, but a trajectory stays on one device"):
+    refused = f"model is to run on {high.load_device} and detail_model on meta, but a trajectory stays on one device"
+    with pytest.raises(ValueError, match=refused):
         switch.with_sides(high, switch.Sides(BOUNDARY, elsewhere))
 
 

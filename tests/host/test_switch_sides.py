@@ -37,7 +37,7 @@ def visits(sigmas):
 
     def walk(denoise, x, _, extra_args=None, callback=None, disable=None):
         for sigma in sigmas:
-            x = 0.5 * x + 0.5 * denoise(x, torch.tensor([sigma]).expand(len(x)), **extra_args)
+            x = 0.5 * x + 0.5 * denoise(x, torch.tensor([sigma], device=x.device).expand(len(x)), **extra_args)
         return x
 
     return comfy.samplers.KSAMPLER(walk)

@@ -37,4 +37,4 @@ def same(a, b):
 
 def weights(model):
     """A copy of a MODEL's weights."""
-    return {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()}
+    return {name: value.cpu().clone() for name, value in model.model.diffusion_model.state_dict().items()}
