@@ -1,6 +1,8 @@
 """Measure the small world's experts against their base: the tables and pictures of docs/small-world.md.
 
-    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 6] [--seeds 1000 2000 3000 4000]
+    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 6] [--seeds 5000 6000 7000 8000]
+
+Seeds whose table is in the folder are passed over: two processes can share them, and a third then makes the mean.
 """
 
 import argparse
@@ -132,7 +134,10 @@ def mean_of(values: Sequence[float | tuple[float, float]]) -> tuple[float, float
 
 
 def measure(folder: Path, seed: int, videos: int) -> dict[str, Measures]:
-    """A row for each method from one seed of noise; the table and a picture are written into the folder."""
+    """A row for each method from one seed of noise; the table and a picture are written into the folder, and kept there."""
+    path = folder / f"measured_{seed}"
+    if path.with_suffix(".json").exists():
+        return read(path)
     names = [name for name in NAMES for _ in range(videos)]
     vae = load_vae(folder)
     reference: dict[str, Tensor] = {}
@@ -148,21 +153,30 @@ def measure(folder: Path, seed: int, videos: int) -> dict[str, Measures]:
         table[title] = {"calls": steps * (1 + (cfg > 1)), **judge(latents, found, reference, names)}
         print(f"{seed}, {title} ({time.monotonic() - started:.0f} s): "
               + ", ".join(f"{name} {shown(value)}" for name, value in table[title].items()), flush=True)
-    write(table, folder / f"measured_{seed}")
     contact_sheet(shown_videos, folder / f"frames_{seed}.png")
+    write(table, path)
     return table
 
 
 def write(table: dict[str, Measures], path: Path) -> None:
-    path.with_suffix(".json").write_text(json.dumps(table, indent=1))
     path.with_suffix(".md").write_text(markdown(table))
+    unfinished = path.with_suffix(".json.part")
+    unfinished.write_text(json.dumps(table, indent=1))
+    unfinished.replace(path.with_suffix(".json"))
+
+
+def read(path: Path) -> dict[str, Measures]:
+    table = json.loads(path.with_suffix(".json").read_text())
+    return {
+        title: {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()} for title, row in table.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--videos", type=int, default=6, help="of each caption and seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1000, 2000, 3000, 4000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5000, 6000, 7000, 8000])
     args = parser.parse_args()
     tables = [measure(args.folder, seed, args.videos) for seed in args.seeds]
     if len(tables) > 1:

@@ -42,6 +42,9 @@ sys.argv[2:] = ["--steps", "2"]
 distill.main()
 folder = distill.Path(sys.argv[1])
 ship.write_experts(folder, distill.load_base(folder), folder / "shipped")
+table = {"base, 25 steps": {"calls": 25, "latent distance": (1e-5, 2e-6)}}
+measure.write(table, folder / "measured_1")
+assert measure.measure(folder, 1, videos=6) == table
 print(*measure.models(folder), sep="; ")
 """
 
