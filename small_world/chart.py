@@ -11,6 +11,8 @@ from dcm_core.plot import TEXT, Canvas, Point
 # a line through the base's steps, a point for each pair of experts
 EXPERTS = {"one expert": "#b58cff", "two experts": "#f2a33c", "+ GAN and feature matching": "#4cb3ff"}
 Span = tuple[float, float]
+# What is smaller is rounding: the reference against itself.
+NOTHING = 1e-12
 
 
 def chart(table: Mapping[str, Mapping[str, Any]], measure: str, size: tuple[int, int] = (576, 432)) -> Image.Image:
@@ -19,7 +21,7 @@ def chart(table: Mapping[str, Mapping[str, Any]], measure: str, size: tuple[int,
     Args:
         table: method -> its measures, each a number or (number, standard error), and its `calls`.
     """
-    rows = {title: (_value(row["calls"])[0], *_value(row[measure])) for title, row in table.items() if _value(row[measure])[0] > 0}
+    rows = {title: (_value(row["calls"])[0], *_value(row[measure])) for title, row in table.items() if _value(row[measure])[0] > NOTHING}
     base = sorted(point for title, point in rows.items() if title.startswith("base"))
     points = {title: rows[title] for title in EXPERTS if title in rows}
     canvas = Canvas(*size, (17, 12, 5, 14))

@@ -18,7 +18,7 @@ import host  # noqa: F401
 
 # isort: split
 import torch
-from chart import charts
+from chart import NOTHING, charts
 from comfy.latent_formats import Wan21
 from distill import BOUNDARY, GUIDANCE, expert_path, load_base, load_expert, pack, sample
 from judge import (
@@ -111,9 +111,9 @@ def contact_sheet(rows: dict[str, Tensor], path: Path, videos: int = 3) -> None:
 
 def shown(value: float | tuple[float, float]) -> str:
     value, error = value if isinstance(value, tuple) else (value, 0)
-    if abs(value) < 1e-12:
+    if abs(value) < NOTHING:
         value = 0
-    return f"{value:.3g}" + (f" ± {error:.1g}" if error > 1e-12 else "")
+    return f"{value:.3g}" + (f" ± {error:.1g}" if error > NOTHING else "")
 
 
 def markdown(table: dict[str, Measures]) -> str:
