@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from routing import DIM, FFN, HEADS, TEXT_DIM, TEXT_TOKENS, random_base, start_host
@@ -65,6 +66,12 @@ def flash_attention(_: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: 
     return out.transpose(1, 2).flatten(2)
 
 
+def random_clip(pack: Callable[[str], Any], frames: int, extras: dict[str, Any]) -> Any:
+    """One clip of so many frames with its text, as training data."""
+    text = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM), extras]]
+    return pack("dcm_core.distill.dataset").TensorData([torch.randn(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text)
+
+
 def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
     """What the run is said to need."""
     families, trainee = pack("dcm_core.families"), pack("dcm_core.distill.trainee")
@@ -79,13 +86,13 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
 
     expert = new(trainee.new_semantic if config.expert == "semantic" else trainee.new_detail)
     below = new(trainee.new_semantic) if config.expert == "detail" else None
-    extras = {} if name == WAN else {"pooled_output": torch.zeros(1, 768)}
-    text = [[torch.zeros(1, TEXT_TOKENS, TEXT_DIM), extras]]
-    data = pack("dcm_core.distill.dataset").TensorData([torch.zeros(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text)
+    data = random_clip(pack, frames, {} if name == WAN else {"pooled_output": torch.zeros(1, 768)})
     backbone = pack("dcm_core.distill.backbone").Backbone(
         module, family, torch.bfloat16, lambda: {"optimized_attention_override": flash_attention}, config.checkpointing
     )
-    with tempfile.TemporaryDirectory() as folder, pack("nodes.host.compat").gradients():
+    # nothing is made, so that the whole video can be
+    whole = patch.object(pack("dcm_core.distill.memory"), "PROBE", 10**9)
+    with tempfile.TemporaryDirectory() as folder, pack("nodes.host.compat").gradients(), whole:
         trainer = pack("dcm_core.distill.trainer").Trainer(
             backbone, data, config, replace(expert, boundary=config.boundary), Path(folder), META, below
         )
@@ -101,8 +108,7 @@ def measure(pack: Callable[[str], Any], frames: int, dtype: torch.dtype, setting
     config = pack("dcm_core.distill.config").TrainingConfig(**settings, steps=steps)
     family, modules = attach.require_family(model), dict(attach.diffusion_model(model).named_modules())
     below = trainee.new_semantic(family, modules, config.rank, config.alpha, torch.Generator()) if config.expert == "detail" else None
-    text = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM), {}]]
-    data = pack("dcm_core.distill.dataset").TensorData([torch.randn(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text)
+    data = random_clip(pack, frames, {})
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         result = pack("nodes.host.training").train_expert(model, data, config, Path(folder), below=below)
@@ -115,14 +121,11 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=len(ROWS), help="so many rows of the table (default: all)")
     args = parser.parse_args()
     pack = start_host()
-    probe = pack("dcm_core.distill.memory")
     measured = " measured | seconds a step |" if args.measure else ""
     head = f"| model | frames | base | settings | base, GiB | experts and optimiser | a step | in all |{measured}"
     print(head, "|---" * (head.count("|") - 1) + "|", sep="\n")
     for name, frames, dtype, settings in ROWS[: args.first]:
-        usual, probe.PROBE = probe.PROBE, 10**9  # nothing is made, so that the whole video can be
         parts = memory(pack, name, frames, dtype, settings).parts.values()
-        probe.PROBE = usual
         told = ", ".join(f"{key} {value}" for key, value in settings.items())
         sizes = [f"{size:.1f}" for size in (*parts, sum(parts))]
         if args.measure:

@@ -142,6 +142,12 @@ def data(module):
     return random_data(module("dcm_core.distill.dataset"))
 
 
+@pytest.fixture(scope="module")
+def model(wan):
+    """A small MODEL to train on, of the test file's own."""
+    return wan(layers=2)
+
+
 @pytest.fixture(scope="session")
 def config(module):
     """Small settings: config("semantic", rank=0, ...) -> TrainingConfig."""

@@ -15,16 +15,11 @@ import torch
 from dcm_core.experts import expert_tensor_list
 
 from .small_models import native_wan
-from .training import SMALL, random_data, same, weights
+from .training import SMALL, make_trainer, random_data, same, weights
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
 TERMS = {"semantic": {"huber", "temporal"}, "detail": {"huber", "gan", "feature_matching", "discriminator"}}
-
-
-@pytest.fixture(scope="module")
-def model(wan):
-    return wan(layers=2)
 
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
@@ -44,14 +39,7 @@ def test_training_changes_the_expert_and_nothing_else(side, train, model, data, 
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
 def test_every_trained_tensor_gets_a_gradient(side, module, model, data, config, tmp_path):
-    training, trainer_module = module("nodes.host.training"), module("dcm_core.distill.trainer")
-    family = module("dcm_core.families").WAN
-    settings = config(side).for_family(family)
-    expert = training.first_expert(model, family, settings, None, None)
-    training.hold(model, 0)
-    trainer = trainer_module.Trainer(
-        training.make_backbone(model, family, settings), data, settings, expert, tmp_path, model.load_device
-    )
+    trainer = make_trainer(module, model, data, config(side), tmp_path)
     # a fresh `up` is zero, which keeps `down` from having a gradient
     for name, value in trainer.learner.parameters.items():
         if ".ups." in name:

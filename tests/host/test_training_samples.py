@@ -6,11 +6,6 @@ import torch
 from .training import same, weights
 
 
-@pytest.fixture(scope="module")
-def model(wan):
-    return wan(layers=2)
-
-
 @pytest.fixture
 def train(train, model, data, config):
     """train(side, folder, ...) -> the result of three steps."""

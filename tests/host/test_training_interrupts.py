@@ -1,0 +1,130 @@
+"""Interrupts of a run, wherever they come: what it has made is kept, and it goes on as if there had been none."""
+
+import atexit
+import signal
+import threading
+import time
+
+import pytest
+
+from .training import same
+
+
+@pytest.fixture(scope="module")
+def config(config):
+    return lambda side, **values: config(side, **{"steps": 4, "learning_rate": 1e-3, **values})
+
+
+def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_alone(train, module, model, data, config, tmp_path):
+    """The host looks for it in every layer: here in a teacher's call, with half of the gradients made."""
+    import comfy.model_management as management
+
+    settings, calls = config("detail", accumulate=2), []
+    whole = train(model, data, settings, tmp_path / "whole")
+
+    def press(*_):
+        calls.append(1)
+        if len(calls) == 40:
+            management.interrupt_current_processing(True)
+
+    hook = model.model.diffusion_model.head.register_forward_pre_hook(press)
+    with pytest.raises(management.InterruptProcessingException):
+        train(model, data, settings, tmp_path / "parts")
+    hook.remove()
+    _, saved = module("dcm_core.distill.state").newest_state(tmp_path / "parts")
+    assert 0 < saved.steps < 4
+    again = train(model, data, settings, tmp_path / "parts")
+    assert same(whole.expert, again.expert) and whole.history == again.history
+
+
+def test_an_interrupt_between_two_optimisers_is_not_saved(train, module, model, data, config, tmp_path, monkeypatch):
+    learner, stepped = module("dcm_core.distill.learner").Learner, []
+    settings = config("detail", save_every=1)
+    whole = train(model, data, settings, tmp_path / "whole")
+    step = learner.step
+
+    def pressed(self, norm):
+        stepped.append(self.name)
+        if stepped.count("discriminator") == 3:
+            raise KeyboardInterrupt
+        step(self, norm)
+
+    monkeypatch.setattr(learner, "step", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, settings, tmp_path / "parts")
+    monkeypatch.undo()
+    assert module("dcm_core.distill.state").newest_state(tmp_path / "parts")[1].steps == 2
+    again = train(model, data, settings, tmp_path / "parts")
+    assert same(whole.expert, again.expert) and whole.history == again.history
+
+
+@pytest.fixture
+def ctrl_c():
+    """A signal that interrupts, also where whoever started the tests has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # as a terminal's, to the main thread, whichever presses here
+    yield lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_interrupt_waits_until_the_state_is_written(ctrl_c, train, module, model, data, config, tmp_path, monkeypatch):
+    """Of one who is impatient, or of torchrun, which passes on what the terminal has sent to all."""
+    show, state, pressed = module("nodes.host.training").Show, module("dcm_core.distill.state"), []
+    write = state.write_tensors
+
+    def press(*_):
+        pressed.append(1)
+        ctrl_c()
+
+    def written(*args):
+        press()
+        write(*args)
+
+    monkeypatch.setattr(show, "step", press)
+    monkeypatch.setattr(state, "write_tensors", written)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, config("semantic"), tmp_path)
+    assert len(pressed) == 2 and state.newest_state(tmp_path)[1].steps == 1
+
+
+def test_a_process_that_ends_waits_for_its_run_however_often_it_is_told(ctrl_c, module, monkeypatch):
+    """The host's server trains in a thread of its own, which ends with the process."""
+    import comfy.model_management as management
+
+    places, registered, begun, saved, told = module("nodes.host.training_base"), [], threading.Event(), threading.Event(), []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    monkeypatch.setattr(management, "interrupt_current_processing", told.append)
+
+    def run():
+        with places.interrupted_at_exit():
+            begun.set()
+            while not told:
+                time.sleep(0.01)
+            ctrl_c()
+            time.sleep(0.2)
+            saved.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    begun.wait()
+    with pytest.raises(KeyboardInterrupt):
+        registered[0]()
+    assert saved.is_set()
+    thread.join()
+
+
+def test_an_interrupt_loses_no_held_out_loss(train, module, model, data, config, tmp_path, monkeypatch):
+    """The step before it is made and saved; the loss follows when the run goes on."""
+    trainer_class, settings = module("dcm_core.distill.trainer").Trainer, config("semantic", held_out=1, held_out_every=2)
+    whole = train(model, data, settings, tmp_path / "whole")
+
+    def pressed(self):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(trainer_class, "held_out_loss", pressed)
+            train(model, data, settings, tmp_path / "parts")
+    again = train(model, data, settings, tmp_path / "parts")
+    assert [entry["step"] for entry in again.history if "held_out" in entry] == [2, 4]
+    assert again.history == whole.history
