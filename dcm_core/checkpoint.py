@@ -195,14 +195,15 @@ def _half_message(file: TensorFile, family: Family, layout: Layout, missing: set
     )
 
 
-def semantic_state_dict(file: TensorFile, contents: Contents, progress: Progress | None = None) -> dict[str, Tensor]:
-    """The base (semantic) weights of a diffusers-layout file in native names, each tensor read once."""
-    return dict(each_native(file, contents, progress))
+def semantic_state_dict(
+    file: TensorFile, contents: Contents, progress: Progress | None = None, copied: bool = True
+) -> dict[str, Tensor]:
+    """The base (semantic) weights of a diffusers-layout file in native names, each tensor read once.
 
-
-def semantic_views(file: TensorFile, contents: Contents, progress: Progress | None = None) -> dict[str, Tensor]:
-    """The same to be copied: only fused tensors are in memory, the others are views of the file."""
-    return dict(each_native(file, contents, progress, views(file).__getitem__))
+    Args:
+        copied: read them all; else only fused tensors are in memory, the others are views of the file, to be copied by the caller.
+    """
+    return dict(each_native(file, contents, progress, None if copied else views(file).__getitem__))
 
 
 def each_native(

@@ -7,7 +7,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...dcm_core.checkpoint import Layout, detail_expert, recognise, semantic_state_dict, semantic_views
+from ...dcm_core.checkpoint import Layout, detail_expert, recognise, semantic_state_dict
 from ...dcm_core.errors import CheckpointError
 from ...dcm_core.storage import Progress, TensorFile
 from .attach import attach_experts
@@ -69,9 +69,9 @@ def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, *
     file = TensorFile(path)
     contents = recognise(file)
     # the host's own loader takes views, too, unless told otherwise
-    tensors = semantic_state_dict if comfy.utils.DISABLE_MMAP else semantic_views
     model = comfy.sd.load_diffusion_model_state_dict(
-        tensors(file, contents, progress), model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer
+        semantic_state_dict(file, contents, progress, copied=comfy.utils.DISABLE_MMAP),
+        model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer,
     )
     if model is None:
         raise CheckpointError(f"{path} is a {contents.family.title} file, but this ComfyUI cannot build a model of its sizes.")

@@ -20,6 +20,12 @@ from .training import SMALL, make_trainer, random_data, same, weights
 pytestmark = pytest.mark.usefixtures("gradients")
 
 TERMS = {"semantic": {"huber", "temporal"}, "detail": {"huber", "gan", "feature_matching", "discriminator"}}
+LAUNCHERS = {
+    "torch.distributed.run": ["--standalone", "--nproc-per-node", "2"],
+    "accelerate.commands.launch": [
+        "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    ],
+}
 
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
@@ -228,14 +234,14 @@ def test_too_little_memory_is_refused_with_advice(train, module, model, data, co
         train(model, data, config("detail"), tmp_path)
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.parametrize("side", ["semantic", "detail"])
-def test_two_processes_train_as_one(side, train, module, model, data, config, tmp_path):
-    """torchrun with two CPU processes, against one with the same global batch."""
+def test_two_processes_train_as_one(side, launcher, train, module, model, data, config, tmp_path):
+    """Two CPU processes, against one with the same global batch."""
     alone = train(model, data, config(side, steps=3, batch_size=4), tmp_path / "alone")
     script = Path(__file__).with_name("train_in_parallel.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
-        [*torchrun, str(script), side, str(tmp_path / "together"), json.dumps(SMALL)],
+        [sys.executable, "-m", launcher, *LAUNCHERS[launcher], str(script), side, str(tmp_path / "together"), json.dumps(SMALL)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
