@@ -39,7 +39,7 @@ PHASES = 3
 # No guidance: a base of this size needs little, and an expert of this size learns it badly (docs/small-world-trials.md).
 SEMANTIC = config_module.TrainingConfig(
     "semantic", steps=4500, batch_size=8, rank=0, learning_rate=2e-4, scheduler="cosine", warmup_steps=50, ema_decay=0.95,
-    boundary=BOUNDARY, shift=SHIFT, phases=PHASES, entry_share=0.6, cfg=0.0, checkpointing=False, save_every=400, keep=1,
+    boundary=BOUNDARY, shift=SHIFT, phases=PHASES, entry_share=0.5, cfg=0.0, checkpointing=False, save_every=400, keep=1,
 )
 # The semantic expert below is trained whole, its feed-forward layers for high noise: here they need pairs too.
 # The paper's adversarial weight of 0.1 brings the spectrum closer, but pixels and latents further away (docs/small-world-trials.md).

@@ -1,6 +1,6 @@
 """Measure the small world's experts against their base: the tables and pictures of docs/small-world.md.
 
-    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 6] [--seeds 5000 6000 7000 8000]
+    COMFYUI_PATH=... python small_world/measure.py <folder with models and runs> [--videos 6] [--seeds 9000 10000 11000 12000]
 
 Seeds whose table is in the folder are passed over: two processes can share them, and a third then makes the mean.
 """
@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--videos", type=int, default=6, help="of each caption and seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[5000, 6000, 7000, 8000])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[9000, 10000, 11000, 12000])
     args = parser.parse_args()
     tables = [measure(args.folder, seed, args.videos) for seed in args.seeds]
     if len(tables) > 1:
