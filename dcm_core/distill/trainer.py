@@ -200,28 +200,27 @@ class Trainer:
     def _update(self) -> None:
         """One step of the optimisers, and its losses in the history."""
         scale = self.loss_scale
-        terms = self._gradients(self.done)
-        norm = self.learner.gather(self.processes, self.loss_scale)
+        terms, norm = self._gradients(self.done), self.learner.gather(self.processes, self.loss_scale)
         while not math.isfinite(norm) and math.isfinite(terms["loss"]) and self.loss_scale > 1:
             # too large for float16: the same step again
             self.loss_scale /= 2
             self._forget()
-            terms = self._gradients(self.done)
-            norm = self.learner.gather(self.processes, self.loss_scale)
+            terms, norm = self._gradients(self.done), self.learner.gather(self.processes, self.loss_scale)
         if not math.isfinite(norm):
             # not for its scale: the step is passed over
             self.loss_scale = scale
-        self.worth_saving = False
-        self.learner.step(norm)
-        if self.discriminator_learner is not None:
-            self.discriminator_learner.step(self.discriminator_learner.gather(self.processes))
-        self.schedule.step()
-        if self.average is not None:
-            self.average.average(self.trainee, self.config.ema_decay)
-        self.history.append({"step": self.done + 1, **terms, "grad_norm": norm})
-        if self.done % STEPS_TO_RESCALE == 0 and self.loss_scale > 1:
-            self.loss_scale = min(2 * self.loss_scale, LOSS_SCALE)
-        self.worth_saving = True
+        with held_back():  # half an update is not worth saving
+            self.worth_saving = False
+            self.learner.step(norm)
+            if self.discriminator_learner is not None:
+                self.discriminator_learner.step(self.discriminator_learner.gather(self.processes))
+            self.schedule.step()
+            if self.average is not None:
+                self.average.average(self.trainee, self.config.ema_decay)
+            self.history.append({"step": self.done + 1, **terms, "grad_norm": norm})
+            if self.done % STEPS_TO_RESCALE == 0 and self.loss_scale > 1:
+                self.loss_scale = min(2 * self.loss_scale, LOSS_SCALE)
+            self.worth_saving = True
 
     def _gradients(self, step: int) -> dict[str, float]:
         """Add up the gradients of a step; the mean losses of all processes."""

@@ -87,6 +87,25 @@ def test_a_second_interrupt_waits_until_the_state_is_written(ctrl_c, train, modu
     assert len(pressed) == 2 and state.newest_state(tmp_path)[1].steps == 1
 
 
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_an_interrupt_amid_an_update_waits_for_its_end(side, ctrl_c, train, module, model, data, config, tmp_path, monkeypatch):
+    """Weights that are changed in part would be worth nothing."""
+    learner, settings = module("dcm_core.distill.learner").Learner, config(side)
+    whole = train(model, data, settings, tmp_path / "whole")
+    step = learner.step
+
+    def pressed(self, norm):
+        ctrl_c()
+        step(self, norm)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(learner, "step", pressed)
+        train(model, data, settings, tmp_path / "parts")
+    assert module("dcm_core.distill.state").newest_state(tmp_path / "parts")[1].steps == 1
+    again = train(model, data, settings, tmp_path / "parts")
+    assert again.history == whole.history and same(again.expert, whole.expert)
+
+
 def test_a_process_that_ends_waits_for_its_run_however_often_it_is_told(ctrl_c, module, monkeypatch):
     """The host's server trains in a thread of its own, which ends with the process."""
     import comfy.model_management as management
