@@ -209,11 +209,12 @@ class Trainer:
         if not math.isfinite(norm):
             # not for its scale: the step is passed over
             self.loss_scale = scale
-        with held_back():  # half an update is not worth saving
+        judging_norm = self.discriminator_learner and self.discriminator_learner.gather(self.processes)
+        with held_back():  # half an update is not worth saving; nothing in it waits for other processes
             self.worth_saving = False
             self.learner.step(norm)
             if self.discriminator_learner is not None:
-                self.discriminator_learner.step(self.discriminator_learner.gather(self.processes))
+                self.discriminator_learner.step(judging_norm)
             self.schedule.step()
             if self.average is not None:
                 self.average.average(self.trainee, self.config.ema_decay)

@@ -73,6 +73,23 @@ def test_a_step_that_fails_leaves_no_state_that_is_there_already(done, train, mo
         train(model, data, config("semantic", steps=1, batch_size=1), tmp_path)
 
 
+def test_another_process_that_is_lost_costs_the_step_alone(train, module, model, data, config, tmp_path, monkeypatch):
+    """Gradients are gathered from all before anything changes."""
+    learner, gathered = module("dcm_core.distill.learner").Learner, []
+    gather = learner.gather
+
+    def lost(self, *args):
+        gathered.append(self.name)
+        if gathered.count("discriminator") == 3:
+            raise RuntimeError("Connection closed by peer")
+        return gather(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="closed by peer"):
+        patch.setattr(learner, "gather", lost)
+        train(model, data, config("detail"), tmp_path)
+    assert module("dcm_core.distill.state").newest_state(tmp_path)[1].steps == 2
+
+
 def test_a_diverging_run_is_ended_and_the_states_before_are_kept(train, module, model, data, config, tmp_path, monkeypatch):
     divergence, trainer_module = module("dcm_core.distill.divergence"), module("dcm_core.distill.trainer")
     monkeypatch.setattr(divergence, "WINDOW", 2)
