@@ -12,7 +12,8 @@ from torch import Tensor
 from ..conditioning import Conditioning
 from ..errors import DCMError
 from ..mapped import views
-from ..storage import Progress, TensorFile, bytes_of, write_stream
+from ..storage import Progress, TensorFile, write_stream
+from ..values import bytes_of
 from .dataset import TensorData, TrainingData
 
 FORMAT = "dcm-dataset"

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..conditioning import Conditioning, load_conditioning
 from ..errors import CheckpointError, DCMError
-from ..storage import TensorFile, bytes_of
+from ..storage import TensorFile
+from ..values import bytes_of
 from .clips import Problem
 
 LATENT = "latent"
