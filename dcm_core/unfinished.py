@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows, where nobody can remove a file that is open
     fcntl = None
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ComfyUI-DCM")
 
 # What an unfinished file is called. A name may have 255 bytes, so the final one is cut.
 PREFIX, SUFFIX = ".dcm.", ".part"

@@ -123,7 +123,7 @@ class Dataset(TrainingData):
         """
         path = self.entries[index].latent
         try:
-            return TensorFile(path).read(LATENT)
+            return TensorFile(path).read_all()[LATENT]
         except (CheckpointError, KeyError) as error:
             raise _lost(path, error) from error
 
