@@ -77,7 +77,6 @@ def expert(tmp_path, save):
 def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(expert):
     path, shapes = expert
     content, whole = path.read_bytes(), read(*expert)
-    (length,) = struct.unpack("<Q", content[:8])
     noticed, unnoticed = 0, set()
     # of every byte one bit
     for place in range(len(content)):
@@ -91,7 +90,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(expert):
             noticed += 1
     harmless = range(content.index(b"dcm.checksum"), content.index(b"dcm.checksum") + len("dcm.checksum"))
     assert unnoticed <= {*harmless}, "without its name there is no checksum"
-    assert noticed > len(content) - 20 and length < len(content) // 2
+    assert noticed > len(content) - 20
 
 
 def test_a_file_without_one_is_read(tmp_path, expert):
