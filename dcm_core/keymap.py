@@ -90,6 +90,16 @@ def _index(match: re.Match[str]) -> str | None:
     return match[1] if match.re.groups else None
 
 
+def _templates(name: str) -> Iterable[tuple[str, str | None]]:
+    """(template, block index) of all templates that a name could be of: itself, or with one of its numbers as `{n}`."""
+    if "{" not in name:
+        yield name, None
+        parts = name.split(".")
+        for place, part in enumerate(parts):
+            if re.fullmatch(BLOCK_INDEX, part):
+                yield ".".join((*parts[:place], "{n}", *parts[place + 1 :])), part
+
+
 class KeyMap:
     """A table of rules, usable from both ends."""
 
@@ -97,25 +107,27 @@ class KeyMap:
         self.rules = tuple(rules)
 
     @cached_property
-    def _by_key(self) -> list[tuple[re.Pattern[str], str, Rule]]:
-        return [(_pattern(source), target, rule) for rule in self.rules for source, target in rule.key_pairs()]
+    def _by_key(self) -> dict[str, tuple[str, Rule]]:
+        """Key template -> (target's template, rule)."""
+        return {source: (target, rule) for rule in reversed(self.rules) for source, target in rule.key_pairs()}
 
     @cached_property
-    def _by_module(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [(_pattern(rule.source), rule) for rule in self.rules]
+    def _by_module(self) -> dict[str, Rule]:
+        return {rule.source: rule for rule in reversed(self.rules)}
 
     def find(self, key: str) -> Piece | None:
         """The place of a source key, None if the table does not know it."""
-        for pattern, target, rule in self._by_key:
-            if match := pattern.fullmatch(key):
-                return Piece(key, _fill(target, _index(match)), rule.part, rule.swap_halves)
+        for template, index in _templates(key):
+            if template in self._by_key:
+                target, rule = self._by_key[template]
+                return Piece(key, _fill(target, index), rule.part, rule.swap_halves)
         return None
 
     def find_module(self, module: str) -> Piece | None:
         """The place of a source module (no `.weight`), None if the table does not know it."""
-        for pattern, rule in self._by_module:
-            if match := pattern.fullmatch(module):
-                return Piece(module, _fill(rule.target, _index(match)), rule.part, rule.swap_halves)
+        for template, index in _templates(module):
+            if rule := self._by_module.get(template):
+                return Piece(module, _fill(rule.target, index), rule.part, rule.swap_halves)
         return None
 
     def sources_of(self, module: str) -> list[Piece]:
