@@ -10,6 +10,7 @@ from torch import Tensor
 from .errors import CheckpointError, name_some
 from .experts import Expert, expert_from_release
 from .families import FAMILIES, Family
+from .fit import misfits
 from .keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from .lora_names import split_key
 from .mapped import views
@@ -19,6 +20,8 @@ from .values import is_finite
 # `model.model.` is what ComfyUI saves HunyuanVideo with
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "model.", "module.")
 BASE_LAYER = ".base_layer."
+# More than any model or LoRA has.
+MAX_TENSORS = 20_000
 NATIVE_WEIGHT = re.compile(rf"(?P<stem>blocks|double_blocks|single_blocks)\.(?P<index>{BLOCK_INDEX})\.(?P<rest>.+\.weight)")
 
 
@@ -58,6 +61,8 @@ def recognise(file: TensorFile) -> Contents:
     Raises:
         CheckpointError: a file that is half one thing: known keys with others missing or unknown.
     """
+    if len(file) > MAX_TENSORS:
+        raise CheckpointError(f"{file.path} has {len(file):,} tensors; a model or a LoRA has at most {MAX_TENSORS:,}. Choose another file.")
     keys = {without_prefix(key): key for key in file.shapes}
     for family in FAMILIES.values():
         if family.is_native(keys):
@@ -124,7 +129,7 @@ def _diffusers(file: TensorFile, family: Family, keys: Mapping[str, str]) -> Con
         missing, odd = missing | missing_detail, odd | odd_detail
     if missing or odd:
         raise CheckpointError(_half_message(file, family, layout, missing, odd))
-    _check_shapes(file, family, report.matched, keys, semantic, detail)
+    _check_fit(file, family, report.matched, semantic, {key: keys[key] for key in sorted(detail)})
     matched = {
         target: [Piece(semantic[p.source], p.target, p.part, p.swap_halves) for p in pieces]
         for target, pieces in report.matched.items()
@@ -151,38 +156,20 @@ def _check_detail(
     return missing, odd
 
 
-def _check_shapes(
-    file: TensorFile,
-    family: Family,
-    matched: Mapping[str, Sequence[Piece]],
-    keys: Mapping[str, str],
-    semantic: Mapping[str, str],
-    detail: set[str],
+def _check_fit(
+    file: TensorFile, family: Family, matched: Mapping[str, Sequence[Piece]], semantic: Mapping[str, str], detail: Mapping[str, str]
 ) -> None:
-    """Every shape fits the ones beside it: parts of a fused tensor, low-rank pairs, detail copies."""
-    wrong = set()
-    for pieces in matched.values():
-        shapes = [file.shapes[semantic[piece.source]] for piece in pieces]
-        if len({(len(shape), shape[1:]) for shape in shapes}) > 1 or () in shapes:
-            wrong |= {piece.source for piece in pieces}
-    ranks: dict[str, set[int]] = {}
-    for key in detail:
-        shape = file.shapes[keys[key]]
-        source = family.detail_source(key)
-        name = split_key(key)
-        if source is not None:
-            fits = shape == file.shapes[semantic[source]]
-        else:
-            base = file.shapes[semantic[f"{name.module}.weight"]]
-            fits = len(shape) == len(base) == 2 and (shape[1] == base[1] if name.kind == "down" else shape[0] == base[0])
-            if fits:
-                ranks.setdefault(name.module, set()).add(shape[0] if name.kind == "down" else shape[1])
-        if not fits:
-            wrong.add(key)
-    wrong |= {module for module, found in ranks.items() if len(found) > 1}
-    if wrong:
+    """Every tensor fits the ones beside it.
+
+    Args:
+        semantic, detail: name in the model -> the file's key.
+    """
+    names = {**semantic, **detail}
+    shapes, dtypes = ({name: facts[key] for name, key in names.items()} for facts in (file.shapes, file.dtypes))
+    if wrong := misfits(shapes, dtypes, family, matched, detail):
         raise CheckpointError(
-            f"{file.path}: {name_some(wrong)} have shapes that do not fit the base layers in the same file. Download it again."
+            f"{file.path} has tensors that do not fit each other: {name_some(f'{name} {reason}' for name, reason in wrong.items())}. "
+            "Download it again."
         )
 
 

@@ -1,5 +1,6 @@
 """What a file is, by its content alone, and its parts in native names."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,9 @@ from .conftest import make_release, release_shapes, without_experts
 class Listing(TensorFile):
     """A file of which only the header exists."""
 
-    def __init__(self, shapes, name="model.safetensors"):
+    def __init__(self, shapes, name="model.safetensors", dtypes=()):
         self.path, self.shapes, self.metadata = Path(name), dict(shapes), {}
-        self.dtypes = dict.fromkeys(shapes, torch.bfloat16)
+        self.dtypes = dict.fromkeys(shapes, torch.bfloat16) | dict(dtypes)
 
 
 def shapes_of(tensors):
@@ -149,9 +150,9 @@ def test_anything_else_is_left_to_the_host(keys):
 # files that are half one thing
 
 
-def refuse(shapes, *messages, name="model.safetensors"):
+def refuse(shapes, *messages, name="model.safetensors", dtypes=()):
     with pytest.raises(CheckpointError) as caught:
-        recognise(Listing(shapes, name))
+        recognise(Listing(shapes, name, dtypes))
     for message in (name, *messages):
         assert message in str(caught.value)
     return str(caught.value)
@@ -225,9 +226,9 @@ def test_shapes_that_do_not_fit_the_base(family, part):
     shapes = release_shapes(family)
     find = (lambda k: family.detail_source(k)) if part == "copy" else (lambda k: f".{part}." in k)
     key = next(k for k in shapes if find(k) and k.endswith(".weight"))
-    refuse(shapes | {key: (shapes[key][0] + 1, *shapes[key][1:])}, "do not fit the base layers", key.split(".lora_")[0])
-    refuse(shapes | {key: (*shapes[key], 1)}, "do not fit the base layers")
-    refuse(shapes | {key: ()}, "do not fit the base layers")
+    refuse(shapes | {key: (shapes[key][0] + 1, *shapes[key][1:])}, "has tensors that do not fit each other", key.split(".lora_")[0])
+    refuse(shapes | {key: (*shapes[key], 1)}, "do not fit each other")
+    refuse(shapes | {key: ()}, "do not fit each other")
 
 
 def test_a_linear_with_an_impossible_shape(family):
@@ -240,6 +241,59 @@ def test_fused_parts_of_different_widths():
     shapes = shapes_of(without_experts(HUNYUAN_VIDEO, make_release(HUNYUAN_VIDEO)))
     key = next(k for k in shapes if k.endswith("to_k.weight"))
     refuse(shapes | {key: (8, 9)}, key)
+
+
+# What no other tensor of the file tells: the shape of a patch, and tables and inputs whose width only the model knows.
+UNTOLD = re.compile(r"scale_shift_table|.*(embedding|embedder\.proj|linear_1|proj_in|norm1\.linear|norm1_context\.linear)\.weight"
+                    r"|.*(net\.0\.proj|to_add_out|norm(_added)?_[qk])\.weight")
+
+
+def test_a_shape_that_differs_in_any_place_is_noticed(family):
+    shapes = release_shapes(family)
+    unnoticed = set()
+    for key, shape in shapes.items():
+        for axis, size in enumerate(shape):
+            try:
+                recognise(Listing(shapes | {key: (*shape[:axis], size + 1, *shape[axis + 1 :])}))
+                unnoticed.add(key)
+            except CheckpointError as error:
+                # of two blocks that differ either may be meant
+                module = re.sub(r"\d+", "N", re.sub(r"\.(weight|bias|lora_.*)$", "", key.replace(".base_layer", "")))
+                assert module.replace("_lora", "") in re.sub(r"\d+", "N", str(error)).replace("_lora", "")
+    assert not [key for key in unnoticed if not UNTOLD.fullmatch(key)]
+    # where there are several blocks, none of theirs is left
+    assert not [key for key in unnoticed if "blocks." in key and key.replace("blocks.0", "blocks.1") in shapes]
+
+
+def test_a_type_that_differs(family):
+    shapes = release_shapes(family)
+    query = next(key for key in shapes if key.endswith("to_q.base_layer.weight"))
+    whole = next(key for key in shapes if key.endswith("proj_out.bias"))
+    refuse(shapes, f"{whole} is torch.int8, not floating-point", dtypes={whole: torch.int8})
+    fused = family is HUNYUAN_VIDEO
+    half = {query: torch.float16}
+    if fused:
+        refuse(shapes, "torch.float16 (", "but becomes part of", dtypes=half)
+    else:
+        assert recognise(Listing(shapes, dtypes=half)).layout is Layout.RELEASE, "a release of mixed precision"
+    down = query.replace("base_layer", "lora_A.lora1")
+    refuse(shapes, "do not fit each other", down, "torch.float32", "torch.bfloat16", dtypes={down: torch.float32})
+
+
+def test_ranks_that_differ(family):
+    shapes = release_shapes(family)
+    down = next(key for key in shapes if ".lora_A." in key and "blocks.0" in key)
+    up = down.replace("lora_A", "lora_B")
+    rank = shapes[down][0]
+    refuse(shapes | {up: (shapes[up][0], rank + 1)}, f"{up} has rank {rank + 1}, {down} {rank}")
+    refuse(shapes | {down: (0, shapes[down][1]), up: (shapes[up][0], 0)}, f"{down} has shape (0,")
+    if down.replace("blocks.0", "blocks.1") in shapes:
+        both = {down: (rank + 1, shapes[down][1]), up: (shapes[up][0], rank + 1)}
+        refuse(shapes | both, "in other blocks (", f"({shapes[up][0]}, {rank + 1})")
+
+
+def test_more_tensors_than_a_model_has():
+    refuse({f"blocks.{index}.x": (1,) for index in range(20_001)}, "has 20,001 tensors; a model or a LoRA has at most 20,000")
 
 
 @given(data=st.data())

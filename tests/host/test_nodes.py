@@ -183,7 +183,7 @@ def broken(kind, tensors):
         ("missing", r"2 tensors are missing \(blocks\.0\.attn1\.to_q\.weight, proj_out_lora\.bias\)"),
         ("extra", r"1 are unknown \(blocks\.0\.attn1\.to_z\.weight\)"),
         ("half lora", r"missing \(blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\)"),
-        ("shape", r"blocks\.1\.attn2\.to_v have shapes that do not fit"),
+        ("shape", r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight has shape \(256, 9\)"),
         ("nan", r"proj_out_lora\.weight hold NaN"),
         ("nan base", r"blocks\.1\.ffn\.net\.2\.bias hold NaN"),
         ("lora only", "holds an expert .* Load the base model here"),
