@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from dcm_core.checkpoint import recognise
 from dcm_core.errors import CheckpointError
+from dcm_core.mapped import views
 from dcm_core.storage import TensorFile, each_read, write_tensors
+
+from .mangled import mangled, timed
 
 ROOT = Path(__file__).parents[2]
 # What torch knows and safetensors can hold.
@@ -224,30 +229,82 @@ def test_a_file_that_changes_or_goes_while_open(tmp_path):
         file.read("a")
 
 
+def entry(shape, begin=0, end=0, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize("shape", [[1] * 70, [1] * 100_000, [2**62, 0, 2**62], [0, 2**63 - 1], [0] * 1000, [2**40, 0]])
+def test_shapes_that_no_tensor_has(tmp_path, shape):
+    size = 0 if 0 in shape else 4
+    path = raw_file(tmp_path / "x.safetensors", {"a": entry(shape, 0, size)}, bytes(size))
+    with timed():
+        try:
+            file = TensorFile(path)
+            tensors = [file.read("a"), file.read_all()["a"], views(file)["a"]]
+        except CheckpointError as error:
+            assert str(path) in str(error)
+        else:
+            assert all(tuple(tensor.shape) == tuple(shape) for tensor in tensors)
+
+
+def test_a_key_that_is_there_twice(tmp_path):
+    """The library checks one of the two, and what is read has to be what was checked."""
+    small, large = json.dumps(entry([1], 0, 4)), json.dumps(entry([2**40], 0, 4))
+    for first, second in ((small, large), (large, small)):
+        path = raw_file(tmp_path / "x.safetensors", f'{{"a":{first},"a":{second}}}'.encode(), bytes(4))
+        try:
+            assert TensorFile(path).read("a").shape == (1,)
+        except CheckpointError as error:
+            assert "no whole safetensors file" in str(error)
+
+
+def test_a_header_larger_than_any(tmp_path):
+    """Its text alone would take all memory."""
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", 90_000_000) + b'{"a":')
+        file.truncate(100_000_000)
+    with timed(), pytest.raises(CheckpointError, match=r"x\.safetensors has a header of 90 MB; expected at most 8 MB"):
+        TensorFile(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("many", ["keys", "metadata", "dimensions"])
+def test_the_largest_headers(tmp_path, many):
+    text = {
+        "keys": lambda: ",".join(f'"{n:x}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for n in range(100_000)),
+        "metadata": lambda: '"__metadata__":{' + ",".join(f'"{n:x}":""' for n in range(500_000)) + "}",
+        "dimensions": lambda: '"a":{"dtype":"U8","shape":[0' + ",1" * 3_000_000 + '],"data_offsets":[0,0]}',
+    }[many]()
+    path = raw_file(tmp_path / "x.safetensors", f"{{{text}}}".encode())
+    assert 5e6 < path.stat().st_size < 8e6
+    with timed(4):
+        try:
+            TensorFile(path).read_all()
+        except CheckpointError as error:
+            assert str(path) in str(error)
+    with timed(4), suppress(CheckpointError):
+        recognise(TensorFile(path))
+
+
 @given(data=st.data())
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mangled_files_are_read_or_refused(tmp_path, data):
+    """Also where they are mapped, recognised and inspected."""
     path = tmp_path / "x.safetensors"
-    write_tensors(path, {"a": torch.ones(3, 2), "b": torch.ones(4, dtype=torch.float8_e5m2)}, {"k": "v"})
-    content = bytearray(path.read_bytes())
-    match data.draw(st.sampled_from(["cut", "flip", "insert", "header"])):
-        case "cut":
-            content = content[: data.draw(st.integers(0, len(content) - 1))]
-        case "flip":
-            for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
-                content[place] = data.draw(st.integers(0, 255))
-        case "insert":
-            place = data.draw(st.integers(0, len(content)))
-            content[place:place] = data.draw(st.binary(min_size=1, max_size=20))
-        case "header":
-            json_like = st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
-            header = json.dumps(data.draw(json_like)).encode()
-            content = struct.pack("<Q", len(header)) + header
-    path.write_bytes(content)
-    try:
-        file = TensorFile(path)
-        tensors = file.read_all()
-    except CheckpointError as error:
-        assert str(path) in str(error)
-    else:
-        assert entries_of(tensors) == {key: (file.dtypes[key], file.shapes[key]) for key in file.shapes}
+    tensors = {"a": torch.ones(3, 2), "b": torch.ones(4, dtype=torch.float8_e5m2), "blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 2)}
+    mangled(path, tensors, {"k": "v", "dcm.expert": "detail"}, data)
+    with timed():
+        try:
+            file = TensorFile(path)
+            tensors = file.read_all()
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            return
+    assert entries_of(tensors) == {key: (file.dtypes[key], file.shapes[key]) for key in file.shapes}
+    with timed():
+        mapped = views(file)
+    assert all(torch.equal(bits(mapped[key]), bits(tensor)) for key, tensor in tensors.items())
+    with timed():
+        try:
+            recognise(file)
+        except CheckpointError as error:
+            assert str(path) in str(error)
