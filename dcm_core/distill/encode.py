@@ -143,6 +143,7 @@ def _latent_shape(path: Path) -> tuple[int, ...] | None:
     """Shape of the cached latent, None if the file is missing or damaged."""
     try:
         file = TensorFile(path)
+        file.verify()
     except CheckpointError:
         return None
     return file.shapes.get(LATENT) if file.metadata.get("format") == FORMAT else None

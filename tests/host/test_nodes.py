@@ -201,6 +201,15 @@ def test_half_models_are_refused(node, releases, folder, recipe, kind, message):
     assert {path.name for path in files_in(folder / "diffusion_models")} == {"broken.safetensors", *releases.values()}
 
 
+def test_a_size_that_only_the_model_knows(node, folder, recipe):
+    """Nothing else in the file tells how wide the table has to be."""
+    tensors = recipe.release("wan_tiny")
+    tensors["scale_shift_table"] = torch.zeros(1, 2, tensors["scale_shift_table"].shape[2] + 1)
+    save_file(tensors, folder / "diffusion_models" / "wide.safetensors")
+    with pytest.raises(ValueError, match=r"wide\.safetensors has tensors whose sizes do not fit together \(.*head\.modulation"):
+        node("DCMLoadModel", model_name="wide.safetensors", weight_dtype="default")
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [

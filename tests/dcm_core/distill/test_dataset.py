@@ -134,7 +134,7 @@ def test_another_negative_prompt_is_encoded_alone(three, run):
     assert run(negative="worse")[1] == (0, ["worse"], 1)
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "of another kind"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "of another kind", "flipped"])
 def test_damaged_files_of_the_cache_are_made_again(three, run, damage):
     data, _ = run()
     for path in (data.entries[0].latent, data.entries[1].conditioning):
@@ -143,6 +143,8 @@ def test_damaged_files_of_the_cache_are_made_again(three, run, damage):
         elif damage == "of another kind":
             path.unlink()
             write_tensors(path, {"latent": torch.ones(3, 2, 6, 8)}, {})
+        elif damage == "flipped":
+            path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
         else:
             path.write_bytes(path.read_bytes()[:-7] if damage == "cut" else b"")
     after, done = run()
