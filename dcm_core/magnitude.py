@@ -18,6 +18,7 @@ from .experts import LowRank
 from .families import Family
 from .keymap import fuse
 from .match import Target, expert_part
+from .metadata import read_facts
 from .storage import Progress, TensorFile
 from .updates import Update, file_updates
 
@@ -153,31 +154,30 @@ def file_profile(
     path: str | os.PathLike,
     target: Target | None = None,
     base: Base | None = None,
-    peft_config: Mapping | None = None,
     progress: Progress | None = None,
 ) -> Profile | None:
     """How much the expert in a file changes each block; None where there is no expert of a known family.
 
     Args:
         target, base: the model it goes on and its weights, not used if it does not fit; a release brings its own.
-        peft_config: a PEFT folder's adapter_config.json, for its alpha.
 
     Raises:
         CheckpointError: a file that cannot be read, or is half one thing.
+        ExpertError: metadata or settings that cannot be read.
     """
     file = TensorFile(path)
     contents = recognise(file)
     family, expert = expert_part(file, contents)
     if family is None or not expert:
         return None
-    role = file.metadata.get("dcm.expert", "expert")
+    role = read_facts(file.metadata).side or "expert"
     keys = {name: file.shapes[key] for name, key in expert.items()}
     shapes = target.shapes if target is not None and target.takes(keys, family) else None
     if contents.layout is Layout.RELEASE:
         role, shapes, base = "detail", contents.native_shapes(file), release_base(file, contents)
     elif base is None or shapes is None:
         base = no_base
-    changes = [measure(update, base) for update in file_updates(file, contents, shapes, peft_config, progress)]
+    changes = [measure(update, base) for update in file_updates(file, contents, shapes, progress)]
     return make_profile({role: changes}, family, shapes or ())
 
 

@@ -111,7 +111,10 @@ class DCMAttachExperts(io.ComfyNode):
             stacked=experts == STACKED,
         )
         facts = attached_experts(model)
-        lines = [line for line in (facts.semantic, facts.detail) if line]
+        lines = []
+        for expert, strength in ((semantic, semantic_strength), (detail, detail_strength)):
+            if expert is not None:
+                lines += [f"{expert}, strength {strength:g}", *(f"  {note}" for note in expert.notes)]
         text = "\n".join([*lines, f"boundary {facts.boundary:g}, {'stacked' if facts.stacked else 'independent'}"])
         return io.NodeOutput(model, ui=report(text, cls.hidden.unique_id))
 

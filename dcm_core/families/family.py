@@ -55,6 +55,12 @@ class Family:
         return KeyMap(self.DIFFUSERS_TO_NATIVE)
 
     @cached_property
+    def native_map(self) -> KeyMap:
+        """Every native module under its own name."""
+        rules = self.DIFFUSERS_TO_NATIVE
+        return KeyMap([Rule(rule.target, rule.target, rule.target_params or rule.params, optional=rule.optional) for rule in rules])
+
+    @cached_property
     def alias_map(self) -> KeyMap:
         return KeyMap(self.ALIAS_TO_NATIVE)
 

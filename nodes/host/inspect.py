@@ -19,7 +19,6 @@ from ...dcm_core.match import Target
 from ...dcm_core.plot import plot_profile
 from ...dcm_core.updates import Update, routed_updates
 from .attach import compute_dtype, diffusion_model, is_own, model_family, module_shapes
-from .expert_files import peft_config
 from .folders import LORAS, MODELS, NONE, files, path_of
 from .progress import byte_progress
 from .route import KEY, AttachedExperts, attached_experts
@@ -76,7 +75,7 @@ def _look_at_file(path: Path, model: Any, node_id: str | None) -> tuple[str, str
     inspection = inspect_file(path, target)
     profile = None
     if inspection.problem is None:
-        profile = file_profile(path, target, base, peft_config(path), byte_progress(node_id))
+        profile = file_profile(path, target, base, byte_progress(node_id))
     return path.name, str(inspection), profile
 
 

@@ -2,7 +2,6 @@
 start as it is."""
 
 import functools
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from torch import Tensor
 from ...dcm_core.checkpoint import Layout, recognise, without_prefix
 from ...dcm_core.errors import DCMError
 from ...dcm_core.families import FAMILIES
+from ...dcm_core.metadata import read_facts
 from ...dcm_core.routing import plan_steps
 from ...dcm_core.storage import TensorFile
 from .attach import own_boundary
@@ -78,16 +78,16 @@ def _look(category: str, name: str | None) -> Mapping[str, Any] | None:
 @functools.lru_cache(maxsize=64)
 def _header(path: Path, changed: int) -> Mapping[str, Any]:
     file = TensorFile(path)
-    contents = recognise(file)
+    contents, facts = recognise(file), read_facts(file.metadata)
     shapes = contents.native_shapes(file) if contents.matched else {without_prefix(key): shape for key, shape in file.shapes.items()}
     taken, given = (shapes.get(f"{layer}.weight", ()) for layer in ("patch_embedding", "head.head"))
     return {
         "layout": contents.layout,
-        "family": contents.family or FAMILIES.get(file.metadata.get("dcm.family", "")),
+        "family": contents.family or FAMILIES.get(facts.family or ""),
         # more channels than it gives
         "takes_image": bool(taken and given) and math.prod(taken[1:]) > given[0],
-        "boundary": float(file.metadata.get("dcm.boundary", 0)),
-        "timesteps": json.loads(file.metadata.get("dcm.timesteps", "null")),
+        "boundary": facts.boundary,
+        "timesteps": facts.timesteps,
     }
 
 

@@ -97,10 +97,11 @@ def train_and_save(
     for given, chosen in (("continue_from", continue_from), ("semantic_lora", semantic_lora)):
         if chosen != NONE:
             check_not_output(f"{given} is {chosen}", path_of(LORAS, chosen), file)
-    below = trained_expert(semantic_expert, "semantic", model) or load_expert(semantic_lora, "semantic", model)
-    result = train_expert(
-        model, data, config, folder, start=load_expert(continue_from, config.expert, model), below=below, vae=vae, node_id=node_id
+    below = trained_expert(semantic_expert, "semantic", model) or load_expert(
+        semantic_lora, "semantic", model, "semantic_lora"
     )
+    start = load_expert(continue_from, config.expert, model, "continue_from")
+    result = train_expert(model, data, config, folder, start=start, below=below, vae=vae, node_id=node_id)
     save_expert(file, result.expert, model)
     plots = torch.cat([as_image(plot) for plot in plots_of(result).values()])
     return Run(with_experts(model, result.expert, below), result, file, plots)

@@ -52,7 +52,7 @@ def test_release(family, save, release, targets):
     assert recognise(TensorFile(targets[1])).layout is Layout.EXPERT
     assert metadata(targets[0])["dcm.family"] == family.name
     assert (report.base, report.expert, report.base_tensors) == (*targets, len(expected))
-    for word in (family.title, str(targets[0]), str(targets[1]), "detail expert, rank 8"):
+    for word in (family.title, str(targets[0]), str(targets[1]), "detail expert: LoRA rank 8"):
         assert word in str(report)
 
 
