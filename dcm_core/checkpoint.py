@@ -13,7 +13,8 @@ from .families import FAMILIES, Family
 from .keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from .lora_names import split_key
 from .mapped import views
-from .storage import Progress, TensorFile, each_read, is_finite
+from .storage import Progress, TensorFile, each_read
+from .values import is_finite
 
 # `model.model.` is what ComfyUI saves HunyuanVideo with
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "model.", "module.")

@@ -4,6 +4,7 @@ A conditioning is the host's: a list of [embedding, extras]; the extras' tensors
 """
 
 import json
+import math
 import os
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .errors import DCMError
 from .storage import TensorFile, write_tensors
+from .values import is_finite
 
 FORMAT = "dcm-conditioning"
 Conditioning = list[list[Any]]
@@ -23,7 +25,7 @@ def save_conditioning(path: str | os.PathLike, conditioning: Conditioning, promp
         prompt: kept in the metadata, for people who look at the file.
 
     Raises:
-        DCMError: nothing to save, or extras that are more than data (controls, hooks, areas of models).
+        DCMError: nothing to save, extras that are more than data (controls, hooks, areas of models), or what `problem_of` names.
     """
     if not conditioning:
         raise DCMError("The conditioning is empty. Connect the output of a text encode node.")
@@ -44,6 +46,8 @@ def save_conditioning(path: str | os.PathLike, conditioning: Conditioning, promp
                     f"The conditioning holds `{name}`, a {type(value).__name__}; only tensors, numbers and text can be saved. "
                     "Save the conditioning right after the text encoder, before controls, hooks or masks are added."
                 )
+    if problem := problem_of(conditioning):
+        raise DCMError(f"The conditioning cannot be saved: {problem}. Connect the output of a text encode node.")
     metadata = {"format": FORMAT, "version": "1", "values": json.dumps(values), "prompt": prompt}
     write_tensors(path, tensors, metadata)
 
@@ -61,20 +65,49 @@ def load_conditioning(path: str | os.PathLike) -> Conditioning:
     file = TensorFile(path)
     if file.metadata.get("format") != FORMAT:
         raise DCMError(f"{path} holds no saved conditioning. Choose a file that DCM Save Conditioning wrote.")
+    tensors = file.read_all()
     try:
         values = json.loads(file.metadata["values"])
         if not values or not all(isinstance(extras, dict) for extras in values):
             raise ValueError("no list of entries")
-        conditioning: Conditioning = [[file.read(str(index)), dict(extras)] for index, extras in enumerate(values)]
-        for key in file.shapes:
+        conditioning: Conditioning = [[tensors.pop(str(index)), dict(extras)] for index, extras in enumerate(values)]
+        places = {str(index): extras for index, (_, extras) in enumerate(conditioning)}
+        for key, tensor in tensors.items():
             index, dot, name = key.partition(".")
-            if not index.isdecimal() or int(index) >= len(values):
+            if not dot or index not in places:
                 raise ValueError(f"{key} belongs to no entry")
-            if dot:
-                conditioning[int(index)][1][name] = file.read(key)
+            places[index][name] = tensor
+        if problem := problem_of(conditioning):
+            raise ValueError(problem)
         return conditioning
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise DCMError(f"{path} is a damaged conditioning file ({error}). Save the conditioning again.") from error
+
+
+def problem_of(conditioning: Conditioning) -> str:
+    """What no sampler and no training could use, empty if there is nothing of the kind."""
+    widths = set()
+    for index, (embedding, extras) in enumerate(conditioning):
+        if not embedding.is_floating_point() or embedding.ndim != 3 or not embedding.numel():
+            return f"embedding {index} is {embedding.dtype} of shape {tuple(embedding.shape)}; expected numbers by batch, token and width"
+        widths.add(embedding.shape[2])
+        for name, value in {"its embedding": embedding, **extras}.items():
+            if problem := _problem_of_value(name, value, embedding):
+                return f"{name} of entry {index} {problem}"
+    return f"the embeddings have the widths {', '.join(map(str, sorted(widths)))}; expected one" if len(widths) > 1 else ""
+
+
+def _problem_of_value(name: str, value: Any, embedding: Tensor) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"is {value}; expected a finite number"
+    if not isinstance(value, Tensor):
+        kind = value is None or isinstance(value, (bool, int, float, str))
+        return "" if kind else f"is a {type(value).__name__}; expected a tensor, a number or text"
+    batch, tokens, _ = embedding.shape
+    expected = {"attention_mask": (batch, tokens), "pooled_output": (batch, *value.shape[1:2])}.get(name, tuple(value.shape))
+    if tuple(value.shape) != expected or not value.numel():
+        return f"has shape {tuple(value.shape)}, which does not fit an embedding of shape {tuple(embedding.shape)}"
+    return "has NaN or infinite values" if value.is_floating_point() and not is_finite(value) else ""
 
 
 def describe_conditioning(conditioning: Conditioning) -> str:

@@ -12,7 +12,9 @@ from torch import Tensor
 from .checkpoint import Contents, Layout, detail_expert, each_native, recognise
 from .errors import CheckpointError
 from .experts import expert_entries, expert_metadata, write_expert
-from .storage import Entries, Progress, TensorFile, cast, check_room, file_size, temporary_file, write_stream
+from .storage import Entries, Progress, TensorFile, file_size, write_stream
+from .unfinished import check_room, unfinished_file
+from .values import cast
 
 KEEP = "keep"
 DTYPES: dict[str, torch.dtype | None] = {
@@ -80,15 +82,16 @@ def convert_release(
     if found is not None:
         expert_file = expert_entries(found, shapes, expert_dtype)
         sizes[expert] = file_size(expert_file, expert_metadata(found, len(expert_file)))
+    # both together; each is looked at again when it is begun
     check_room(sizes)
     line = str(found)
     with ExitStack() as stack:
-        base_part, *expert_part = [stack.enter_context(temporary_file(target)) for target in targets]
+        base_file, *expert_files = [stack.enter_context(unfinished_file(target, sizes[target])) for target in targets]
         if found is not None:
-            write_expert(expert_part[0], found, shapes, expert_dtype)
+            write_expert(expert_files[0], found, shapes, expert_dtype)
             # not kept while the base's large tensors pass
             found = None
-        write_stream(base_part, entries, _base_tensors(file, contents, entries, progress), metadata)
+        write_stream(base_file, entries, _base_tensors(file, contents, entries, progress), metadata)
     return Conversion(contents.family.title, base, len(contents.matched), expert if released else None, line)
 
 

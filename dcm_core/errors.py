@@ -15,6 +15,10 @@ class CheckpointError(DCMError):
     """A file that is not what it has to be: unreadable, incomplete, or of another layout."""
 
 
+class NoRoomError(CheckpointError):
+    """A file that the disk has no room for."""
+
+
 class ExpertError(DCMError):
     """An expert that does not fit the model it is attached to."""
 

@@ -19,7 +19,9 @@ from .keymap import Piece, fuse
 from .lora_names import split_key
 from .metadata import FORMAT
 from .routing import Side
-from .storage import bytes_of, cast, write_stream
+from .storage import write_stream
+from .unfinished import Unfinished
+from .values import bytes_of, cast
 
 FILE_PREFIX = "diffusion_model."
 
@@ -183,7 +185,7 @@ def expert_to_state_dict(
 
 
 def write_expert(
-    path: str | os.PathLike,
+    target: str | os.PathLike | Unfinished,
     expert: Expert,
     shapes: Mapping[str, Sequence[int]],
     dtype: torch.dtype | None = None,
@@ -192,6 +194,7 @@ def write_expert(
     """Write our expert file, one tensor in memory at a time beside the expert.
 
     Args:
+        target: as for `write_stream`.
         dtype: of the written tensors (alphas stay as they are), None to keep.
         replaced_dtype: of what replaces the base's tensors, None for `dtype`.
 
@@ -200,7 +203,7 @@ def write_expert(
     """
     entries = expert_entries(expert, shapes, dtype, replaced_dtype)
     tensors = ((key, cast(key, tensor, entries[key][0])) for key, tensor in expert_tensors(expert, shapes))
-    write_stream(path, entries, tensors, expert_metadata(expert, len(entries)))
+    write_stream(target, entries, tensors, expert_metadata(expert, len(entries)))
 
 
 def expert_entries(

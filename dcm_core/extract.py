@@ -14,7 +14,8 @@ from .errors import CheckpointError, name_some
 from .experts import Expert, LowRank, write_expert
 from .families import Family
 from .keymap import Piece, Shape, fuse, fused_shape
-from .storage import Progress, TensorFile, check_room
+from .storage import Progress, TensorFile
+from .unfinished import check_room
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4

@@ -14,7 +14,7 @@ from .keymap import Shape
 from .lora_names import LoraKey, is_release_part, split_key
 from .match import AnyModel, Target, expert_part, match_expert
 from .metadata import Facts, quote, read_facts
-from .storage import TensorFile
+from .storage import Progress, TensorFile
 from .updates import DefaultScale
 
 # Different ones that are listed.
@@ -29,6 +29,7 @@ class Inspection:
         unplaced: keys of a LoRA that follow no known naming.
         known: how many of a LoRA's keys its family has a layer for.
         fits: how many of the expert's keys have a place in the model it was compared with.
+        checksum: of a file of ours, once its content was found to match.
         problem: None for a sound file.
     """
 
@@ -46,6 +47,7 @@ class Inspection:
     unplaced: tuple[str, ...]
     known: str | None
     fits: str | None
+    checksum: str | None
     problem: str | None
 
     def __str__(self) -> str:
@@ -63,6 +65,7 @@ class Inspection:
             "odd keys": name_some(self.unplaced) if self.unplaced else None,
             "known keys": self.known,
             "fit model": self.fits,
+            "checksum": self.checksum,
             "problem": self.problem,
         }
         return in_lines(facts)
@@ -73,11 +76,14 @@ def in_lines(facts: Mapping[str, str | None]) -> str:
     return "\n".join(f"{name:>10}: {value}" for name, value in facts.items() if value is not None)
 
 
-def inspect_file(path: str | os.PathLike, target: Target | None = None) -> Inspection:
-    """Look at a safetensors file; an incomplete model is described, with what is wrong in `problem`.
+def inspect_file(path: str | os.PathLike, target: Target | None = None, progress: Progress | None = None) -> Inspection:
+    """Look at a safetensors file; an incomplete or damaged model is described, with what is wrong in `problem`.
+
+    A file with a checksum is read from end to end.
 
     Args:
         target: the model its expert is to go on.
+        progress: called with (bytes done, bytes in all); may raise to interrupt.
 
     Raises:
         CheckpointError: a file that cannot be read at all.
@@ -88,6 +94,11 @@ def inspect_file(path: str | os.PathLike, target: Target | None = None) -> Inspe
         contents = recognise(file)
     except CheckpointError as error:
         contents, problem = Contents(Layout.OTHER), str(error)
+    checksum = f"{file.checksum}, matches" if file.checksum else None
+    try:
+        file.verify(progress)
+    except CheckpointError as error:
+        checksum, problem = None, problem or str(error)
     names = {key: split_key(key) for key in file.shapes}
     facts = Facts()
     family, expert = expert_part(file, contents)
@@ -116,6 +127,7 @@ def inspect_file(path: str | os.PathLike, target: Target | None = None) -> Inspe
         unplaced=tuple(key for key, name in names.items() if name is None) if is_lora else (),
         known=str(match_expert(shapes, family, AnyModel(family))) if is_lora and family else None,
         fits=target.say(shapes, family) if target and expert else None,
+        checksum=checksum,
         problem=problem,
     )
 

@@ -5,7 +5,6 @@ import os
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
 from .storage import TensorFile
 
 
@@ -23,8 +22,7 @@ def views(file: TensorFile) -> dict[str, Tensor]:
         storage = torch.UntypedStorage.from_file(os.fspath(file.path), shared=False, nbytes=end)
     except (RuntimeError, UnicodeError):
         return file.read_all()
-    if file.changed():
-        raise CheckpointError(f"{file.path} has changed since it was opened. Load it again.")
+    file.refuse_changed()
     whole = torch.empty(0, dtype=torch.uint8).set_(storage)
     return {key: _view(file, key, whole) for key in file.shapes}
 

@@ -7,8 +7,6 @@ is made.
 
 import json
 import os
-import secrets
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .checksum import CHECKSUM, EMPTY, Checksum
 from .errors import CheckpointError
+from .unfinished import Unfinished, unfinished_file
+from .values import bytes_of
 
 Progress = Callable[[int, int], None]
 
@@ -43,8 +44,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# What temporary files are called.
-PREFIX, SUFFIX = ".dcm.", ".part"
+# Bytes, enough for 80,000 tensors; a crafted header could take all memory.
+MAX_HEADER = 8 * 2**20
 
 # How files that are given by mistake begin.
 FOREIGN = (
@@ -61,36 +62,35 @@ class TensorFile:
 
     Attributes:
         metadata: the file's string metadata.
+        checksum: what our own files say of themselves (see `checksum`), None in others.
         shapes, dtypes: of every tensor, by key.
         offsets: where each tensor begins in the file.
 
     Raises:
-        CheckpointError: anything but a whole safetensors file.
+        CheckpointError: anything but a complete safetensors file.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        self.metadata: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self.offsets: dict[str, int] = {}
         if not self.path.is_file():
             what = "is a folder" if self.path.is_dir() else "does not exist"
             raise CheckpointError(f"{self.path} {what}; expected a .safetensors file. Check the name.")
         self._refuse_foreign()
         try:
-            with safe_open(self.path, framework="np") as file:
-                self.metadata: dict[str, str] = dict(file.metadata() or {})
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    part = file.get_slice(key)
-                    self.shapes[key] = tuple(part.get_shape())
-                    self.dtypes[key] = self._dtype(key, str(part.get_dtype()))
-            self.offsets = self._read_offsets()
+            with safe_open(self.path, framework="np"):  # refuses what is damaged
+                self._read_header()
             self._state = self._file_state()
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
                 f"{self.path} is no whole safetensors file ({error}; {self.path.stat().st_size:,} bytes). Download it again."
             ) from error
+        self.checksum = self.metadata.pop(CHECKSUM, None)
 
     def _refuse_foreign(self) -> None:
         try:
@@ -104,21 +104,35 @@ class TensorFile:
                 raise CheckpointError(
                     f"{self.path} is {what}; only .safetensors files are read. Download or convert the safetensors version."
                 )
+        length = int.from_bytes(start[:8], "little")
+        if MAX_HEADER < length < self.path.stat().st_size:
+            raise CheckpointError(
+                f"{self.path} has a header of {length / 1e6:,.0f} MB; expected at most {MAX_HEADER / 1e6:.0f} MB. Remove its metadata, or "
+                "download the file again."
+            )
+
+    def _read_header(self) -> None:
+        """Take up what the safetensors library has found sound."""
+        with self.path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        self.metadata = header.pop("__metadata__", None) or {}
+        for key, entry in header.items():
+            self.shapes[key], self.dtypes[key] = tuple(entry["shape"]), self._dtype(key, entry["dtype"])
+            begin, end = entry["data_offsets"]
+            self.offsets[key] = 8 + length + begin
+            if end - begin != self.nbytes(key):  # of two entries of one name the library may have checked the other
+                raise ValueError(f"{key} has {end - begin} bytes, its shape {self.shapes[key]} needs {self.nbytes(key)}")
 
     def _file_state(self) -> tuple[int, int, int]:
         """Changes when the file does."""
         found = self.path.stat()
         return found.st_ino, found.st_size, found.st_mtime_ns
 
-    def changed(self) -> bool:
-        """True if the file is not the one that was opened."""
-        return self._file_state() != self._state
-
-    def _read_offsets(self) -> dict[str, int]:
-        with self.path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        return {key: 8 + length + entry["data_offsets"][0] for key, entry in header.items() if key != "__metadata__"}
+    def refuse_changed(self) -> None:
+        """Raises CheckpointError if the file is not the one that was opened."""
+        if self._file_state() != self._state:
+            raise CheckpointError(f"{self.path} has changed since it was opened. Load it again.")
 
     def _dtype(self, key: str, name: str) -> torch.dtype:
         if name not in DTYPES:
@@ -132,28 +146,75 @@ class TensorFile:
         """Size of a stored tensor in bytes."""
         return _nbytes(self.dtypes[key], self.shapes[key])
 
+    @contextmanager
+    def _opened(self) -> Iterator[Callable[[str], bytearray]]:
+        """Gives what reads the bytes of a tensor."""
+
+        def read(key: str) -> bytearray:
+            data = bytearray(self.nbytes(key))
+            file.seek(self.offsets[key])
+            file.readinto(data)  # what is cut off is told of at the end
+            return data
+
+        try:
+            with self.path.open("rb") as file:
+                self.refuse_changed()
+                yield read
+                self.refuse_changed()
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error}). Was the file moved? Load it again.") from error
+
+    def _tensor(self, key: str, data: bytearray) -> Tensor:
+        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return flat.view(self.dtypes[key]).reshape(self.shapes[key])
+
     def read(self, key: str) -> Tensor:
         """One tensor, copied out of the file.
 
         Raises:
             CheckpointError: a file that changed since it was opened.
         """
-        data = bytearray(self.nbytes(key))
-        try:
-            changed = self.changed()
-            with self.path.open("rb") as file:
-                file.seek(self.offsets[key])
-                whole = file.readinto(data) == len(data)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: {key} cannot be read ({error}). Was the file moved? Load it again.") from error
-        if changed or not whole:
-            raise CheckpointError(f"{self.path}: {key} cannot be read: the file has changed since it was opened. Load it again.")
-        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        return flat.view(self.dtypes[key]).reshape(self.shapes[key])
+        with self._opened() as read:
+            return self._tensor(key, read(key))
 
-    def read_all(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """The tensors called `keys`, all by default, in memory."""
-        return {key: self.read(key) for key in (self.shapes if keys is None else keys)}
+    def read_all(self) -> dict[str, Tensor]:
+        """All tensors, in memory; verified where the file has a checksum.
+
+        Raises:
+            CheckpointError: a file that changed since it was opened, or is not as it was written.
+        """
+        return {key: self._tensor(key, data) for key, data in self._verified()}
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Read everything and keep nothing, if the file has a checksum.
+
+        Args:
+            progress: called with (bytes done, bytes in all) after each tensor; may raise to interrupt.
+
+        Raises:
+            CheckpointError: as for `read_all`.
+        """
+        if self.checksum is not None:
+            for _ in self._verified(progress):
+                pass
+
+    def _verified(self, progress: Progress | None = None) -> Iterator[tuple[str, bytearray]]:
+        """The bytes of every tensor; after the last they have been found to be those that were written."""
+        found, done, total = Checksum(self.metadata), 0, sum(map(self.nbytes, self.shapes))
+        with self._opened() as read:
+            for key, shape in self.shapes.items():
+                data = read(key)
+                if self.checksum is not None:
+                    found.add(key, NAMES[self.dtypes[key]], shape, data)
+                done += len(data)
+                if progress is not None:
+                    progress(done, total)
+                yield key, data
+        if self.checksum not in (None, str(found)):
+            raise CheckpointError(
+                f"{self.path} is damaged: its content does not match the checksum it was written with ({self.checksum}, now {found}). "
+                "Copy, download or make the file again."
+            )
 
 
 def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
@@ -172,28 +233,30 @@ def file_size(entries: Entries, metadata: Mapping[str, str]) -> int:
 
 
 def write_stream(
-    path: str | os.PathLike,
+    target: str | os.PathLike | Unfinished,
     entries: Entries,
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str],
     progress: Progress | None = None,
 ) -> None:
-    """Write a safetensors file while its tensors are being made.
+    """Write a safetensors file with a checksum while its tensors are being made.
 
     It appears under its name only when it is complete; on any exception nothing is left behind.
 
     Args:
+        target: its path, or the file itself where the caller gives it its name.
         entries: key -> (dtype, shape) of all that will come, in the order it will come.
         tensors: the tensors, in the same order.
         progress: called with (bytes done, bytes in all) after each tensor; may raise to interrupt.
 
     Raises:
-        CheckpointError: too little room on the disk, or a tensor that is not as announced.
+        NoRoomError: too little room on the disk.
+        CheckpointError: a file that cannot be written, or a tensor that is not as announced.
     """
-    path = Path(path)
-    header = _header(entries, metadata)
+    metadata = {_plain(name): _plain(value) for name, value in metadata.items()}
+    header, checksum = _header(entries, metadata), Checksum(metadata)
     total = sum(_nbytes(*entry) for entry in entries.values())
-    with temporary_file(path, len(header) + total) as temporary, temporary.open("wb") as file:
+    with _opened(target, len(header) + total) as file:
         file.write(header)
         done = 0
         announced = iter(entries.items())
@@ -201,21 +264,30 @@ def write_stream(
             name, (dtype, shape) = next(announced, ("nothing", (None, ())))
             if (key, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
                 raise CheckpointError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}; {name} {dtype} {tuple(shape)} was announced.")
-            with _writing(path):
-                file.write(bytes_of(tensor))
+            data = bytes_of(tensor)
+            checksum.add(key, NAMES[dtype], shape, data)
+            file.write(data)
             done += _nbytes(dtype, shape)
             if progress is not None:
                 progress(done, total)
         if (left := next(announced, None)) is not None:
-            raise CheckpointError(f"{left[0]} was announced for {path} but never came.")
-        # on the disk before it takes the name: a power cut leaves the old file or the new one
-        with _writing(path):
-            file.flush()
-            os.fsync(file.fileno())
+            raise CheckpointError(f"{left[0]} was announced for {file.path} but never came.")
+        # the header comes first in the file and is known last
+        file.write(str(checksum).encode(), at=header.index(EMPTY.encode()))
+
+
+@contextmanager
+def _opened(target: str | os.PathLike | Unfinished, nbytes: int) -> Iterator[Unfinished]:
+    if isinstance(target, Unfinished):
+        yield target
+    else:
+        with unfinished_file(Path(target), nbytes) as file:
+            yield file
 
 
 def _header(entries: Entries, metadata: Mapping[str, str]) -> bytes:
-    description: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    # the checksum's place is the first in the file
+    description: dict[str, object] = {"__metadata__": {CHECKSUM: EMPTY, **metadata}}
     offset = 0
     for key, (dtype, shape) in entries.items():
         end = offset + _nbytes(dtype, shape)
@@ -223,91 +295,14 @@ def _header(entries: Entries, metadata: Mapping[str, str]) -> bytes:
             raise CheckpointError(f"{key} is {dtype}, which no safetensors file holds. Convert it first.")
         description[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    # half a surrogate (of a file name that is no UTF-8) would make a header that nobody reads
-    text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def check_room(sizes: Mapping[Path, int]) -> None:
-    """See that the files (path -> bytes) can be written before any work is done.
-
-    Raises:
-        CheckpointError: a missing folder, or too little room on the disk they share.
-    """
-    disks: dict[int, list[Path]] = {}
-    for path in sizes:
-        if not path.parent.is_dir():
-            raise CheckpointError(f"The folder {path.parent} does not exist. Create it, or choose another place for {path.name}.")
-        disks.setdefault(path.parent.stat().st_dev, []).append(path)
-    for paths in disks.values():
-        needed, free = sum(sizes[path] for path in paths), shutil.disk_usage(paths[0].parent).free
-        if free < needed:
-            names = " and ".join(map(str, paths)) + (" need" if len(paths) > 1 else " needs")
-            raise CheckpointError(
-                f"{names} {needed / 1e9:.1f} GB, but {paths[0].parent} has {free / 1e9:.1f} GB free. Make room, or choose another disk."
-            )
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The values of a tensor as they are in memory."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """True if every value is a finite number; fp8 included."""
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.to(torch.float16)
-    return bool(torch.isfinite(tensor).all())
-
-
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in another dtype.
-
-    Raises:
-        CheckpointError: values that are no numbers there.
-    """
-    value = tensor.to(dtype)
-    if value.is_floating_point() and not is_finite(value):
-        raise CheckpointError(f"{name} has values too large for {dtype}. Choose bfloat16 or float32.")
-    return value
-
-
-@contextmanager
-def temporary_file(path: Path, nbytes: int = 0) -> Iterator[Path]:
-    """A name beside `path` that takes its place if the block ends well and vanishes if not.
-
-    Raises:
-        CheckpointError: a missing folder, less free disk than `nbytes`, or a file that cannot be written.
-    """
-    check_room({path: nbytes})
-    with _writing(path):
-        # short: the whole name may have 255 bytes; opened plainly, as `tempfile` would leave the file to its owner alone
-        temporary = path.parent / f"{PREFIX}{path.name[:32]}.{secrets.token_hex(8)}{SUFFIX}"
-        temporary.open("xb").close()
-    try:
-        yield temporary
-        with _writing(path):
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def unfinished(folder: Path, pattern: str) -> list[Path]:
-    """Temporary files in a folder, of files called so, whose writers were killed or are at work."""
-    return list(folder.glob(f"{PREFIX}{pattern}.*{SUFFIX}"))
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Tells what the system has against a file being written."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written ({error.strerror}). See that its folder can be written to, that the disk has room, "
-            "that the name is not too long, and that no program holds the file open."
-        ) from error
+def _plain(text: str) -> str:
+    """Half a surrogate (of a file name that is no UTF-8) would make a header that nobody reads."""
+    return text.encode(errors="replace").decode()
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -3,16 +3,18 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning
-from ..errors import DCMError
+from ..conditioning import Conditioning, problem_of
+from ..errors import CheckpointError, DCMError
 from ..mapped import views
-from ..storage import Progress, TensorFile, bytes_of, write_stream
+from ..storage import Progress, TensorFile, write_stream
+from ..values import bytes_of, cast, is_finite
 from .dataset import TensorData, TrainingData
 
 FORMAT = "dcm-dataset"
@@ -27,7 +29,7 @@ def write_data(
         progress: called with (done, total) for each clip; may raise to interrupt, which leaves no file.
 
     Raises:
-        CheckpointError: too little room on the disk.
+        CheckpointError: too little room on the disk, or values that the dtype cannot hold.
     """
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     texts: list[dict[str, float]] = []
@@ -52,7 +54,7 @@ def write_data(
             for name, value in _parts(read(), dtype)[0].items():
                 yield f"text.{number}.{name}", value
         for index in range(len(data)):
-            yield f"latent.{index}", data.latent(index).to(dtype)
+            yield f"latent.{index}", cast(f"latent.{index}", data.latent(index), dtype)
             progress(index + 1, len(data))
 
     write_stream(path, entries, each(), {"format": FORMAT, "version": "1", "facts": json.dumps(facts)})
@@ -63,11 +65,11 @@ def _parts(text: Conditioning, dtype: torch.dtype) -> tuple[dict[str, Tensor], d
     context, extras = text[0]
     tensors = {"context": context, **{name: value for name, value in extras.items() if isinstance(value, Tensor)}}
     numbers = {name: value for name, value in extras.items() if isinstance(value, (int, float))}
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}, numbers
+    return {name: cast(name, value, dtype) if value.is_floating_point() else value for name, value in tensors.items()}, numbers
 
 
 def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: None) -> TensorData:
-    """Read the data back; its tensors are views of the file.
+    """Read the data back; its tensors are views of the file, which has been read once to verify it.
 
     Args:
         progress: as for `write_data`.
@@ -79,16 +81,49 @@ def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: 
     if file.metadata.get("format") != FORMAT:
         raise DCMError(f"{path} holds no training data. Choose a file that DCM Save Dataset wrote.")
     try:
-        facts, tensors = json.loads(file.metadata["facts"]), views(file)
-        texts: list[Conditioning] = []
-        for index, numbers in enumerate(facts["texts"]):
-            start = f"text.{index}."
-            values = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
-            texts.append([[values.pop("context"), {**values, **numbers}]])
-        latents = []
-        for index in range(len(facts["which"])):
-            latents.append(tensors[f"latent.{index}"])
-            progress(index + 1, len(facts["which"]))
-        return TensorData(latents, texts, facts["which"], texts[facts["unconditional"]])
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+        facts = json.loads(file.metadata["facts"])
+        which, unconditional = [_index(value) for value in facts["which"]], _index(facts["unconditional"])
+        if not which:
+            raise ValueError("no clips")
+        file.verify(lambda *_: progress(0, len(which)))
+        tensors = views(file)
+        latents = [tensors.pop(f"latent.{index}") for index in range(len(which))]
+        texts = _texts(facts["texts"], tensors)
+        for done, latent in enumerate(latents):
+            if problem := _problem_of_latent(latent, latents[0]):
+                raise ValueError(f"latent.{done} {problem}")
+            progress(done + 1, len(latents))
+        return TensorData(latents, texts, which, texts[unconditional])
+    except CheckpointError:
+        raise
+    except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
         raise DCMError(f"{path} is a damaged data file ({error}). Save the dataset again.") from error
+
+
+def _index(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not the number of a text")
+    return value
+
+
+def _texts(numbers: list[dict[str, float]], tensors: Mapping[str, Tensor]) -> list[Conditioning]:
+    """The texts of their numbers and of all `tensors` together."""
+    if not isinstance(numbers, list) or not all(isinstance(values, dict) for values in numbers):
+        raise ValueError("its texts are not a list of entries")
+    texts: dict[str, dict[str, Any]] = {f"text.{index}": dict(values) for index, values in enumerate(numbers)}
+    for key, tensor in tensors.items():
+        kind, index, name = (*key.split(".", 2), "", "")[:3]
+        if f"{kind}.{index}" not in texts:
+            raise ValueError(f"{key} belongs to no text")
+        texts[f"{kind}.{index}"][name] = tensor
+    found = [[[extras.pop("context"), extras]] for extras in texts.values()]
+    # together: all have the same width
+    if problem := problem_of([text[0] for text in found]):
+        raise ValueError(problem)
+    return found
+
+
+def _problem_of_latent(latent: Tensor, first: Tensor) -> str:
+    if not latent.is_floating_point() or latent.ndim != 4 or not latent.numel() or len(latent) != len(first):
+        return f"is {latent.dtype} of shape {tuple(latent.shape)}; expected numbers by channel, frame, row and column, as in latent.0"
+    return "" if is_finite(latent) else "has NaN or infinite values"

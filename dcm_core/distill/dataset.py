@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..conditioning import Conditioning, load_conditioning
 from ..errors import CheckpointError, DCMError
-from ..storage import TensorFile, bytes_of
+from ..storage import TensorFile
+from ..values import bytes_of
 from .clips import Problem
 
 LATENT = "latent"
@@ -122,7 +123,7 @@ class Dataset(TrainingData):
         """
         path = self.entries[index].latent
         try:
-            return TensorFile(path).read(LATENT)
+            return TensorFile(path).read_all()[LATENT]
         except (CheckpointError, KeyError) as error:
             raise _lost(path, error) from error
 

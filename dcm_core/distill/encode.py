@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..conditioning import Conditioning, load_conditioning, save_conditioning
 from ..errors import CheckpointError, DCMError
-from ..storage import Progress, TensorFile, is_finite, write_tensors
+from ..storage import Progress, TensorFile, write_tensors
+from ..values import is_finite
 from .clips import ClipFacts, ClipSettings, Problem, check_clips, find_clips, no_clip_left, read_clip
 from .dataset import LATENT, Dataset, Entry
 from .video_file import ClipError

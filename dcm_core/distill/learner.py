@@ -71,7 +71,7 @@ class Learner:
     def tensors(self) -> dict[str, Tensor]:
         """The whole state by name."""
         values = {f"{self.name}.{name}": value for name, value in self.parameters.items()}
-        return values | optimizer_tensors(f"{self.name}_optimizer", list(self.parameters), self.optimizer)
+        return values | optimizer_tensors(f"{self.name}_optimizer", self.parameters, self.optimizer)
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -8,24 +8,28 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from ..storage import TensorFile, check_room, unfinished, write_tensors
+from ..errors import CheckpointError, NoRoomError, name_some
+from ..keymap import Shape
+from ..storage import TensorFile, write_tensors
+from ..unfinished import check_room, remove_left
 from .config import TrainingConfig, TrainingError
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "dcm-training"
 STATES = "step_*.safetensors"
-HISTORY = "history"
+HISTORY, SCALE = "history", "loss_scale"
 NAME = re.compile(r"step_\d{8}\.safetensors")
+# AdamW's of each parameter, in its shape.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 History = list[dict[str, float]]
 
@@ -80,14 +84,14 @@ class SavedState:
         return f"went on from step {self.steps}" + (f" with {'; '.join(changes)}" if changes else "")
 
 
-def optimizer_tensors(prefix: str, names: list[str], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by the names of its parameters."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{prefix}.{name}.{key}": torch.as_tensor(value)
-        for index, name in enumerate(names)
-        for key, value in state.get(index, {}).items()
-    }
+def optimizer_tensors(prefix: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by the names of its parameters; without a step yet, what the first step begins with."""
+    found = {}
+    for name, parameter in parameters.items():
+        zeros = torch.zeros((), device=parameter.device).expand(parameter.shape)
+        state = {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, zeros), **optimizer.state.get(parameter, {})}
+        found |= {f"{prefix}.{name}.{key}": value for key, value in state.items()}
+    return found
 
 
 def load_optimizer(prefix: str, names: list[str], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -111,8 +115,7 @@ def check_folder(folder: Path, size: int, count: int) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in unfinished(folder, STATES):
-            left.unlink()
+        remove_left(folder, STATES)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -127,7 +130,8 @@ def save_state(folder: Path, saved: SavedState, keep: int, lowest: int = 0) -> P
     Where the disk is full, all but the newest make room first.
 
     Raises:
-        CheckpointError: too little room on the disk; the newest state stays.
+        NoRoomError: too little room on the disk; the newest state stays.
+        CheckpointError: a file that cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(folder, saved.steps)
@@ -141,7 +145,7 @@ def save_state(folder: Path, saved: SavedState, keep: int, lowest: int = 0) -> P
     tensors[HISTORY] = _as_tensor(saved.history)
     try:
         write_tensors(path, tensors, metadata)
-    except CheckpointError:
+    except NoRoomError:
         spare = _sorted_states(folder, path)[:-1]
         if not spare:
             raise
@@ -188,54 +192,107 @@ def check_state(folder: Path, config: TrainingConfig, facts: dict[str, str]) -> 
         saved.check(config, facts, path)
 
 
-def newest_state(folder: Path, weights: bool = True) -> tuple[Path, SavedState] | None:
-    """The newest state that can be read, None without any; a damaged one is passed over for the one before.
+def newest_state(folder: Path, shapes: Mapping[str, Shape] | None = None, weights: bool = True) -> tuple[Path, SavedState] | None:
+    """The newest state that a run could go on from, None without any; one that it could not is passed over for the one before.
 
     Args:
+        shapes: name -> shape of the run's tensors, where they are known.
         weights: read the tensors too.
 
     Raises:
-        TrainingError: there are states, but none can be read.
+        TrainingError: there are states, but none that is whole.
     """
     paths = sorted(saved_states(folder), reverse=True)
     for path in paths:
         try:
-            return path, read_state(path, weights)
+            return path, read_state(path, shapes, weights)
         except CheckpointError as error:
-            logger.warning("%s cannot be read (%s); trying the state before it", path, error)
+            logger.warning("%s cannot be used (%s). Trying the checkpoint before it.", path, error)
     if paths:
         raise TrainingError(
-            f"None of the {len(paths)} states in {folder} can be read (newest: {paths[0].name}). Move them elsewhere to start anew "
-            "under this name, or choose another name."
+            f"None of the {len(paths)} checkpoints in {folder} can be used (newest: {paths[0].name}; the log says why). Move them "
+            "elsewhere to start anew under this name, or choose another name."
         )
     return None
 
 
-def read_state(path: Path, weights: bool = True) -> SavedState:
+def read_state(path: Path, shapes: Mapping[str, Shape] | None = None, weights: bool = True) -> SavedState:
     """Read a state.
 
     Args:
+        shapes: as for `newest_state`.
         weights: read the tensors too.
 
     Raises:
-        CheckpointError: a damaged file, or no training state.
+        CheckpointError: a damaged or incomplete file, or no training state.
     """
     file = TensorFile(path)
     if file.metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} holds no training state. Choose the folder of a training run.")
-    tensors = file.read_all(None if weights else file.shapes.keys() & {HISTORY})
+        raise CheckpointError(f"{path} is not a training checkpoint. Choose the folder of a training run.")
+    tensors = file.read_all() if weights else {key: file.read(key) for key in file.shapes.keys() & {HISTORY}}
     try:
         settings = json.loads(file.metadata["config"])
-        unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(TrainingConfig)})
+        unknown = sorted(set(dict(settings)) - {field.name for field in dataclasses.fields(TrainingConfig)})
         # version 0.1.0 had the history in the header
         history = tensors.pop(HISTORY).numpy().tobytes() if HISTORY in tensors else file.metadata[HISTORY]
         steps, facts, history = int(file.metadata["steps"]), json.loads(file.metadata["facts"]), json.loads(history)
-        config = None if unknown else TrainingConfig(**settings)
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is a damaged training state ({error}). Remove it to go on from the one before.") from error
+        config = None if unknown else TrainingConfig.from_dict(settings)
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise _damaged(path, error) from error
     if config is None:
         raise CheckpointError(f"{path} is of a newer version: {', '.join(unknown)} is no setting here. Update ComfyUI-DCM.")
+    problem = _no_facts(facts) or _no_history(history, steps) or _incomplete(file, config)
+    if problem := problem or _compared(_shapes_of(file), shapes or _shapes_of(file)):
+        raise _damaged(path, problem)
     return SavedState(steps, config, facts, history, tensors)
+
+
+def _damaged(path: Path, why: Any) -> CheckpointError:
+    return CheckpointError(f"{path} is a damaged training checkpoint ({why}). Remove it to resume from the one before.")
+
+
+def _no_facts(facts: Any) -> str:
+    """What is wrong with the facts, empty if nothing is; the same for those below."""
+    texts = isinstance(facts, dict) and all(isinstance(fact, str) for fact in facts.values())
+    return "" if texts else "its facts are not texts by name"
+
+
+def _no_history(history: Any, steps: int) -> str:
+    if not isinstance(history, list) or len(history) != steps:
+        return f"its history does not have an entry for each of its {steps} steps"
+    for entry in history:
+        if not (isinstance(entry, dict) and all(type(value) in (int, float) for value in entry.values())):
+            return "its history has entries that are not numbers"
+    return ""
+
+
+def _shapes_of(file: TensorFile) -> dict[str, Shape]:
+    return {key: shape for key, shape in file.shapes.items() if key != HISTORY}
+
+
+def _incomplete(file: TensorFile, config: TrainingConfig) -> str:
+    """Compares the tensors with each other: every trained one needs its optimizer state and, with EMA, its average."""
+    shapes = _shapes_of(file)
+    parts = ("expert", "discriminator") if config.adversarial else ("expert",)
+    wanted: dict[str, Shape] = {}
+    for key, shape in shapes.items():
+        part, _, name = key.partition(".")
+        if part in parts:
+            wanted |= {key: shape, f"{part}_optimizer.{name}.step": (), **{f"{part}_optimizer.{name}.{m}": shape for m in MOMENTS}}
+        if part == "expert" and config.ema_decay:
+            wanted[f"average.{name}"] = shape
+    absent = [part for part in parts if not any(key.startswith(f"{part}.") for key in shapes)]
+    whole = [key for key in shapes if not file.dtypes[key].is_floating_point]
+    if absent or whole:
+        return f"it has no {' and '.join(absent)}" if absent else f"{name_some(whole)} are not floating-point numbers"
+    return _compared(shapes, {**wanted, **({SCALE: ()} if SCALE in shapes else {})})
+
+
+def _compared(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
+    missing, odd = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    wrong = {name for name in wanted.keys() & found.keys() if tuple(found[name]) != tuple(wanted[name])}
+    kinds = ((missing, "are missing"), (odd, "are unknown"), (wrong, "have another shape"))
+    return " and ".join(f"{len(names)} tensors {what}: {name_some(names)}" for names, what in kinds if names)
 
 
 def _as_tensor(history: History) -> Tensor:

@@ -25,7 +25,7 @@ from .memory import Memory, step_size, total
 from .parallel import Processes
 from .signals import held_back
 from .stages import DetailStage, SemanticStage, Terms
-from .state import History, SavedState, check_folder, newest_state, save_state
+from .state import History, SavedState, check_folder, check_state, newest_state, save_state
 from .trainee import make_fixed, make_trainee
 from .watcher import Quiet, Watcher
 
@@ -309,16 +309,16 @@ class Trainer:
     @torch.no_grad()
     def _resume(self) -> str:
         """Take up the newest state, if there is one; what that means in words."""
-        found = newest_state(self.folder)
+        check_state(self.folder, self.config, self.facts)  # of other settings: told of by them, not as damaged
+        found = newest_state(self.folder, {name: tuple(value.shape) for name, value in self._tensors().items()})
         if found is None:
             return ""
         path, saved = found
         saved.check(self.config, self.facts, path)
         for learner in self._learners:
             learner.load(saved.tensors)
-        if self.average is not None:
-            for name, value in self.average.named_parameters():
-                value.copy_(saved.tensors[f"average.{name}"])
+        for name, value in self.average.named_parameters() if self.average else ():
+            value.copy_(saved.tensors[f"average.{name}"])
         self.loss_scale = float(saved.tensors.get("loss_scale", self.loss_scale))
         self.history, self.saved = saved.history, saved.steps
         with warnings.catch_warnings():

@@ -1,5 +1,6 @@
 """`python -m dcm_core train`: training from a settings file, in the host but without its server."""
 
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ...dcm_core.distill.encode import prepare
 from ...dcm_core.distill.parallel import join
 from ...dcm_core.routing import Side
 from ...dcm_core.storage import Progress, TensorFile
+from ...dcm_core.unfinished import write_bytes
 from .attach import require_family
 from .encoders import host_encoders
 from .expert_files import read_expert_file
@@ -75,7 +77,9 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     if processes.first:
         save_expert(output, result.expert, model)
         for term, plot in plots_of(result).items():
-            plot.save(states / f"loss_{term}.png")
+            picture = io.BytesIO()
+            plot.save(picture, "PNG")
+            write_bytes(states / f"loss_{term}.png", picture.getvalue())
     resumed = f" ({result.resumed})" if result.resumed else ""
     return f"{result.expert}, {len(result.history)} steps{resumed}, saved to {output}"
 

@@ -72,7 +72,7 @@ def _look_at_file(path: Path, model: Any, node_id: str | None) -> tuple[str, str
     target = base = None
     if model is not None:
         target, base = Target(type(model.model).__name__, model_family(model), module_shapes(model)), model_base(model)
-    inspection = inspect_file(path, target)
+    inspection = inspect_file(path, target, byte_progress(node_id))
     profile = None
     if inspection.problem is None:
         profile = file_profile(path, target, base, byte_progress(node_id))

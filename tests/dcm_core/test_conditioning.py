@@ -2,6 +2,7 @@
 
 import json
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +11,9 @@ from hypothesis import strategies as st
 from dcm_core.conditioning import describe_conditioning, load_conditioning, save_conditioning
 from dcm_core.errors import DCMError
 from dcm_core.storage import TensorFile, write_tensors
+from dcm_core.values import is_finite
+
+from .mangled import mangled, timed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.float8_e4m3fn]
 
@@ -37,22 +41,25 @@ def prompt(width=8, **extras):
 
 
 @st.composite
-def tensors(draw):
-    dtype = draw(st.sampled_from(DTYPES))
-    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+def tensors(draw, dtypes=DTYPES, dims=None):
+    dtype, count = draw(st.sampled_from(dtypes)), dims or draw(st.integers(1, 4))
+    shape = draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))
     size = torch.Size(shape).numel() * dtype.itemsize
     raw = draw(st.binary(min_size=size, max_size=size))
-    return torch.tensor([byte % 2 if dtype is torch.bool else byte for byte in raw], dtype=torch.uint8).view(dtype).reshape(shape)
+    tensor = torch.tensor([byte % 2 if dtype is torch.bool else byte for byte in raw], dtype=torch.uint8).view(dtype).reshape(shape)
+    hypothesis.assume(not tensor.is_floating_point() or is_finite(tensor))
+    return tensor
 
 
-numbers = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
-extras = st.dictionaries(st.text(max_size=6) | st.sampled_from(["pooled_output", "a.b", "cond", "0"]), numbers | tensors(), max_size=4)
+numbers = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
+extras = st.dictionaries(st.text(max_size=6) | st.sampled_from(["a.b", "cond", "0"]), numbers | tensors(), max_size=4)
+embeddings = tensors([dtype for dtype in DTYPES if dtype.is_floating_point], 3)
 
 
-@given(entries=st.lists(st.tuples(tensors(), extras), min_size=1, max_size=3))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(entries=st.lists(st.tuples(embeddings, extras), min_size=1, max_size=3))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much], max_examples=100)
 def test_round_trip(tmp_path, entries):
-    conditioning = [list(entry) for entry in entries]
+    conditioning = [[embedding[..., :1], extras] for embedding, extras in entries]
     save_conditioning(tmp_path / "x.safetensors", conditioning)
     assert_same(conditioning, load_conditioning(tmp_path / "x.safetensors"))
 
@@ -135,23 +142,54 @@ def test_damaged_files_are_refused(tmp_path, keys, values):
         load_conditioning(tmp_path / "x.safetensors")
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["cond", "pooled", "x"]), inner, max_size=3),
-)
+NAN, ONES = float("nan"), torch.ones(1, 5, 8)
+WRONG = {
+    "nan": ([[ONES * NAN, {}]], "its embedding of entry 0 has NaN or infinite values"),
+    "infinite": ([[ONES, {}], [ONES / 0, {}]], "its embedding of entry 1 has NaN or infinite values"),
+    "no tokens": ([[torch.ones(1, 0, 8), {}]], r"embedding 0 is torch\.float32 of shape \(1, 0, 8\)"),
+    "no batch": ([[torch.ones(5, 8), {}]], r"embedding 0 is torch\.float32 of shape \(5, 8\); expected numbers by batch, token and width"),
+    "whole numbers": ([[torch.ones(1, 5, 8, dtype=torch.int64), {}]], r"embedding 0 is torch\.int64"),
+    "widths": ([[ONES, {}], [torch.ones(1, 5, 6), {}]], r"the embeddings have the widths 6, 8; expected one"),
+    "pooled nan": ([[ONES, {"pooled_output": torch.ones(1, 8) * NAN}]], "pooled_output of entry 0 has NaN"),
+    "pooled": ([[ONES, {"pooled_output": torch.ones(2, 8)}]], r"pooled_output of entry 0 has shape \(2, 8\), which does not fit"),
+    "pooled empty": ([[ONES, {"pooled_output": torch.ones(1, 0)}]], r"pooled_output of entry 0 has shape \(1, 0\)"),
+    "pooled deep": ([[ONES, {"pooled_output": torch.ones(1, 8, 2)}]], r"pooled_output of entry 0 has shape \(1, 8, 2\)"),
+    "mask": ([[ONES, {"attention_mask": torch.ones(1, 4)}]], r"attention_mask of entry 0 has shape \(1, 4\), which does not fit"),
+    "number": ([[ONES, {"guidance": NAN}]], "guidance of entry 0 is nan; expected a finite number"),
+    "list": ([[ONES, {"guidance": [1]}]], "guidance of entry 0 is a list"),
+}
 
 
-@given(values=json_values, keys=st.lists(st.sampled_from(["0", "1", "0.cond", "0.x", "9.y", ".cond", "0."]), unique=True))
+@pytest.mark.parametrize("case", WRONG)
+def test_what_no_sampler_could_use_is_refused(tmp_path, case):
+    conditioning, message = WRONG[case]
+    if case != "list":  # refused by its kind
+        with pytest.raises(DCMError, match=f"The conditioning cannot be saved: {message}"):
+            save_conditioning(tmp_path / "x.safetensors", conditioning)
+    assert not list(tmp_path.iterdir())
+    tensors, values = {}, []
+    for index, (embedding, extras) in enumerate(conditioning):
+        values.append({name: value for name, value in extras.items() if not isinstance(value, torch.Tensor)})
+        tensors |= {str(index): embedding, **{f"{index}.{name}": value for name, value in extras.items() if name not in values[-1]}}
+    write_tensors(tmp_path / "x.safetensors", tensors, {"format": "dcm-conditioning", "values": json.dumps(values)})
+    with pytest.raises(DCMError, match=f"damaged conditioning file .*{message}"):
+        load_conditioning(tmp_path / "x.safetensors")
+
+
+@given(data=st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
-def test_mangled_files_are_read_or_refused(tmp_path, values, keys):
-    metadata = {"format": "dcm-conditioning", "values": json.dumps(values)}
-    write_tensors(tmp_path / "x.safetensors", {key: torch.ones(1, 1, 1) for key in keys}, metadata)
-    try:
-        conditioning = load_conditioning(tmp_path / "x.safetensors")
-    except DCMError:
-        return
-    assert conditioning and all(isinstance(extras, dict) for _, extras in conditioning)
-    describe_conditioning(conditioning)
+def test_mangled_files_are_read_or_refused(tmp_path, data):
+    path = tmp_path / "x.safetensors"
+    tensors = {"0": torch.ones(1, 2, 3), "0.pooled_output": torch.ones(1, 4), "1": torch.ones(1, 5, 3).half()}
+    mangled(path, tensors, {"format": "dcm-conditioning", "version": "1", "values": '[{"guidance": 6.0}, {}]', "prompt": "a cat"}, data)
+    with timed():
+        try:
+            conditioning = load_conditioning(path)
+        except DCMError as error:
+            assert str(path) in str(error)
+        else:
+            assert all(isinstance(extras, dict) and is_finite(embedding) for embedding, extras in conditioning)
+            describe_conditioning(conditioning)
 
 
 def test_description():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcm_core import extract, storage
+from dcm_core import extract, unfinished
 from dcm_core.checkpoint import PREFIXES, recognise, semantic_state_dict
 from dcm_core.errors import CheckpointError, DCMError
 from dcm_core.expert_reader import read_expert
@@ -360,8 +360,8 @@ def test_a_missing_folder_is_found_before_the_work(sources, tmp_path):
 
 
 def test_a_disk_without_room_is_found_before_the_work(sources, out, monkeypatch):
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})())
-    with pytest.raises(CheckpointError, match=r"lora\.safetensors needs .* GB, but .* has 0\.0 GB free"):
+    monkeypatch.setattr(unfinished.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100})())
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors needs .* MB, but .* has 0\.0 MB free"):
         extract_lora(*sources, out, 2, progress=never)
 
 

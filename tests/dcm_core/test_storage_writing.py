@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcm_core import storage
+from dcm_core import unfinished
 from dcm_core.errors import CheckpointError
-from dcm_core.storage import TensorFile, cast, is_finite, temporary_file, write_stream, write_tensors
+from dcm_core.storage import TensorFile, write_stream, write_tensors
 
 from .test_storage import entries_of, left_in
 
@@ -89,13 +89,13 @@ def test_files_have_the_usual_mode(tmp_path):
 
 
 def test_disk_room_is_checked_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6})())
+    monkeypatch.setattr(unfinished.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6})())
 
     def never():
         raise AssertionError("work began")
         yield
 
-    with pytest.raises(CheckpointError, match=r"needs? 4\.0 GB, but .* has 0\.0 GB free"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors needs 4,000\.0 MB, but .* has 1\.0 MB free"):
         write_stream(tmp_path / "x.safetensors", {"a": (torch.float32, (10**9,))}, never(), {})
     assert left_in(tmp_path) == []
 
@@ -108,12 +108,6 @@ def test_missing_folder(tmp_path):
 def test_half_a_surrogate_in_the_metadata(tmp_path):
     write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {"clip": "é \udcff \U0001f600"})
     assert TensorFile(tmp_path / "x.safetensors").metadata == {"clip": "é ? \U0001f600"}
-
-
-def test_temporary_file_needs_no_content(tmp_path):
-    with pytest.raises(Interrupted), temporary_file(tmp_path / "x"):
-        raise Interrupted
-    assert left_in(tmp_path) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs the modes of POSIX")
@@ -136,7 +130,7 @@ def test_a_long_name(tmp_path, name):
         write_tensors(tmp_path / name, {"a": torch.ones(1)}, {})
         assert left_in(tmp_path) == [name]
     else:
-        with pytest.raises(CheckpointError, match=r"cannot be written \(.*\)\. See that .* the name is not too long"):
+        with pytest.raises(CheckpointError, match=r"cannot be written \(.*\)\. Check that .* the name is not too long"):
             write_tensors(tmp_path / name, {"a": torch.ones(1)}, {})
         assert left_in(tmp_path) == []
 
@@ -148,23 +142,9 @@ def test_a_file_that_something_holds_is_kept(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "replace", held)
-    with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be written \(Permission denied\).* no program holds the file open"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be written \(Permission denied\).* no other program has"):
         write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
     assert left_in(tmp_path) == ["x.safetensors"] and (tmp_path / "x.safetensors").read_bytes() == b"old"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
-def test_finite(dtype):
-    assert is_finite(torch.tensor([0.0, -1.5, torch.finfo(dtype).max, torch.finfo(dtype).tiny]).to(dtype))
-    assert not is_finite(torch.tensor([1.0, float("nan")]).to(dtype))
-
-
-def test_a_cast_that_loses_values_is_refused():
-    large = torch.tensor([1e5])
-    assert cast("a", large, torch.bfloat16).dtype is torch.bfloat16
-    assert torch.equal(cast("n", torch.tensor([7]), torch.int32), torch.tensor([7], dtype=torch.int32))
-    with pytest.raises(CheckpointError, match=r"a has values too large for torch\.float16\. Choose bfloat16 or float32"):
-        cast("a", large, torch.float16)
 
 
 MEASURE = """

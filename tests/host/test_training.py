@@ -186,7 +186,7 @@ def test_nan_losses_end_the_run_and_keep_the_expert(train, module, model, config
 def test_states_that_cannot_be_read_are_kept_and_nothing_starts_over_them(train, module, model, data, config, tmp_path):
     state = module("dcm_core.distill.state")
     (tmp_path / "step_00000900.safetensors").write_bytes(b"cut")
-    with pytest.raises(ValueError, match=r"None of the 1 states in .* can be read \(newest: step_00000900"):
+    with pytest.raises(ValueError, match=r"None of the 1 checkpoints in .* can be used \(newest: step_00000900"):
         train(model, data, config("semantic"), tmp_path)
     saved = state.SavedState(2, config("semantic"), {}, [{"step": 1.0}, {"step": 2.0}], {"x": torch.zeros(2)})
     for steps in (1, 2, 3):

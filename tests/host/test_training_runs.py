@@ -43,7 +43,7 @@ def test_states_without_room_are_refused_before_the_first_step(train, module, mo
     with monkeypatch.context() as patch:
         patch.setattr(trainer_class, "_update", never)
         room(2.5)
-        with pytest.raises(errors.DCMError, match=r"step_\*\.safetensors needs .* GB, but .*parts has .* GB free"):
+        with pytest.raises(errors.DCMError, match=r"step_\*\.safetensors needs .* MB, but .*parts has .* MB free"):
             train(model, data, config("detail", save_every=1), tmp_path / "parts")
         (tmp_path / "file").touch()
         with pytest.raises(errors.DCMError, match=r"file cannot be written to .* Choose another place"):
