@@ -4,14 +4,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dcm_core.distill.clips import ClipSettings, check_source, source_state
+from ..dcm_core.distill.clips import ClipSettings
 from ..dcm_core.distill.data_file import read_data, write_data
 from ..dcm_core.distill.encode import prepare
+from ..dcm_core.distill.sources import check_source, source_state
 from ..dcm_core.errors import DCMError
 from .host.compat import newer
 from .host.encoders import host_encoders
-from .host.folders import DATASETS, data_cache, files, new_file, path_of, source_path, state_of
+from .host.folders import DATASETS, data_cache, files, new_file, path_of, state_of
 from .host.progress import byte_progress
+from .host.reach import clip_source
 from .host.report import report
 
 Dataset = io.Custom("DCM_DATASET")
@@ -72,26 +74,32 @@ class DCMVideoDataset(io.ComfyNode):
         # none: it comes from another node, whose text is not known yet
         try:
             if folder is not None:
-                check_source(source_path(folder))
+                check_source(*clip_source(folder))
         except DCMError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, folder: str | None, **settings: Any) -> str:
-        return source_state(source_path(folder)) if folder is not None else ""
+        # an error here would end the host's worker; the run itself raises it
+        try:
+            return source_state(*clip_source(folder)) if folder is not None else ""
+        except (DCMError, OSError):
+            return ""
 
     @classmethod
     def execute(
         cls, folder: str, vae: Any, clip: Any, width: int, height: int, frames: int, fps: float, buckets: bool, negative: str = ""
     ) -> io.NodeOutput:
+        source, roots = clip_source(folder)
         dataset = prepare(
-            source_path(folder),
+            source,
             ClipSettings(frames, fps, width, height, buckets),
             host_encoders(vae, clip),
             data_cache(),
             negative,
             byte_progress(cls.hidden.unique_id),
+            roots,
         )
         return io.NodeOutput(dataset, ui=report(dataset.report(), cls.hidden.unique_id))
 

@@ -102,12 +102,14 @@ class Dataset(TrainingData):
         negative: file of the negative prompt's conditioning.
         problems: the clips left out.
         notes: what is worth knowing of the others.
+        others: the files that are no clips, in words.
     """
 
     entries: tuple[Entry, ...]
     negative: Path
     problems: tuple[Problem, ...] = ()
     notes: tuple[Problem, ...] = ()
+    others: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -162,11 +164,11 @@ class Dataset(TrainingData):
         return f"{clips}, {sizes}" + (f", {files} left out" if self.problems else "")
 
     def report(self) -> str:
-        """The line, then the number of clips of each size, each file left out and each note, a line each."""
+        """The line, then the number of clips of each size, each clip left out, each note and the other files, a line each."""
         sizes = Counter(entry.size for entry in self.entries)
         lines = [f"{width}x{height}: {count}" for (width, height), count in sorted(sizes.items())]
         left_out, notes = (f"left out {problem}" for problem in self.problems), (f"note {note}" for note in self.notes)
-        return "\n".join([str(self), *lines, *left_out, *notes])
+        return "\n".join([str(self), *lines, *left_out, *notes, *self.others])
 
 
 def _lost(path: Path, error: Exception) -> DCMError:
