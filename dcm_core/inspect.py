@@ -11,6 +11,10 @@ from .errors import CheckpointError, name_some
 from .lora_names import LoraKey, split_key
 from .match import Target, any_model, expert_part, match_expert
 from .storage import TensorFile
+from .text import one_line
+
+# of a fact, as what a file says of itself may be any long
+LINE_LENGTH = 1000
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Inspection:
 
 def in_lines(facts: Mapping[str, str | None]) -> str:
     """A line for each fact that is known."""
-    return "\n".join(f"{name:>10}: {value}" for name, value in facts.items() if value is not None)
+    return "\n".join(f"{name:>10}: {one_line(value, LINE_LENGTH)}" for name, value in facts.items() if value is not None)
 
 
 def inspect_file(path: str | os.PathLike, target: Target | None = None) -> Inspection:

@@ -20,7 +20,7 @@ from ..errors import CheckpointError
 from ..storage import TensorFile, check_room, unfinished, write_tensors
 from .config import TrainingConfig, TrainingError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ComfyUI-DCM")
 
 FORMAT = "dcm-training"
 STATES = "step_*.safetensors"
