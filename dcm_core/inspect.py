@@ -11,10 +11,7 @@ from .errors import CheckpointError, name_some
 from .lora_names import LoraKey, split_key
 from .match import Target, any_model, expert_part, match_expert
 from .storage import TensorFile
-from .text import one_line
-
-# of a fact, as what a file says of itself may be any long
-LINE_LENGTH = 1000
+from .text import LINE_LENGTH, one_line
 
 
 @dataclass(frozen=True)

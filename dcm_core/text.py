@@ -4,7 +4,7 @@ import logging
 import unicodedata
 
 LOGGER = "ComfyUI-DCM"
-NAME_LENGTH, TEXT_LENGTH = 160, 20_000
+NAME_LENGTH, LINE_LENGTH, TEXT_LENGTH = 160, 2000, 20_000
 # Control characters, invisible and direction marks, halves of surrogate pairs, line and paragraph separators.
 HIDDEN = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 
@@ -16,12 +16,14 @@ def has_hidden(text: str) -> bool:
 
 def one_line(text: object, limit: int = NAME_LENGTH) -> str:
     """A name or value from elsewhere in one line: hidden characters become their codes (`\\x1b`), what is too long is cut."""
-    return _visible(cut(str(text), limit))
+    # first what may be any long, then what the codes made longer
+    return cut(_visible(str(text)[: limit + 1]), limit)
 
 
 def plain(text: object, limit: int = TEXT_LENGTH) -> str:
     """The same for a text of several lines, which keeps its line ends and tabs."""
-    return _visible(cut(str(text), limit), kept="\n\t")
+    lines = str(text)[: limit + 1].split("\n")
+    return cut("\n".join(cut(_visible(line, kept="\t"), LINE_LENGTH) for line in lines), limit)
 
 
 def given(value: object) -> str:

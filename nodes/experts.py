@@ -1,5 +1,6 @@
 """Attach experts from files."""
 
+import math
 from typing import Any
 
 from comfy_api.latest import io
@@ -95,6 +96,9 @@ class DCMAttachExperts(io.ComfyNode):
         semantic_expert: Any = None,
         detail_expert: Any = None,
     ) -> io.NodeOutput:
+        for name, strength in (("semantic_strength", semantic_strength), ("detail_strength", detail_strength)):
+            if not math.isfinite(strength):
+                raise ExpertError(f"{name} is {strength}; expected a number from -10 to 10.")
         check_choice("experts", experts, (STACKED, INDEPENDENT), ExpertError)
         semantic = trained_expert(semantic_expert, "semantic", model) or load_expert(semantic_lora, "semantic", model)
         detail = trained_expert(detail_expert, "detail", model) or load_expert(detail_lora, "detail", model)
