@@ -15,6 +15,7 @@ from .lora_names import LoraKey, is_release_part, split_key
 from .match import AnyModel, Target, expert_part, match_expert
 from .metadata import Facts, quote, read_facts
 from .storage import Progress, TensorFile
+from .text import LINE_LENGTH, one_line
 from .updates import DefaultScale
 
 # Different ones that are listed.
@@ -73,7 +74,7 @@ class Inspection:
 
 def in_lines(facts: Mapping[str, str | None]) -> str:
     """A line for each fact that is known."""
-    return "\n".join(f"{name:>10}: {value}" for name, value in facts.items() if value is not None)
+    return "\n".join(f"{name:>10}: {one_line(value, LINE_LENGTH)}" for name, value in facts.items() if value is not None)
 
 
 def inspect_file(path: str | os.PathLike, target: Target | None = None, progress: Progress | None = None) -> Inspection:

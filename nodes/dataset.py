@@ -11,7 +11,7 @@ from ..dcm_core.distill.sources import check_source, source_state
 from ..dcm_core.errors import DCMError
 from .host.compat import newer
 from .host.encoders import host_encoders
-from .host.folders import DATASETS, data_cache, files, new_file, path_of, state_of
+from .host.folders import DATASETS, data_cache, files, fingerprint, new_file, path_of, state_of
 from .host.progress import byte_progress
 from .host.reach import clip_source
 from .host.report import report
@@ -80,12 +80,9 @@ class DCMVideoDataset(io.ComfyNode):
         return True
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, folder: str | None, **settings: Any) -> str:
-        # an error here would end the host's worker; the run itself raises it
-        try:
-            return source_state(*clip_source(folder)) if folder is not None else ""
-        except (DCMError, OSError):
-            return ""
+        return source_state(*clip_source(folder)) if folder is not None else ""
 
     @classmethod
     def execute(
@@ -149,12 +146,13 @@ class DCMLoadDataset(io.ComfyNode):
         )
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, file_name: str | None) -> int:
         return state_of(DATASETS, file_name)
 
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:
-        data = read_data(path_of(DATASETS, file_name), byte_progress(cls.hidden.unique_id))
+        data = read_data(path_of(DATASETS, file_name, "file_name"), byte_progress(cls.hidden.unique_id))
         return io.NodeOutput(data, ui=report(f"{len(data)} clips, {len(data.buckets)} sizes", cls.hidden.unique_id))
 
 

@@ -8,7 +8,7 @@ from ..dcm_core.errors import DCMError
 from ..dcm_core.plot import plot_schedule
 from .host.compat import newer
 from .host.expert_files import last_written
-from .host.folders import NONE
+from .host.folders import NONE, fingerprint
 from .host.inspect import file_names, inspect, path_of_choice
 from .host.report import report_picture
 from .host.sampling import as_image, choose_boundary
@@ -87,6 +87,7 @@ class DCMInspectModel(io.ComfyNode):
         )
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, file: str, **inputs: Any) -> tuple[int, ...]:
         return last_written(path_of_choice(file)) if file != NONE else ()
 

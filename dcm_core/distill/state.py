@@ -22,7 +22,7 @@ from ..storage import TensorFile, write_tensors
 from ..unfinished import check_room, remove_left
 from .config import TrainingConfig, TrainingError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ComfyUI-DCM")
 
 FORMAT = "dcm-training"
 STATES = "step_*.safetensors"

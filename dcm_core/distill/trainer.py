@@ -29,7 +29,7 @@ from .state import History, SavedState, check_folder, check_state, newest_state,
 from .trainee import make_fixed, make_trainee
 from .watcher import Quiet, Watcher
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ComfyUI-DCM")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ...dcm_core.inspect import in_lines, inspect_file
 from ...dcm_core.magnitude import Base, Change, Profile, file_profile, is_plain, make_profile, measure
 from ...dcm_core.match import Target
 from ...dcm_core.plot import plot_profile
+from ...dcm_core.text import given
 from ...dcm_core.updates import Update, routed_updates
 from .attach import compute_dtype, diffusion_model, is_own, model_family, module_shapes
 from .folders import LORAS, MODELS, NONE, files, path_of
@@ -30,19 +31,19 @@ def file_names() -> list[str]:
     return [NONE, *(f"{category}/{name}" for category in (MODELS, LORAS) for name in files(category))]
 
 
-def path_of_choice(choice: str) -> Path:
+def path_of_choice(choice: Any) -> Path:
     """Full path of one of `file_names`.
 
     Raises:
         DCMError: a name without its folder.
     """
-    category, _, name = choice.partition("/")
+    category, _, name = choice.partition("/") if isinstance(choice, str) else ("", "", "")
     if category not in (MODELS, LORAS):
         raise DCMError(
-            f"file is {choice!r}; expected none, or a file in models/{MODELS} or models/{LORAS}, such as {LORAS}/my_expert.safetensors. "
-            "Choose it from the list."
+            f"file is {given(choice)}; expected none, or a file in models/{MODELS} or models/{LORAS}, "
+            f"such as {LORAS}/my_expert.safetensors. Choose it from the list."
         )
-    return path_of(category, name)
+    return path_of(category, name, "file")
 
 
 def inspect(choice: str, model: Any, node_id: str | None = None) -> tuple[str, Tensor]:
