@@ -24,3 +24,8 @@ def name_some(names: Iterable[str], limit: int = 3) -> str:
     names = sorted(names)
     shown = ", ".join(names[:limit])
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 step`, `2 steps`, `0 entries`: a number with the form of its noun; `plural` where that is not the noun with an s."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"

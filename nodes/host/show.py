@@ -20,7 +20,7 @@ from ...dcm_core.distill.dataset import TrainingData
 from ...dcm_core.distill.state import History
 from ...dcm_core.experts import Expert
 from ...dcm_core.families import FAMILIES
-from ...dcm_core.plot import plot_losses
+from ...dcm_core.loss_plot import plot_losses
 from ...dcm_core.schedule import sigmas_from_timesteps
 from .attach import attach_experts
 from .report import tell
@@ -76,7 +76,8 @@ class Show:
             self.logged = now
         preview = None
         if now - self.shown > SHOW_SECONDS or done == steps:
-            preview = ("JPEG", self._preview(history[:: 1 + done // PLOT_POINTS]), 768)
+            # the newest is always among those that are drawn
+            preview = ("JPEG", self._preview(history[:: -(1 + done // PLOT_POINTS)][::-1]), 768)
             self.shown = time.monotonic()
         self.bar.update_absolute(done, steps, preview)
         comfy.model_management.throw_exception_if_processing_interrupted()

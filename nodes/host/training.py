@@ -22,7 +22,7 @@ from ...dcm_core.distill.watcher import Quiet
 from ...dcm_core.errors import ScheduleError
 from ...dcm_core.experts import Expert, expert_id, size_of, write_expert
 from ...dcm_core.families import Family
-from ...dcm_core.plot import plot_losses
+from ...dcm_core.loss_plot import plot_losses
 from ...dcm_core.routing import split_sigmas
 from ...dcm_core.schedule import sigmas_from_timesteps
 from .attach import SAME_BOUNDARY, diffusion_model, module_shapes, own_boundary, require_family
