@@ -33,6 +33,6 @@ def report_picture(text: str, image: Any, node_id: str | None) -> dict[str, Any]
 
 
 def tell(text: str, node_id: str | None) -> None:
-    """Show `text` on the node while it works."""
+    """Show `text` on the node while it works (web/result_text.js)."""
     if server() is not None and node_id is not None:
-        server().send_progress_text(text, node_id)
+        server().send_sync("dcm.text", {"node": node_id, "text": text}, server().client_id)
