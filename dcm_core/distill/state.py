@@ -79,9 +79,9 @@ class SavedState:
     def in_words(self, config: TrainingConfig) -> str:
         """What a run with these settings does with the state."""
         if config.steps == self.steps:
-            return f"all {self.steps} steps were made before, nothing was trained; raise steps to train on"
+            return f"Already at step {self.steps} of {config.steps}: nothing was trained. Raise steps to train further."
         changes = config.changes(self.config)
-        return f"went on from step {self.steps}" + (f" with {'; '.join(changes)}" if changes else "")
+        return f"Resumed from step {self.steps} of {config.steps}" + (f", changed: {'; '.join(changes)}" if changes else "") + "."
 
 
 def optimizer_tensors(prefix: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ start as it is."""
 
 import asyncio
 import functools
+import json
 import logging
 import math
 from collections.abc import Mapping

@@ -19,10 +19,10 @@ from ...dcm_core.distill.state import check_state
 from ...dcm_core.distill.trainee import new_detail, new_semantic
 from ...dcm_core.distill.trainer import Result, Trainer
 from ...dcm_core.distill.watcher import Quiet
-from ...dcm_core.errors import ScheduleError
+from ...dcm_core.errors import ScheduleError, counted
 from ...dcm_core.experts import Expert, expert_id, size_of, write_expert
 from ...dcm_core.families import Family
-from ...dcm_core.plot import plot_losses
+from ...dcm_core.loss_plot import plot_losses
 from ...dcm_core.routing import split_sigmas
 from ...dcm_core.schedule import sigmas_from_timesteps
 from .attach import SAME_BOUNDARY, diffusion_model, module_shapes, own_boundary, require_family
@@ -70,8 +70,8 @@ class Run:
 
     def __str__(self) -> str:
         last = self.result.history[-1]
-        steps = f"{int(last['step'])} steps, {self.result.seconds:.0f} s in this run"
-        lines = [str(self.expert), self.result.resumed, f"{steps}: {in_words(last)}", f"saved to {self.file}"]
+        steps = f"{counted(int(last['step']), 'step')} in all, {self.result.seconds:.0f} s in this run"
+        lines = [str(self.expert), self.result.resumed, f"{steps}: {in_words(last)}", f"Saved to {self.file}"]
         return "\n".join(filter(None, lines))
 
 

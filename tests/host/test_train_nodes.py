@@ -213,10 +213,10 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
 
     first = run(2)
     assert first.returncode == 0, first.stderr[-3000:]
-    assert "semantic expert, rank 2" in first.stdout and ", 2 steps, saved to" in first.stdout
+    assert "semantic expert, rank 2" in first.stdout and ", 2 steps.\nSaved to" in first.stdout
     log = first.stderr
-    assert 0 < log.index("peak memory about") < log.index("step 2/2: loss"), "told before the first step"
-    assert ", 3 steps (went on from step 2 with steps: 2 -> 3), saved to" in run(3).stdout
+    assert 0 < log.index("peak memory about") < log.index("Step 2 of 2: loss"), "told before the first step"
+    assert ", 3 steps.\nResumed from step 2 of 3, changed: steps: 2 -> 3.\nSaved to" in run(3).stdout
     assert list((tmp_path / "expert_states").glob("step_00000003.safetensors"))
     assert {path.name for path in (tmp_path / "expert_states").glob("*.png")} >= {"loss_loss.png", "loss_huber.png", "loss_temporal.png"}
     wrong = run(3, modle="x")

@@ -135,9 +135,10 @@ def test_a_finished_run_gives_its_expert_and_says_what_it_did(train, model, data
     whole = train(model, data, config("semantic", steps=2), tmp_path)
     again = train(model, data, config("semantic", steps=2, save_every=1), tmp_path)
     assert same(whole.expert, again.expert) and again.history == whole.history
-    assert whole.resumed == "" and again.resumed == "all 2 steps were made before, nothing was trained; raise steps to train on"
+    assert whole.resumed == "" and again.resumed == "Already at step 2 of 2: nothing was trained. Raise steps to train further."
     longer = train(model, data, config("semantic", steps=3, learning_rate=1e-3), tmp_path)
-    assert longer.resumed == "went on from step 2 with steps: 2 -> 3; learning_rate: 0.0001 -> 0.001" and len(longer.history) == 3
+    assert longer.resumed == "Resumed from step 2 of 3, changed: steps: 2 -> 3; learning_rate: 0.0001 -> 0.001."
+    assert len(longer.history) == 3
 
 
 def test_another_learning_rate_takes_effect_where_a_run_goes_on(train, model, data, config, tmp_path):
