@@ -19,8 +19,9 @@ from ...dcm_core.match import Target
 from ...dcm_core.plot import plot_profile
 from ...dcm_core.text import given
 from ...dcm_core.updates import Update, routed_updates
-from .attach import compute_dtype, diffusion_model, is_own, model_family, module_shapes
+from .attach import compute_dtype, diffusion_model, model_family, module_shapes
 from .folders import LORAS, MODELS, NONE, files, path_of
+from .prepare import is_own
 from .progress import byte_progress
 from .route import KEY, AttachedExperts, attached_experts
 from .sampling import as_image

@@ -1,0 +1,205 @@
+"""Put experts in a base model's place for one call, and know who answered."""
+
+import inspect
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .adapters import (
+    NONE,
+    Activations,
+    AddLinear,
+    Forward,
+    RoutedExpert,
+    RoutedSite,
+    add_linear,
+    find_module,
+    inner_module,
+)
+
+# (object, attribute, what the attribute is during the call)
+Placement = tuple[Any, str, Any]
+
+
+@contextmanager
+def in_place(
+    root: nn.Module,
+    experts: Iterable[tuple[RoutedExpert, float]],
+    add: AddLinear = add_linear,
+    activations: Activations = NONE,
+    watch: bool = False,
+    watch_bare: bool = False,
+) -> Iterator[None]:
+    """For the length of the block the experts answer in the base's place, later ones on top; then everything is as before.
+
+    Only instance attributes are set, which hide a layer's `forward` or a block's bare parameter; neither is touched. The caller
+    sees to it that one base is in one thread at a time.
+
+    Args:
+        root: the base model.
+        experts: each with its strength.
+        activations: see `RoutedSite.forward`.
+        watch: layers note that they are called, for `unanswered`.
+        watch_bare: bare parameters note that they are read. Not under torch.compile: it would compile the noting in.
+    """
+    working = list(experts)
+    before: list[Placement] = []
+    try:
+        for expert, strength in working:
+            for holder, name, value in (
+                *_forwards(expert, root, strength, add, activations, watch),
+                *_bare_parameters(expert, root, strength, watch_bare),
+            ):
+                before.append((holder, name, holder.__dict__.get(name)))
+                holder.__dict__[name] = value
+        for expert, _ in working:
+            expert.called.clear()
+        yield
+    finally:
+        for holder, name, value in reversed(before):
+            if value is None:
+                holder.__dict__.pop(name, None)
+            else:
+                holder.__dict__[name] = value
+
+
+def unanswered(
+    root: nn.Module, experts: Collection[RoutedExpert], required: Collection[str], bare: bool
+) -> tuple[set[str], set[str]]:
+    """The layers and bare parameters that were not used since `in_place` began with `watch`.
+
+    A part of the model may rest: a block that a node skips while others of its list work, or a part that reads an optional input.
+
+    Args:
+        required: names of the top-level parts that every call needs.
+        bare: bare parameters were watched, too.
+
+    Returns:
+        Those that are lost, and those that rest with all of their part.
+    """
+    expected = {name for expert in experts for name in (*expert.names, *(expert.bare_names if bare else ()))}
+    answered = {name for expert in experts for name in expert.called | expert.traced}
+    working = {_part(root, name) for name in answered}
+    lists = {part[0] for part in working if len(part) > 1}
+    lost, resting = set(), set()
+    for name in expected - answered:
+        part = _part(root, name)
+        rests = part not in working and (part[0] in lists if len(part) > 1 else part[0] not in required)
+        (resting if rests else lost).add(name)
+    return lost, resting
+
+
+def _part(root: nn.Module, name: str) -> tuple[str, ...]:
+    """The part of the model that a tensor or layer belongs to: `("blocks", "3")`, `("text_embedding",)`."""
+    first, *rest = name.split(".")
+    in_list = rest and isinstance(inner_module(root)._modules.get(first), nn.ModuleList)
+    return (first, rest[0]) if in_list else (first,)
+
+
+def _forwards(
+    expert: RoutedExpert, root: nn.Module, strength: float, add: AddLinear, activations: Activations, watch: bool
+) -> Iterator[Placement]:
+    """What every site puts in place.
+
+    Built once and reused: torch.compile recompiles otherwise. For the same reason a site in compiled code keeps its noting forward.
+    """
+    for name, site in zip(expert.names, expert.sites, strict=True):
+        module = find_module(root, name)
+        holder, attribute = _innermost(module)
+        base = getattr(holder, attribute)
+        known = expert.forwards.get(name)
+        if known is None or known[0] is not holder or known[1] != base or known[2] != strength:
+            forward = _make_forward(site, base, strength, add, activations)
+            noting = _make_noting(forward, name, expert.called, expert.traced)
+            expert.traced.discard(name)
+            known = expert.forwards[name] = (holder, base, strength, forward, noting, _plain_container(root, name))
+        _, _, _, forward, noting, container = known
+        yield holder, attribute, noting if watch or name in expert.traced else forward
+        if container is not None and "forward" not in container[0].__dict__:
+            yield container[0], "forward", container[1]
+
+
+def _innermost(module: nn.Module) -> tuple[Any, str]:
+    """The object and attribute that hold a layer's own forward.
+
+    Another object may stand before the layer and call its `original_forward`, as the host's bypass LoRAs do. What it adds is added
+    to the expert's output then, as it is to the base's.
+    """
+    holder, attribute = module, "forward"
+    # not hasattr: what a module lacks takes it long to find out
+    while "original_forward" in getattr(outer := getattr(getattr(holder, attribute), "__self__", None), "__dict__", ()):
+        holder, attribute = outer, "original_forward"
+    return holder, attribute
+
+
+def _plain_container(root: nn.Module, name: str) -> tuple[nn.Module, Forward] | None:
+    """The nn.Sequential around a layer and its plain forward, where its class has another one: that may read the layer's weight itself."""
+    parent = find_module(root, name.rpartition(".")[0]) if "." in name else root
+    special = isinstance(parent, nn.Sequential) and type(parent).forward is not nn.Sequential.forward
+    if not special or len(inspect.signature(type(parent).forward).parameters) != 2:
+        return None
+    return parent, MethodType(nn.Sequential.forward, parent)
+
+
+def _make_forward(site: RoutedSite, base: Forward, strength: float, add: AddLinear, activations: Activations) -> Forward:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return site(x, base, strength, add, *args, activations=activations, **kwargs)
+
+    return forward
+
+
+def _make_noting(forward: Forward, name: str, called: set[str], traced: set[str]) -> Forward:
+    """The forward, noting its use: each call of it, or once that torch.compile made it part of compiled code, which notes nothing."""
+
+    @torch.compiler.assume_constant_result
+    def trace() -> bool:
+        traced.add(name)
+        return True
+
+    def noting(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            trace()
+        else:
+            called.add(name)
+        return forward(*args, **kwargs)
+
+    return noting
+
+
+def _bare_parameters(expert: RoutedExpert, root: nn.Module, strength: float, watch: bool) -> Iterator[Placement]:
+    for full_name, (module, name, value) in zip(expert.bare_names, expert.bare_values(root, strength), strict=True):
+        yield module, name, _watched(value, full_name, expert.called) if watch else value
+
+
+class Watched(Tensor):
+    """A tensor that notes its use and is an ordinary one to whatever uses it.
+
+    Attributes:
+        plain: the ordinary tensor.
+        key, called: what is noted, and where.
+    """
+
+    plain: Tensor
+    key: str
+    called: set[str]
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        args, kwargs = tree_map_only(Watched, _use, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def _use(tensor: Watched) -> Tensor:
+    tensor.called.add(tensor.key)
+    return tensor.plain
+
+
+def _watched(value: Tensor, key: str, called: set[str]) -> Watched:
+    watched = value.as_subclass(Watched)
+    watched.plain, watched.key, watched.called = value, key, called
+    return watched
