@@ -9,10 +9,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .magnitude import AFTER, BEFORE, Profile
-from .routing import plan_steps
+from .routing import SIDES, Owner, plan_steps
 
 BACKGROUND, GRID, TEXT = "#1e1f26", "#3a3c48", "#d7d9e0"
 COLOURS = {"semantic": "#f2a33c", "detail": "#4cb3ff"}
+NEUTRAL = "#8a8d99"  # a model without an expert
 SCALE = 2  # drawn larger and reduced: smooth lines
 
 Point = tuple[float, float]
@@ -76,27 +77,29 @@ class Canvas:
         return self.image.resize(self.size, Image.Resampling.LANCZOS)
 
 
-def plot_schedule(sigmas: Tensor, boundary: float, width: int = 768, height: int = 432) -> Image.Image:
-    """The schedule as an image of the given size in pixels.
+def plot_schedule(
+    sigmas: Tensor, boundary: float | None, width: int = 768, height: int = 432, owners: tuple[Owner, Owner] = SIDES
+) -> Image.Image:
+    """The schedule as an image of the given size in pixels, coloured by who runs which step as in `routing.plan_steps`.
 
     Raises:
         ScheduleError: sigmas that cannot be sampled, or a boundary outside (0, 1).
     """
-    plan = plan_steps(sigmas, boundary)
+    plan = plan_steps(sigmas, boundary, owners)
     canvas = Canvas(width, height, (13, 14, 5, 13.5))
     unit = canvas.unit
     points = [canvas.at(step / plan.steps, sigma) for step, sigma in enumerate(sigmas.tolist())]
     for sigma in (0, 0.25, 0.5, 0.75, 1):
         canvas.level(sigma, f"{sigma:g}", gap=2.5)
-    _dashed(canvas, boundary)
-    below = boundary > 0.5  # on the side of the line that has room
-    x, y = canvas.at(0, boundary)
-    canvas.text((x + unit, y + (unit if below else -unit)), f"boundary {boundary:g}", "la" if below else "ld")
-    words = str(plan).partition(", boundary")[0].split(", ")
-    canvas.legend(5 * unit, {part: COLOURS[part.rpartition(" ")[2]] for part in words})
+    if boundary is not None:
+        _dashed(canvas, boundary)
+        below = boundary > 0.5  # on the side of the line that has room
+        x, y = canvas.at(0, boundary)
+        canvas.text((x + unit, y + (unit if below else -unit)), f"boundary {boundary:g}", "la" if below else "ld")
+    canvas.legend(5 * unit, {words: COLOURS.get(owner, NEUTRAL) for words, owner in plan.parts})
     every = max(1, round(plan.steps / 12))
     for step in range(plan.steps):
-        colour = COLOURS[plan.side(step)]
+        colour = COLOURS.get(plan.side(step), NEUTRAL)
         canvas.line(points[step : step + 2], colour, 0.9)
         canvas.dot(points[step], colour)
         if step % every == 0:

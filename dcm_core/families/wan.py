@@ -1,7 +1,7 @@
 """Wan 2.1 (and every model built on its transformer)."""
 
 from ..keymap import Rule
-from ..schedule import Preset
+from ..schedule import TIMESTEPS, Preset, shift_sigma
 from .family import Family
 
 WEIGHT = ("weight",)
@@ -62,6 +62,13 @@ HEAD = (
     Rule("scale_shift_table", "head.modulation", WHOLE),
 )
 
+# The levels that the lightx2v LoRA pairs for Wan 2.2 A14B are distilled for (4 steps), and those their authors name for 8.
+PAIR_SHIFT = 5.0
+PAIR_TIMESTEPS = {
+    f"Wan 2.2 {steps} steps (lightx2v)": tuple(TIMESTEPS * shift_sigma(1 - step / steps, PAIR_SHIFT) for step in range(steps))
+    for steps in (4, 8)
+}
+
 WAN = Family(
     name="wan",
     title="Wan 2.1",
@@ -77,4 +84,6 @@ WAN = Family(
     head="head",
     fps=16,
     feature_weight=10.0,
+    pair_boundary={False: 0.875, True: 0.9},
+    pair_timesteps=PAIR_TIMESTEPS,
 )

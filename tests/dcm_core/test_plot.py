@@ -7,7 +7,7 @@ from PIL import ImageColor
 from dcm_core.errors import ScheduleError
 from dcm_core.families import WAN
 from dcm_core.magnitude import Profile
-from dcm_core.plot import BACKGROUND, COLOURS, plot_profile, plot_schedule
+from dcm_core.plot import BACKGROUND, COLOURS, NEUTRAL, plot_profile, plot_schedule
 from dcm_core.schedule import generic_sigmas
 
 
@@ -64,6 +64,23 @@ def test_a_side_without_steps_is_not_drawn(boundary, only):
     image = plot_schedule(torch.tensor([0.999, 0.9, 0.8, 0.7]), boundary)
     for side, colour in COLOURS.items():
         assert of_colour(image, colour)[header_height(image) :].any() == (side == only)
+
+
+@pytest.mark.parametrize(("owners", "seen"), [
+    (("base", "base"), []), (("semantic", "semantic"), ["semantic"]), (("semantic", "base"), ["semantic"]),
+    (("base", "detail"), ["detail"]),
+])
+def test_no_expert_is_drawn_that_does_not_run(owners, seen):
+    image = plot_schedule(WAN.preset.sigmas, 0.979 if owners[0] != owners[1] else None, owners=owners)
+    assert [side for side, colour in COLOURS.items() if of_colour(image, colour).any()] == seen
+    assert of_colour(image, NEUTRAL).any() == ("base" in owners)
+
+
+def test_without_a_boundary_no_line_is_drawn():
+    """And nothing else differs: the line and its words are a few rows."""
+    with_line, without = (plot_schedule(torch.tensor([0.4, 0.3, 0.0]), boundary, owners=("base", "base")) for boundary in (0.8, None))
+    rows = (pixels(with_line) != pixels(without)).any(-1).any(1).nonzero()
+    assert 5 < rows.max() - rows.min() < with_line.height / 10
 
 
 def test_moving_the_boundary_changes_the_picture():

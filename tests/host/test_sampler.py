@@ -1,5 +1,6 @@
 """The sampling nodes: plan, seed, progress, masks, and what they refuse."""
 
+import math
 import re
 
 import pytest
@@ -34,11 +35,15 @@ def run(node):
     return call
 
 
+def lines(output):
+    """The plan and the notes on the schedule; below them stands the time taken."""
+    *found, took = output.ui.as_dict()["text"][0].splitlines()
+    assert re.fullmatch(r"(1 step|\d+ steps) in \d+\.\d s", took)
+    return found
+
+
 def text(output):
-    """The plan; below it stands the time taken."""
-    plan, took = output.ui.as_dict()["text"][0].splitlines()
-    assert re.fullmatch(r"\d+ steps in \d+\.\d s", took)
-    return plan
+    return lines(output)[0]
 
 
 def core_sample(model, sigmas, seed, samples, negative=COND, cfg=1.0, sampler="euler", mask=None):
@@ -168,12 +173,14 @@ def test_one_progress_bar_runs_across_the_switch(run, base, wan, monkeypatch, ev
     assert len(bars) == 1
 
 
-def test_two_models_in_the_sampler_node(run, base, wan, module):
+@pytest.mark.parametrize("schedule", ["auto", "generic", "even", "Wan 2.2 4 steps (lightx2v)"])
+def test_two_models_in_the_sampler_node(run, base, wan, module, schedule):
+    """Levels that the 4-step LoRA pairs are made for."""
     low = wan(seed=2)
-    out = run(base, detail_model=low, schedule="generic", steps=5, shift=5.0)
-    assert text(out) == "step 1-3 semantic, 4-5 detail, boundary 0.875"
+    out = run(base, detail_model=low, schedule=schedule, steps=4, shift=5.0)
+    assert text(out) == "step 1-2 semantic, 3-4 detail, boundary 0.875"
     switch = module("nodes.host.switch")
-    sigmas = module("dcm_core.schedule").generic_sigmas(5, 5.0)
+    sigmas = torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0])
     pair = switch.with_sides(base, switch.Sides(0.875, low))
     assert torch.equal(out.result[0]["samples"], core_sample(pair, sigmas, 3, latent()["samples"], negative=COND))
 
@@ -210,11 +217,19 @@ def test_the_boundary_is_the_second_models_too(run, routed):
     assert torch.equal(twice.result[0]["samples"], run(routed, **settings).result[0]["samples"])
 
 
-def test_the_same_model_twice_is_not_wan_2_2(run, base):
-    settings = {"steps": 6, "shift": 17.0}
-    out = run(base, detail_model=base.clone(), **settings)
+def test_one_model_connected_twice_is_one(run, base):
+    out = run(base, detail_model=base.clone())
+    assert text(out) == "6 steps, no experts attached"
+    assert torch.equal(out.result[0]["samples"], run(base).result[0]["samples"])
+
+
+def test_the_same_weights_twice_are_not_wan_2_2(run, base):
+    """With a LoRA on one side there are two sides, at the boundary of Wan 2.1."""
+    other = base.clone()
+    other.add_patches({"diffusion_model.head.head.weight": ("diff", (torch.ones(64, base.model.diffusion_model.dim) / 9,))})
+    out = run(base, detail_model=other)
     assert text(out) == "step 1-3 semantic, 4-6 detail, boundary 0.979"
-    assert torch.equal(out.result[0]["samples"], run(base, **settings).result[0]["samples"])
+    assert not torch.equal(out.result[0]["samples"], run(base).result[0]["samples"])
 
 
 def test_a_clone_with_a_copy_of_the_weights_is_the_same_model(module, base, wan):
@@ -224,12 +239,6 @@ def test_a_clone_with_a_copy_of_the_weights_is_the_same_model(module, base, wan)
     copied = base.clone(model_override=wan(seed=1).get_clone_model_override())
     assert not base.is_clone(copied)
     assert module("nodes.host.sampling").prepare_model(base, detail_model=copied)[1] == 0.979
-
-
-def test_image_model_has_its_own_boundary(module, wan):
-    sampling = module("nodes.host.sampling")
-    assert sampling.choose_boundary(wan(channels=36, layers=1, width=128), 0.0, True) == 0.9
-    assert sampling.choose_boundary(wan(layers=1, width=128), 0.0, True) == 0.875
 
 
 @pytest.mark.parametrize(
@@ -245,7 +254,15 @@ def test_image_model_has_its_own_boundary(module, wan):
         ({"sigmas": torch.tensor([14.6, 3.0, 0.0])}, "noise levels lie between 1 and 0"),
         ({"sigmas": torch.tensor([1.0, float("nan"), 0.0])}, "noise levels lie between 1 and 0"),
         ({"denoise": 0.0}, "denoise is 0.0"),
-        ({"schedule": "karras"}, r"The schedule is 'karras'; choose one of auto, Wan 2\.1 6 steps"),
+        ({"schedule": "fast"}, r"schedule is 'fast'; choose one of auto, Wan 2\.1 6 steps"),
+        ({"schedule": ["auto"]}, r"schedule is \['auto'\]; choose one of"),
+        ({"sampler_name": "eular"}, "sampler_name is 'eular'; choose one of euler, "),
+        ({"sampler_name": None}, "sampler_name is None; choose one of"),
+        ({"schedule": "even", "steps": 0}, "steps is 0; it has to lie in 1 .. 1000"),
+        ({"schedule": "even", "shift": 0.0}, "shift is 0.0"),
+        ({"schedule": "simple", "shift": math.nan}, "shift is nan"),
+        ({"schedule": "simple", "denoise": 0.0}, "denoise is 0.0"),
+        ({"schedule": "simple", "denoise": 1e-9}, "denoise is 1e-09, too small for 6 steps"),
         ({"boundary": 1.0}, "boundary is 1.0"),
         ({"schedule": "generic", "steps": 0}, "steps is 0"),
     ],
