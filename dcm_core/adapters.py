@@ -70,13 +70,14 @@ class RoutedSite(nn.Module):
 
     Attributes:
         replaced: answers alone (strength 1) or interpolated with the base.
+        kept: a replaced weight goes with the base's bias ("bias"), or a replaced bias with its weight ("weight"); "" if neither.
         branch: low-rank updates added to the base's output.
         diff: a module of the base's kind holding differences, or an `Offset`; its output is added.
     """
 
-    def __init__(self, replaced: nn.Module | None, branch: LowRankBranch | None, diff: nn.Module | None):
+    def __init__(self, replaced: nn.Module | None, branch: LowRankBranch | None, diff: nn.Module | None, kept: str = ""):
         super().__init__()
-        self.replaced, self.branch, self.diff = replaced, branch, diff
+        self.replaced, self.branch, self.diff, self.kept = replaced, branch, diff, kept
 
     def forward(
         self, x: Tensor, base: Forward, strength: float, add: AddLinear, *args: Any, activations: Activations = NONE, **kwargs: Any
@@ -95,7 +96,7 @@ class RoutedSite(nn.Module):
                 raise ExpertError(f"This ComfyUI passes input_act={activation!r} to a layer, which ComfyUI-DCM does not know. Update it.")
             x = activations[activation](x)
         if self.replaced is not None:
-            out = self.replaced(x, *args, **kwargs)
+            out = self._replacement(x, base, add, *args, **kwargs)
             return out if strength == 1 else torch.lerp(base(x, *args, **kwargs), out, strength)
         # before the base runs: an fp8 linear may clamp its input in place
         projected = self.branch.down(x) if self.branch is not None else None
@@ -107,6 +108,20 @@ class RoutedSite(nn.Module):
         if difference is not None:
             out = out.add_(difference, alpha=strength)
         return out
+
+    def _replacement(self, x: Tensor, base: Forward, add: AddLinear, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the layer at full strength where a tensor of it is replaced: the other one is the base's, changed or not."""
+        projected = self.branch.down(x) if self.branch is not None else None
+        difference = self.diff(x) if self.diff is not None else None
+        out = self.replaced(x, *args, **kwargs)
+        if self.kept:
+            # what a layer gives for zeros is its bias, wherever the host keeps that
+            zeros = x.new_zeros(1, *(x.shape[1:] if hasattr(self.replaced, "kernel_size") else x.shape[-1:]))
+            bias = base(zeros, *args, **kwargs)
+            out = out + bias if self.kept == "bias" else base(x, *args, **kwargs) - bias + out
+        if projected is not None:
+            self.branch.add(out, projected, 1.0, add)
+        return out if difference is None else out + difference
 
 
 class RoutedExpert(nn.Module):
@@ -217,23 +232,20 @@ def _check_fits(expert: Expert, base: Mapping[str, nn.Module]) -> None:
     other = [name for name in names if _kind(base[name]) not in KINDS or (name in expert.low_rank and not _is_linear(base[name]))]
     if other:
         raise ExpertError(f"{name_some(other)} cannot be switched during sampling. Leave these tensors out of the expert.")
-    partial = [
-        name
-        for name in names
-        if (given := {p for p in LAYER_PARAMS if f"{name}.{p}" in expert.replaced})
-        and (name in expert.low_rank or given != {p for p in LAYER_PARAMS if getattr(base[name], p, None) is not None})
-    ]
-    if partial:
+    changed = {*expert.diff, *(f"{name}.weight" for name in expert.low_rank)}
+    if twice := changed & expert.replaced.keys():
         raise ExpertError(
-            f"{name_some(partial)} is replaced only in part. An expert replaces a layer's weight and bias together, "
-            "without a low-rank pair on the same layer. Convert or train the expert again."
+            f"{name_some(twice)} is both replaced and changed. An expert either replaces a tensor or adds to it. "
+            "Convert or train the expert again."
         )
 
 
 def _make_site(name: str, expert: Expert, base: nn.Module, factory: SimpleNamespace) -> RoutedSite:
     updates = expert.low_rank.get(name)
     branch = LowRankBranch(updates, factory.operations, factory.dtype, factory.device) if updates else None
-    return RoutedSite(_filled(name, expert.replaced, base, factory), branch, _filled(name, expert.diff, base, factory))
+    lacking = [p for p in LAYER_PARAMS if getattr(base, p, None) is not None and f"{name}.{p}" not in expert.replaced]
+    replaced = _filled(name, expert.replaced, base, factory)
+    return RoutedSite(replaced, branch, _filled(name, expert.diff, base, factory), lacking[0] if replaced is not None and lacking else "")
 
 
 def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: SimpleNamespace) -> nn.Module | None:
