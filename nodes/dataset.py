@@ -36,8 +36,8 @@ class DCMVideoDataset(io.ComfyNode):
                 io.String.Input(
                     "folder",
                     default="",
-                    tooltip="A folder of videos, each with a .txt of its name that holds its caption, or a .jsonl file "
-                    'with "video" and "caption" in each line. A full path, or one in the input directory.',
+                    tooltip="A folder of videos; its subfolders are read too. Each video has its caption in a .txt file of the same name. "
+                    "Or a list of videos and captions: a .jsonl, .json or .csv file. Enter a full path, or one in the input directory.",
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the model to train."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model to train."),

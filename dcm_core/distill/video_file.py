@@ -19,6 +19,8 @@ UNSPECIFIED = 2  # ffmpeg's number of no matrix, and of no primaries
 NO_TIMES = "has frames without times, or with times that run backwards. Encode it again, for example as .mp4."
 STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 HDR = {16: "PQ", 18: "HLG"}  # transfer functions by ffmpeg's numbers
+# Containers that hold their pictures themselves, by ffmpeg's names: a playlist under the name of a video would lead to other files.
+CONTAINERS = "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,obu,ogg,yuv4mpegpipe"
 # ffmpeg's own decoders of these drop the transparency.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 MAX_SLANT = 0.1  # how far from a right angle a display matrix may be
@@ -122,7 +124,7 @@ def _opened(path: Path) -> Iterator[_Video]:
         raise ClipError(path, "does not exist. Check the name.")
     try:
         # a full path, as ffmpeg takes `name:` for a protocol; titles and the like in an old encoding are no reason to refuse a file
-        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+        with av.open(os.path.abspath(path), metadata_errors="ignore", container_options={"format_whitelist": CONTAINERS}) as container:
             yield _Video(path, container)
     except (av.FFmpegError, OSError) as error:
         raise ClipError(path, f"cannot be read ({error.strerror}). Encode or download it again.") from error
