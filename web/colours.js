@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 
 export const COLOURS = { semantic: "#f2a33c", detail: "#4cb3ff" };
 export const NEUTRAL = "#8a8d99";
+export const WARNING = "#ff9a6b";
 
 const NODES = {
   DCMTrainSemanticExpert: { color: "#6b4514", bgcolor: "#4a3211" },
