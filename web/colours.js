@@ -12,7 +12,7 @@ const NODES = {
 };
 // Wide enough for the values that a new node has, high enough for the pictures it will show; 0 is what the widgets need.
 const SIZES = {
-  DCMSampler: [360, 520],
+  DCMSampler: [360, 560],
   DCMAttachExperts: [420, 300],
   DCMConvertCheckpoint: [420, 0],
   DCMExtractLoRA: [420, 0],
