@@ -121,13 +121,13 @@ class Setup:
         schedule = self.schedule(chosen)
         if isinstance(schedule, str):
             return []
-        notes = [f"{chosen}: steps and shift are not used"]
+        notes = []
         if chosen == AUTO and not (self.semantic or self.detail):
             notes.append(
                 f"Warning: no expert is at work, and {len(schedule)} steps are too few without one. Attach experts, or set schedule to "
                 f"{EVEN} and steps to 20 or more."
             )
-        return notes
+        return [*notes, f"{chosen}: steps and shift are not used"]
 
 
 @dataclass(frozen=True)

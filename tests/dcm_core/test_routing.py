@@ -185,8 +185,8 @@ def test_the_schedule_is_what_the_models_are_made_for(setup, auto, generic):
     (EXPERTS, False), (LORA, False), (PLAIN, True), (Setup(WAN, semantic=False, detail=False), True), (Setup(WAN, two_sides=True), True),
 ])
 def test_auto_says_what_it_does_not_use_and_warns_without_experts(setup, warned):
-    first, *warning = setup.notes("auto")
-    assert first == "auto: steps and shift are not used"
+    *warning, last = setup.notes("auto")
+    assert last == "auto: steps and shift are not used"
     assert bool(warning) == warned
     if warned:
         assert warning[0].startswith("Warning: no expert is at work, and 6 steps are too few without one.")

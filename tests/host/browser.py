@@ -224,7 +224,7 @@ class Page:
     def listen_to_the_bar(self):
         """Keep the step bar's words, one after the other, in the page's `captions`."""
         self.run(
-            """() => { const caption = document.querySelector('.dcm-step-bar').lastElementChild; window.captions = [];
+            """() => { const [, caption] = document.querySelector('.dcm-step-bar').firstElementChild.children; window.captions = [];
             new MutationObserver(() => captions.push(caption.textContent)).observe(caption, { childList: true }) }"""
         )
 

@@ -173,12 +173,63 @@ def test_the_step_bar_shows_the_plan_before_the_run(page):
     box, width = page.page.locator(".dcm-step-bar").bounding_box(), page.width("DCMSampler")
     # as wide as the node, whatever panel lists its widgets
     assert 0.85 * width < box["width"] <= width and box["height"] > 20
+    unused = "auto: steps and shift are not used"
+    assert unused in page.page.locator(".dcm-step-bar").inner_text()
+    assert_bar_is_whole(page)
+    page.shoot("bar")
     page.set_widget("DCMSampler", "schedule", "generic")
     page.set_widget("DCMSampler", "steps", 10)
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 10")
+    assert unused not in page.page.locator(".dcm-step-bar").inner_text()
+    page.set_widget("DCMAttachExperts", "detail_strength", 0)
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert=semantic]').length === 10")
+    assert page.page.locator(".dcm-step-bar").inner_text().strip() == "10 semantic"
     page.set_widget("DCMAttachExperts", "detail_lora", "none")
     page.set_widget("DCMAttachExperts", "semantic_lora", "none")
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 0")
+
+
+def assert_bar_is_whole(page):
+    """No word of the bar is cut, or lies on another widget or below the node."""
+    place = """() => { const [bar] = document.querySelectorAll('.dcm-step-bar'), box = bar.getBoundingClientRect();
+        const parts = [...bar.querySelectorAll('div')].map(part => part.getBoundingClientRect());
+        return [box.bottom, Math.max(...parts.map(part => part.bottom))] }"""
+    page.wait(f"() => {{ const [box, words] = ({place})(); return words <= box + 1 }}")
+
+
+def test_the_step_bar_warns_of_a_base_without_experts(page):
+    page.open(SMALL_WORLD)
+    page.run("() => { app.graph._nodes.find(node => node.type === 'DCMAttachExperts').mode = 4 }")
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert=base]').length === 6")
+    words = page.page.locator(".dcm-step-bar").inner_text()
+    assert "6 steps, no expert at work" in words and "boundary" not in words
+    assert "Warning: no expert is at work, and 6 steps are too few without one." in words
+    page.show("DCMSampler")
+    assert_bar_is_whole(page)
+    page.shoot("bar without experts")
+    page.set_widget("DCMSampler", "seed", time.time_ns() % 2**31)
+    page.queue()
+    page.finish()
+    (plan,) = page.heard("dcm.plan")
+    assert {step["expert"] for step in plan["steps"]} == {"base"} and plan["boundary"] is None
+    if page.name != "own nodes 2.0":
+        page.wait("() => document.body.innerText.includes('6 steps, no experts attached')")
+    page.shoot("sampler without experts after its run")
+
+
+def test_a_graph_of_an_earlier_version_keeps_its_values(page):
+    """Widgets are saved by place; the new one is the last."""
+    graph = read(TWO_MODELS)
+    (sampler,) = (node for node in graph["nodes"] if node["type"] == "DCMSampler")
+    sampler["widgets_values"] = [5, "fixed", "generic", 4, 1.5, 0.9, 2.5, 0.8, 6.0]
+    page.run("graph => app.loadGraphData(graph, true, true, 'old')", graph)
+    page.wait("count => app.graph._nodes.length === count", len(graph["nodes"]))
+    page.dismiss()
+    values = page.run(
+        "id => Object.fromEntries(app.graph.getNodeById(id).widgets.map(widget => [widget.name, widget.value]))", sampler["id"]
+    )
+    expected = {"seed": 5, "schedule": "generic", "steps": 4, "cfg": 1.5, "denoise": 0.9, "detail_cfg": 2.5, "boundary": 0.8, "shift": 6.0}
+    assert {name: values[name] for name in expected} == expected and values["sampler_name"] == "euler"
 
 
 def test_the_step_bar_asks_for_two_models_and_for_one_twice(page):

@@ -91,6 +91,93 @@ def test_plan(run, routed, settings, expected):
     assert text(run(routed, **settings)) == expected
 
 
+@pytest.mark.parametrize(("strengths", "stacked", "expected"), [
+    ((1.0, 0.0), True, "step 1-6 semantic"),
+    ((1.0, 0.0), False, "step 1-3 semantic, 4-6 base, boundary 0.979"),
+    ((0.0, 1.0), True, "step 1-3 base, 4-6 detail, boundary 0.979"),
+    ((0.0, 0.0), True, "6 steps, experts at strength 0"),
+    ((1.0, None), True, "step 1-6 semantic"),
+])
+def test_no_expert_is_named_that_does_not_work(run, module, base, random_expert, strengths, stacked, expected):
+    experts = {side: random_expert(base, side, seed) for seed, side in enumerate(("semantic", "detail")) if strengths[seed] is not None}
+    settings = {f"{side}_strength": strengths[side == "detail"] for side in experts}
+    model = module("nodes.host.attach").attach_experts(base, **experts, **settings, stacked=stacked)
+    plan, *notes = lines(run(model))
+    assert plan == expected
+    assert bool([note for note in notes if note.startswith("Warning")]) == (strengths == (0.0, 0.0))
+
+
+def test_a_cfg_of_the_detail_side_is_named(run, base, routed):
+    settings = {"negative": COND, "cfg": 3.0, "detail_cfg": 1.0}
+    assert text(run(routed, **settings)) == "step 1-3 semantic, 4-6 detail, boundary 0.979, cfg 1 below it"
+    assert text(run(base, **settings)) == "step 1-3 base, 4-6 base, boundary 0.979, cfg 1 below it"
+
+
+def test_auto_says_what_it_does_not_use_and_that_a_plain_base_needs_more_steps(run, routed, base, wan):
+    unused = "auto: steps and shift are not used"
+    assert lines(run(routed, steps=20)) == ["step 1-3 semantic, 4-6 detail, boundary 0.979", unused]
+    plan, warning, note = lines(run(base, steps=20))
+    assert (plan, note) == ("6 steps, no experts attached", unused)
+    assert warning.startswith("Warning: no expert is at work, and 6 steps are too few without one. Attach experts")
+    for settings in ({"schedule": "even"}, {"sigmas": torch.tensor([1.0, 0.5, 0.0])}, {"detail_model": wan(seed=2)}):
+        assert len(lines(run(base, steps=3, **settings))) == 1, settings
+
+
+def ksampler(model, name, scheduler, steps, shift, denoise=1.0, positive=COND, samples=None):
+    """The host's KSampler behind ModelSamplingSD3."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    from nodes import common_ksampler
+
+    shifted = ModelSamplingSD3().patch(model, shift)[0]
+    given = {"samples": latent()["samples"] if samples is None else samples}
+    with torch.inference_mode():
+        return common_ksampler(shifted, 3, steps, 2.0, name, scheduler, positive, COND, given, denoise=denoise)[0]["samples"]
+
+
+@pytest.mark.parametrize("name", ["euler", "uni_pc", "dpm_2", "er_sde", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("scheduler", ["simple", "beta"])
+def test_a_sampler_and_a_scheduler_by_name_are_ksampler_s(run, base, name, scheduler):
+    """Also for samplers that leave out the last but one level, and that read the model's shift."""
+    out = run(base, schedule=scheduler, sampler_name=name, steps=5, shift=3.0, cfg=2.0, negative=COND)
+    assert torch.equal(out.result[0]["samples"], ksampler(base, name, scheduler, 5, 3.0))
+    assert text(out) == "5 steps, no experts attached"
+
+
+def test_a_prompt_for_a_part_of_the_run_ends_where_it_does_in_ksampler(run, base):
+    parts = [[COND[0][0], {"start_percent": 0.0, "end_percent": 0.4}], [2 * COND[0][0], {"start_percent": 0.4, "end_percent": 1.0}]]
+    settings = {"schedule": "simple", "steps": 5, "shift": 3.0, "cfg": 2.0, "negative": COND, "positive": parts}
+    assert torch.equal(run(base, **settings).result[0]["samples"], ksampler(base, "euler", "simple", 5, 3.0, positive=parts))
+
+
+@pytest.mark.parametrize("schedule", ["even", "simple"])
+def test_denoise_is_ksampler_s(run, base, schedule):
+    given = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(8))
+    settings = {"latent_image": {"samples": given}, "steps": 4, "shift": 3.0, "cfg": 2.0, "negative": COND, "denoise": 0.5}
+    ours = run(base, schedule=schedule, **settings).result[0]["samples"]
+    assert relative(ours, ksampler(base, "euler", "simple", 4, 3.0, 0.5, samples=given)) < 1e-5
+
+
+def test_both_models_are_shifted(run, base, wan):
+    """What ModelSamplingSD3 before each of them would do."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    low = wan(seed=2)
+    settings = {"schedule": "simple", "sampler_name": "er_sde", "steps": 4, "shift": 3.0}
+    ours = run(base, detail_model=low, **settings).result[0]["samples"]
+    first, second = (ModelSamplingSD3().patch(model, 3.0)[0] for model in (base, low))
+    assert torch.equal(ours, run(first, detail_model=second, **settings).result[0]["samples"])
+    assert not torch.equal(ours, run(base, detail_model=low, **{**settings, "shift": 8.0}).result[0]["samples"])
+
+
+def test_a_connected_sampler_overrides_the_name(run, routed):
+    import comfy.samplers
+
+    heun = run(routed, sampler=comfy.samplers.sampler_object("heun"), sampler_name="uni_pc").result[0]["samples"]
+    assert torch.equal(heun, run(routed, sampler_name="heun").result[0]["samples"])
+    assert not torch.equal(heun, run(routed).result[0]["samples"])
+
+
 def test_boundary_widget_moves_the_switch(run, routed, base):
     moved = run(routed, boundary=0.5).result[0]["samples"]
     assert not torch.equal(moved, run(routed).result[0]["samples"])
