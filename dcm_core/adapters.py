@@ -136,9 +136,9 @@ class RoutedExpert(nn.Module):
         sides: where it works, if not only on the side of its role.
 
     Attributes:
-        forwards: for whoever puts the expert in place: what was made for a base, by module name.
-        called, traced, checked: the same one's notes: names that were used in a watched call, names in compiled code, and the
-            sides on which all have been found to be used.
+        places: for whoever puts the expert in place: what was made for a base, by module name.
+        called: the same one's note of names that were used in a watched call.
+        checked: the sides on which all names were found to be used, in the present run.
 
     Raises:
         ExpertError: an expert that does not fit the base's modules.
@@ -164,14 +164,13 @@ class RoutedExpert(nn.Module):
         self.names: list[str] = sorted(_touched(expert))
         factory = SimpleNamespace(operations=operations, dtype=dtype, device=device)
         self.sites = nn.ModuleList(_make_site(name, expert, base[name], factory) for name in self.names)
-        self.forwards: dict[str, tuple] = {}
+        self.places: dict[str, Any] = {}
         self.called: set[str] = set()
-        self.traced: set[str] = set()
         self.checked: set[Side] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy serves another base: it starts without what was made for this one."""
-        return self.__dict__ | {"forwards": {}, "called": set(), "traced": set(), "checked": set()}
+        return self.__dict__ | {"places": {}, "called": set(), "checked": set()}
 
     def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """(module, attribute, value with this expert in it) of every bare parameter."""

@@ -4,7 +4,8 @@ import inspect
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,34 @@ from .adapters import (
     inner_module,
 )
 
-# (object, attribute, what the attribute is during the call)
-Placement = tuple[Any, str, Any]
+# (an object's attributes or a module's parameters, the name of one, what it is during the call)
+Placement = tuple[dict[str, Any], str, Any]
+
+# Keys of the sites that are in compiled code.
+COMPILED: set[str] = set()
+
+
+class Place(NamedTuple):
+    """What was made for a site on one base: valid while `holder`, `base` and `strength` are the same.
+
+    Attributes:
+        holder, attribute: what holds the layer's own forward `base`.
+        forward, noting: what stands in for that, and what also notes its use.
+        key: of the noting one, in COMPILED.
+        container: a module around the layer, and the forward with which it calls the layer.
+    """
+
+    holder: Any
+    attribute: str
+    base: Forward
+    strength: float
+    forward: Forward
+    noting: Forward
+    key: str
+    container: tuple[nn.Module, Forward] | None
+
+    def is_of(self, holder: Any, base: Forward, strength: float) -> bool:
+        return self.holder is holder and self.base == base and self.strength == strength
 
 
 @contextmanager
@@ -37,8 +64,8 @@ def in_place(
 ) -> Iterator[None]:
     """For the length of the block the experts answer in the base's place, later ones on top; then everything is as before.
 
-    Only instance attributes are set, which hide a layer's `forward` or a block's bare parameter; neither is touched. The caller
-    sees to it that one base is in one thread at a time.
+    Names are set for that long: a layer's `forward`, which hides its class's, and that of a block's bare parameter. No tensor of the
+    base is touched. The caller sees to it that one base is in one thread at a time.
 
     Args:
         root: the base model.
@@ -51,21 +78,21 @@ def in_place(
     before: list[Placement] = []
     try:
         for expert, strength in working:
-            for holder, name, value in (
+            for names, name, value in (
                 *_forwards(expert, root, strength, add, activations, watch),
                 *_bare_parameters(expert, root, strength, watch_bare),
             ):
-                before.append((holder, name, holder.__dict__.get(name)))
-                holder.__dict__[name] = value
+                before.append((names, name, names.get(name)))
+                names[name] = value
         for expert, _ in working:
             expert.called.clear()
         yield
     finally:
-        for holder, name, value in reversed(before):
+        for names, name, value in reversed(before):
             if value is None:
-                holder.__dict__.pop(name, None)
+                names.pop(name, None)
             else:
-                holder.__dict__[name] = value
+                names[name] = value
 
 
 def unanswered(
@@ -83,7 +110,8 @@ def unanswered(
         Those that are lost, and those that rest with all of their part.
     """
     expected = {name for expert in experts for name in (*expert.names, *(expert.bare_names if bare else ()))}
-    answered = {name for expert in experts for name in expert.called | expert.traced}
+    answered = set().union(*(expert.called for expert in experts))
+    answered |= {name for expert in experts for name, place in expert.places.items() if place.key in COMPILED}
     working = {_part(root, name) for name in answered}
     lists = {part[0] for part in working if len(part) > 1}
     lost, resting = set(), set()
@@ -109,19 +137,17 @@ def _forwards(
     Built once and reused: torch.compile recompiles otherwise. For the same reason a site in compiled code keeps its noting forward.
     """
     for name, site in zip(expert.names, expert.sites, strict=True):
-        module = find_module(root, name)
-        holder, attribute = _innermost(module)
+        holder, attribute = _innermost(find_module(root, name))
         base = getattr(holder, attribute)
-        known = expert.forwards.get(name)
-        if known is None or known[0] is not holder or known[1] != base or known[2] != strength:
-            forward = _make_forward(site, base, strength, add, activations)
-            noting = _make_noting(forward, name, expert.called, expert.traced)
-            expert.traced.discard(name)
-            known = expert.forwards[name] = (holder, base, strength, forward, noting, _plain_container(root, name))
-        _, _, _, forward, noting, container = known
-        yield holder, attribute, noting if watch or name in expert.traced else forward
-        if container is not None and "forward" not in container[0].__dict__:
-            yield container[0], "forward", container[1]
+        place = expert.places.get(name)
+        if place is None or not place.is_of(holder, base, strength):
+            forward, key = _make_forward(site, base, strength, add, activations), f"{name} {uuid4()}"
+            noting = _make_noting(forward, name, expert.called, key)
+            place = Place(holder, attribute, base, strength, forward, noting, key, _plain_container(root, name))
+            expert.places[name] = place
+        yield holder.__dict__, attribute, place.noting if watch or place.key in COMPILED else place.forward
+        if place.container is not None and "forward" not in place.container[0].__dict__:
+            yield place.container[0].__dict__, "forward", place.container[1]
 
 
 def _innermost(module: nn.Module) -> tuple[Any, str]:
@@ -153,17 +179,20 @@ def _make_forward(site: RoutedSite, base: Forward, strength: float, add: AddLine
     return forward
 
 
-def _make_noting(forward: Forward, name: str, called: set[str], traced: set[str]) -> Forward:
-    """The forward, noting its use: each call of it, or once that torch.compile made it part of compiled code, which notes nothing."""
+@torch.compiler.assume_constant_result
+def note_compiled(key: str) -> bool:
+    """Runs while torch.compile makes code of a call of it, and not when that code runs."""
+    COMPILED.add(key)
+    return True
 
-    @torch.compiler.assume_constant_result
-    def trace() -> bool:
-        traced.add(name)
-        return True
+
+def _make_noting(forward: Forward, name: str, called: set[str], key: str) -> Forward:
+    """The forward, noting its use: each call of it, or once that it is in compiled code."""
 
     def noting(*args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            trace()
+            # by text: torch.compile gives the code that it made for one text to no other
+            note_compiled(key)
         else:
             called.add(name)
         return forward(*args, **kwargs)
@@ -173,7 +202,8 @@ def _make_noting(forward: Forward, name: str, called: set[str], traced: set[str]
 
 def _bare_parameters(expert: RoutedExpert, root: nn.Module, strength: float, watch: bool) -> Iterator[Placement]:
     for full_name, (module, name, value) in zip(expert.bare_names, expert.bare_values(root, strength), strict=True):
-        yield module, name, _watched(value, full_name, expert.called) if watch else value
+        # not an attribute that hides the parameter: torch.compile would not see it
+        yield module._parameters, name, _watched(value, full_name, expert.called) if watch else value
 
 
 class Watched(Tensor):

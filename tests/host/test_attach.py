@@ -375,7 +375,7 @@ def test_copies_for_another_device_are_independent(attach, base, random_expert, 
     again = factory(*arguments, disable_dynamic=True).model
     assert not set(map(id, again.parameters())) & set(map(id, expert.model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), expert.model.parameters(), strict=True))
-    assert expert.model.forwards and not again.forwards
+    assert expert.model.places and not again.places
     for name in attach.HOST_STATE:
         assert not hasattr(again, name) and not hasattr(again.sites[0], name)
         delattr(expert.model, name)
