@@ -126,7 +126,7 @@ def _places(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> tuple[
     unplaced = strangers.pop(NO_LAYER, [])
     if strangers:
         raise ExpertError(_unroutable_message(strangers))
-    if collided := {name for site in sites for kind, key in site.again for name in (key, site.keys[kind])}:
+    if collided := _collided(sites, shapes):
         raise ExpertError(f"{name_some(collided)} are for the same tensor. Expected one name for each; merge the adapters first.")
     if unplaced:
         raise ExpertError(_unplaced_message(unplaced, len(keys), family))
@@ -139,6 +139,18 @@ def _places(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> tuple[
         if wrong := wrong_kinds(site, keys, shapes):
             raise _refusal(site, wrong, keys, shapes)
     return sites, left_out
+
+
+def _collided(sites: Sequence[Site], shapes: Shapes) -> set[str]:
+    """Keys of which only one can be for its tensor, under whatever name."""
+    collided = {name for site in sites for kind, key in site.again for name in (key, site.keys[kind])}
+    first: dict[tuple[str, int | None], str] = {}
+    for site in sites:
+        for kind, key in site.keys.items():
+            tensor = tensor_name(site.piece, kind, shapes), site.piece.part
+            if kind not in LOW_RANK and (other := first.setdefault(tensor, key)) != key:
+                collided |= {other, key}
+    return collided
 
 
 def _unroutable_message(strangers: Reasons) -> str:

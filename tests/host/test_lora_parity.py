@@ -141,11 +141,13 @@ def make_file(model, naming, kinds, dtype=torch.float32):
     """A LoRA of the kinds in turn, on every tensor that has a name of that naming (and may have that kind)."""
     generator = torch.Generator().manual_seed(0)
     state = model.model.state_dict()
-    lora = {}
+    lora, taken = {}, set()
     for index, (tensor, name) in enumerate((tensor, names[naming]) for tensor, names in names_of(model).items() if naming in names):
         kind, shape = kinds[index % len(kinds)], tuple(state[tensor].shape)
         random = 0.02 * torch.randn(shape, generator=generator)
         bias = f"{tensor.removesuffix('.weight')}.bias"
+        if tensor in taken:
+            continue
         if kind in STYLES or kind in EXTRAS:
             up_name = kind if kind in STYLES else ".lora_up.weight"
             up, down, core = low_rank(shape, generator, mid=kind == "lora_mid.weight" and len(shape) > 1)
@@ -159,6 +161,7 @@ def make_file(model, naming, kinds, dtype=torch.float32):
         elif kind in ("diff", "w_norm", "set_weight"):
             lora[f"{name}.{kind}"] = random + state[tensor] if kind == "set_weight" else random
         elif tensor.endswith(".weight") and bias in state:
+            taken.add(bias)
             lora[f"{name}.{kind}"] = 0.02 * torch.randn(state[bias].shape, generator=generator)
             if kind == "b_norm":
                 lora[f"{name}.w_norm"] = random
