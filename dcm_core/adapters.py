@@ -42,9 +42,9 @@ class LowRankBranch(nn.Module):
         self.ups = nn.ModuleList(
             operations.Linear(update.rank, update.up.shape[0], bias=False, dtype=dtype, device=device) for update in updates
         )
-        self.down.weight = _parameter(torch.cat([update.down for update in updates]), dtype, device)
+        self.down.weight = _parameter(torch.cat([update.down for update in updates]), dtype, device, copy=False)
         for up, update in zip(self.ups, updates, strict=True):
-            up.weight = _parameter(update.up.float() * update.scale, dtype, device)
+            up.weight = _parameter(update.up.float() * update.scale, dtype, device, copy=False)
 
     def add(self, out: Tensor, projected: Tensor, strength: float, add: AddLinear) -> None:
         """Add `strength * up(projected)` to `out` (..., rows) in place."""
@@ -269,9 +269,13 @@ def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: 
     return module
 
 
-def _parameter(value: Tensor, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """A copy of the value, to be set on a layer and not copied into its own: newer hosts make a Linear without tensors."""
-    return nn.Parameter(value.detach().to(device=device, dtype=dtype, copy=True), requires_grad=False)
+def _parameter(value: Tensor, dtype: torch.dtype, device: torch.device, copy: bool = True) -> nn.Parameter:
+    """A copy of the value, to be set on a layer and not copied into its own: newer hosts make a Linear without tensors.
+
+    Args:
+        copy: not needed for a value that was made here.
+    """
+    return nn.Parameter(value.detach().to(device=device, dtype=dtype, copy=copy), requires_grad=False)
 
 
 def inner_module(module: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """What a model file is, by its content, and its parts in native names."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -197,19 +197,24 @@ def _half_message(file: TensorFile, family: Family, layout: Layout, missing: set
 
 
 def semantic_state_dict(
-    file: TensorFile, contents: Contents, progress: Progress | None = None, copied: bool = True
+    file: TensorFile, contents: Contents, progress: Progress | None = None, copied: bool = True, checked: bool = True
 ) -> dict[str, Tensor]:
     """The base (semantic) weights of a diffusers-layout file in native names, each tensor read once.
 
     Args:
         copied: read them all; else only fused tensors are in memory, the others are views of the file, to be copied by the caller.
+        checked: refuse NaN and infinite weights; else the caller does (`check_finite`).
     """
-    return dict(each_native(file, contents, progress, None if copied else views(file).__getitem__))
+    return dict(each_native(file, contents, progress, None if copied else views(file).__getitem__, checked))
 
 
 def each_native(
-    file: TensorFile, contents: Contents, progress: Progress | None = None, read: Callable[[str], Tensor] | None = None
-) -> Iterable[tuple[str, Tensor]]:
+    file: TensorFile,
+    contents: Contents,
+    progress: Progress | None = None,
+    read: Callable[[str], Tensor] | None = None,
+    checked: bool = True,
+) -> Iterator[tuple[str, Tensor]]:
     """The base's tensors in native names, one at a time; `read` gives the file's if not the file.
 
     Raises:
@@ -219,17 +224,22 @@ def each_native(
     reader = each_read(file, sources, progress, read)
     for target, pieces in contents.matched.items():
         tensors = dict(next(reader) for _ in pieces)
-        check_finite(file, tensors)
+        if checked:
+            check_finite(file, tensors)
         yield target, fuse(pieces, tensors)
 
 
-def detail_expert(file: TensorFile, contents: Contents) -> Expert:
+def detail_expert(file: TensorFile, contents: Contents, copied: bool = True) -> Expert:
     """The detail expert inside a release.
+
+    Args:
+        copied: as for `semantic_state_dict`.
 
     Raises:
         CheckpointError: NaN or infinite weights.
     """
-    tensors = {bare: file.read(key) for key, bare in contents.detail.items()}
+    read = file.read if copied else views(file).__getitem__
+    tensors = {bare: read(key) for key, bare in contents.detail.items()}
     check_finite(file, tensors)
     return expert_from_release(contents.family, tensors)
 

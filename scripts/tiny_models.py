@@ -28,28 +28,28 @@ PROMPT = "dcm_conditioning/prompt.safetensors"
 WIDTH, LAYERS, FFN, RANK, TEXT, LATENT = 256, 2, 512, 8, 4096, 16
 
 
-def wan_shapes() -> dict[str, tuple[int, ...]]:
+def wan_shapes(width: int = WIDTH, layers: int = LAYERS, ffn: int = FFN) -> dict[str, tuple[int, ...]]:
     """Key -> shape of the base in diffusers layout."""
     special = {
-        "patch_embedding": (WIDTH, LATENT, 1, 2, 2),
-        "condition_embedder.time_proj": (6 * WIDTH, WIDTH),
-        "condition_embedder.time_embedder.linear_1": (WIDTH, 256),
-        "condition_embedder.text_embedder.linear_1": (WIDTH, TEXT),
-        "proj_out": (4 * LATENT, WIDTH),
-        "ffn.net.0.proj": (FFN, WIDTH),
-        "ffn.net.2": (WIDTH, FFN),
+        "patch_embedding": (width, LATENT, 1, 2, 2),
+        "condition_embedder.time_proj": (6 * width, width),
+        "condition_embedder.time_embedder.linear_1": (width, 256),
+        "condition_embedder.text_embedder.linear_1": (width, TEXT),
+        "proj_out": (4 * LATENT, width),
+        "ffn.net.0.proj": (ffn, width),
+        "ffn.net.2": (width, ffn),
     }
-    shapes: dict[str, tuple[int, ...]] = {"scale_shift_table": (1, 2, WIDTH)}
+    shapes: dict[str, tuple[int, ...]] = {"scale_shift_table": (1, 2, width)}
     for rule in WAN.DIFFUSERS_TO_NATIVE:
         if rule.optional or rule.source == "scale_shift_table":
             continue
-        for index in range(LAYERS) if "{n}" in rule.source else [0]:
+        for index in range(layers) if "{n}" in rule.source else [0]:
             name = rule.source.replace("{n}", str(index))
-            shape = next((value for end, value in special.items() if name.endswith(end)), (WIDTH, WIDTH))
+            shape = next((value for end, value in special.items() if name.endswith(end)), (width, width))
             if name.endswith("scale_shift_table"):
-                shapes[name] = (1, 6, WIDTH)
+                shapes[name] = (1, 6, width)
             elif "norm" in name:
-                shapes |= {f"{name}.{param}": (WIDTH,) for param in rule.params}
+                shapes |= {f"{name}.{param}": (width,) for param in rule.params}
             else:
                 shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes

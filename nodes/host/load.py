@@ -1,5 +1,6 @@
 """Load a model file of any layout; a released checkpoint comes with its detail expert attached."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...dcm_core.checkpoint import Layout, detail_expert, recognise, semantic_state_dict
+from ...dcm_core.checkpoint import Layout, check_finite, detail_expert, recognise, semantic_state_dict
 from ...dcm_core.errors import CheckpointError, check_choice
 from ...dcm_core.storage import Progress, TensorFile
 from .attach import attach_experts
@@ -51,7 +52,8 @@ def load_file(path: Path, weight_dtype: str, node_id: str | None = None) -> tupl
     model = load_base(path, weight_dtype, byte_progress(node_id))
     if contents.layout is Layout.DIFFUSERS:
         return model, f"{name}: {contents.family.title} in diffusers layout, no experts inside"
-    expert = detail_expert(file, contents)
+    # attaching makes a copy
+    expert = detail_expert(file, contents, copied=comfy.utils.DISABLE_MMAP)
     return attach_experts(model, detail=expert), f"{name}: {contents.family.title} release, semantic base with {expert}"
 
 
@@ -67,10 +69,17 @@ def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, *
     file = TensorFile(path)
     contents = recognise(file)
     # the host's own loader takes views, too, unless told otherwise
-    model = comfy.sd.load_diffusion_model_state_dict(
-        semantic_state_dict(file, contents, progress, copied=comfy.utils.DISABLE_MMAP),
-        model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer,
-    )
+    weights = semantic_state_dict(file, contents, progress, copied=comfy.utils.DISABLE_MMAP, checked=False)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        # both wait for memory and disk most of the time
+        checked = beside.submit(check_finite, file, dict(weights))
+        try:
+            model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise CheckpointError(f"{path} has tensors whose sizes do not fit together ({error}). Download it again.") from error
+    checked.result()
     if model is None:
         raise CheckpointError(f"{path} is a {contents.family.title} file, but this ComfyUI cannot build a model of its sizes.")
     # newer hosts make a second, independent model with it (several GPUs, hooks under dynamic VRAM)
