@@ -2,12 +2,15 @@
 
 import json
 import sys
+import urllib.error
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
+
+from .server import start_server
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +299,23 @@ def test_a_server_that_others_reach_reads_clips_only_where_the_host_does(dataset
         assert validate(folder=name) is True and fingerprint(folder=name)
     assert "does not exist" in validate(folder="nowhere"), "inside, errors say what is wrong"
     assert len(dataset_node(vae, clip).result[0]) == 2
+
+
+def test_a_real_server_that_listens_to_others_answers_their_requests_so(pack, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "a.mp4").write_bytes(b"")
+
+    def refusals(server, folder):
+        values = {"folder": folder, "width": 64, "height": 48, "frames": 5, "fps": 16, "buckets": True}
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            server.request("/prompt", {"prompt": {"1": {"class_type": "DCMVideoDataset", "inputs": values}}})
+        errors = json.loads(refused.value.read())["node_errors"]["1"]["errors"]
+        return [error["details"] for error in errors if error["type"] == "custom_validation_failed"]
+
+    with start_server(tmp_path / "server", extra_args=["--listen", "0.0.0.0"]) as server:
+        real, absent = (refusals(server, str(tmp_path / name)) for name in ("secret", "nothing"))
+        assert real == absent and "is outside the folders that this server may read" in real[0]
+        assert "does not exist" in refusals(server, "nothing")[0], "in the input folder"
 
 
 def test_a_list_does_not_lead_out_of_these_folders(dataset_node, vae, clip, data, tmp_path, listening):

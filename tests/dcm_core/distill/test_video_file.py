@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dcm_core.distill import video_file
 from dcm_core.distill.clips import ClipSettings, inspect_clip, read_clip
@@ -131,7 +132,8 @@ def coded(tmp_path, name, transfer, primaries, colour=(0.8, 0.2, 0.1), matrix=9,
     def setup(stream):
         context = stream.codec_context
         context.colorspace, context.color_range, context.color_trc, context.color_primaries = matrix, 2, transfer, primaries
-        stream.options = {"qp": "0"} if codec == "libx264" else {"x265-params": "lossless=1:log-level=none"}
+        lossless = {"libx264": {"qp": "0"}, "libx265": {"x265-params": "lossless=1:log-level=none"}, "libvpx-vp9": {"lossless": "1"}}
+        stream.options = lossless.get(codec, {})
 
     def mark(frame):
         frame.colorspace, frame.color_range = matrix, 2
@@ -154,7 +156,9 @@ def coded(tmp_path, name, transfer, primaries, colour=(0.8, 0.2, 0.1), matrix=9,
 
 
 @pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
-@pytest.mark.parametrize(("file", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.mov", "libx265")])
+@pytest.mark.parametrize(
+    ("file", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.mov", "libx265"), ("a.webm", "libvpx-vp9"), ("a.mkv", "ffv1")]
+)
 def test_hdr_is_left_out_and_named(tmp_path, transfer, name, file, codec):
     path = coded(tmp_path, file, transfer, 9, codec=codec)
     with pytest.raises(ClipError, match=rf"is HDR \({name}\); expected SDR\. Convert it with tone mapping"):
@@ -223,6 +227,19 @@ def test_an_opaque_alpha_channel_is_no_news(tmp_path, file, codec, pixel_format)
     facts, pixels = read(encode(tmp_path / file, codec, pixel_format, even(200, 100, 60, 255), "rgba"))
     assert pixels.mean(dim=(0, 1, 2)).tolist() == pytest.approx([200 / 255, 100 / 255, 60 / 255], abs=0.03)
     assert facts.notes == ()
+
+
+def test_transparent_areas_of_a_gif_are_black(tmp_path):
+    images = []
+    for index in range(FRAMES):
+        image = Image.new("P", (WIDTH, HEIGHT), 0)
+        image.putpalette([0, 200, 0, 200, 0, 0])
+        image.paste(1, (0, 0, 20 + index, HEIGHT))
+        images.append(image)
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=60, transparency=0, disposal=2)
+    _, pixels = read(tmp_path / "a.gif")
+    assert pixels[0, :, :16].mean(dim=(0, 1)).tolist() == pytest.approx([200 / 255, 0, 0], abs=0.02)
+    assert pixels[:, :, 40:].max() < 0.02
 
 
 def test_without_the_decoder_transparency_is_named(tmp_path, monkeypatch):
