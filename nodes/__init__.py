@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import conditioning, convert, dataset, experts, load, sample, schedule, train, view
-from .host.plan import add_route
+from .host.plan_route import add_route
 
 NODES: list[type[io.ComfyNode]] = [
     node for module in (load, experts, sample, schedule, view, convert, conditioning, dataset, train) for node in module.NODES

@@ -97,7 +97,7 @@ def state_of(category: str, name: Any) -> int:
 
 
 def fingerprint(states: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a node's `fingerprint_inputs` one that never raises: None where files cannot be looked at; the run says why.
+    """Make a node's `fingerprint_inputs` one that never raises: "" where files cannot be looked at; the run says why.
 
     The host prints what is raised here, and where that cannot be encoded, the thread that runs prompts ends.
     """
@@ -107,7 +107,7 @@ def fingerprint(states: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return states(*args, **inputs)
         except Exception:
-            return None
+            return ""
 
     return look
 
@@ -154,16 +154,16 @@ def source_path(name: Any) -> Path:
 
     Raises:
         DCMError: an empty name, or one that no file system has.
+        RuntimeError: `~` of a user that does not exist.
     """
     if not isinstance(name, str) or not name.strip():
         raise DCMError("No folder is given. Enter the path of a folder of videos, or of a .jsonl file.")
-    path = Path(folder_paths.get_input_directory()) / os.path.expanduser(name.strip())
-    if has_hidden(name) or too_long(path.parts):
+    if has_hidden(name) or too_long(Path(name).parts):
         raise DCMError(
             f"folder is {given(name)}, which {'has characters that cannot be seen' if has_hidden(name) else 'is too long for a path'}. "
             "Enter the path of a folder of videos, or of a .jsonl file."
         )
-    return path
+    return Path(folder_paths.get_input_directory()) / Path(name.strip()).expanduser()
 
 
 def data_cache() -> Path:
