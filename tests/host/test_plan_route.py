@@ -10,6 +10,7 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, strategies
 
 from dcm_core.families import WAN
 
@@ -111,3 +112,27 @@ def test_files_are_read_beside_the_thread_that_answers(module, monkeypatch):
             return (await answer.json())["thread"]
 
     assert asyncio.run(ask_it()) != threading.get_ident()
+
+
+VALUES = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(max_size=20),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(data=strategies.data())
+def test_what_is_taken_is_typed(module, data):
+    route, errors = module("nodes.host.plan_route"), module("dcm_core.errors")
+    names = strategies.sampled_from(sorted(route.FIELDS)) | strategies.text(max_size=5)
+    question = {**SETTINGS, **data.draw(strategies.dictionaries(names, VALUES, max_size=3))}
+    try:
+        asked = route.parse(data.draw(strategies.just(json.dumps(question).encode()) | strategies.binary(max_size=50)))
+    except errors.DCMError as error:
+        assert str(error).encode()
+        return
+    assert set(route.REQUIRED) <= set(asked) <= set(route.FIELDS)
+    for name, value in asked.items():
+        kind = route.FIELDS[name]
+        assert type(value) in ((int, float) if kind is float else (kind,))
+        assert isinstance(value, str) or -10_000 <= value <= 10_000
