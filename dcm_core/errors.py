@@ -1,6 +1,7 @@
 """The errors users meet. Every message says what was given, what was expected and how to fix it."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from .text import given, one_line, plain
 
@@ -35,8 +36,8 @@ def name_some(names: Iterable[str], limit: int = 3) -> str:
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
-def check_choice(setting: str, value: object, choices: Iterable[str], error: type[DCMError] = DCMError) -> None:
-    """Refuse a value that is none of the choices: not every host checks what its clients send.
+def check_choice(setting: str, value: Any, choices: Iterable[str], error: type[DCMError] = DCMError) -> str:
+    """The value if it is one of the choices: not every host checks what its clients send.
 
     Raises:
         DCMError: of the given class.
@@ -45,6 +46,7 @@ def check_choice(setting: str, value: object, choices: Iterable[str], error: typ
     # a list, as what cannot be hashed may be looked up in it
     if value not in choices:
         raise error(f"{setting} is {given(value)}; choose one of {', '.join(choices)}.")
+    return value
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

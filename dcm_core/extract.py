@@ -15,6 +15,7 @@ from .experts import Expert, LowRank, write_expert
 from .families import Family
 from .keymap import Piece, Shape, fuse, fused_shape
 from .storage import Progress, TensorFile
+from .text import one_line
 from .unfinished import check_room
 
 OVERSAMPLING = 16
@@ -66,7 +67,7 @@ class Extraction:
 
     def table(self) -> str:
         """A line a layer: name, rank, energy kept, relative error."""
-        return "\n".join(f"{n}\t{r.rank}\t{r.energy:.4%}\t{r.error:.4f}" for n, r in sorted(self.layers.items()))
+        return "\n".join(f"{one_line(n)}\t{r.rank}\t{r.energy:.4%}\t{r.error:.4f}" for n, r in sorted(self.layers.items()))
 
 
 class NativeView:

@@ -1,6 +1,7 @@
 """Where the pack's files live among the host's."""
 
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -9,8 +10,10 @@ from typing import Any
 
 import folder_paths
 
-from ...dcm_core.errors import CheckpointError, DCMError
-from ...dcm_core.text import given, has_hidden
+from ...dcm_core.errors import CheckpointError, DCMError, name_some
+from ...dcm_core.text import LOGGER, given, has_hidden
+
+logger = logging.getLogger(LOGGER)
 
 MODELS, LORAS, VAES = "diffusion_models", "loras", "vae"
 CONDITIONING, DATASETS = "dcm_conditioning", "dcm_datasets"
@@ -38,8 +41,17 @@ for category in (MODELS, LORAS, VAES, CONDITIONING, DATASETS):
 
 def files(category: str) -> list[str]:
     """Names of the category's files; those of our own categories with / on every system, as shipped graphs name them."""
-    names = [name for name in folder_paths.get_filename_list(category) if fault_of(name) is None]
+    found = folder_paths.get_filename_list(category)
+    names = [name for name in found if fault_of(name) is None]
+    if len(names) < len(found):
+        _tell_unusable(category, frozenset(found).difference(names))
     return [name.replace(os.sep, "/") for name in names] if category in (CONDITIONING, DATASETS) else names
+
+
+@functools.cache
+def _tell_unusable(category: str, names: frozenset[str]) -> None:
+    """Once for what is found: lists are made again and again."""
+    logger.warning("Not offered from models/%s, as their names cannot be used: %s. Rename these files.", category, name_some(names))
 
 
 def fault_of(name: Any) -> str | None:
@@ -97,7 +109,7 @@ def state_of(category: str, name: Any) -> int:
 
 
 def fingerprint(states: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a node's `fingerprint_inputs` one that never raises: None where files cannot be looked at; the run says why.
+    """Make a node's `fingerprint_inputs` one that never raises: "" where files cannot be looked at; the run says why.
 
     The host prints what is raised here, and where that cannot be encoded, the thread that runs prompts ends.
     """
@@ -107,7 +119,7 @@ def fingerprint(states: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return states(*args, **inputs)
         except Exception:
-            return None
+            return ""
 
     return look
 
@@ -154,16 +166,16 @@ def source_path(name: Any) -> Path:
 
     Raises:
         DCMError: an empty name, or one that no file system has.
+        RuntimeError: `~` of a user that does not exist.
     """
     if not isinstance(name, str) or not name.strip():
         raise DCMError("No folder is given. Enter the path of a folder of videos, or of a .jsonl file.")
-    path = Path(folder_paths.get_input_directory()) / os.path.expanduser(name.strip())
-    if has_hidden(name) or too_long(path.parts):
+    if has_hidden(name) or too_long(Path(name).parts):
         raise DCMError(
             f"folder is {given(name)}, which {'has characters that cannot be seen' if has_hidden(name) else 'is too long for a path'}. "
             "Enter the path of a folder of videos, or of a .jsonl file."
         )
-    return path
+    return Path(folder_paths.get_input_directory()) / Path(name.strip()).expanduser()
 
 
 def data_cache() -> Path:

@@ -2,10 +2,14 @@
 
 import importlib
 import inspect
+import ntpath
+import os
+import posixpath
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, strategies
 
 
 def test_new_files_go_to_the_user_and_never_into_the_pack(module, tmp_path, monkeypatch):
@@ -151,3 +155,32 @@ def test_no_fingerprint_raises(node):
             cls.fingerprint_inputs(**dict.fromkeys(wanted, value))
             asked += 1
     assert asked > 9 * len(names)
+
+
+@given(name=strategies.text(strategies.characters(exclude_categories=()), max_size=40) | strategies.text("./\\\\ :~aCON\0", max_size=12))
+def test_no_name_leaves_its_folder(module, name):
+    folders, errors = module("nodes.host.folders"), module("dcm_core.errors")
+    if folders.fault_of(name) is None:
+        for paths in (posixpath, ntpath):
+            root = "C:\\models" if paths is ntpath else "/models"
+            assert paths.normpath(paths.join(root, name)).startswith(root + paths.sep)
+    try:
+        run = folders.run_folder(name)
+    except errors.CheckpointError as error:
+        assert str(error).encode()
+    else:
+        assert run.parent == Path(os.path.normpath(run)).parent and "dcm_training" in run.parts[:-1]
+
+
+def test_files_that_cannot_be_offered_are_named_once(module, tmp_path, monkeypatch, caplog):
+    import folder_paths
+
+    folders = module("nodes.host.folders")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    for name in ("<b>", "a\u202eb", "good"):
+        (tmp_path / f"{name}.safetensors").touch()
+    with caplog.at_level("WARNING"):
+        for _ in range(3):
+            assert folders.files("loras") == ["good.safetensors"]
+    (line,) = caplog.messages
+    assert line.startswith(r"Not offered from models/loras, as their names cannot be used: <b>.safetensors, a\u202eb.safetensors. Rename")
