@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import ExpertError, name_some
+from .errors import ExpertError, counted, name_some
 from .experts import Expert, LowRank, split_fused
 from .families import FAMILIES, Family
 from .keymap import Shape
@@ -169,8 +169,8 @@ def _unplaced_message(unplaced: list[str], count: int, family: Family) -> str:
                 f"Load the expert made for {family.title}."
             )
     return (
-        f"{len(unplaced)} of {count} tensors fit nothing in this {family.title} model: {name_some(unplaced)}. Expected LoRA "
-        "keys in ComfyUI, kohya, diffusers or PEFT naming, made for a model of the same size."
+        f"{len(unplaced)} of {counted(count, 'tensor')} fit nothing in this {family.title} model: {name_some(unplaced)}. "
+        "Expected LoRA keys in ComfyUI, kohya, diffusers or PEFT naming, made for a model of the same size."
     )
 
 
@@ -232,12 +232,14 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
     whole = [key for key, tensor in tensors.items() if not tensor.is_floating_point() and not key.endswith((".alpha", ".reshape_weight"))]
     if whole:
         raise ExpertError(
-            f"{len(whole)} tensors are {tensors[whole[0]].dtype}, not numbers with a fraction: {name_some(whole)}. "
+            f"{counted(len(whole), 'tensor')} stored as {tensors[whole[0]].dtype}, not as floating-point numbers: {name_some(whole)}. "
             "Quantised LoRAs cannot be read; use the float16 or bfloat16 version."
         )
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if broken:
-        raise ExpertError(f"{len(broken)} tensors hold NaN or infinite values: {name_some(broken)}. Download or train the file again.")
+        raise ExpertError(
+            f"NaN or infinite values in {counted(len(broken), 'tensor')}: {name_some(broken)}. Download or train the file again."
+        )
 
 
 def _check_complete(tensors: Mapping[str, Tensor], facts: Facts, shapes: Shapes) -> None:
@@ -251,5 +253,5 @@ def _check_complete(tensors: Mapping[str, Tensor], facts: Facts, shapes: Shapes)
     missing = {t.replace("{n}", str(i)) for t in numbered for i in range(depth)} - set(tensors)
     hint = f", among them probably {name_some(missing)}" if missing and len(tensors) < expected else ""
     raise ExpertError(
-        f"The file holds {len(tensors)} tensors but says it was written with {expected}{hint}. Convert or download it again."
+        f"The file holds {counted(len(tensors), 'tensor')} but says it was written with {expected}{hint}. Convert or download it again."
     )

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .errors import ScheduleError
+from .errors import ScheduleError, counted
 from .families import PRESETS, Family
 from .schedule import AUTO, DCM_GRID, EVEN, GENERIC, check_sigmas
 
@@ -124,8 +124,8 @@ class Setup:
         notes = []
         if chosen == AUTO and not (self.semantic or self.detail):
             notes.append(
-                f"Warning: no expert is at work, and {len(schedule)} steps are too few without one. Attach experts, or set schedule to "
-                f"{EVEN} and steps to 20 or more."
+                f"Warning: no expert is at work, and a plain model needs more than {counted(len(schedule), 'step')}. Attach experts, or "
+                f"set schedule to {EVEN} and steps to 20 or more."
             )
         return [*notes, f"{chosen}: steps and shift are not used"]
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .errors import ScheduleError
+from .errors import ScheduleError, counted
 
 # Schedules by name; what `auto` and `generic` stand for depends on the models: `routing.Setup.schedule`.
 AUTO, EVEN, DCM_GRID, GENERIC = "auto", "even", "DCM grid", "generic"
@@ -164,7 +164,7 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
     """
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ScheduleError(
-            f"The sigmas hold {max(0, sigmas.numel() - 1)} steps (shape {tuple(sigmas.shape)}); "
+            f"The sigmas hold {counted(max(0, sigmas.numel() - 1), 'step')} (shape {tuple(sigmas.shape)}); "
             "at least one step, that is two falling values, is needed. Check the scheduler, its steps and its denoise."
         )
     values = sigmas.tolist()

@@ -5,6 +5,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..dcm_core.errors import counted
 from ..dcm_core.schedule import AUTO
 from .host.compat import newer
 from .host.plan import announce
@@ -147,7 +148,7 @@ class DCMSampler(io.ComfyNode):
         announce(sigmas, plan, notes, cls.hidden.unique_id)
         started = time.perf_counter()
         latent, denoised = run(guider, latent_image, chosen_sampler, sigmas, seed, cls.hidden.unique_id)
-        took = f"{plan.steps} step{'s' if plan.steps > 1 else ''} in {time.perf_counter() - started:.1f} s"
+        took = f"{counted(plan.steps, 'step')} in {time.perf_counter() - started:.1f} s"
         text = "\n".join(filter(None, (*lines, took, step_cache_note(model))))
         return io.NodeOutput(latent, denoised, ui=show(text, cls.hidden.unique_id))
 

@@ -84,7 +84,7 @@ class Bar {
     const count = (owner) => steps.filter((step) => step.expert === owner).length;
     const owners = [...new Set(steps.map((step) => step.expert))];
     const sides = owners.map((owner) => `${count(owner)} ${owner}`).join(" + ");
-    const words = owners.some((owner) => owner in COLOURS) ? sides : `${count("base")} steps, no expert at work`;
+    const words = owners.some((owner) => owner in COLOURS) ? sides : `${steps.length} step${steps.length === 1 ? "" : "s"}, no expert at work`;
     this.caption.textContent = boundary === null ? words : `${words}, boundary σ ${shorten(boundary)}`;
   }
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...dcm_core.adapters import find_module
-from ...dcm_core.errors import DCMError, ScheduleError, check_choice
+from ...dcm_core.errors import DCMError, ScheduleError, check_choice, counted
 from .attach import diffusion_model, model_family, with_boundary
 from .schedules import sampler_names
 from .setup import setup_of
@@ -100,8 +100,9 @@ def check_latent(model: Any, samples: Tensor) -> None:
     if samples.is_nested or (samples.ndim == dimensions and samples.shape[1] == expected.latent_channels):
         return
     raise DCMError(
-        f"latent_image has shape {tuple(samples.shape)}; the model takes {dimensions} dimensions with {expected.latent_channels} "
-        "channels. Make it with the empty latent node of this model (Wan and HunyuanVideo: EmptyHunyuanLatentVideo)."
+        f"latent_image has shape {tuple(samples.shape)}; the model takes {dimensions} dimensions with "
+        f"{counted(expected.latent_channels, 'channel')}. Make it with the empty latent node of this model (Wan and HunyuanVideo: "
+        "EmptyHunyuanLatentVideo)."
     )
 
 

@@ -242,7 +242,7 @@ def test_a_released_part_says_its_scale():
     ({f"{Q}.lora_down.weight": randn(2, 4), f"{Q}.lora_up.weight": randn(4, 3)}, r"halves do not fit each other: \(2, 4\) and \(4, 3\)"),
     ({f"{Q}.lora_down.weight": randn(2, 8), f"{Q}.lora_up.weight": randn(2, 2)}, r"shapes \(2, 8\) and \(2, 2\); the model's .*\(4, 4\)"),
     ({f"{Q}.lora_B.bias": randn(4)}, "is half of a LoRA layer"),
-    ({f"{Q}.diff": torch.ones(4, 4, dtype=torch.int8)}, "1 tensors are torch.int8, .*Quantised LoRAs cannot be read"),
+    ({f"{Q}.diff": torch.ones(4, 4, dtype=torch.int8)}, "1 tensor stored as torch.int8, .*Quantised LoRAs cannot be read"),
     (pair(Q) | {f"{Q}.alpha": torch.tensor(math.nan)}, "NaN or infinite"),
 ])
 def test_what_is_wrong_is_named(tensors, message):

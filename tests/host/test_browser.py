@@ -203,7 +203,7 @@ def test_the_step_bar_warns_of_a_base_without_experts(page):
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert=base]').length === 6")
     words = page.page.locator(".dcm-step-bar").inner_text()
     assert "6 steps, no expert at work" in words and "boundary" not in words
-    assert "Warning: no expert is at work, and 6 steps are too few without one." in words
+    assert "Warning: no expert is at work, and a plain model needs more than 6 steps." in words
     page.show("DCMSampler")
     assert_bar_is_whole(page)
     page.shoot("bar without experts")
