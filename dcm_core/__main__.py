@@ -17,8 +17,11 @@ from .extract import extract_lora
 from .inspect import inspect_file
 from .launch import find_comfyui, load_pack
 from .storage import Progress
+from .text import plain
 
 TRAINING_PAGE = "https://github.com/comfyui-dcm/ComfyUI-DCM/blob/main/docs/training.md"
+# of an answer, in characters: a table has a line a layer
+LONGEST = 10**7
 
 
 def progress_line(label: str) -> Progress:
@@ -72,7 +75,7 @@ def inspect(args: argparse.Namespace) -> str:
     else:
         text = "\n\n".join(map(str, reports))
     if errors:
-        print(text, end="\n" if text else "")
+        print(plain(text, LONGEST), end="\n" if text else "")
         raise DCMError("\n".join(errors))
     return text
 
@@ -159,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     # what launchers, batch systems and containers send before they kill: a training run is saved
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(args.run(args))
+        print(plain(args.run(args), LONGEST))
     except DCMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,8 +3,7 @@
 Holds only the expert's tensors; the base weights are neither read nor written.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +17,9 @@ from .routing import Side
 # (linear, out (rows, features), x (rows, in), alpha): out += alpha linear(x), in place
 AddLinear = Callable[[nn.Linear, Tensor, Tensor, float], None]
 Forward = Callable[..., Tensor]
+# what a host may have a linear do to its input first, by name
+Activations = Mapping[str, Callable[[Tensor], Tensor]]
+NONE: Activations = {}
 
 
 def add_linear(linear: nn.Linear, out: Tensor, x: Tensor, alpha: float) -> None:
@@ -68,29 +70,58 @@ class RoutedSite(nn.Module):
 
     Attributes:
         replaced: answers alone (strength 1) or interpolated with the base.
+        kept: a replaced weight goes with the base's bias ("bias"), or a replaced bias with its weight ("weight"); "" if neither.
         branch: low-rank updates added to the base's output.
         diff: a module of the base's kind holding differences, or an `Offset`; its output is added.
     """
 
-    def __init__(self, replaced: nn.Module | None, branch: LowRankBranch | None, diff: nn.Module | None):
+    def __init__(self, replaced: nn.Module | None, branch: LowRankBranch | None, diff: nn.Module | None, kept: str = ""):
         super().__init__()
-        self.replaced, self.branch, self.diff = replaced, branch, diff
+        self.replaced, self.branch, self.diff, self.kept = replaced, branch, diff, kept
 
-    def forward(self, x: Tensor, base: Forward, strength: float, add: AddLinear) -> Tensor:
-        """Output of the module `base` with this expert's part in it; x: (..., in) -> (..., out)."""
+    def forward(
+        self, x: Tensor, base: Forward, strength: float, add: AddLinear, *args: Any, activations: Activations = NONE, **kwargs: Any
+    ) -> Tensor:
+        """Output of the module `base` with this expert's part in it; x: (..., in) -> (..., out).
+
+        Args:
+            activations: by name; the one that a host names in `input_act` is applied to x first, as the expert's part needs it, too.
+            args, kwargs: what else the host passes to its layers.
+
+        Raises:
+            ExpertError: an activation that is not among them.
+        """
+        if (activation := kwargs.pop("input_act", None)) is not None:
+            if activation not in activations:
+                raise ExpertError(f"This ComfyUI passes input_act={activation!r} to a layer, which ComfyUI-DCM does not know. Update it.")
+            x = activations[activation](x)
         if self.replaced is not None:
-            out = self.replaced(x)
-            return out if strength == 1 else torch.lerp(base(x), out, strength)
+            out = self._replacement(x, base, add, *args, **kwargs)
+            return out if strength == 1 else torch.lerp(base(x, *args, **kwargs), out, strength)
         # before the base runs: an fp8 linear may clamp its input in place
         projected = self.branch.down(x) if self.branch is not None else None
         difference = self.diff(x) if self.diff is not None else None
-        out = base(x)
+        out = base(x, *args, **kwargs)
         if projected is not None:
             out = out.contiguous()
             self.branch.add(out, projected, strength, add)
         if difference is not None:
             out = out.add_(difference, alpha=strength)
         return out
+
+    def _replacement(self, x: Tensor, base: Forward, add: AddLinear, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the layer at full strength where a tensor of it is replaced: the other one is the base's, changed or not."""
+        projected = self.branch.down(x) if self.branch is not None else None
+        difference = self.diff(x) if self.diff is not None else None
+        out = self.replaced(x, *args, **kwargs)
+        if self.kept:
+            # what a layer gives for zeros is its bias, wherever the host keeps that
+            zeros = x.new_zeros(1, *(x.shape[1:] if hasattr(self.replaced, "kernel_size") else x.shape[-1:]))
+            bias = base(zeros, *args, **kwargs)
+            out = out + bias if self.kept == "bias" else base(x, *args, **kwargs) - bias + out
+        if projected is not None:
+            self.branch.add(out, projected, 1.0, add)
+        return out if difference is None else out + difference
 
 
 class RoutedExpert(nn.Module):
@@ -105,7 +136,9 @@ class RoutedExpert(nn.Module):
         sides: where it works, if not only on the side of its role.
 
     Attributes:
-        forwards: for whoever puts the expert in place: what was made for a base, by module name.
+        places: for whoever puts the expert in place: what was made for a base, by module name.
+        called: the same one's note of names that were used in a watched call.
+        checked: the sides on which all names were found to be used, in the present run.
 
     Raises:
         ExpertError: an expert that does not fit the base's modules.
@@ -131,11 +164,13 @@ class RoutedExpert(nn.Module):
         self.names: list[str] = sorted(_touched(expert))
         factory = SimpleNamespace(operations=operations, dtype=dtype, device=device)
         self.sites = nn.ModuleList(_make_site(name, expert, base[name], factory) for name in self.names)
-        self.forwards: dict[str, tuple] = {}
+        self.places: dict[str, Any] = {}
+        self.called: set[str] = set()
+        self.checked: set[Side] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy serves another base: it starts without the forwards that were made for this one."""
-        return self.__dict__ | {"forwards": {}}
+        """A copy serves another base: it starts without what was made for this one."""
+        return self.__dict__ | {"places": {}, "called": set(), "checked": set()}
 
     def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """(module, attribute, value with this expert in it) of every bare parameter."""
@@ -153,58 +188,6 @@ class RoutedExpert(nn.Module):
             if site.replaced is not None:
                 found |= {f"{name}.{p}": f"sites.{index}.replaced.{p}" for p, _ in site.replaced.named_parameters()}
         return found
-
-
-@contextmanager
-def in_place(
-    root: nn.Module, experts: Iterable[tuple[RoutedExpert, float]], add: AddLinear = add_linear
-) -> Iterator[None]:
-    """For the length of the block the experts answer in the base's place, later ones on top; then everything is as before.
-
-    Only instance attributes are set, which hide a layer's `forward` or a block's bare parameter; neither is touched.
-
-    Args:
-        root: the base model.
-        experts: each with its strength.
-    """
-    before: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for expert, strength in experts:
-            for module, name, value in (*_forwards(expert, root, strength, add), *expert.bare_values(root, strength)):
-                before.append((module, name, module.__dict__.get(name)))
-                module.__dict__[name] = value
-        yield
-    finally:
-        for module, name, value in reversed(before):
-            if value is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = value
-
-
-def _forwards(
-    expert: RoutedExpert, root: nn.Module, strength: float, add: AddLinear
-) -> list[tuple[nn.Module, str, Forward]]:
-    """(module, "forward", what it is with the expert in it) of every site.
-
-    Built once and reused: torch.compile recompiles otherwise.
-    """
-    found = []
-    for name, site in zip(expert.names, expert.sites, strict=True):
-        module = find_module(root, name)
-        base = module.forward
-        known = expert.forwards.get(name)
-        if known is None or known[0] is not module or known[1] != base or known[2] != strength:
-            expert.forwards[name] = known = (module, base, strength, _make_forward(site, base, strength, add))
-        found.append((module, "forward", known[3]))
-    return found
-
-
-def _make_forward(site: RoutedSite, base: Forward, strength: float, add: AddLinear) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        return site(x, base, strength, add)
-
-    return forward
 
 
 LAYER_PARAMS = ("weight", "bias")
@@ -248,23 +231,20 @@ def _check_fits(expert: Expert, base: Mapping[str, nn.Module]) -> None:
     other = [name for name in names if _kind(base[name]) not in KINDS or (name in expert.low_rank and not _is_linear(base[name]))]
     if other:
         raise ExpertError(f"{name_some(other)} cannot be switched during sampling. Leave these tensors out of the expert.")
-    partial = [
-        name
-        for name in names
-        if (given := {p for p in LAYER_PARAMS if f"{name}.{p}" in expert.replaced})
-        and (name in expert.low_rank or given != {p for p in LAYER_PARAMS if getattr(base[name], p, None) is not None})
-    ]
-    if partial:
+    changed = {*expert.diff, *(f"{name}.weight" for name in expert.low_rank)}
+    if twice := changed & expert.replaced.keys():
         raise ExpertError(
-            f"{name_some(partial)} is replaced only in part. An expert replaces a layer's weight and bias together, "
-            "without a low-rank pair on the same layer. Convert or train the expert again."
+            f"{name_some(twice)} is both replaced and changed. An expert either replaces a tensor or adds to it. "
+            "Convert or train the expert again."
         )
 
 
 def _make_site(name: str, expert: Expert, base: nn.Module, factory: SimpleNamespace) -> RoutedSite:
     updates = expert.low_rank.get(name)
     branch = LowRankBranch(updates, factory.operations, factory.dtype, factory.device) if updates else None
-    return RoutedSite(_filled(name, expert.replaced, base, factory), branch, _filled(name, expert.diff, base, factory))
+    lacking = [p for p in LAYER_PARAMS if getattr(base, p, None) is not None and f"{name}.{p}" not in expert.replaced]
+    replaced = _filled(name, expert.replaced, base, factory)
+    return RoutedSite(replaced, branch, _filled(name, expert.diff, base, factory), lacking[0] if replaced is not None and lacking else "")
 
 
 def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: SimpleNamespace) -> nn.Module | None:

@@ -17,12 +17,12 @@ from .errors import ExpertError, name_some
 from .families import Family
 from .keymap import Piece, fuse
 from .lora_names import split_key
+from .metadata import FORMAT
 from .routing import Side
 from .storage import write_stream
 from .unfinished import Unfinished
 from .values import bytes_of, cast
 
-FILE_FORMAT = "1"
 FILE_PREFIX = "diffusion_model."
 
 
@@ -57,6 +57,7 @@ class Expert:
         diff: native tensor name -> a full difference that is added to it.
         boundary: sigma where the detail expert takes over, if the file knows it.
         timesteps: the schedule it was made for, if the file knows it.
+        notes: what the user has to know of how its file was read, a sentence each.
     """
 
     family: str
@@ -66,6 +67,7 @@ class Expert:
     diff: dict[str, Tensor] = field(default_factory=dict)
     boundary: float | None = None
     timesteps: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -73,9 +75,11 @@ class Expert:
         return tuple(sorted({update.rank for updates in self.low_rank.values() for update in updates}))
 
     def __str__(self) -> str:
-        rank = "-".join(str(rank) for rank in (self.ranks[:1] + self.ranks[1:][-1:])) or "none"
-        held = {"low-rank sites": self.low_rank, "replaced tensors": self.replaced, "differences": self.diff}
-        return f"{self.role} expert, rank {rank}: {', '.join(f'{len(tensors)} {kind}' for kind, tensors in held.items() if tensors)}"
+        ranks = self.ranks
+        rank = f"LoRA rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else "no LoRA"
+        # norms and modulations count as layers, too
+        layers = {*self.low_rank, *(name.rpartition(".")[0] for name in (*self.replaced, *self.diff))}
+        return f"{self.role} expert: {rank}, {len(layers)} layer{'s' if len(layers) != 1 else ''} matched"
 
 
 def expert_tensor_list(expert: Expert) -> list[Tensor]:
@@ -93,10 +97,17 @@ def size_of(expert: Expert) -> int:
 def expert_id(expert: Expert) -> str:
     """A hash of all it does: its tensors, and where and how strongly they work."""
     pairs = [(name, [(update.start, update.scale) for update in updates]) for name, updates in sorted(expert.low_rank.items())]
-    digest = hashlib.sha256(repr((str(expert), pairs, sorted(expert.replaced), sorted(expert.diff))).encode())
+    digest = hashlib.sha256(repr((_identity(expert), pairs, sorted(expert.replaced), sorted(expert.diff))).encode())
     for tensor in expert_tensor_list(expert):
         digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def _identity(expert: Expert) -> str:
+    """Training checkpoints hold ids that begin with this text: another wording would make them another run's."""
+    rank = "-".join(str(rank) for rank in (expert.ranks[:1] + expert.ranks[1:][-1:])) or "none"
+    held = {"low-rank sites": expert.low_rank, "replaced tensors": expert.replaced, "differences": expert.diff}
+    return f"{expert.role} expert, rank {rank}: {', '.join(f'{len(tensors)} {kind}' for kind, tensors in held.items() if tensors)}"
 
 
 def merged(expert: Expert, name: str, weight_of: Callable[[str], Tensor]) -> Tensor:
@@ -273,7 +284,7 @@ def expert_metadata(expert: Expert, count: int) -> dict[str, str]:
     """Facts of the file; the alpha is of one update, before any stacking, and only given where all agree."""
     scales = {update.scale for updates in expert.low_rank.values() for update in updates}
     metadata = {
-        "dcm.format": FILE_FORMAT,
+        "dcm.format": FORMAT,
         "dcm.family": expert.family,
         "dcm.expert": expert.role,
         "dcm.tensors": str(count),

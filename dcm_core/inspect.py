@@ -1,16 +1,25 @@
 """Say what a file is: layout, family, experts, rank, dtype, boundary, and keys that are missing or odd."""
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .checkpoint import Contents, Layout, recognise
-from .errors import CheckpointError, name_some
-from .lora_names import LoraKey, split_key
-from .match import Target, any_model, expert_part, match_expert
+from .errors import CheckpointError, ExpertError, name_some
+from .families import Family
+from .keymap import Shape
+from .lora_names import LoraKey, is_release_part, split_key
+from .match import AnyModel, Target, expert_part, match_expert
+from .metadata import Facts, quote, read_facts
 from .storage import Progress, TensorFile
+from .text import LINE_LENGTH, one_line
+from .updates import DefaultScale
+
+# Different ones that are listed.
+MOST_ALPHAS = 6
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Inspection:
 
 def in_lines(facts: Mapping[str, str | None]) -> str:
     """A line for each fact that is known."""
-    return "\n".join(f"{name:>10}: {value}" for name, value in facts.items() if value is not None)
+    return "\n".join(f"{name:>10}: {one_line(value, LINE_LENGTH)}" for name, value in facts.items() if value is not None)
 
 
 def inspect_file(path: str | os.PathLike, target: Target | None = None, progress: Progress | None = None) -> Inspection:
@@ -92,53 +101,72 @@ def inspect_file(path: str | os.PathLike, target: Target | None = None, progress
     except CheckpointError as error:
         checksum, problem = None, problem or str(error)
     names = {key: split_key(key) for key in file.shapes}
-    said = file.metadata.get("dcm.family")
+    facts = Facts()
     family, expert = expert_part(file, contents)
-    title = family.title if family else said
     shapes = {key: file.shapes[source] for key, source in expert.items()}
     preset = family.preset if family and contents.layout is Layout.RELEASE else None
     is_lora = contents.layout is Layout.EXPERT
+    scales: tuple[str, ...] = (f"{family.lora_scale:g} x rank, as released",) if preset else ()
+    try:
+        facts = read_facts(file.metadata)
+        scales = _default_scales(file, shapes, family) if is_lora and family else scales
+    except ExpertError as error:
+        problem = problem or str(error)
+    said = facts.family and quote(facts.family)
     return Inspection(
         path=str(file.path),
         layout=contents.layout.value,
-        family=title,
-        experts=_experts(file, contents),
+        family=family.title if family else said,
+        experts=_experts(facts, contents),
         tensors=len(file),
         gigabytes=sum(map(file.nbytes, file.shapes)) / 1e9,
         dtypes=dict(Counter(str(dtype).removeprefix("torch.") for dtype in file.dtypes.values()).most_common()),
-        ranks=_ranks(file, names),
-        alpha=_alpha(file, names) or (f"{family.lora_scale:g} x rank (the release's)" if preset else None),
-        boundary=file.metadata.get("dcm.boundary") or (f"{preset.boundary:g}" if preset else None),
-        timesteps=file.metadata.get("dcm.timesteps") or (json.dumps(preset.timesteps) if preset else None),
+        ranks=_ranks(file, facts, names),
+        alpha="; ".join(filter(None, (_alpha(file, facts, names), *scales))) or None,
+        boundary=repr(facts.boundary) if facts.boundary else f"{preset.boundary:g}" if preset else None,
+        timesteps=json.dumps(timesteps) if (timesteps := facts.timesteps or (preset and preset.timesteps)) else None,
         unplaced=tuple(key for key, name in names.items() if name is None) if is_lora else (),
-        known=str(match_expert(shapes, family, any_model(family, shapes))) if is_lora and family else None,
+        known=str(match_expert(shapes, family, AnyModel(family))) if is_lora and family else None,
         fits=target.say(shapes, family) if target and expert else None,
         checksum=checksum,
         problem=problem,
     )
 
 
-def _ranks(file: TensorFile, names: Mapping[str, LoraKey | None]) -> tuple[int, ...]:
+def _ranks(file: TensorFile, facts: Facts, names: Mapping[str, LoraKey | None]) -> tuple[int, ...]:
     """Of our files the rank of one update, not of the stacked ones of fused modules."""
-    said = file.metadata.get("dcm.rank", "")
-    if said.isdecimal():
-        return (int(said),)
+    if facts.rank is not None:
+        return (facts.rank,)
     downs = (file.shapes[key] for key, name in names.items() if name and name.kind == "down")
     return tuple(sorted({shape[0] for shape in downs if shape}))
 
 
-def _alpha(file: TensorFile, names: Mapping[str, LoraKey | None]) -> str | None:
+def _alpha(file: TensorFile, facts: Facts, names: Mapping[str, LoraKey | None]) -> str | None:
     """As the file says it, else the alphas it stores."""
-    if "dcm.alpha" in file.metadata:
-        return file.metadata["dcm.alpha"]
-    keys = (key for key, name in names.items() if name and name.kind == "alpha" and not file.shapes[key])
-    return ", ".join(f"{value:g}" for value in sorted({file.read(key).item() for key in keys})) or None
+    if facts.alpha is not None:
+        return f"{facts.alpha:g}"
+    keys = [key for key, name in names.items() if name and name.kind == "alpha" and math.prod(file.shapes[key]) == 1]
+    values = sorted({float(file.read(key).float().item()) for key in keys})
+    shown = [f"{value:g}" for value in values[:MOST_ALPHAS]]
+    return ", ".join(shown) + (f" and {len(values) - MOST_ALPHAS} more" if len(values) > MOST_ALPHAS else "") or None
 
 
-def _experts(file: TensorFile, contents: Contents) -> tuple[str, ...]:
+def _default_scales(file: TensorFile, shapes: Mapping[str, Shape], family: Family) -> tuple[str, ...]:
+    """What is taken for the layers of a LoRA that store no alpha.
+
+    Raises:
+        ExpertError: a trainer's settings that cannot be read.
+    """
+    scale = DefaultScale(family, file.metadata, file.path, released=is_release_part(shapes, family))
+    for site in match_expert(shapes, family, AnyModel(family)).sites:
+        if "down" in site.keys and "alpha" not in site.keys:
+            scale(site.piece.source, shapes[site.keys["down"]][0])
+    return scale.notes
+
+
+def _experts(facts: Facts, contents: Contents) -> tuple[str, ...]:
     if contents.layout is Layout.RELEASE:
         return ("semantic", "detail")
-    role = file.metadata.get("dcm.expert")
-    if role:
-        return (role,)
+    if facts.side:
+        return (facts.side,)
     return ("not said",) if contents.layout is Layout.EXPERT else ()

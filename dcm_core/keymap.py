@@ -30,7 +30,7 @@ class Rule:
         part: index among the row blocks of a fused target, each as high as the target's input is wide
             (the last one takes what remains); None if the source is the whole target.
         swap_halves: the two halves of the rows change places.
-        optional: not every model of the family has it.
+        optional: what the layer is for, if only some models of the family have it; "" if all do.
     """
 
     source: str
@@ -39,7 +39,7 @@ class Rule:
     target_params: tuple[str, ...] = ()
     part: int | None = None
     swap_halves: bool = False
-    optional: bool = False
+    optional: str = ""
 
     def key_pairs(self) -> Iterable[tuple[str, str]]:
         """(source, target) key templates."""
@@ -49,12 +49,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Piece:
-    """A source tensor's place in its target."""
+    """A source tensor's place in its target; the last three fields as in `Rule`."""
 
     source: str
     target: str
     part: int | None = None
     swap_halves: bool = False
+    optional: str = ""
 
     def in_native_order(self, tensor: Tensor) -> Tensor:
         """The source's rows in the order of the target's."""
@@ -78,64 +79,88 @@ def _join(module: str, param: str) -> str:
     return f"{module}.{param}" if param else module
 
 
-def _pattern(template: str) -> re.Pattern[str]:
-    return re.compile(re.escape(template).replace(r"\{n\}", rf"({BLOCK_INDEX})"))
-
-
 def _fill(template: str, index: str | None) -> str:
     return template if index is None else template.replace("{n}", index)
 
 
-def _index(match: re.Match[str]) -> str | None:
-    return match[1] if match.re.groups else None
+def _stem(template: str) -> str | None:
+    """`blocks` of `blocks.{n}.ffn.0`; None where no block is numbered."""
+    head, mark, _ = template.partition(".{n}")
+    return head if mark else None
 
 
-def _templates(name: str) -> Iterable[tuple[str, str | None]]:
-    """(template, block index) of all templates that a name could be of: itself, or with one of its numbers as `{n}`."""
-    if "{" not in name:
-        yield name, None
-        parts = name.split(".")
-        for place, part in enumerate(parts):
-            if re.fullmatch(BLOCK_INDEX, part):
-                yield ".".join((*parts[:place], "{n}", *parts[place + 1 :])), part
+class Templates:
+    """Takes names apart into a template and a block index, with one separator between their parts (`.` or `_`)."""
+
+    def __init__(self, templates: Iterable[str], separator: str = "."):
+        stems = {stem.replace(".", separator) for template in templates if (stem := _stem(template))}
+        # the longest first: one stem may begin another
+        either = "|".join(map(re.escape, sorted(stems, key=len, reverse=True))) or r"(?!)"
+        gap = re.escape(separator)
+        self._numbered = re.compile(rf"({either}){gap}({BLOCK_INDEX})(?={gap}|$)")
+        self._separator = separator
+
+    def split(self, name: str) -> tuple[str, str | None]:
+        """(template, index): `blocks.7.ffn.0` -> (`blocks.{n}.ffn.0`, `7`); a name without a block is its own template."""
+        match = self._numbered.match(name)
+        if match is None:
+            return name, None
+        return f"{match[1]}{self._separator}{{n}}{name[match.end():]}", match[2]
 
 
 class KeyMap:
-    """A table of rules, usable from both ends."""
+    """A table of rules, usable from both ends; the first rule for a name counts."""
 
     def __init__(self, rules: Sequence[Rule]):
         self.rules = tuple(rules)
 
     @cached_property
     def _by_key(self) -> dict[str, tuple[str, Rule]]:
-        """Key template -> (target's template, rule)."""
-        return {source: (target, rule) for rule in reversed(self.rules) for source, target in rule.key_pairs()}
+        pairs = [(source, (target, rule)) for rule in self.rules for source, target in rule.key_pairs()]
+        return dict(reversed(pairs))
 
     @cached_property
     def _by_module(self) -> dict[str, Rule]:
         return {rule.source: rule for rule in reversed(self.rules)}
 
+    @cached_property
+    def _by_flat_name(self) -> dict[str, Rule]:
+        return {source.replace(".", "_"): rule for source, rule in self._by_module.items()}
+
+    @cached_property
+    def _sources(self) -> Templates:
+        return Templates(rule.source for rule in self.rules)
+
+    @cached_property
+    def _flat_sources(self) -> Templates:
+        return Templates((rule.source for rule in self.rules), "_")
+
+    @cached_property
+    def _targets(self) -> Templates:
+        return Templates(rule.target for rule in self.rules)
+
     def find(self, key: str) -> Piece | None:
         """The place of a source key, None if the table does not know it."""
-        for template, index in _templates(key):
-            if template in self._by_key:
-                target, rule = self._by_key[template]
-                return Piece(key, _fill(target, index), rule.part, rule.swap_halves)
-        return None
+        template, index = self._sources.split(key)
+        found = self._by_key.get(template)
+        return found and _piece(key, found[0], index, found[1])
 
     def find_module(self, module: str) -> Piece | None:
         """The place of a source module (no `.weight`), None if the table does not know it."""
-        for template, index in _templates(module):
-            if rule := self._by_module.get(template):
-                return Piece(module, _fill(rule.target, index), rule.part, rule.swap_halves)
-        return None
+        template, index = self._sources.split(module)
+        rule = self._by_module.get(template)
+        return rule and _piece(module, rule.target, index, rule)
+
+    def find_flat(self, name: str) -> Piece | None:
+        """The same for a module with `_` in place of every dot, as kohya writes it."""
+        template, index = self._flat_sources.split(name)
+        rule = self._by_flat_name.get(template)
+        return rule and _piece(_fill(rule.source, index), rule.target, index, rule)
 
     def sources_of(self, module: str) -> list[Piece]:
         """The source modules that make up a target module, in row order."""
-        pieces = []
-        for rule in self.rules:
-            if match := _pattern(rule.target).fullmatch(module):
-                pieces.append(Piece(_fill(rule.source, _index(match)), module, rule.part, rule.swap_halves))
+        template, index = self._targets.split(module)
+        pieces = [_piece(_fill(rule.source, index), module, None, rule) for rule in self.rules if rule.target == template]
         return sorted(pieces, key=lambda piece: piece.part or 0)
 
     def match(self, keys: Iterable[str]) -> MatchReport:
@@ -162,29 +187,34 @@ class KeyMap:
         return MatchReport(matched, tuple(unmatched), tuple(sorted(self._expected(keys) - keys)))
 
     def _expected(self, keys: set[str]) -> set[str]:
-        depths = self._depths(keys)
+        blocks = self._blocks(keys)
         expected = set()
         for rule in self.rules:
             stem = _stem(rule.source)
-            for index in map(str, range(depths.get(stem, 0))) if stem else [None]:
+            for index in blocks[stem] if stem else [None]:
                 wanted = {_fill(source, index) for source, _ in rule.key_pairs()}
                 if not rule.optional or wanted & keys:
                     expected |= wanted
         return expected
 
-    def _depths(self, keys: set[str]) -> dict[str, int]:
-        """Number of blocks of each numbered stem (`blocks.{n}` -> highest index + 1)."""
-        depths: dict[str, int] = {}
-        for stem in {stem for rule in self.rules if (stem := _stem(rule.source))}:
-            pattern = re.compile(_pattern(stem).pattern + r"\..+")
-            found = [int(match[1]) for key in keys if (match := pattern.fullmatch(key))]
-            depths[stem] = max(found, default=-1) + 1
-        return depths
+    def _blocks(self, keys: set[str]) -> dict[str, list[str]]:
+        """The block indices of each numbered stem: all up to the highest, unless most of these would be gaps."""
+        found: dict[str, set[int]] = {stem: set() for rule in self.rules if (stem := _stem(rule.source))}
+        for key in keys:
+            template, index = self._sources.split(key)
+            if index is not None:
+                found[_stem(template)].add(int(index))
+        return {stem: list(map(str, _with_gaps(indices))) for stem, indices in found.items()}
 
 
-def _stem(template: str) -> str | None:
-    head, mark, _ = template.partition("{n}")
-    return head + mark if mark else None
+def _with_gaps(indices: set[int]) -> Iterable[int]:
+    depth = max(indices, default=-1) + 1
+    # one index far beyond the others is no block of the model
+    return range(depth) if depth <= 2 * len(indices) else sorted(indices)
+
+
+def _piece(source: str, target: str, index: str | None, rule: Rule) -> Piece:
+    return Piece(source, _fill(target, index), rule.part, rule.swap_halves, rule.optional)
 
 
 def fused_shape(shapes: Sequence[Shape]) -> tuple[int, ...]:

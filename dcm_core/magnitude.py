@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Contents, Layout, recognise
-from .errors import name_some
+from .errors import counted, name_some
 from .experts import LowRank
 from .families import Family
 from .keymap import fuse
 from .match import Target, expert_part
+from .metadata import read_facts
 from .storage import Progress, TensorFile
 from .updates import Update, file_updates
 
@@ -65,11 +66,11 @@ class Profile:
 
     def facts(self) -> dict[str, str | None]:
         """In words, by subject."""
-        waiting, broken = len(self.unmeasured), len(self.broken)
+        waiting, broken = counted(len(self.unmeasured), "replaced tensor"), counted(len(self.broken), "tensor")
         return {
             "change": "; ".join(self._line(name, sizes) for name, sizes in self.experts.items() if sizes) or None,
-            "not shown": f"{waiting} replaced tensors, no plain base to compare with: {name_some(self.unmeasured)}" if waiting else None,
-            "broken": f"{broken} tensors hold NaN or infinite values: {name_some(self.broken)}" if broken else None,
+            "not shown": f"{waiting}, no plain base to compare with: {name_some(self.unmeasured)}" if self.unmeasured else None,
+            "broken": f"NaN or infinite values in {broken}: {name_some(self.broken)}" if self.broken else None,
         }
 
     def _line(self, name: str, sizes: Mapping[Column, float]) -> str:
@@ -153,31 +154,30 @@ def file_profile(
     path: str | os.PathLike,
     target: Target | None = None,
     base: Base | None = None,
-    peft_config: Mapping | None = None,
     progress: Progress | None = None,
 ) -> Profile | None:
     """How much the expert in a file changes each block; None where there is no expert of a known family.
 
     Args:
         target, base: the model it goes on and its weights, not used if it does not fit; a release brings its own.
-        peft_config: a PEFT folder's adapter_config.json, for its alpha.
 
     Raises:
         CheckpointError: a file that cannot be read, or is half one thing.
+        ExpertError: metadata or settings that cannot be read.
     """
     file = TensorFile(path)
     contents = recognise(file)
     family, expert = expert_part(file, contents)
     if family is None or not expert:
         return None
-    role = file.metadata.get("dcm.expert", "expert")
+    role = read_facts(file.metadata).side or "expert"
     keys = {name: file.shapes[key] for name, key in expert.items()}
     shapes = target.shapes if target is not None and target.takes(keys, family) else None
     if contents.layout is Layout.RELEASE:
         role, shapes, base = "detail", contents.native_shapes(file), release_base(file, contents)
     elif base is None or shapes is None:
         base = no_base
-    changes = [measure(update, base) for update in file_updates(file, contents, shapes, peft_config, progress)]
+    changes = [measure(update, base) for update in file_updates(file, contents, shapes, progress)]
     return make_profile({role: changes}, family, shapes or ())
 
 

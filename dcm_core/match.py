@@ -1,21 +1,20 @@
 """Which tensors of an expert file have a place in a model: by names and shapes, nothing is read."""
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .checkpoint import Contents, Layout
 from .errors import name_some
 from .families import FAMILIES, Family
 from .keymap import Piece, Shape
-from .lora_names import Kind, ModuleNames, Shapes, count_known, name_of
+from .lora_names import LOW_RANK, Kind, ModuleNames, Shapes, count_known, is_text_encoder, name_of
 from .storage import TensorFile
 
 # What is wrong with a tensor that has no place.
-NO_LAYER, OTHER_SIZE, OTHER_KIND, HALF, TWICE = "no such layer", "another size", "no plain LoRA", "half of a pair", "given twice"
-# An index above is no block's.
-MOST_BLOCKS = 1000
+NO_LAYER, OTHER_SIZE, HALF, TWICE, ROWS = "no such layer", "another size", "half of a LoRA layer", "given twice", "only some rows"
+# What a model may do without: the rest of the file works as it would with it.
+TEXT_ENCODER, LACKING = "text encoder", "{}, which this model does not have"
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Match:
-    """An expert's tensors, each in its site or under the reason why it has none."""
+    """An expert's tensors, each in its site or under the reason why it has none.
+
+    Attributes:
+        left_out: reason -> keys that the model can do without.
+        misfits: reason -> keys that make the file another model's, or a broken one.
+    """
 
     sites: tuple[Site, ...]
+    left_out: Mapping[str, tuple[str, ...]]
     misfits: Mapping[str, tuple[str, ...]]
 
     @property
@@ -43,8 +48,9 @@ class Match:
         return sum(len(site.keys) for site in self.sites)
 
     def __str__(self) -> str:
-        total = self.fitting + sum(map(len, self.misfits.values()))
-        return "; ".join([f"{self.fitting} of {total}", *(f"{why}: {name_some(keys)}" for why, keys in self.misfits.items())])
+        reasons = [*self.left_out.items(), *self.misfits.items()]
+        total = self.fitting + sum(len(keys) for _, keys in reasons)
+        return "; ".join([f"{self.fitting} of {total}", *(f"{why}: {name_some(keys)}" for why, keys in reasons)])
 
 
 @dataclass(frozen=True)
@@ -71,8 +77,12 @@ class Target:
 
     def takes(self, keys: Mapping[str, Shape], family: Family) -> bool:
         """True if every key that its family knows has a place in the model."""
-        known = match_expert(keys, family, any_model(family, keys))
-        return self.family is family and match_expert(keys, family, self.shapes).fitting == known.fitting
+        if self.family is not family:
+            return False
+        known, found = match_expert(keys, family, AnyModel(family)), match_expert(keys, family, self.shapes)
+        return {key for site in known.sites for key in site.keys.values()} <= {
+            key for keys in (*found.left_out.values(), *(site.keys.values() for site in found.sites)) for key in keys
+        }
 
 
 def expert_part(file: TensorFile, contents: Contents) -> tuple[Family | None, dict[str, str]]:
@@ -86,19 +96,31 @@ def expert_part(file: TensorFile, contents: Contents) -> tuple[Family | None, di
 
 def guess_family(keys: Mapping[str, Shape], metadata: Mapping[str, str]) -> Family | None:
     """The family an expert file is for: as it says, else the one that knows most of its keys."""
-    if metadata.get("dcm.family") in FAMILIES:
-        return FAMILIES[metadata["dcm.family"]]
-    known = {name: count_known(family, keys) for name, family in FAMILIES.items()}
+    said = FAMILIES.get(metadata.get("dcm.family", ""))
+    if said is not None:
+        return said
+    transformer = [key for key in keys if not is_text_encoder(key)]
+    known = {name: count_known(family, transformer) for name, family in FAMILIES.items()}
     best = max(known, key=known.__getitem__)
-    return FAMILIES[best] if known[best] > len(keys) // 2 else None
+    return FAMILIES[best] if known[best] > len(transformer) // 2 else None
 
 
-def any_model(family: Family, keys: Mapping[str, Shape]) -> Shapes:
-    """Tensor names of a model of the family as deep as the keys ask for; sizes () are not compared."""
-    numbers = (int(number) for key in keys for number in re.findall(r"(?<![0-9])[0-9]{1,4}(?![0-9])", key))
-    depth = 1 + max((number for number in numbers if number < MOST_BLOCKS), default=0)
-    names = {target for rule in family.DIFFUSERS_TO_NATIVE for _, target in rule.key_pairs()}
-    return {name.replace("{n}", str(index)): () for name in names for index in range(depth if "{n}" in name else 1)}
+class AnyModel(Mapping[str, Shape]):
+    """Tensor names of a model of a family, of any depth; the sizes () are not compared. Lists one block for all."""
+
+    def __init__(self, family: Family):
+        self.family = family
+
+    def __getitem__(self, name: str) -> Shape:
+        if self.family.native_map.find(name) is None:
+            raise KeyError(name)
+        return ()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(key for rule in self.family.native_map.rules for key, _ in rule.key_pairs()))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def match_expert(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> Match:
@@ -108,53 +130,66 @@ def match_expert(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> M
         keys: the expert's keys and their shapes.
         shapes: native tensor name -> shape of the model; () where it is not known.
     """
-    sites, misfits = find_sites(keys, family, shapes)
+    sites, left_out, misfits = find_sites(keys, family, shapes)
     for site in sites:
         found = [(TWICE, key) for _, key in site.again]
         found += [(why, site.keys.pop(kind)) for kind, why in wrong_kinds(site, keys, shapes).items()]
         for why, key in found:
             misfits.setdefault(why, []).append(key)
-    return Match(tuple(site for site in sites if site.keys), {why: tuple(keys) for why, keys in misfits.items()})
+    return Match(tuple(site for site in sites if site.keys), *({why: tuple(ks) for why, ks in d.items()} for d in (left_out, misfits)))
 
 
-def find_sites(keys: Iterable[str], family: Family, shapes: Shapes) -> tuple[list[Site], dict[str, list[str]]]:
-    """The keys by the module of the model that they are for, and by the reason why they are for none."""
+Reasons = dict[str, list[str]]
+
+
+def find_sites(keys: Iterable[str], family: Family, shapes: Shapes) -> tuple[list[Site], Reasons, Reasons]:
+    """The keys by the module of the model that they are for; by the reason why they can be left out; why they fit nothing."""
     names = ModuleNames(family, shapes)
     sites: dict[tuple[str, int | None], Site] = {}
-    strangers: dict[str, list[str]] = {}
+    left_out: Reasons = {}
+    misfits: Reasons = {}
     for key in keys:
         name = name_of(key, family)
         piece = names.find(name.module) if name else None
-        if name is not None and name.kind == "unsupported":
-            strangers.setdefault(OTHER_KIND, []).append(key)
+        if piece is None and is_text_encoder(key):
+            left_out.setdefault(TEXT_ENCODER, []).append(key)
+        elif name is not None and name.kind == "unroutable":
+            misfits.setdefault(name.method, []).append(key)
+        elif name is not None and piece is None and (part := names.lacks(name.module)):
+            left_out.setdefault(LACKING.format(part), []).append(key)
         elif piece is None or tensor_name(piece, name.kind, shapes) not in shapes:
-            strangers.setdefault(NO_LAYER, []).append(key)
+            misfits.setdefault(NO_LAYER, []).append(key)
         elif name.kind in (site := sites.setdefault((piece.target, piece.part), Site(piece))).keys:
             site.again.append((name.kind, key))
         else:
             site.keys[name.kind] = key
-    return list(sites.values()), strangers
+    return list(sites.values()), left_out, misfits
 
 
 def tensor_name(piece: Piece, kind: Kind, shapes: Shapes) -> str:
     """Native name of the tensor that a kind of tensor is for."""
     target = piece.target
-    return f"{target}.bias" if kind in ("diff_b", "set_bias") else target if target in shapes else f"{target}.weight"
+    if kind in ("diff_b", "set_bias", "up_bias"):
+        return f"{target}.bias"
+    if kind == "diff_m":
+        return f"{target}.modulation"
+    return target if target in shapes else f"{target}.weight"
 
 
 def wrong_kinds(site: Site, keys: Mapping[str, Shape], shapes: Shapes) -> dict[Kind, str]:
-    """What does not go with the model, or with its other half, and why."""
-    wrong = {kind: why for kind, key in site.keys.items() if (why := _misfit(kind, tuple(keys[key]), site.piece, shapes))}
-    pair = [keys[site.keys[kind]] for kind in ("down", "up") if kind in site.keys.keys() - wrong.keys()]
-    if len(pair) < 2 or not 0 < pair[0][0] == pair[1][1] == math.prod(pair[1][1:]):
-        why = OTHER_SIZE if OTHER_SIZE in wrong.values() else HALF
-        wrong |= {kind: why for kind in ("down", "up", "alpha") if kind in site.keys}
+    """What does not go with the model, or with the rest of its low-rank update, and why."""
+    given = {kind: tuple(keys[key]) for kind, key in site.keys.items()}
+    low_rank = [kind for kind in LOW_RANK if kind in given]
+    whole = {kind: shape for kind, shape in given.items() if kind not in ("down", "mid", "up")}
+    wrong = {kind: why for kind, shape in whole.items() if (why := _misfit(kind, shape, site.piece, shapes))}
+    if low_rank and (why := _low_rank_misfit(given, site.piece, shapes)):
+        wrong |= dict.fromkeys(low_rank, why)
     return wrong
 
 
 def _misfit(kind: Kind, shape: tuple[int, ...], piece: Piece, shapes: Shapes) -> str | None:
     if piece.part is not None and kind in ("set_weight", "set_bias"):
-        return OTHER_KIND  # some rows of a tensor cannot be replaced
+        return ROWS
     return None if _fits(kind, shape, piece, shapes) else OTHER_SIZE
 
 
@@ -162,13 +197,36 @@ def _fits(kind: Kind, shape: tuple[int, ...], piece: Piece, shapes: Shapes) -> b
     if kind == "alpha":
         return math.prod(shape) == 1
     whole = tuple(shapes[tensor_name(piece, kind, shapes)])
-    if len(shape) < (2 if kind in ("down", "up") else 1):
+    if kind == "reshape":
+        return len(shape) == 1 and shape[0] == (len(whole) or shape[0])
+    if not shape:
         return False
+    if piece.part is None or not whole:
+        return not whole or shape == whole
+    return 0 < shape[0] <= _room(piece, whole, shapes) and shape[1:] == whole[1:]
+
+
+def _room(piece: Piece, whole: tuple[int, ...], shapes: Shapes) -> int:
+    """Rows of a fused tensor from the part's first."""
+    return whole[0] - piece.part * tuple(shapes[f"{piece.target}.weight"])[1]
+
+
+def _low_rank_misfit(given: Mapping[Kind, tuple[int, ...]], piece: Piece, shapes: Shapes) -> str | None:
+    """Why (rank, in...), (rank, rank, kernel...) and (out, rank, 1...) make no update of the module; hosts take them as matrices."""
+    down, up = given.get("down", ()), given.get("up", ())
+    if len(down) < 2 or len(up) < 2:
+        return HALF
+    mid = given.get("mid", (down[0], down[0]))
+    if len(mid) < 2 or not 0 < down[0] == mid[1] or mid[0] != math.prod(up[1:]):
+        return HALF
+    whole = tuple(shapes[tensor_name(piece, "up", shapes)])
+    rows, columns = up[0], math.prod(down[1:]) * math.prod(mid[2:])
     if not whole:
-        return True
-    if kind == "down":
-        return len(shape) == len(whole) and shape[1:] == whole[1:]
-    if piece.part is None:
-        return shape == whole if kind != "up" else len(shape) == len(whole) and shape[0] == whole[0]
-    room = whole[0] - piece.part * tuple(shapes[f"{piece.target}.weight"])[1]
-    return len(shape) == len(whole) and 0 < shape[0] <= room and (kind == "up" or shape[1:] == whole[1:])
+        return None
+    if piece.part is not None:
+        fits = 0 < rows <= _room(piece, whole, shapes) and columns == whole[1]
+    elif len(whole) == 2:
+        fits = (rows, columns) == whole
+    else:
+        fits = rows * columns == math.prod(whole)
+    return None if fits else OTHER_SIZE

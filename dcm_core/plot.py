@@ -1,5 +1,5 @@
-"""Draw a schedule (noise levels over steps, coloured by the expert that owns them), the losses of a training run, and how
-much each expert changes each block.
+"""Draw a schedule (noise levels over steps, coloured by the expert that owns them), and how much each expert changes each
+block.
 """
 
 import math
@@ -9,10 +9,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .magnitude import AFTER, BEFORE, Profile
-from .routing import plan_steps
+from .routing import SIDES, Owner, plan_steps
 
 BACKGROUND, GRID, TEXT = "#1e1f26", "#3a3c48", "#d7d9e0"
 COLOURS = {"semantic": "#f2a33c", "detail": "#4cb3ff"}
+NEUTRAL = "#8a8d99"  # a model without an expert
 SCALE = 2  # drawn larger and reduced: smooth lines
 
 Point = tuple[float, float]
@@ -24,14 +25,15 @@ class Canvas:
     Attributes:
         unit: a hundredth of the shorter side.
         left, top, right, bottom: of the box inside the margins.
+        font, small: of `text` units, and a little smaller.
     """
 
-    def __init__(self, width: int, height: int, margins: tuple[float, float, float, float]):
+    def __init__(self, width: int, height: int, margins: tuple[float, float, float, float], text: float = 4.2):
         self.size = width, height
         self.image = Image.new("RGB", (width * SCALE, height * SCALE), BACKGROUND)
         self.draw = ImageDraw.Draw(self.image)
         self.unit = min(width, height) * SCALE / 100
-        self.font, self.small = (ImageFont.load_default(size=size * self.unit) for size in (4.2, 3.4))
+        self.font, self.small = (ImageFont.load_default(size=size * self.unit) for size in (text, 0.81 * text))
         left, top, right, bottom = (margin * self.unit for margin in margins)
         self.left, self.top, self.right, self.bottom = left, top, self.image.width - right, self.image.height - bottom
 
@@ -75,27 +77,29 @@ class Canvas:
         return self.image.resize(self.size, Image.Resampling.LANCZOS)
 
 
-def plot_schedule(sigmas: Tensor, boundary: float, width: int = 768, height: int = 432) -> Image.Image:
-    """The schedule as an image of the given size in pixels.
+def plot_schedule(
+    sigmas: Tensor, boundary: float | None, width: int = 768, height: int = 432, owners: tuple[Owner, Owner] = SIDES
+) -> Image.Image:
+    """The schedule as an image of the given size in pixels, coloured by who runs which step as in `routing.plan_steps`.
 
     Raises:
         ScheduleError: sigmas that cannot be sampled, or a boundary outside (0, 1).
     """
-    plan = plan_steps(sigmas, boundary)
+    plan = plan_steps(sigmas, boundary, owners)
     canvas = Canvas(width, height, (13, 14, 5, 13.5))
     unit = canvas.unit
     points = [canvas.at(step / plan.steps, sigma) for step, sigma in enumerate(sigmas.tolist())]
     for sigma in (0, 0.25, 0.5, 0.75, 1):
         canvas.level(sigma, f"{sigma:g}", gap=2.5)
-    _dashed(canvas, boundary)
-    below = boundary > 0.5  # on the side of the line that has room
-    x, y = canvas.at(0, boundary)
-    canvas.text((x + unit, y + (unit if below else -unit)), f"boundary {boundary:g}", "la" if below else "ld")
-    words = str(plan).partition(", boundary")[0].split(", ")
-    canvas.legend(5 * unit, {part: COLOURS[part.rpartition(" ")[2]] for part in words})
+    if boundary is not None:
+        _dashed(canvas, boundary)
+        below = boundary > 0.5  # on the side of the line that has room
+        x, y = canvas.at(0, boundary)
+        canvas.text((x + unit, y + (unit if below else -unit)), f"boundary {boundary:g}", "la" if below else "ld")
+    canvas.legend(5 * unit, {words: COLOURS.get(owner, NEUTRAL) for words, owner in plan.parts})
     every = max(1, round(plan.steps / 12))
     for step in range(plan.steps):
-        colour = COLOURS[plan.side(step)]
+        colour = COLOURS.get(plan.side(step), NEUTRAL)
         canvas.line(points[step : step + 2], colour, 0.9)
         canvas.dot(points[step], colour)
         if step % every == 0:
@@ -112,43 +116,6 @@ def _dashed(canvas: Canvas, up: float) -> None:
         x += 3.5 * canvas.unit
 
 
-def plot_losses(history: Sequence[Mapping[str, float]], term: str, width: int = 768, height: int = 432) -> Image.Image:
-    """A loss over the steps: every value faint, their running mean strong.
-
-    Args:
-        history: for each step its `step` and losses by name; steps without `term` are passed over.
-    """
-    points = [(entry["step"], entry[term]) for entry in history if math.isfinite(entry.get(term, math.nan))]
-    canvas = Canvas(width, height, (17, 12, 5, 12))
-    unit = canvas.unit
-    canvas.text((canvas.left, 5 * unit), term.replace("_", " "), "lm")
-    if not points:
-        return canvas.finished()
-    steps, values = zip(*points, strict=True)
-    # one wild step must not flatten the rest
-    ordered = sorted(values)
-    low, high = min(ordered), ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
-    high = high if high > low else low + 1e-12
-
-    def at(step: float, value: float) -> Point:
-        return canvas.at((step - steps[0]) / max(1, steps[-1] - steps[0]), min(1.0, (value - low) / (high - low)))
-
-    for part in (0, 0.5, 1):
-        canvas.level(part, f"{low + part * (high - low):.3g}")
-    for step, anchor in ((steps[0], "la"), (steps[-1], "ra")):
-        canvas.text((at(step, low)[0], canvas.bottom + 3 * unit), f"{step:g}", anchor)
-    mean, smooth = values[0], []
-    for count, value in enumerate(values, start=1):
-        mean += (value - mean) * max(0.03, 1 / count)
-        smooth.append(mean)
-    if len(points) > 1:
-        canvas.line([at(*point) for point in points], GRID, 0.5)
-        canvas.line([at(*point) for point in zip(steps, smooth, strict=True)], COLOURS["semantic"], 0.9)
-    else:
-        canvas.dot(at(*points[0]), COLOURS["semantic"])
-    return canvas.finished()
-
-
 def plot_profile(profile: Profile | None, title: str, width: int = 960, height: int = 432) -> Image.Image:
     """A bar for each expert at each block, the embedders before and the output head after them; None: no expert."""
     canvas = Canvas(width, height, (12, 19, 3, 13))
@@ -159,7 +126,7 @@ def plot_profile(profile: Profile | None, title: str, width: int = 960, height: 
     if not highest:
         canvas.text(canvas.at(0.5, 0.5), "no change to show" if profile else "no expert", "mm")
         return canvas.finished()
-    step = _round_step(highest / 4)
+    step = round_step(highest / 4)
     lines = math.ceil(highest / step - 1e-9)
     for line in range(lines + 1):
         canvas.level(line / lines, f"{100 * line * step:g}%" if profile.relative else f"{line * step:g}", canvas.small)
@@ -177,7 +144,7 @@ def _bars(canvas: Canvas, profile: Profile, highest: float) -> None:
     # a gap before and after each group, as wide as a column
     column = (canvas.right - canvas.left) / (sum(groups.values()) + len(groups))
     bar = min(0.8 * column / len(profile.experts), 10 * unit)
-    every = _round_step(max(1.0, 7 * unit / column))
+    every = round_step(max(1.0, 7 * unit / column))
     x = canvas.left + column / 2
     for group, count in groups.items():
         single = group in (BEFORE, AFTER)
@@ -197,7 +164,7 @@ def _bars(canvas: Canvas, profile: Profile, highest: float) -> None:
         x += column
 
 
-def _round_step(value: float) -> float:
+def round_step(value: float) -> float:
     """The next 1, 2 or 5 times a power of ten."""
     power = 10 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9))

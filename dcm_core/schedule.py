@@ -13,9 +13,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .errors import ScheduleError
+from .errors import ScheduleError, counted
+
+# Schedules by name; what `auto` and `generic` stand for depends on the models: `routing.Setup.schedule`.
+AUTO, EVEN, DCM_GRID, GENERIC = "auto", "even", "DCM grid", "generic"
 
 TIMESTEPS = 1000
+# KSampler, too, makes as many levels as `steps / denoise`; more would take minutes.
+MOST_LEVELS = 100_000
 DEFAULT_SHIFT = 17.0
 DEFAULT_POINTS = 50
 
@@ -47,6 +52,17 @@ def sigmas_from_timesteps(timesteps: Sequence[float]) -> Tensor:
     return torch.cat([torch.tensor(timesteps, dtype=torch.float64) / TIMESTEPS, torch.zeros(1)]).float()
 
 
+def check_shift(shift: float) -> float:
+    """Return `shift` if noise levels can be shifted by it.
+
+    Raises:
+        ScheduleError: not finite, or below 1e-3.
+    """
+    if not (math.isfinite(shift) and shift >= 1e-3):
+        raise ScheduleError(f"shift is {shift}; it has to be a positive number (DCM: {DEFAULT_SHIFT:g}, Wan 2.2: 5 to 12).")
+    return shift
+
+
 def solver_sigmas(shift: float = DEFAULT_SHIFT, points: int = DEFAULT_POINTS) -> Tensor:
     """The `points` noise levels the consistency models are trained on, largest first, shape (points,).
 
@@ -55,8 +71,7 @@ def solver_sigmas(shift: float = DEFAULT_SHIFT, points: int = DEFAULT_POINTS) ->
     Raises:
         ScheduleError: shift below 1e-3, or points outside 1 .. 1000.
     """
-    if not (math.isfinite(shift) and shift >= 1e-3):
-        raise ScheduleError(f"shift is {shift}; it has to be a positive number (the released models use {DEFAULT_SHIFT:g}).")
+    check_shift(shift)
     if not 1 <= points <= TIMESTEPS:
         raise ScheduleError(f"points is {points}; it has to lie in 1 .. {TIMESTEPS} (the released models use {DEFAULT_POINTS}).")
     stride = TIMESTEPS // points
@@ -72,11 +87,51 @@ def generic_sigmas(steps: int, shift: float = DEFAULT_SHIFT, points: int = DEFAU
     """
     if not 1 <= steps <= points:
         raise ScheduleError(
-            f"steps is {steps}; this schedule takes 1 .. {points} steps, as it picks them from {points} trained noise levels. "
-            "Choose fewer steps, or another scheduler for more."
+            f"steps is {steps}; the schedule `{DCM_GRID}` takes 1 .. {points} steps, as it picks them from {points} trained noise "
+            f"levels. Choose fewer steps, or the schedule `{EVEN}`."
         )
     index = torch.arange(steps) * points // steps
     return torch.cat([solver_sigmas(shift, points)[index], torch.zeros(1)])
+
+
+def even_sigmas(steps: int, shift: float, denoise: float = 1.0) -> Tensor:
+    """Schedule of `steps` evenly spaced levels `shift(1 - i / steps)`, shape (steps + 1,): what full flow models are made for.
+
+    With denoise below 1 the last `steps` of `int(steps / denoise)` steps, as in KSampler.
+
+    Raises:
+        ScheduleError: steps, shift or denoise out of range.
+    """
+    levels = levels_for(steps, denoise)
+    index = torch.arange(steps, -1, -1, dtype=torch.float64)
+    return shift_sigma(index / levels, check_shift(shift)).float()
+
+
+def levels_for(steps: int, denoise: float) -> int:
+    """How many steps a whole schedule has of which `steps` start at a lower noise level: KSampler's `int(steps / denoise)`.
+
+    Raises:
+        ScheduleError: steps outside 1 .. 1000, or denoise outside (0, 1] or too small.
+    """
+    if not 1 <= steps <= TIMESTEPS:
+        raise ScheduleError(f"steps is {steps}; it has to lie in 1 .. {TIMESTEPS}.")
+    check_denoise(denoise)
+    # KSampler's own tolerance
+    levels = steps if denoise > 0.9999 else int(steps / denoise)
+    if levels > MOST_LEVELS:
+        raise ScheduleError(f"denoise is {denoise}, too small for {steps} steps. Raise it to {steps / MOST_LEVELS:g} or more.")
+    return levels
+
+
+def check_denoise(denoise: float) -> float:
+    """Return `denoise` if something is left to sample.
+
+    Raises:
+        ScheduleError: outside (0, 1].
+    """
+    if not 0 < denoise <= 1:
+        raise ScheduleError(f"denoise is {denoise}; it has to lie above 0 and at most at 1. Use 1 for a new video.")
+    return denoise
 
 
 def last_part(sigmas: Tensor, denoise: float) -> Tensor:
@@ -85,10 +140,20 @@ def last_part(sigmas: Tensor, denoise: float) -> Tensor:
     Raises:
         ScheduleError: denoise outside (0, 1].
     """
-    if not 0 < denoise <= 1:
-        raise ScheduleError(f"denoise is {denoise}; it has to lie above 0 and at most at 1. Use 1 for a new video.")
     steps = len(sigmas) - 1
-    return sigmas[steps - max(1, round(steps * denoise)):]
+    return sigmas[steps - max(1, round(steps * check_denoise(denoise))):]
+
+
+def make_sigmas(schedule: str | Sequence[float], steps: int, shift: float, denoise: float) -> Tensor:
+    """The sigmas of `even`, `DCM grid`, or of fixed timesteps, which need no `steps` and `shift`.
+
+    Raises:
+        ScheduleError: settings that give no schedule.
+    """
+    if schedule == EVEN:
+        return even_sigmas(steps, shift, denoise)
+    # levels that experts are trained on stay: denoise leaves steps out
+    return last_part(generic_sigmas(steps, shift) if schedule == DCM_GRID else sigmas_from_timesteps(schedule), denoise)
 
 
 def check_sigmas(sigmas: Tensor) -> Tensor:
@@ -99,7 +164,7 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
     """
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ScheduleError(
-            f"The sigmas hold {max(0, sigmas.numel() - 1)} steps (shape {tuple(sigmas.shape)}); "
+            f"The sigmas hold {counted(max(0, sigmas.numel() - 1), 'step')} (shape {tuple(sigmas.shape)}); "
             "at least one step, that is two falling values, is needed. Check the scheduler, its steps and its denoise."
         )
     values = sigmas.tolist()

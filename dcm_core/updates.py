@@ -1,21 +1,22 @@
 """What an expert does to each tensor of its base, read from its file or from the modules it was made into, a layer at a time."""
 
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .adapters import RoutedExpert
 from .checkpoint import Contents
-from .errors import ExpertError
 from .experts import LowRank, place_low_rank, split_fused, stack_updates
 from .families import Family
 from .keymap import Piece
-from .lora_names import Kind, Shapes, is_release_part
-from .match import any_model, expert_part, match_expert, tensor_name
+from .lora_names import LOW_RANK, Kind, Shapes, is_release_part
+from .match import AnyModel, expert_part, match_expert, tensor_name
+from .metadata import LoraSettings, lora_settings
 from .storage import Progress, TensorFile
 
 
@@ -41,23 +42,22 @@ class Update:
 
 
 def file_updates(
-    file: TensorFile,
-    contents: Contents,
-    shapes: Shapes | None = None,
-    peft_config: Mapping | None = None,
-    progress: Progress | None = None,
+    file: TensorFile, contents: Contents, shapes: Shapes | None = None, progress: Progress | None = None
 ) -> Iterator[Update]:
     """The updates of the expert in a file, the tensors of one layer in memory at a time; misfits are left out.
 
     Args:
         shapes: native tensor names and shapes of the model it goes on, if there is one.
+
+    Raises:
+        ExpertError: settings of its trainer that cannot be read.
     """
     family, expert = expert_part(file, contents)
     if family is None:
         return
     keys = {name: file.shapes[key] for name, key in expert.items()}
-    shapes = shapes or any_model(family, keys)
-    default_scale = DefaultScale(family, file.metadata, peft_config, released=is_release_part(keys, family))
+    shapes = shapes or AnyModel(family)
+    default_scale = DefaultScale(family, file.metadata, file.path, released=is_release_part(keys, family))
     sites = match_expert(keys, family, shapes).sites
     for done, site in enumerate(sites, start=1):
         tensors = {kind: file.read(expert[key]) for kind, key in site.keys.items()}
@@ -67,54 +67,87 @@ def file_updates(
 
 
 class DefaultScale:
-    """alpha / rank of a pair that stores no alpha: PEFT's or diffusers' configuration, else the release's, else 1."""
+    """alpha / rank of layers that store no alpha: what the trainer wrote in the file or beside it, else the release's, else 1.
 
-    def __init__(self, family: Family, metadata: Mapping[str, str], peft_config: Mapping | None, released: bool):
-        self.config = peft_config or _diffusers_config(metadata) or {}
-        self.fallback = family.lora_scale if released else 1.0
+    Args:
+        path: of the file, for what is beside it.
+        released: the file follows the release's conventions.
+    """
+
+    def __init__(self, family: Family, metadata: Mapping[str, str], path: Path | None, released: bool):
+        self.metadata, self.path = metadata, path
+        self.fallback, self.whence = (family.lora_scale, "as released") if released else (1.0, "")
+        self.found: dict[float, None] = {}
+        self.assumed: dict[float, None] = {}
+
+    @cached_property
+    def settings(self) -> LoraSettings | None:
+        """Read when first asked for: a file with its alphas needs none."""
+        return lora_settings(self.metadata, self.path)
 
     def __call__(self, module: str, rank: int) -> float:
-        alpha = self.config.get("lora_alpha")
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
-        if alpha is None:
+        scale = self.settings.scale(module, rank) if self.settings is not None else None
+        if scale is None:
+            self.assumed[self.fallback] = None
             return self.fallback
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        self.found[scale] = None
+        return scale
 
-
-def _diffusers_config(metadata: Mapping[str, str]) -> dict:
-    """The LoRA configuration diffusers stores as JSON in a file's metadata, keys without their `transformer.`."""
-    try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError as error:
-        raise ExpertError(f"The metadata `lora_adapter_metadata` is no JSON ({error}). Save the LoRA again.") from error
-    return {key.removeprefix("transformer."): value for key, value in config.items()}
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to tell of the scales that were asked for."""
+        notes = []
+        if self.found:
+            lowest, highest = min(self.found), max(self.found)
+            span = f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
+            notes.append(f"scale {span} from {self.settings.source}")
+        elif self.settings is not None and self.assumed:
+            notes.append(f"{self.settings.source} is for another rank and was not used")
+        if self.assumed:
+            notes.append(f"no alpha: scale {self.fallback:g}" + (f" ({self.whence})" if self.whence else ""))
+        return tuple(notes)
 
 
 def site_updates(
     piece: Piece, tensors: Mapping[Kind, Tensor], family: Family, shapes: Shapes, default_scale: DefaultScale
 ) -> Iterator[Update]:
     """What a site's tensors, which fit the model, do to it."""
+    # fp8 has no arithmetic; bfloat16 holds each of its values
+    small = {kind: tensor.bfloat16() for kind, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype.itemsize == 1}
+    tensors = {**tensors, **small}
     weight, bias = (tensor_name(piece, kind, shapes) for kind in ("diff", "diff_b"))
     known = (shapes.get(weight, ()), *(tensors[kind].shape for kind in ("down", "diff") if kind in tensors))
     start = (piece.part or 0) * next((shape[1] for shape in known if len(shape) > 1), 0)
-    whole = {kind: piece.in_native_order(tensor) for kind, tensor in tensors.items() if kind not in ("down", "up", "alpha")}
-    diff = whole.get("diff")
+    whole = {kind: piece.in_native_order(tensor) for kind, tensor in tensors.items() if kind not in LOW_RANK}
+    diff, bias_diff = whole.get("diff"), whole.get("diff_b")
     if "down" in tensors:
-        down, up = tensors["down"], tensors["up"]
-        scale = default_scale(piece.source, down.shape[0]) if "alpha" not in tensors else tensors["alpha"].item() / down.shape[0]
+        down, up = _matrices(tensors)
+        rank = tensors["down"].shape[0]
+        scale = tensors["alpha"].item() / rank if "alpha" in tensors else default_scale(piece.source, rank)
         updates = split_fused(piece.target, [place_low_rank(piece, down, up, scale)], family)
-        together = diff is not None and diff.shape == (up.shape[0], *down.shape[1:])
+        together = diff is not None and diff.shape[0] == up.shape[0] and math.prod(diff.shape[1:]) == down.shape[1]
         yield from low_rank_updates(weight, updates, diff if together else None, start)
         diff = None if together else diff
+        if "up_bias" in tensors:
+            scaled = piece.in_native_order(tensors["up_bias"]).float() * scale
+            bias_diff = scaled if bias_diff is None else bias_diff + scaled
     if diff is not None:
         yield Update(weight, diff=diff, start=start)
-    if "diff_b" in whole:
-        yield Update(bias, diff=whole["diff_b"], start=start)
+    if bias_diff is not None:
+        yield Update(bias, diff=bias_diff, start=start)
+    if "diff_m" in whole:
+        yield Update(tensor_name(piece, "diff_m", shapes), diff=whole["diff_m"])
     for kind, name in (("set_weight", weight), ("set_bias", bias)):
         if kind in whole:
             yield Update(name, replaced=whole[kind])
+
+
+def _matrices(tensors: Mapping[Kind, Tensor]) -> tuple[Tensor, Tensor]:
+    """down (rank, in) and up (rows, rank) of a low-rank update, kernels flattened; a Tucker core goes into `down`."""
+    down, up = tensors["down"].flatten(1), tensors["up"].flatten(1)
+    if "mid" in tensors:
+        down = torch.einsum("ji...,ik->jk...", tensors["mid"].float(), down.float()).flatten(1)
+    return down, up
 
 
 def low_rank_updates(name: str, updates: Sequence[LowRank], diff: Tensor | None = None, start: int = 0) -> Iterator[Update]:

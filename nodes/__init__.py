@@ -3,7 +3,8 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import conditioning, convert, dataset, experts, load, sample, schedule, train, view
-from .host.plan import add_route
+from .host.compat import tell_newer_host
+from .host.plan_route import add_route
 
 NODES: list[type[io.ComfyNode]] = [
     node for module in (load, experts, sample, schedule, view, convert, conditioning, dataset, train) for node in module.NODES
@@ -16,4 +17,5 @@ class DCMExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # the host of 0.3.75 never calls on_load
         add_route()
+        tell_newer_host()
         return NODES

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..dcm_core.conditioning import describe_conditioning, load_conditioning, save_conditioning
 from .host.compat import newer
-from .host.folders import CONDITIONING, files, new_file, path_of, state_of
+from .host.folders import CONDITIONING, files, fingerprint, new_file, path_of, state_of
 from .host.report import report
 
 
@@ -56,12 +56,13 @@ class DCMLoadConditioning(io.ComfyNode):
         )
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, name: str | None) -> int:
         return state_of(CONDITIONING, name)
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        conditioning = load_conditioning(path_of(CONDITIONING, name))
+        conditioning = load_conditioning(path_of(CONDITIONING, name, "name"))
         return io.NodeOutput(conditioning, ui=report(f"{name}: {describe_conditioning(conditioning)}", cls.hidden.unique_id))
 
 

@@ -5,11 +5,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..dcm_core.convert import DTYPES, KEEP, convert_release
-from ..dcm_core.errors import CheckpointError
+from ..dcm_core.errors import CheckpointError, check_choice
 from ..dcm_core.extract import extract_lora
 from .host.compat import newer
 from .host.devices import compute_device
-from .host.folders import LORAS, MODELS, NONE, files, new_file, path_of, state_of
+from .host.folders import LORAS, MODELS, NONE, files, fingerprint, new_file, path_of, state_of
 from .host.progress import byte_progress
 from .host.report import report
 
@@ -51,15 +51,15 @@ class DCMConvertCheckpoint(io.ComfyNode):
         )
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, model_name: str | None = NONE, **inputs: Any) -> int:
         return state_of(MODELS, model_name)
 
     @classmethod
     def execute(cls, model_name: str, base_name: str, expert_name: str, dtype: str, overwrite: bool) -> io.NodeOutput:
-        if dtype not in DTYPES:
-            raise CheckpointError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
+        check_choice("dtype", dtype, DTYPES, CheckpointError)
         result = convert_release(
-            path_of(MODELS, model_name),
+            path_of(MODELS, model_name, "model_name"),
             # what it will write is known, and checked, when the file has been looked at
             new_file(MODELS, base_name, overwrite=True),
             new_file(LORAS, expert_name, overwrite=True),
@@ -98,14 +98,15 @@ class DCMExtractLoRA(io.ComfyNode):
         )
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, tuned_model: str | None = NONE, base_model: str | None = NONE, **inputs: Any) -> list[int]:
         return [state_of(MODELS, tuned_model), state_of(MODELS, base_model)]
 
     @classmethod
     def execute(cls, tuned_model: str, base_model: str, rank: int, name: str, overwrite: bool) -> io.NodeOutput:
         result = extract_lora(
-            path_of(MODELS, tuned_model),
-            path_of(MODELS, base_model),
+            path_of(MODELS, tuned_model, "tuned_model"),
+            path_of(MODELS, base_model, "base_model"),
             new_file(LORAS, name, overwrite),
             rank,
             device=compute_device(),

@@ -4,14 +4,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dcm_core.distill.clips import ClipSettings, check_source, source_state
+from ..dcm_core.distill.clips import ClipSettings
 from ..dcm_core.distill.data_file import read_data, write_data
 from ..dcm_core.distill.encode import prepare
-from ..dcm_core.errors import DCMError
+from ..dcm_core.distill.sources import check_source, source_state
+from ..dcm_core.errors import DCMError, counted
 from .host.compat import newer
 from .host.encoders import host_encoders
-from .host.folders import DATASETS, data_cache, files, new_file, path_of, source_path, state_of
+from .host.folders import DATASETS, data_cache, files, fingerprint, new_file, path_of, state_of
 from .host.progress import byte_progress
+from .host.reach import clip_source
 from .host.report import report
 
 Dataset = io.Custom("DCM_DATASET")
@@ -34,8 +36,8 @@ class DCMVideoDataset(io.ComfyNode):
                 io.String.Input(
                     "folder",
                     default="",
-                    tooltip="A folder of videos, each with a .txt of its name that holds its caption, or a .jsonl file "
-                    'with "video" and "caption" in each line. A full path, or one in the input directory.',
+                    tooltip="A folder of videos; its subfolders are read too. Each video has its caption in a .txt file of the same name. "
+                    "Or a list of videos and captions: a .jsonl, .json or .csv file. Enter a full path, or one in the input directory.",
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the model to train."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model to train."),
@@ -72,26 +74,29 @@ class DCMVideoDataset(io.ComfyNode):
         # none: it comes from another node, whose text is not known yet
         try:
             if folder is not None:
-                check_source(source_path(folder))
+                check_source(*clip_source(folder))
         except DCMError as error:
             return str(error)
         return True
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, folder: str | None, **settings: Any) -> str:
-        return source_state(source_path(folder)) if folder is not None else ""
+        return source_state(*clip_source(folder)) if folder is not None else ""
 
     @classmethod
     def execute(
         cls, folder: str, vae: Any, clip: Any, width: int, height: int, frames: int, fps: float, buckets: bool, negative: str = ""
     ) -> io.NodeOutput:
+        source, roots = clip_source(folder)
         dataset = prepare(
-            source_path(folder),
+            source,
             ClipSettings(frames, fps, width, height, buckets),
             host_encoders(vae, clip),
             data_cache(),
             negative,
             byte_progress(cls.hidden.unique_id),
+            roots,
         )
         return io.NodeOutput(dataset, ui=report(dataset.report(), cls.hidden.unique_id))
 
@@ -121,7 +126,7 @@ class DCMSaveDataset(io.ComfyNode):
     def execute(cls, dataset: Any, file_name: str, overwrite: bool) -> io.NodeOutput:
         path = new_file(DATASETS, file_name, overwrite)
         write_data(path, dataset, progress=byte_progress(cls.hidden.unique_id))
-        return io.NodeOutput(ui=report(f"saved {len(dataset)} clips to {path}", cls.hidden.unique_id))
+        return io.NodeOutput(ui=report(f"Saved {counted(len(dataset), 'clip')} to {path}", cls.hidden.unique_id))
 
 
 class DCMLoadDataset(io.ComfyNode):
@@ -141,13 +146,15 @@ class DCMLoadDataset(io.ComfyNode):
         )
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, file_name: str | None) -> int:
         return state_of(DATASETS, file_name)
 
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:
-        data = read_data(path_of(DATASETS, file_name), byte_progress(cls.hidden.unique_id))
-        return io.NodeOutput(data, ui=report(f"{len(data)} clips, {len(data.buckets)} sizes", cls.hidden.unique_id))
+        data = read_data(path_of(DATASETS, file_name, "file_name"), byte_progress(cls.hidden.unique_id))
+        line = f"{counted(len(data), 'clip')}, {counted(len(data.buckets), 'size')}"
+        return io.NodeOutput(data, ui=report(line, cls.hidden.unique_id))
 
 
 NODES = [DCMVideoDataset, DCMSaveDataset, DCMLoadDataset]

@@ -1,13 +1,15 @@
 """Attach experts from files."""
 
+import math
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..dcm_core.errors import ExpertError
+from ..dcm_core.errors import ExpertError, check_choice
 from .host.attach import attach_experts, attached_experts
 from .host.compat import newer
 from .host.expert_files import expert_names, load_expert, state_of_expert, trained_expert
+from .host.folders import fingerprint
 from .host.report import report
 
 TrainedExpert = io.Custom("DCM_EXPERT")
@@ -77,6 +79,7 @@ class DCMAttachExperts(io.ComfyNode):
         )
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, semantic_lora: str | None, detail_lora: str | None, **inputs: Any) -> list[tuple[int, ...]]:
         return [state_of_expert(semantic_lora), state_of_expert(detail_lora)]
 
@@ -93,8 +96,10 @@ class DCMAttachExperts(io.ComfyNode):
         semantic_expert: Any = None,
         detail_expert: Any = None,
     ) -> io.NodeOutput:
-        if experts not in (STACKED, INDEPENDENT):
-            raise ExpertError(f"experts is {experts!r}; choose {STACKED!r} or {INDEPENDENT!r}.")
+        for name, strength in (("semantic_strength", semantic_strength), ("detail_strength", detail_strength)):
+            if not math.isfinite(strength):
+                raise ExpertError(f"{name} is {strength}; expected a number from -10 to 10.")
+        check_choice("experts", experts, (STACKED, INDEPENDENT), ExpertError)
         semantic = trained_expert(semantic_expert, "semantic", model) or load_expert(semantic_lora, "semantic", model)
         detail = trained_expert(detail_expert, "detail", model) or load_expert(detail_lora, "detail", model)
         if semantic is None and detail is None:
@@ -111,7 +116,10 @@ class DCMAttachExperts(io.ComfyNode):
             stacked=experts == STACKED,
         )
         facts = attached_experts(model)
-        lines = [line for line in (facts.semantic, facts.detail) if line]
+        lines = []
+        for expert, strength in ((semantic, semantic_strength), (detail, detail_strength)):
+            if expert is not None:
+                lines += [f"{expert}, strength {strength:g}", *(f"  {note}" for note in expert.notes)]
         text = "\n".join([*lines, f"boundary {facts.boundary:g}, {'stacked' if facts.stacked else 'independent'}"])
         return io.NodeOutput(model, ui=report(text, cls.hidden.unique_id))
 

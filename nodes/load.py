@@ -5,7 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host.compat import newer
-from .host.folders import MODELS, files, state_of
+from .host.folders import MODELS, files, fingerprint, state_of
 from .host.load import WEIGHT_DTYPES, load_model
 from .host.report import report
 
@@ -42,6 +42,7 @@ class DCMLoadModel(io.ComfyNode):
         )
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, model_name: str | None, **inputs: Any) -> int:
         return state_of(MODELS, model_name)
 

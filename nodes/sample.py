@@ -5,11 +5,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..dcm_core.errors import counted
+from ..dcm_core.schedule import AUTO
 from .host.compat import newer
 from .host.plan import announce
 from .host.report import report, show
 from .host.route import step_cache_note
-from .host.sampling import AUTO, GENERIC, PRESETS, choose_sigmas, describe_run, make_guider, prepare_model, run
+from .host.sampling import choose_sampler, make_guider, prepare_model, run
+from .host.schedules import EULER, choose_sigmas, sampler_names, schedule_names, with_shift
+from .host.setup import describe_run, plan_run
+from .schedule import DENOISE_TIP, SCHEDULE_TIP, SHIFT_TIP, STEPS_TIP
 
 DETAIL_MODEL_TIP = "A second full model for the low-noise side (Wan 2.2 A14B low noise). It is loaded when its side begins."
 BOUNDARY_TIP = (
@@ -64,11 +69,11 @@ class DCMSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "schedule",
-                    options=[AUTO, *PRESETS, GENERIC],
+                    options=schedule_names(),
                     default=AUTO,
-                    tooltip="Noise levels. auto: what the experts were made for. generic: `steps` levels of the training grid.",
+                    tooltip=SCHEDULE_TIP,
                 ),
-                io.Int.Input("steps", default=6, min=1, max=50, tooltip="Number of steps of the generic schedule."),
+                io.Int.Input("steps", default=6, min=1, max=100, tooltip=STEPS_TIP),
                 cfg_input(),
                 io.Float.Input(
                     "denoise",
@@ -76,7 +81,7 @@ class DCMSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1: a new video. Below 1: only the last part of the schedule, starting from latent_image.",
+                    tooltip=f"1: a new video. Below 1: starts from latent_image. {DENOISE_TIP}",
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="Needed only if a cfg is not 1."),
                 *side_inputs(),
@@ -87,12 +92,19 @@ class DCMSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     optional=True,
-                    tooltip="Flow shift of the generic schedule. 17 as DCM is trained; Wan 2.2 uses 5 to 12.",
+                    tooltip=SHIFT_TIP,
                 ),
                 io.Sigmas.Input(
                     "sigmas", optional=True, tooltip="Noise levels from another node. Overrides schedule, steps, shift and denoise."
                 ),
-                io.Sampler.Input("sampler", optional=True, tooltip="Another sampler than Euler. DCM is trained for Euler."),
+                io.Sampler.Input("sampler", optional=True, tooltip="A sampler from another node. Overrides sampler_name."),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=sampler_names(),
+                    default=EULER,
+                    optional=True,
+                    tooltip="The sampler, as in KSampler. DCM is distilled for euler.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="The sampled video latent, for VAE Decode."),
@@ -120,18 +132,24 @@ class DCMSampler(io.ComfyNode):
         shift: float = 17.0,
         sigmas: Any = None,
         sampler: Any = None,
+        sampler_name: str = EULER,
     ) -> io.NodeOutput:
+        chosen_sampler = choose_sampler(sampler, sampler_name)
         model, sigma = prepare_model(model, boundary, detail_model, cfg, detail_cfg)
+        notes: list[str] = []
         if sigmas is None:
-            sigmas = choose_sigmas(schedule, steps, shift, denoise, model)
-        plan = describe_run(model, sigmas, sigma)
+            # what a connected sampler is called is not known
+            sigmas, notes = choose_sigmas(schedule, steps, shift, denoise, model, EULER if sampler is not None else sampler_name)
+            model = with_shift(model, schedule, shift)
+        plan = plan_run(model, sigmas, sigma)
         guider = make_guider(model, positive, negative, cfg, detail_cfg)
-        report(plan, cls.hidden.unique_id)
-        announce(model, sigmas, sigma, cls.hidden.unique_id)
+        lines = [describe_run(model, plan), *notes]
+        report("\n".join(lines), cls.hidden.unique_id)
+        announce(sigmas, plan, notes, cls.hidden.unique_id)
         started = time.perf_counter()
-        latent, denoised = run(guider, latent_image, sampler, sigmas, seed, cls.hidden.unique_id)
-        took = f"{len(sigmas) - 1} steps in {time.perf_counter() - started:.1f} s"
-        text = "\n".join(filter(None, (plan, took, step_cache_note(model))))
+        latent, denoised = run(guider, latent_image, chosen_sampler, sigmas, seed, cls.hidden.unique_id)
+        took = f"{counted(plan.steps, 'step')} in {time.perf_counter() - started:.1f} s"
+        text = "\n".join(filter(None, (*lines, took, step_cache_note(model))))
         return io.NodeOutput(latent, denoised, ui=show(text, cls.hidden.unique_id))
 
 

@@ -5,8 +5,21 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..dcm_core.routing import split_sigmas
+from ..dcm_core.schedule import AUTO
 from .host.compat import newer
-from .host.sampling import AUTO, GENERIC, PRESETS, choose_sigmas
+from .host.report import report
+from .host.schedules import choose_sigmas, schedule_names
+
+SCHEDULE_TIP = (
+    "Noise levels. auto: the experts' own, or even with two full models. even: evenly spaced, for full models. DCM grid: levels that "
+    "DCM experts are trained on. generic: DCM grid with experts, even without. The rest are KSampler's schedulers."
+)
+STEPS_TIP = "Number of steps. Not used by auto, unless there are two full models, nor by schedules named after their steps."
+SHIFT_TIP = "Flow shift, instead of the model's own: 17 for DCM, 5 to 12 for Wan 2.2. Not used where steps is not."
+DENOISE_TIP = (
+    "With even and KSampler's schedulers: `steps` steps from a lower noise level, as in KSampler. With the others: the last part of "
+    "their steps."
+)
 
 
 class DCMScheduler(io.ComfyNode):
@@ -18,30 +31,34 @@ class DCMScheduler(io.ComfyNode):
             node_id="DCMScheduler",
             display_name="DCM Scheduler",
             category="DCM/sampling",
-            description="The noise levels DCM experts are made for.",
+            description="Noise levels: those DCM experts are made for, even spacing, or a scheduler of KSampler.",
             inputs=[
                 io.Combo.Input(
                     "preset",
-                    options=[AUTO, *PRESETS, GENERIC],
+                    options=schedule_names(),
                     default=AUTO,
-                    tooltip="auto: what the model's experts were made for. generic: `steps` levels of the training grid.",
+                    tooltip=SCHEDULE_TIP,
                 ),
-                io.Int.Input("steps", default=6, min=1, max=50, tooltip="Number of steps of the generic schedule."),
-                io.Float.Input(
-                    "shift", default=17.0, min=0.01, max=100.0, step=0.1, tooltip="Flow shift of the generic schedule. DCM uses 17."
+                io.Int.Input("steps", default=6, min=1, max=100, tooltip=STEPS_TIP),
+                io.Float.Input("shift", default=17.0, min=0.01, max=100.0, step=0.1, tooltip=SHIFT_TIP),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=f"1: the whole schedule. {DENOISE_TIP}"),
+                io.Model.Input("model", optional=True, tooltip="The model to sample. Needed by auto and KSampler's schedulers."),
+                io.Model.Input(
+                    "detail_model", optional=True, tooltip="The second full model, if there is one (Wan 2.2). auto is then even."
                 ),
-                io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="The share of the schedule's steps to keep, from its end."
-                ),
-                io.Model.Input("model", optional=True, tooltip="Needed by auto: it reads the schedule of the model's experts."),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="Falling noise levels, the last 0.")],
+            hidden=[io.Hidden.unique_id],
             **newer(search_aliases=["dcm sigmas", "few step schedule"]),
         )
 
     @classmethod
-    def execute(cls, preset: str, steps: int, shift: float, denoise: float, model: Any = None) -> io.NodeOutput:
-        return io.NodeOutput(choose_sigmas(preset, steps, shift, denoise, model))
+    def execute(
+        cls, preset: str, steps: int, shift: float, denoise: float, model: Any = None, detail_model: Any = None
+    ) -> io.NodeOutput:
+        sigmas, notes = choose_sigmas(preset, steps, shift, denoise, model, detail_model=detail_model, widget="preset")
+        levels = ", ".join(f"{1000 * sigma:.4g}" for sigma in sigmas.tolist())
+        return io.NodeOutput(sigmas, ui=report("\n".join((f"timesteps {levels}", *notes)), cls.hidden.unique_id))
 
 
 class DCMSplitSigmas(io.ComfyNode):

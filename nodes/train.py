@@ -9,7 +9,7 @@ from .dataset import Dataset
 from .experts import TrainedExpert
 from .host.compat import advanced, newer
 from .host.expert_files import expert_names, state_of_expert
-from .host.folders import NONE
+from .host.folders import NONE, fingerprint
 from .host.report import report
 from .host.training import train_and_save
 
@@ -157,6 +157,7 @@ class DCMTrainSemanticExpert(io.ComfyNode):
         )
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, continue_from: str | None = NONE, **inputs: Any) -> tuple[int, ...]:
         return state_of_expert(continue_from)
 
@@ -220,6 +221,7 @@ class DCMTrainDetailExpert(io.ComfyNode):
         )
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(
         cls, continue_from: str | None = NONE, semantic_lora: str | None = NONE, **inputs: Any
     ) -> list[tuple[int, ...]]:

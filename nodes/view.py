@@ -6,12 +6,14 @@ from comfy_api.latest import io
 
 from ..dcm_core.errors import DCMError
 from ..dcm_core.plot import plot_schedule
+from ..dcm_core.routing import plan_steps
 from .host.compat import newer
 from .host.expert_files import last_written
-from .host.folders import NONE
+from .host.folders import NONE, fingerprint
 from .host.inspect import file_names, inspect, path_of_choice
 from .host.report import report_picture
-from .host.sampling import as_image, choose_boundary
+from .host.sampling import as_image, prepare_model
+from .host.setup import plan_run
 
 
 class DCMSchedulePlot(io.ComfyNode):
@@ -23,7 +25,7 @@ class DCMSchedulePlot(io.ComfyNode):
             node_id="DCMSchedulePlot",
             display_name="DCM Schedule Plot",
             category="DCM/sampling",
-            description="Draws the noise levels over the steps, which expert owns which step, and the boundary.",
+            description="Draws the noise levels over the steps, which expert runs which step, and the boundary.",
             inputs=[
                 io.Sigmas.Input("sigmas", tooltip="The schedule to draw."),
                 io.Float.Input(
@@ -33,22 +35,31 @@ class DCMSchedulePlot(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     round=False,
-                    tooltip="Sigma below which the detail expert works. 0 takes the model's own.",
+                    tooltip="Sigma below which the detail side works. 0 takes the model's own, as in DCM Sampler.",
                 ),
                 io.Int.Input("width", default=768, min=256, max=4096, step=8, tooltip="Width of the image."),
                 io.Int.Input("height", default=432, min=144, max=4096, step=8, tooltip="Height of the image."),
-                io.Model.Input("model", optional=True, tooltip="Where boundary 0 reads it."),
+                io.Model.Input(
+                    "model", optional=True, tooltip="The model to sample. Only experts that are on it are drawn. Needed if boundary is 0."
+                ),
+                io.Model.Input("detail_model", optional=True, tooltip="The second full model, if DCM Sampler has one (Wan 2.2)."),
             ],
             outputs=[io.Image.Output(display_name="plot", tooltip="For Preview Image or Save Image.")],
             **newer(search_aliases=["plot sigmas", "sigma graph", "show schedule"]),
         )
 
     @classmethod
-    def execute(cls, sigmas: Any, boundary: float, width: int, height: int, model: Any = None) -> io.NodeOutput:
-        sigma = choose_boundary(model, boundary, two_models=False) if model is not None else boundary
-        if not sigma:
-            raise DCMError("boundary is 0 and no model with a boundary is connected. Set boundary, or connect the model with its experts.")
-        return io.NodeOutput(as_image(plot_schedule(sigmas, sigma, width, height)))
+    def execute(
+        cls, sigmas: Any, boundary: float, width: int, height: int, model: Any = None, detail_model: Any = None
+    ) -> io.NodeOutput:
+        if model is None:
+            if not boundary:
+                raise DCMError("boundary is 0 and no model is connected. Set boundary, or connect the model with its experts.")
+            plan = plan_steps(sigmas, boundary)
+        else:
+            prepared, sigma = prepare_model(model, boundary, detail_model)
+            plan = plan_run(prepared, sigmas, sigma)
+        return io.NodeOutput(as_image(plot_schedule(sigmas, plan.boundary, width, height, plan.owners)))
 
 
 class DCMInspectModel(io.ComfyNode):
@@ -87,6 +98,7 @@ class DCMInspectModel(io.ComfyNode):
         )
 
     @classmethod
+    @fingerprint
     def fingerprint_inputs(cls, file: str, **inputs: Any) -> tuple[int, ...]:
         return last_written(path_of_choice(file)) if file != NONE else ()
 

@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 
 export const COLOURS = { semantic: "#f2a33c", detail: "#4cb3ff" };
 export const NEUTRAL = "#8a8d99";
+export const WARNING = "#ff9a6b";
 
 const NODES = {
   DCMTrainSemanticExpert: { color: "#6b4514", bgcolor: "#4a3211" },
@@ -11,7 +12,7 @@ const NODES = {
 };
 // Wide enough for the values that a new node has, high enough for the pictures it will show; 0 is what the widgets need.
 const SIZES = {
-  DCMSampler: [360, 520],
+  DCMSampler: [360, 560],
   DCMAttachExperts: [420, 300],
   DCMConvertCheckpoint: [420, 0],
   DCMExtractLoRA: [420, 0],

@@ -1,12 +1,13 @@
-// The plan of a DCMSampler as a bar on the node: one field a step, coloured by its expert, filling while it runs.
+// The plan of a DCMSampler as a bar on the node: one field a step, coloured by the expert at work, filling while it runs.
+// Below it stands what the schedule does not use, and warnings.
 // Before a run the server foresees it from the widgets and files (nodes/host/plan.py); a run announces its own.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { COLOURS, NEUTRAL } from "./colours.js";
+import { COLOURS, NEUTRAL, WARNING } from "./colours.js";
 
 const LOOK_EVERY_MS = 1000;
-const HEIGHT = 40;
+const PADDING = 6;
 const MARGIN = 2;
 const BYPASSED = 4;
 const bars = new Map(); // node -> Bar
@@ -24,7 +25,11 @@ class Bar {
       font: "11px sans-serif", lineHeight: "18px", color: "var(--input-text, #ddd)", whiteSpace: "nowrap",
       overflow: "hidden", textOverflow: "ellipsis",
     });
-    this.element.append(this.fields, this.caption);
+    this.notes = document.createElement("div");
+    Object.assign(this.notes.style, { font: "11px/14px sans-serif", color: "var(--descrip-text, #999)", overflowWrap: "anywhere" });
+    this.body = document.createElement("div");
+    this.body.append(this.fields, this.caption, this.notes);
+    this.element.append(this.body);
     this.asked = null; // what the shown plan was foreseen from
     this.plan = null;
     this.done = 0;
@@ -42,7 +47,19 @@ class Bar {
       field.title = describe(step, index, plan.steps.length);
       return field;
     }));
+    this.notes.replaceChildren(...(plan?.notes ?? []).map((text) => {
+      const note = document.createElement("div");
+      note.textContent = text;
+      if (text.startsWith("Warning")) note.style.color = WARNING;
+      return note;
+    }));
     this.paint();
+    // makes room for the notes
+    this.node.setDirtyCanvas?.(true, true);
+  }
+
+  height() {
+    return this.body.offsetHeight + PADDING;
   }
 
   fill(done, running) {
@@ -64,9 +81,11 @@ class Bar {
       this.caption.textContent = describe(steps[this.done], this.done, steps.length);
       return;
     }
-    const count = (expert) => steps.filter((step) => step.expert === expert).length;
-    const sides = Object.keys(COLOURS).filter(count).map((expert) => `${count(expert)} ${expert}`);
-    this.caption.textContent = sides.length ? `${sides.join(" + ")}, boundary σ ${shorten(boundary)}` : `${steps.length} steps`;
+    const count = (owner) => steps.filter((step) => step.expert === owner).length;
+    const owners = [...new Set(steps.map((step) => step.expert))];
+    const sides = owners.map((owner) => `${count(owner)} ${owner}`).join(" + ");
+    const words = owners.some((owner) => owner in COLOURS) ? sides : `${steps.length} step${steps.length === 1 ? "" : "s"}, no expert at work`;
+    this.caption.textContent = boundary === null ? words : `${words}, boundary σ ${shorten(boundary)}`;
   }
 }
 
@@ -87,28 +106,36 @@ function before(node, input) {
   return slot < 0 ? null : node.getInputNode?.(slot);
 }
 
-// The nodes that a model comes through, the one that loads it last.
+// The nodes at work that a model comes through, the one that loads it last.
 function chain(node, input) {
   const nodes = [];
   for (let at = before(node, input); at && nodes.length < 64; at = before(at, "model") ?? at.getInputNode?.(0)) nodes.push(at);
-  return nodes;
+  return nodes.filter((at) => at.mode !== BYPASSED);
 }
 
 // What a plan depends on: the sampler's widgets, and the files of the nodes its model comes through.
 function ask(node) {
   // a connected schedule is known only when it runs
   if (before(node, "sigmas")) return null;
-  const asked = Object.fromEntries(["schedule", "steps", "shift", "denoise", "boundary"].map((name) => [name, widgetValue(node, name)]));
+  const names = ["schedule", "steps", "shift", "denoise", "boundary", "cfg", "detail_cfg", "sampler_name"];
+  const asked = Object.fromEntries(names.map((name) => [name, widgetValue(node, name)]));
+  // nor is it known what a connected sampler is called
+  if (before(node, "sampler")) delete asked.sampler_name;
   const nodes = chain(node, "model");
   const others = chain(node, "detail_model");
-  // the same model twice, each with its LoRAs, is one
-  asked.two_models = others.length > 0 && others.at(-1) !== nodes.at(-1);
+  // the same weights are one model; what else differs between the two, only the run tells
+  const same = others.length > 0 && others.at(-1) === nodes.at(-1);
+  if (same && !(others.length === nodes.length && others.every((at, place) => at === nodes[place]))) return null;
+  asked.two_models = others.length > 0 && !same;
   for (const at of nodes) {
-    if (at.comfyClass === "DCMAttachExperts" && at.mode !== BYPASSED && !("semantic" in asked)) {
+    if (at.comfyClass === "DCMAttachExperts" && !("semantic" in asked)) {
       // an expert straight from its training is known only when it runs
       if (before(at, "semantic_expert") || before(at, "detail_expert")) return null;
       asked.semantic = widgetValue(at, "semantic_lora");
       asked.detail = widgetValue(at, "detail_lora");
+      asked.semantic_strength = widgetValue(at, "semantic_strength");
+      asked.detail_strength = widgetValue(at, "detail_strength");
+      asked.stacked = !String(widgetValue(at, "experts")).startsWith("independent");
       asked.attached_boundary = widgetValue(at, "boundary");
     }
     asked.model = widgetValue(at, "model_name") ?? widgetValue(at, "unet_name") ?? asked.model;
@@ -183,7 +210,8 @@ app.registerExtension({
     if (node.comfyClass !== "DCMSampler" || !node.addDOMWidget) return;
     const bar = new Bar(node);
     const widget = node.addDOMWidget("dcm_plan", "dcm_plan", bar.element, {
-      serialize: false, hideOnZoom: false, hideInPanel: true, margin: MARGIN, getMinHeight: () => HEIGHT, getMaxHeight: () => HEIGHT,
+      serialize: false, hideOnZoom: false, hideInPanel: true, margin: MARGIN,
+      getMinHeight: () => bar.height(), getMaxHeight: () => bar.height(),
     });
     widget.serialize = false;
     widget.label = "experts"; // where a front end lists the widgets

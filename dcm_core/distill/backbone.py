@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..adapters import RoutedExpert, find_module, in_place
+from ..adapters import RoutedExpert, find_module
 from ..families import Family
+from ..placing import in_place
 from ..schedule import TIMESTEPS
 
 Working = Sequence[tuple[RoutedExpert, float]]

@@ -1,32 +1,30 @@
-"""Video clips with captions: found, checked, and read as pixels at one frame rate and size."""
+"""Video clips with captions: checked, and read as pixels at one frame rate and size."""
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import DCMError
+from ..errors import DCMError, counted
 from ..storage import Progress
-from .video_file import NO_TIMES, ClipError, probe, shown_frames, upright
-
-SUFFIXES = frozenset({".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif"})
-VIDEO_KEYS, CAPTION_KEYS = ("video", "file_name", "path"), ("caption", "text", "prompt")
+from .captions import fault_of
+from .sources import Clip
+from .video_file import NO_TIMES, ClipError, Picture, probe, shown_frames, upright
 
 SIZE_STEP = 16  # 8 of the VAE times 2 of the transformer's patches
 MAX_ASPECT = 4.0
 MAX_ENLARGEMENT = 1.5
 STEADY = 0.2  # gaps between frames that differ by less, in medians, are rounding
 CHUNK = 1 << 20  # read at once
+MAX_NAME = 100  # characters of a name that are shown
 # A frame counts as shown this much of a gap before its time: files round times, some to milliseconds.
 EARLY = 0.25
 
@@ -38,16 +36,9 @@ class Problem(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        # a name that is no UTF-8 can be neither shown nor logged
-        return f"{self.path.name}: {self.reason}".encode(errors="backslashreplace").decode()
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A video file and its caption, empty if it has none."""
-
-    path: Path
-    caption: str
+        text = f"{self.path.name[:MAX_NAME]}: {self.reason}"
+        # a name may hold characters that can be neither shown nor logged, or that act on a terminal
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
@@ -91,6 +82,7 @@ class ClipFacts:
         gap: time from frame to frame in seconds.
         bucket: width and height it will be read at.
         content: hash of the file.
+        changes: what makes its pictures others than those stored.
         notes: what is worth knowing but no error.
     """
 
@@ -100,83 +92,8 @@ class ClipFacts:
     gap: float
     bucket: tuple[int, int]
     content: str
+    changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-
-
-def check_source(source: Path) -> None:
-    """See that there is a folder of videos, or a .jsonl file; reads none of them.
-
-    Raises:
-        DCMError: no such folder or file, or a folder without clips.
-    """
-    if source.is_dir():
-        if not any(map(_is_video, source.iterdir())):
-            raise _no_clips(source)
-    elif not (source.is_file() and source.suffix.lower() == ".jsonl"):
-        what = "is no .jsonl file" if source.exists() else "does not exist"
-        raise DCMError(f"{source} {what}; expected a folder of videos or a .jsonl file. Check the path.")
-
-
-def find_clips(source: Path) -> list[Clip]:
-    """The clips of a folder (`clip.mp4` beside `clip.txt`) by name, or of a .jsonl file of {"video": ..., "caption": ...} lines.
-
-    Raises:
-        DCMError: no such folder or file, one without clips, or a line that cannot be read.
-    """
-    check_source(source)
-    if source.is_dir():
-        videos = sorted(path for path in source.iterdir() if _is_video(path))
-        return [Clip(path, _text(path.with_suffix(".txt")).strip()) for path in videos]
-    lines = _text(source).split("\n")
-    clips = [_clip_of_line(source, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not clips:
-        raise _no_clips(source)
-    return clips
-
-
-def _no_clips(source: Path) -> DCMError:
-    kinds = ", ".join(sorted(SUFFIXES))
-    return DCMError(f"{source} holds no clips; expected videos ({kinds}), each with a .txt of its name that holds its caption.")
-
-
-def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _text(path: Path) -> str:
-    """The text of a file, empty if there is none or it cannot be read; bytes that are no UTF-8 become U+FFFD."""
-    try:
-        return path.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError:
-        return ""
-
-
-def _clip_of_line(source: Path, number: int, line: str) -> Clip:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise DCMError(f"{source}, line {number} is no JSON ({error}). Write one object a line.") from error
-    if not isinstance(entry, dict):
-        raise DCMError(f'{source}, line {number} is no object; expected {{"video": ..., "caption": ...}}.')
-    video = next((entry[key] for key in VIDEO_KEYS if key in entry), None)
-    caption = next((entry[key] for key in CAPTION_KEYS if key in entry), "")
-    if not isinstance(video, str) or not video or not isinstance(caption, str):
-        raise DCMError(f'{source}, line {number} names no video; expected {{"video": "clip.mp4", "caption": "text"}}.')
-    return Clip(source.parent / video, caption.strip())
-
-
-def source_state(source: Path) -> str:
-    """Changes when the clips change: a hash of names, sizes, times of the last change, and captions. Reads no video.
-
-    Raises:
-        DCMError: as `find_clips`.
-    """
-    digest = hashlib.sha256()
-    for clip in find_clips(source):
-        found = clip.path.stat() if clip.path.is_file() else None
-        state = (str(clip.path), clip.caption, found and (found.st_size, found.st_mtime_ns))
-        digest.update(json.dumps(state).encode())
-    return digest.hexdigest()
 
 
 def bucket_of(width: int, height: int, settings: ClipSettings) -> tuple[int, int]:
@@ -204,7 +121,8 @@ def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
         ClipError: what is wrong.
     """
     _check_caption(clip)
-    times, (width, height) = probe(clip.path)
+    look = probe(clip.path)
+    times, (width, height) = look.times, look.size
     gaps = [later - earlier for earlier, later in pairwise(times)]
     gap = median(gaps) if gaps else 1 / settings.fps
     if gap <= 0:
@@ -214,7 +132,7 @@ def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
     if frames < settings.frames:
         raise ClipError(
             clip.path,
-            f"lasts {length:.3g} s, {frames} frames at {settings.fps:g} per second; {settings.frames} are wanted. "
+            f"lasts {length:.3g} s, {counted(frames, 'frame')} at {settings.fps:g} per second; expected {settings.frames}. "
             "Choose fewer frames, or leave the clip out.",
         )
     bucket = bucket_of(width, height, settings)
@@ -225,12 +143,13 @@ def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
         )
     facts = {
         "variable frame rate, frames taken by their time": gaps and max(gaps) - min(gaps) > STEADY * gap,
-        f"{1 / gap:.3g} frames per second, so frames repeat at {settings.fps:g}": gap * settings.fps > 1 + STEADY,
+        f"{1 / gap:.3g} fps, so frames repeat at {settings.fps:g} fps": gap * settings.fps > 1 + STEADY,
         f"{width}x{height} enlarged to {bucket[0]}x{bucket[1]}": enlargement > 1,
     }
     # now, while the file is still in the system's cache
     content = content_hash(clip.path)
-    return ClipFacts(clip, width, height, gap, bucket, content, tuple(note for note, true in facts.items() if true))
+    notes = (*clip.notes, *look.notes, *(note for note, true in facts.items() if true))
+    return ClipFacts(clip, width, height, gap, bucket, content, look.changes, notes)
 
 
 def content_hash(path: Path) -> str:
@@ -250,10 +169,10 @@ def content_hash(path: Path) -> str:
 
 
 def _check_caption(clip: Clip) -> None:
+    if fault := clip.fault or fault_of(clip.caption):
+        raise ClipError(clip.path, fault)
     if not clip.caption:
-        raise ClipError(clip.path, f"has no caption. Write one to {clip.path.stem}.txt beside it, or to its line of the .jsonl.")
-    if re.search("[\ufffd\ud800-\udfff]", clip.caption):
-        raise ClipError(clip.path, "has a caption that is not UTF-8. Save the text as UTF-8.")
+        raise ClipError(clip.path, f"has no caption. Write one to {clip.path.stem}.txt beside it, or to a list.")
 
 
 def check_clips(
@@ -280,7 +199,7 @@ def check_clips(
 def no_clip_left(problems: Sequence[Problem]) -> DCMError:
     """The error for data of which nothing can be used; it shows the first three reasons."""
     more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
-    return DCMError("\n".join([f"None of the {len(problems)} clips can be used.", *map(str, problems[:3]), *more]))
+    return DCMError("\n".join([f"No clip can be used: {counted(len(problems), 'clip')} left out.", *map(str, problems[:3]), *more]))
 
 
 def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
@@ -294,23 +213,23 @@ def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
     """
     width, height = facts.bucket
     pixels, filled = torch.empty(settings.frames, height, width, 3), 0
-    for frame, until in shown_frames(facts.clip.path, facts.gap):
+    for picture, until in shown_frames(facts.clip.path, facts.gap):
         image = None
         while filled < settings.frames and filled / settings.fps + EARLY * facts.gap < until:
-            image = _fitted(frame, facts) if image is None else image
+            image = _fitted(picture, facts) if image is None else image
             pixels[filled] = image
             filled += 1
         if filled == settings.frames:
             return pixels
-    raise ClipError(facts.clip.path, f"ends after {filled} of {settings.frames} frames. Encode or download it again.")
+    raise ClipError(facts.clip.path, f"ends after {filled} of {counted(settings.frames, 'frame')}. Encode or download it again.")
 
 
-def _fitted(frame: Any, facts: ClipFacts) -> Tensor:
+def _fitted(picture: Picture, facts: ClipFacts) -> Tensor:
     """One frame at the size of its bucket: (height, width, 3) from 0 to 1."""
     width, height = facts.bucket
     scale = max(width / facts.width, height / facts.height)
     covering = max(height, round(scale * facts.height)), max(width, round(scale * facts.width))
-    image = upright(frame, facts.clip.path).permute(2, 0, 1)[None].float() / 255
+    image = upright(picture, facts.clip.path).permute(2, 0, 1)[None]
     image = F.interpolate(image, covering, mode="bicubic", antialias=True)[0].clamp(0, 1)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     return image[:, top : top + height, left : left + width].permute(1, 2, 0)

@@ -13,8 +13,9 @@ from ..conditioning import Conditioning, load_conditioning, save_conditioning
 from ..errors import CheckpointError, DCMError
 from ..storage import Progress, TensorFile, write_tensors
 from ..values import is_finite
-from .clips import ClipFacts, ClipSettings, Problem, check_clips, find_clips, no_clip_left, read_clip
+from .clips import ClipFacts, ClipSettings, Problem, check_clips, no_clip_left, read_clip
 from .dataset import LATENT, Dataset, Entry
+from .sources import Roots, find_clips
 from .video_file import ClipError
 
 FORMAT = "dcm-latent"
@@ -49,6 +50,7 @@ def prepare(
     cache: Path,
     negative: str = "",
     progress: Progress | None = None,
+    roots: Roots = None,
 ) -> Dataset:
     """Check the clips of `source`, encode what is not in the cache, and return the data set.
 
@@ -56,17 +58,18 @@ def prepare(
     makes that entry anew and no other. If everything is cached, no encoder is called. Clips that cannot be used are left out.
 
     Args:
-        source: a folder or a .jsonl file, as for `find_clips`.
+        source: a folder or a list, as for `find_clips`.
         cache: folder of the cache; made if it is missing.
         negative: the text of `Dataset.unconditional`.
         progress: called with (done, total) after every clip and text; may raise to interrupt, which loses only the clip in work.
+        roots: folders that all clips have to be in, as for `find_clips`.
 
     Raises:
         DCMError: no clip can be used, or an encoder that is not one of a video model.
         CheckpointError: too little room on the disk.
     """
     report = progress or (lambda done, total: None)
-    clips = find_clips(source)
+    clips, others = find_clips(source, roots)
     cache.mkdir(parents=True, exist_ok=True)
     good, problems = check_clips(clips, settings, _part(report, CHECKING, VIDEOS))
     videos = [(facts, cache / _video_name(facts, settings, encoders.video_id)) for facts in good]
@@ -84,7 +87,7 @@ def prepare(
     report(END, END)
     entries = (_entry(facts, path, texts[facts.clip.caption]) for facts, path in left)
     notes = (Problem(facts.clip.path, note) for facts, _ in left for note in facts.notes)
-    return Dataset(tuple(entries), texts[negative], tuple(problems), tuple(notes))
+    return Dataset(tuple(entries), texts[negative], tuple(problems), tuple(notes), others)
 
 
 def _part(progress: Progress, begin: int, end: int) -> Progress:
@@ -98,7 +101,7 @@ def _name(kind: str, *parts: Any) -> str:
 
 
 def _video_name(facts: ClipFacts, settings: ClipSettings, video_id: str) -> str:
-    return _name("video", facts.content, settings.frames, float(settings.fps), facts.bucket, video_id)
+    return _name("video", facts.content, settings.frames, float(settings.fps), facts.bucket, video_id, *facts.changes)
 
 
 def _encode_videos(

@@ -6,4 +6,11 @@ from .wan import WAN
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, HUNYUAN_VIDEO)}
 
-__all__ = ["FAMILIES", "HUNYUAN_VIDEO", "WAN", "Family"]
+# Schedules by title: timesteps, largest first.
+PRESETS: dict[str, tuple[float, ...]] = {
+    title: timesteps
+    for family in FAMILIES.values()
+    for title, timesteps in {family.preset.title: family.preset.timesteps, **family.pair_timesteps}.items()
+}
+
+__all__ = ["FAMILIES", "HUNYUAN_VIDEO", "PRESETS", "WAN", "Family"]

@@ -1,8 +1,8 @@
 """What the code has to know of a model family."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..keymap import KeyMap, Rule
@@ -28,6 +28,8 @@ class Family:
         fps: frames per second of its videos.
         writes_in_place: the host's blocks overwrite tensors that a backward pass needs.
         text_extras: (entry of a conditioning, argument of the transformer) beside the text embedding.
+        pair_boundary: sigma where the second of two full models begins, by whether they take an image.
+        pair_timesteps: schedules for two full models with few-step LoRAs: title -> timesteps, largest first.
         ALIAS_TO_NATIVE: names of the original code, or of other ComfyUIs, where they differ from the native ones (files use them).
     """
 
@@ -48,11 +50,19 @@ class Family:
     writes_in_place: bool = False
     text_extras: tuple[tuple[str, str], ...] = ()
     lora_scale: float = 2.0
+    pair_boundary: Mapping[bool, float] = field(default_factory=dict, hash=False)
+    pair_timesteps: Mapping[str, tuple[float, ...]] = field(default_factory=dict, hash=False)
     ALIAS_TO_NATIVE: tuple[Rule, ...] = ()
 
     @cached_property
     def key_map(self) -> KeyMap:
         return KeyMap(self.DIFFUSERS_TO_NATIVE)
+
+    @cached_property
+    def native_map(self) -> KeyMap:
+        """Every native module under its own name."""
+        rules = self.DIFFUSERS_TO_NATIVE
+        return KeyMap([Rule(rule.target, rule.target, rule.target_params or rule.params, optional=rule.optional) for rule in rules])
 
     @cached_property
     def alias_map(self) -> KeyMap:

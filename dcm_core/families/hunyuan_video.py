@@ -9,7 +9,7 @@ WEIGHT = ("weight",)
 SCALE = ("scale",)
 
 
-def _mlp_embedder(source: str, target: str, optional: bool = False) -> tuple[Rule, ...]:
+def _mlp_embedder(source: str, target: str, optional: str = "") -> tuple[Rule, ...]:
     return (
         Rule(f"{source}.linear_1", f"{target}.in_layer", optional=optional),
         Rule(f"{source}.linear_2", f"{target}.out_layer", optional=optional),
@@ -23,7 +23,7 @@ def _fused(names: tuple[str, ...], target: str) -> tuple[Rule, ...]:
 EMBEDDERS = (
     Rule("x_embedder.proj", "img_in.proj"),
     *_mlp_embedder("time_text_embed.timestep_embedder", "time_in"),
-    *_mlp_embedder("time_text_embed.guidance_embedder", "guidance_in", optional=True),
+    *_mlp_embedder("time_text_embed.guidance_embedder", "guidance_in", optional="guidance layers"),
     *_mlp_embedder("time_text_embed.text_embedder", "vector_in"),
     *_mlp_embedder("context_embedder.time_text_embed.timestep_embedder", "txt_in.t_embedder"),
     *_mlp_embedder("context_embedder.time_text_embed.text_embedder", "txt_in.c_embedder"),

@@ -1,11 +1,15 @@
 """Wan 2.1 (and every model built on its transformer)."""
 
 from ..keymap import Rule
-from ..schedule import Preset
+from ..schedule import TIMESTEPS, Preset, shift_sigma
 from .family import Family
 
 WEIGHT = ("weight",)
 WHOLE = ("",)
+
+# What only some models have.
+IMAGE = "image layers"
+VACE = "VACE layers"
 
 EMBEDDERS = (
     Rule("patch_embedding", "patch_embedding"),
@@ -14,35 +18,43 @@ EMBEDDERS = (
     Rule("condition_embedder.time_proj", "time_projection.1"),
     Rule("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
     Rule("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-    Rule("condition_embedder.image_embedder.norm1", "img_emb.proj.0", optional=True),
-    Rule("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1", optional=True),
-    Rule("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3", optional=True),
-    Rule("condition_embedder.image_embedder.norm2", "img_emb.proj.4", optional=True),
-    Rule("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos", WHOLE, optional=True),
+    Rule("condition_embedder.image_embedder.norm1", "img_emb.proj.0", optional=IMAGE),
+    Rule("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1", optional=IMAGE),
+    Rule("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3", optional=IMAGE),
+    Rule("condition_embedder.image_embedder.norm2", "img_emb.proj.4", optional=IMAGE),
+    Rule("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos", WHOLE, optional=IMAGE),
 )
 
-ATTENTION = tuple(
-    rule
-    for source, target in (("attn1", "self_attn"), ("attn2", "cross_attn"))
-    for rule in (
-        Rule(f"blocks.{{n}}.{source}.to_q", f"blocks.{{n}}.{target}.q"),
-        Rule(f"blocks.{{n}}.{source}.to_k", f"blocks.{{n}}.{target}.k"),
-        Rule(f"blocks.{{n}}.{source}.to_v", f"blocks.{{n}}.{target}.v"),
-        Rule(f"blocks.{{n}}.{source}.to_out.0", f"blocks.{{n}}.{target}.o"),
-        Rule(f"blocks.{{n}}.{source}.norm_q", f"blocks.{{n}}.{target}.norm_q", WEIGHT),
-        Rule(f"blocks.{{n}}.{source}.norm_k", f"blocks.{{n}}.{target}.norm_k", WEIGHT),
+
+def _block(block: str, optional: str = "") -> tuple[Rule, ...]:
+    """The layers of a numbered block, which has the same name on both sides."""
+    attention = (("attn1", "self_attn"), ("attn2", "cross_attn"))
+    linears = (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+    return (
+        *(Rule(f"{block}.{source}.{layer}", f"{block}.{target}.{native}", optional=optional)
+          for source, target in attention for layer, native in linears),
+        *(Rule(f"{block}.{source}.{norm}", f"{block}.{target}.{norm}", WEIGHT, optional=optional)
+          for source, target in attention for norm in ("norm_q", "norm_k")),
+        Rule(f"{block}.norm2", f"{block}.norm3", optional=optional),
+        Rule(f"{block}.ffn.net.0.proj", f"{block}.ffn.0", optional=optional),
+        Rule(f"{block}.ffn.net.2", f"{block}.ffn.2", optional=optional),
+        Rule(f"{block}.scale_shift_table", f"{block}.modulation", WHOLE, optional=optional),
     )
-)
+
 
 BLOCKS = (
-    *ATTENTION,
-    Rule("blocks.{n}.attn2.add_k_proj", "blocks.{n}.cross_attn.k_img", optional=True),
-    Rule("blocks.{n}.attn2.add_v_proj", "blocks.{n}.cross_attn.v_img", optional=True),
-    Rule("blocks.{n}.attn2.norm_added_k", "blocks.{n}.cross_attn.norm_k_img", WEIGHT, optional=True),
-    Rule("blocks.{n}.norm2", "blocks.{n}.norm3"),
-    Rule("blocks.{n}.ffn.net.0.proj", "blocks.{n}.ffn.0"),
-    Rule("blocks.{n}.ffn.net.2", "blocks.{n}.ffn.2"),
-    Rule("blocks.{n}.scale_shift_table", "blocks.{n}.modulation", WHOLE),
+    *_block("blocks.{n}"),
+    Rule("blocks.{n}.attn2.add_k_proj", "blocks.{n}.cross_attn.k_img", optional=IMAGE),
+    Rule("blocks.{n}.attn2.add_v_proj", "blocks.{n}.cross_attn.v_img", optional=IMAGE),
+    Rule("blocks.{n}.attn2.norm_added_k", "blocks.{n}.cross_attn.norm_k_img", WEIGHT, optional=IMAGE),
+)
+
+# They read the control video; what comes out of each is added to a main block.
+VACE_BLOCKS = (
+    Rule("vace_patch_embedding", "vace_patch_embedding", optional=VACE),
+    *_block("vace_blocks.{n}", VACE),
+    Rule("vace_blocks.{n}.proj_in", "vace_blocks.{n}.before_proj", optional=VACE),
+    Rule("vace_blocks.{n}.proj_out", "vace_blocks.{n}.after_proj", optional=VACE),
 )
 
 HEAD = (
@@ -50,11 +62,18 @@ HEAD = (
     Rule("scale_shift_table", "head.modulation", WHOLE),
 )
 
+# The levels that the lightx2v LoRA pairs for Wan 2.2 A14B are distilled for (4 steps), and those their authors name for 8.
+PAIR_SHIFT = 5.0
+PAIR_TIMESTEPS = {
+    f"Wan 2.2 {steps} steps (lightx2v)": tuple(TIMESTEPS * shift_sigma(1 - step / steps, PAIR_SHIFT) for step in range(steps))
+    for steps in (4, 8)
+}
+
 WAN = Family(
     name="wan",
     title="Wan 2.1",
     preset=Preset("wan", "Wan 2.1 6 steps", (1000.0, 992.0, 982.0, 949.0, 905.0, 810.0), boundary=0.979),
-    DIFFUSERS_TO_NATIVE=(*EMBEDDERS, *BLOCKS, *HEAD),
+    DIFFUSERS_TO_NATIVE=(*EMBEDDERS, *BLOCKS, *VACE_BLOCKS, *HEAD),
     lora_targets=r"blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)",
     detail_modules=("condition_embedder", "proj_out"),
     native_marks=("patch_embedding.weight", "head.modulation", "time_projection.1.weight"),
@@ -65,4 +84,6 @@ WAN = Family(
     head="head",
     fps=16,
     feature_weight=10.0,
+    pair_boundary={False: 0.875, True: 0.9},
+    pair_timesteps=PAIR_TIMESTEPS,
 )

@@ -6,7 +6,6 @@ and counts them; `route` runs them. The base weights are neither read nor writte
 
 import copy
 import dataclasses
-import logging
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,14 +24,11 @@ from ...dcm_core.errors import ExpertError, name_some
 from ...dcm_core.experts import FILE_PREFIX, Expert, expert_to_state_dict
 from ...dcm_core.families import FAMILIES, Family
 from ...dcm_core.routing import Side, check_boundary
-from .route import KEY, AttachedExperts, attached_experts, route_call, step_cache_note
-
-logger = logging.getLogger("ComfyUI-DCM")
+from .prepare import is_own, prepare_run
+from .route import KEY, AttachedExperts, attached_experts, route_call
 
 # Boundaries go through text in files and widgets.
 SAME_BOUNDARY = 1e-6
-# Where newer hosts keep a MODEL's clones on further GPUs.
-GPU_CLONES = "multigpu"
 # What newer hosts hang on a loaded module: its places in memory.
 HOST_STATE = {
     "_v", "_v_signature", "_v_weight", "_v_bias", "_pins", "_pin_state", "_prefetch", "dynamic_vbars", "dynamic_pins",
@@ -130,7 +126,7 @@ def attach_experts(
         ),
     )
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, route_call)
-    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, hand_over_patches)
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare_run)
     return clone
 
 
@@ -175,11 +171,6 @@ def with_boundary(model: Any, boundary: float | None) -> Any:
     clone = model.clone()
     clone.set_attachments(KEY, dataclasses.replace(facts, boundary=check_boundary(boundary), own_boundary=True))
     return clone
-
-
-def is_own(patch: tuple, own: tuple[Any, ...]) -> bool:
-    """Whether a patch on a tensor is one of the semantic expert's, `AttachedExperts.own_patches` of that tensor."""
-    return any(patch[1] is value for value in own)
 
 
 def _split_routed(expert: Expert, strength: float) -> tuple[Expert, Expert | None]:
@@ -275,47 +266,3 @@ def copy_patcher(module: RoutedExpert, *devices: torch.device, **newer: bool) ->
         for part, state in states:
             part.__dict__.update(state)
     return make_patcher(duplicate, *devices, **newer)
-
-
-def hand_over_patches(executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """PREPARE_SAMPLING wrapper: the user's patches on a replaced tensor go to the tensor that stands in for it."""
-    facts = attached_experts(model)
-    if facts is not None:
-        check_compiled(model, facts)
-        if note := step_cache_note(model):
-            logger.warning(note)
-        # newer hosts keep a clone for each further GPU, with experts of its own
-        for owner in (model, *model.get_additional_models_with_key(GPU_CLONES)):
-            for patcher in owner.get_additional_models_with_key(KEY):
-                _hand_over(model, patcher, facts)
-    return executor(model, *args, **kwargs)
-
-
-def check_compiled(model: Any, facts: AttachedExperts) -> None:
-    """Refuse a compiled block that was put on as an object patch: the host no longer finds the tensors in it by their names.
-
-    Raises:
-        ExpertError: a stacked semantic expert that the host would pass over in silence.
-    """
-    compiled = [name for name, patch in model.object_patches.items() if isinstance(patch, nn.Module) and "_orig_mod" in patch._modules]
-    lost = [name for name in compiled if any(key.startswith(f"{name}.") for key in facts.own_patches)]
-    if lost:
-        raise ExpertError(
-            f"A node compiled {name_some(lost)} in a way that makes the host pass over LoRA patches there, so the semantic expert "
-            "would have no effect. Compile with TorchCompileModel (or TorchCompileModelWanVideoV2 of KJNodes) instead."
-        )
-
-
-def _hand_over(model: Any, patcher: Any, facts: AttachedExperts) -> None:
-    wanted = {}
-    for name, own_name in patcher.model.replaced_weights().items():
-        key = FILE_PREFIX + name
-        patches = [patch for patch in model.patches.get(key, []) if not is_own(patch, facts.own_patches.get(key, ()))]
-        if patches:
-            wanted[own_name] = patches
-    identity = [(name, [id(patch[1]) for patch in patches], [patch[0] for patch in patches]) for name, patches in wanted.items()]
-    now = [(name, [id(p[1]) for p in patches], [p[0] for p in patches]) for name, patches in patcher.patches.items()]
-    if identity != now:
-        patcher.patches = wanted
-        patcher.patches_uuid = uuid.uuid4()
-        logger.debug("handed %d LoRA patches to the %s expert", len(wanted), patcher.model.role)

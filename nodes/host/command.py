@@ -14,6 +14,7 @@ from ...dcm_core.distill.data_file import read_data
 from ...dcm_core.distill.dataset import TrainingData
 from ...dcm_core.distill.encode import prepare
 from ...dcm_core.distill.parallel import join
+from ...dcm_core.errors import counted
 from ...dcm_core.routing import Side
 from ...dcm_core.storage import Progress, TensorFile
 from ...dcm_core.unfinished import write_bytes
@@ -33,7 +34,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     """Run or resume what the settings say; relative paths are looked up in `folder`.
 
     Returns:
-        A line about the result.
+        What was trained, from where it was resumed, and where it is saved.
 
     Raises:
         DCMError: settings, files or data that do not fit, before any training.
@@ -80,8 +81,8 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
             picture = io.BytesIO()
             plot.save(picture, "PNG")
             write_bytes(states / f"loss_{term}.png", picture.getvalue())
-    resumed = f" ({result.resumed})" if result.resumed else ""
-    return f"{result.expert}, {len(result.history)} steps{resumed}, saved to {output}"
+    lines = [f"{result.expert}, {counted(len(result.history), 'step')}.", result.resumed, f"Saved to {output}"]
+    return "\n".join(filter(None, lines))
 
 
 def path_in(folder: Path, name: str, given: Any) -> Path:

@@ -3,16 +3,43 @@
 import contextlib
 import dataclasses
 import inspect
+import logging
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_management
+import comfy.ops
+import comfyui_version
 from comfy.model_patcher import get_key_weight
 from comfy_api.latest import io
 from torch import Tensor
 
+logger = logging.getLogger("ComfyUI-DCM")
+
+# The newest ComfyUI that the tests were run in.
+NEWEST_TRIED = "0.33.0"
+
+# What newer hosts may ask a linear to do to its input first.
+ACTIVATIONS = getattr(comfy.ops, "INPUT_ACT_EAGER", {})
+
 SCHEMA_FIELDS = frozenset(field.name for field in dataclasses.fields(io.Schema))
+
+
+def host_version() -> str:
+    """The version of this ComfyUI, such as `0.33.0`."""
+    return comfyui_version.__version__
+
+
+def tell_newer_host() -> None:
+    """One line in the log where this ComfyUI is newer than any that was tried."""
+    own, tried = (tuple(int(number) for number in re.findall(r"\d+", text)[:3]) for text in (host_version(), NEWEST_TRIED))
+    if own > tried:
+        logger.info(
+            "This is ComfyUI %s; ComfyUI-DCM was tested up to %s. A run stops with an error if an expert has no effect.",
+            host_version(), NEWEST_TRIED,
+        )
 
 
 def newer(**keywords: Any) -> dict[str, Any]:

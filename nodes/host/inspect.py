@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,18 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
 
-from ...dcm_core.errors import DCMError
+from ...dcm_core.errors import DCMError, counted
 from ...dcm_core.experts import FILE_PREFIX, LowRank, split_fused
 from ...dcm_core.families import Family
 from ...dcm_core.inspect import in_lines, inspect_file
 from ...dcm_core.magnitude import Base, Change, Profile, file_profile, is_plain, make_profile, measure
 from ...dcm_core.match import Target
 from ...dcm_core.plot import plot_profile
+from ...dcm_core.text import given
 from ...dcm_core.updates import Update, routed_updates
-from .attach import compute_dtype, diffusion_model, is_own, model_family, module_shapes
-from .expert_files import peft_config
+from .attach import compute_dtype, diffusion_model, model_family, module_shapes
 from .folders import LORAS, MODELS, NONE, files, path_of
+from .prepare import is_own
 from .progress import byte_progress
 from .route import KEY, AttachedExperts, attached_experts
 from .sampling import as_image
@@ -31,19 +32,19 @@ def file_names() -> list[str]:
     return [NONE, *(f"{category}/{name}" for category in (MODELS, LORAS) for name in files(category))]
 
 
-def path_of_choice(choice: str) -> Path:
+def path_of_choice(choice: Any) -> Path:
     """Full path of one of `file_names`.
 
     Raises:
         DCMError: a name without its folder.
     """
-    category, _, name = choice.partition("/")
+    category, _, name = choice.partition("/") if isinstance(choice, str) else ("", "", "")
     if category not in (MODELS, LORAS):
         raise DCMError(
-            f"file is {choice!r}; expected none, or a file in models/{MODELS} or models/{LORAS}, such as {LORAS}/my_expert.safetensors. "
-            "Choose it from the list."
+            f"file is {given(choice)}; expected none, or a file in models/{MODELS} or models/{LORAS}, "
+            f"such as {LORAS}/my_expert.safetensors. Choose it from the list."
         )
-    return path_of(category, name)
+    return path_of(category, name, "file")
 
 
 def inspect(choice: str, model: Any, node_id: str | None = None) -> tuple[str, Tensor]:
@@ -76,7 +77,7 @@ def _look_at_file(path: Path, model: Any, node_id: str | None) -> tuple[str, str
     inspection = inspect_file(path, target, byte_progress(node_id))
     profile = None
     if inspection.problem is None:
-        profile = file_profile(path, target, base, peft_config(path), byte_progress(node_id))
+        profile = file_profile(path, target, base, byte_progress(node_id))
     return path.name, str(inspection), profile
 
 
@@ -104,7 +105,7 @@ def _look_at_model(model: Any, node_id: str | None) -> tuple[str, str, Profile |
             **{side: f"{line}, strength {strengths.get(side, 0):g}" for side, line in _lines(facts)},
             "boundary": f"{facts.boundary:g}" if facts else None,
             "timesteps": json.dumps(facts.timesteps) if facts and facts.timesteps else None,
-            "LoRAs": f"{sum(others.values())} other patches on {len(others)} tensors" if others else "none",
+            "LoRAs": _patches_in_words(others) if others else "none",
         }
     )
     if family is None or facts is None:
@@ -124,6 +125,10 @@ def _short(dtype: torch.dtype) -> str:
 def _lines(facts: AttachedExperts | None) -> list[tuple[str, str]]:
     """(side, line about its expert)."""
     return [(side, line) for side in ("semantic", "detail") if facts and (line := getattr(facts, side))]
+
+
+def _patches_in_words(patches: Mapping[str, int]) -> str:
+    return f"{counted(sum(patches.values()), 'other patch', 'other patches')} on {counted(len(patches), 'tensor')}"
 
 
 def _experts_in_words(facts: AttachedExperts | None) -> str:

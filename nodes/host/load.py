@@ -9,7 +9,7 @@ import comfy.utils
 import torch
 
 from ...dcm_core.checkpoint import Layout, check_finite, detail_expert, recognise, semantic_state_dict
-from ...dcm_core.errors import CheckpointError
+from ...dcm_core.errors import CheckpointError, check_choice
 from ...dcm_core.storage import Progress, TensorFile
 from .attach import attach_experts
 from .folders import MODELS, path_of
@@ -33,14 +33,12 @@ def load_model(name: str, weight_dtype: str, node_id: str | None = None) -> tupl
     Raises:
         CheckpointError: a file that cannot be read, is incomplete, or is no model.
     """
-    return load_file(path_of(MODELS, name), weight_dtype, node_id)
+    return load_file(path_of(MODELS, name, "model_name"), weight_dtype, node_id)
 
 
 def load_file(path: Path, weight_dtype: str, node_id: str | None = None) -> tuple[Any, str]:
     """The same for a file anywhere."""
-    # a settings file may give anything, also what no dict can be asked for
-    if weight_dtype not in list(WEIGHT_DTYPES):
-        raise CheckpointError(f"weight_dtype is {weight_dtype!r}; choose one of {', '.join(WEIGHT_DTYPES)}.")
+    check_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES, CheckpointError)
     name = path.name
     file = TensorFile(path)
     contents = recognise(file)

@@ -1,70 +1,99 @@
-"""Which step runs with which expert, for the step bar of the front end: before a run as far as files and widgets tell, at its
-start as it is."""
+"""Who runs which step, for the step bar of the front end: before a run as far as files and widgets tell, at its start as it is."""
 
 import functools
-import json
-import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import comfy.samplers
 from torch import Tensor
 
 from ...dcm_core.checkpoint import Layout, recognise, without_prefix
-from ...dcm_core.errors import DCMError
+from ...dcm_core.errors import ScheduleError, check_choice
 from ...dcm_core.families import FAMILIES
-from ...dcm_core.routing import plan_steps
+from ...dcm_core.metadata import read_facts
+from ...dcm_core.routing import Plan, Setup
+from ...dcm_core.schedule import AUTO
 from ...dcm_core.storage import TensorFile
 from .attach import own_boundary
 from .folders import LORAS, MODELS, SUFFIX, path_of
 from .report import server
-from .sampling import AUTO, has_sides, sigmas_by_name, usual_boundary
+from .sampling import other_cfg
+from .schedules import EULER, flow_sampling, schedule_names, sigmas_of
 
-ROUTE, EVENT = "/dcm/plan", "dcm.plan"
-logger = logging.getLogger("ComfyUI-DCM")
-
-
-def as_message(sigmas: Tensor, boundary: float | None) -> dict[str, Any]:
-    """A plan as the step bar takes it: {"boundary", "steps": [{"sigma", "expert"}, ...]}; None where nothing switches."""
-    plan = plan_steps(sigmas, boundary) if boundary else None
-    steps = [{"sigma": sigma, "expert": plan and plan.side(step)} for step, sigma in enumerate(sigmas[:-1].tolist())]
-    return {"boundary": boundary, "steps": steps}
+EVENT = "dcm.plan"
 
 
-def announce(model: Any, sigmas: Tensor, boundary: float | None, node_id: str | None) -> None:
-    """Tell the front end the plan of the run that begins with a prepared MODEL."""
+def as_message(sigmas: Tensor, plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """A plan as the step bar takes it: {"boundary", "steps": [{"sigma", "expert"}, ...], "notes"}; expert is a `routing.Owner`."""
+    steps = [{"sigma": sigma, "expert": plan.side(step)} for step, sigma in enumerate(sigmas[:-1].tolist())]
+    return {"boundary": plan.boundary, "steps": steps, "notes": list(notes)}
+
+
+def announce(sigmas: Tensor, plan: Plan, notes: Sequence[str], node_id: str | None) -> None:
+    """Tell the front end the plan of the run that begins."""
     if server() is not None and node_id is not None:
-        message = as_message(sigmas, boundary if has_sides(model) else None)
-        server().send_sync(EVENT, {"node": node_id, **message}, server().client_id)
+        server().send_sync(EVENT, {"node": node_id, **as_message(sigmas, plan, notes)}, server().client_id)
 
 
 def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
     """The plan of a run that is not begun; None where widgets and files do not tell it.
 
     Args:
-        asked: the sampler's `schedule`, `steps`, `shift`, `denoise`, `boundary`, `two_models` (bool), and of the nodes before
-            it the files `model`, `semantic`, `detail` and `attached_boundary`. Files of other kinds tell nothing.
+        asked: the sampler's `schedule`, `steps`, `shift`, `denoise`, `boundary`, `two_models` (bool), `sampler_name`, `cfg`,
+            `detail_cfg`, and of the nodes before it the files `model`, `semantic`, `detail` and `attached_boundary`,
+            `semantic_strength`, `detail_strength`, `stacked` (bool). Files of other kinds tell nothing.
 
     Raises:
         DCMError: settings or files that give no plan.
     """
+    chosen = check_choice("schedule", asked["schedule"], schedule_names(), ScheduleError)
+    setup = _setup(asked)
+    if setup is None:
+        return None
+    known = setup.family is not None
+    if chosen == AUTO and not (known or setup.timesteps or setup.two_models):
+        return None  # auto is then the model's own, and which that is no file says
+    schedule = setup.schedule(chosen)
+    if not known and isinstance(schedule, str) and schedule in comfy.samplers.SCHEDULER_NAMES:
+        return None
+    two_cfgs = other_cfg(asked.get("cfg", 1.0), asked.get("detail_cfg", 0.0)) is not None
+    boundary = setup.boundary_for(asked["boundary"])
+    if boundary is None and setup.changes(two_cfgs):
+        return None
+    shift = asked["shift"]
+    sampler = asked.get("sampler_name") or EULER
+    sigmas = sigmas_of(setup, chosen, asked["steps"], shift, asked["denoise"], flow_sampling(shift), sampler)
+    return as_message(sigmas, setup.plan(sigmas, boundary, two_cfgs), setup.notes(chosen))
+
+
+def _setup(asked: Mapping[str, Any]) -> Setup | None:
+    """The models and experts that the files are; None where these do not tell it."""
     base = _look(MODELS, asked.get("model"))
-    experts = [found for side in ("detail", "semantic") if (found := _look(LORAS, asked.get(side)))]
+    detail, semantic = (_look(LORAS, asked.get(side)) for side in ("detail", "semantic"))
+    experts = [found for found in (detail, semantic) if found]
     two_models = bool(asked["two_models"])
+    if "semantic" in asked and not experts:
+        return None  # DCM Attach Experts refuses that
     if base and base["layout"] is Layout.RELEASE and not experts:
         preset = base["family"].preset
-        experts = [{**base, "boundary": preset.boundary, "timesteps": preset.timesteps}]
-    if not (experts or two_models):
-        return None
+        detail = {**base, "boundary": preset.boundary, "timesteps": preset.timesteps}
+        experts = [detail]
     family = next((found["family"] for found in (*experts, base) if found and found["family"]), None)
-    timesteps = next((found["timesteps"] for found in experts if found["timesteps"]), None)
-    if family is None and base is None and asked["schedule"] == AUTO and not (timesteps or two_models):
-        return None  # auto is then the model's own, and which that is no file says
-    usual = usual_boundary(family, two_models, base and base["takes_image"])
-    boundary = asked["boundary"] or asked.get("attached_boundary") or own_boundary(found["boundary"] for found in experts) or usual
-    sigmas = sigmas_by_name(asked["schedule"], asked["steps"], asked["shift"], asked["denoise"], timesteps, family, two_models)
-    return as_message(sigmas, boundary) if boundary else None
+    if not (experts or two_models or family):
+        return None
+    return Setup(
+        family=family,
+        two_models=two_models,
+        two_sides=two_models,
+        takes_image=base and base["takes_image"],
+        semantic=semantic and asked.get("semantic_strength", 1.0) != 0,
+        detail=detail and asked.get("detail_strength", 1.0) != 0,
+        stacked=asked.get("stacked", True),
+        timesteps=next((found["timesteps"] for found in experts if found["timesteps"]), None),
+        boundary=asked.get("attached_boundary") or own_boundary(found["boundary"] for found in experts),
+    )
 
 
 def _look(category: str, name: str | None) -> Mapping[str, Any] | None:
@@ -78,31 +107,14 @@ def _look(category: str, name: str | None) -> Mapping[str, Any] | None:
 @functools.lru_cache(maxsize=64)
 def _header(path: Path, changed: int) -> Mapping[str, Any]:
     file = TensorFile(path)
-    contents = recognise(file)
+    contents, facts = recognise(file), read_facts(file.metadata)
     shapes = contents.native_shapes(file) if contents.matched else {without_prefix(key): shape for key, shape in file.shapes.items()}
     taken, given = (shapes.get(f"{layer}.weight", ()) for layer in ("patch_embedding", "head.head"))
     return {
         "layout": contents.layout,
-        "family": contents.family or FAMILIES.get(file.metadata.get("dcm.family", "")),
+        "family": contents.family or FAMILIES.get(facts.family or ""),
         # more channels than it gives
         "takes_image": bool(taken and given) and math.prod(taken[1:]) > given[0],
-        "boundary": float(file.metadata.get("dcm.boundary", 0)),
-        "timesteps": json.loads(file.metadata.get("dcm.timesteps", "null")),
+        "boundary": facts.boundary,
+        "timesteps": facts.timesteps,
     }
-
-
-def add_route() -> None:
-    """Let the front end ask for plans."""
-    # a second copy of the pack in another folder would end the host's start with a route that is there already
-    if server() is None or any(getattr(route, "path", None) == ROUTE for route in server().routes):
-        return
-    from aiohttp import web
-
-    @server().routes.post(ROUTE)
-    async def plan(request: web.Request) -> web.Response:
-        try:
-            return web.json_response(foresee(await request.json()))
-        except (DCMError, OSError, KeyError, TypeError, ValueError) as error:
-            # what cannot be foreseen is shown as nothing; the run itself names the fault
-            logger.debug("no plan: %s", error)
-            return web.json_response(None)

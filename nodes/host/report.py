@@ -6,7 +6,9 @@ from typing import Any
 
 from comfy_api.latest import ui
 
-logger = logging.getLogger("ComfyUI-DCM")
+from ...dcm_core.text import LOGGER, plain
+
+logger = logging.getLogger(LOGGER)
 
 
 def report(text: str, node_id: str | None) -> Any:
@@ -18,7 +20,7 @@ def report(text: str, node_id: str | None) -> Any:
 def show(text: str, node_id: str | None) -> Any:
     """The same without a line in the log."""
     tell(text, node_id)
-    return ui.PreviewText(text)
+    return ui.PreviewText(plain(text))
 
 
 def server() -> Any:
@@ -33,6 +35,6 @@ def report_picture(text: str, image: Any, node_id: str | None) -> dict[str, Any]
 
 
 def tell(text: str, node_id: str | None) -> None:
-    """Show `text` on the node while it works."""
+    """Show `text` on the node while it works (web/result_text.js)."""
     if server() is not None and node_id is not None:
-        server().send_progress_text(text, node_id)
+        server().send_sync("dcm.text", {"node": node_id, "text": plain(text)}, server().client_id)

@@ -1,22 +1,33 @@
 """Route each model call to the expert that owns its noise level.
 
-A stateless APPLY_MODEL wrapper puts the expert's forwards in place for the length of one call.
+An APPLY_MODEL wrapper puts the expert's forwards in place for the length of one call.
 """
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import logging
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ...dcm_core.adapters import in_place
-from ...dcm_core.errors import ExpertError
-from ...dcm_core.routing import is_detail
+from ...dcm_core.adapters import RoutedExpert
+from ...dcm_core.errors import ExpertError, name_some
+from ...dcm_core.families import FAMILIES
+from ...dcm_core.placing import in_place, unanswered
+from ...dcm_core.routing import Side, is_detail
+from .compat import ACTIVATIONS, NEWEST_TRIED, host_version
+
+logger = logging.getLogger("ComfyUI-DCM")
 
 KEY = "dcm"
+
+# Of each base: a call puts forwards on it and takes them off, so that two threads must not do so at once.
+LOCKS: MutableMapping[Any, Any] = WeakKeyDictionary()
 
 CACHE_NOTE = (
     "A step cache (EasyCache, TeaCache or the like) is on this model. It may carry the semantic expert's result over the boundary: "
@@ -80,23 +91,69 @@ def route_call(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -
             "The DCM experts of this MODEL are gone: another node took it apart after they were attached. "
             "Put DCM Attach Experts (or DCM Load Model) after that node."
         )
+
+    def run(side: Side) -> Any:
+        with expert_in_place(patcher, facts, side):
+            return executor(x, t, *args, **kwargs)
+
     detail = is_detail(t, facts.boundary)
     rows = int(detail.sum())  # one wait for the device, not one for each question
     if rows in (0, len(t)):
-        with expert_in_place(patcher, facts, "detail" if rows else "semantic"):
-            return executor(x, t, *args, **kwargs)
-    with expert_in_place(patcher, facts, "semantic"):
-        semantic = executor(x, t, *args, **kwargs)
-    with expert_in_place(patcher, facts, "detail"):
-        out = executor(x, t, *args, **kwargs)
+        return run("detail" if rows else "semantic")
+    semantic, out = run("semantic"), run("detail")
     return torch.where(detail.view(-1, *[1] * (out.ndim - 1)), out, semantic)
 
 
-def expert_in_place(patcher: Any, facts: AttachedExperts, side: str) -> AbstractContextManager[None]:
-    """For the length of the block the side's experts answer in the base's place."""
+@contextmanager
+def expert_in_place(patcher: Any, facts: AttachedExperts, side: Side) -> Iterator[None]:
+    """For the length of the block the side's experts answer in the base's place; the first time in a run all of them have to."""
     experts = [p.model for p in patcher.get_additional_models_with_key(KEY)]
     present = {expert.role for expert in experts}
     if missing := sorted(set(facts.strengths) - present):
         raise ExpertError(f"The {missing[0]} expert of this MODEL is missing. Attach it again with DCM Attach Experts.")
     working = [(expert, facts.strengths[expert.role]) for expert in experts if side in expert.sides]
-    return in_place(patcher.model.diffusion_model, working, add_linear)
+    root = patcher.model.diffusion_model
+    with LOCKS.setdefault(patcher.model, RLock()):
+        watch = any(side not in expert.checked for expert, _ in working)
+        bare = watch and not is_compiled(patcher)
+        with in_place(root, working, add_linear, ACTIVATIONS, watch, bare):
+            yield
+        if watch:
+            check_answers(patcher, facts, side, [expert for expert, _ in working], bare)
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether torch.compile is on a MODEL: by the host's wrapper, or around or in a module."""
+    return any("compile" in str(key) for wrappers in model.wrappers.values() for key in wrappers) or any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.model.diffusion_model.modules()
+    )
+
+
+def check_answers(patcher: Any, facts: AttachedExperts, side: Side, experts: list[RoutedExpert], bare: bool) -> None:
+    """Stop a run whose first call on a side left out a layer of the experts.
+
+    Raises:
+        ExpertError: with the layers and the ComfyUI version in it.
+    """
+    family = FAMILIES[facts.family]
+    required = {rule.target.partition(".")[0] for rule in family.DIFFUSERS_TO_NATIVE if not rule.optional}
+    lost, resting = unanswered(patcher.model.diffusion_model, experts, required, bare)
+    if (lost or resting) and step_cache_note(patcher):
+        return  # the cache may have answered; the next call is looked at
+    if lost:
+        raise ExpertError(
+            f"ComfyUI {host_version()} ran the model past {len(lost)} of the places that the {side} side's experts change: "
+            f"{name_some(lost)}. They would have no effect there. Update ComfyUI-DCM; if that does not help, use ComfyUI "
+            f"{NEWEST_TRIED}. If another node exchanges or skips layers of this model, leave it out."
+        )
+    if resting:
+        logger.info("the model did not use %s in this run: the %s side's experts have no effect there", name_some(resting), side)
+    if not bare and any(expert.bare_names for expert in experts):
+        logger.info("torch.compile is on: whether the model uses %s cannot be checked", name_some(bare_names(experts)))
+    for expert in experts:
+        expert.checked.add(side)
+
+
+def bare_names(experts: Iterable[RoutedExpert]) -> set[str]:
+    return {name for expert in experts for name in expert.bare_names}

@@ -19,10 +19,10 @@ from ...dcm_core.distill.state import check_state
 from ...dcm_core.distill.trainee import new_detail, new_semantic
 from ...dcm_core.distill.trainer import Result, Trainer
 from ...dcm_core.distill.watcher import Quiet
-from ...dcm_core.errors import ScheduleError
+from ...dcm_core.errors import ScheduleError, counted
 from ...dcm_core.experts import Expert, expert_id, size_of, write_expert
 from ...dcm_core.families import Family
-from ...dcm_core.plot import plot_losses
+from ...dcm_core.loss_plot import plot_losses
 from ...dcm_core.routing import split_sigmas
 from ...dcm_core.schedule import sigmas_from_timesteps
 from .attach import SAME_BOUNDARY, diffusion_model, module_shapes, own_boundary, require_family
@@ -70,8 +70,8 @@ class Run:
 
     def __str__(self) -> str:
         last = self.result.history[-1]
-        steps = f"{int(last['step'])} steps, {self.result.seconds:.0f} s in this run"
-        lines = [str(self.expert), self.result.resumed, f"{steps}: {in_words(last)}", f"saved to {self.file}"]
+        steps = f"{counted(int(last['step']), 'step')} in all, {self.result.seconds:.0f} s in this run"
+        lines = [str(self.expert), self.result.resumed, f"{steps}: {in_words(last)}", f"Saved to {self.file}"]
         return "\n".join(filter(None, lines))
 
 
@@ -97,10 +97,11 @@ def train_and_save(
     for given, chosen in (("continue_from", continue_from), ("semantic_lora", semantic_lora)):
         if chosen != NONE:
             check_not_output(f"{given} is {chosen}", path_of(LORAS, chosen), file)
-    below = trained_expert(semantic_expert, "semantic", model) or load_expert(semantic_lora, "semantic", model)
-    result = train_expert(
-        model, data, config, folder, start=load_expert(continue_from, config.expert, model), below=below, vae=vae, node_id=node_id
+    below = trained_expert(semantic_expert, "semantic", model) or load_expert(
+        semantic_lora, "semantic", model, "semantic_lora"
     )
+    start = load_expert(continue_from, config.expert, model, "continue_from")
+    result = train_expert(model, data, config, folder, start=start, below=below, vae=vae, node_id=node_id)
     save_expert(file, result.expert, model)
     plots = torch.cat([as_image(plot) for plot in plots_of(result).values()])
     return Run(with_experts(model, result.expert, below), result, file, plots)

@@ -21,6 +21,7 @@ from ...dcm_core.distill.memory import Memory
 from ...dcm_core.distill.signals import held_back
 from ...dcm_core.distill.trainee import WeightOf
 from ...dcm_core.distill.trainer import Trainer
+from ...dcm_core.errors import counted
 from ...dcm_core.experts import FILE_PREFIX
 from ...dcm_core.families import Family
 from .attach import compute_dtype, detach_experts, diffusion_model, module_shapes, require_family
@@ -225,12 +226,13 @@ def check_data(model: Any, data: TrainingData, vae: Any = None) -> None:
     channels = model.model.latent_format.latent_channels
     decoded = getattr(vae, "latent_channels", channels)
     if decoded != channels:
-        raise TrainingError(f"The VAE's latents have {decoded} channels, the model's have {channels}. Connect the model's own VAE.")
+        raise TrainingError(f"The VAE's latents have {counted(decoded, 'channel')}, the model's {channels}. Connect the model's own VAE.")
     for bucket in data.buckets:
         shape = data.shape(bucket[0])
         if shape[0] != channels:
             raise TrainingError(
-                f"The dataset's latents have {shape[0]} channels, the model takes {channels}. Encode the clips with the model's own VAE."
+                f"The dataset's latents have {counted(shape[0], 'channel')}, the model takes {channels}. "
+                "Encode the clips with the model's own VAE."
             )
     family = require_family(model)
     for text in (data.conditioning(0), data.unconditional()):

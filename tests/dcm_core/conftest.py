@@ -2,7 +2,10 @@
 
 import json
 import math
+import sys
+import time
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,23 @@ def without_experts(family, tensors):
         for key, tensor in tensors.items()
         if ".lora_" not in key and family.detail_source(key) is None
     }
+
+
+@contextmanager
+def limits(seconds=2, megabytes=500):
+    """What a reader may take of any file, however mangled: processor time, and growth of the process beyond its largest so far."""
+    started, before = time.process_time(), peak_megabytes()
+    yield
+    assert time.process_time() - started < seconds
+    assert peak_megabytes() - before < megabytes
+
+
+def peak_megabytes():
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 @pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)

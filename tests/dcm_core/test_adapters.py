@@ -1,5 +1,7 @@
 """A routed expert does what the same change merged into the weights would do."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +66,33 @@ def test_replaced_answers_alone_or_interpolates(base, strength):
     assert routed.replaced_weights() == {"head.weight": "sites.0.replaced.weight", "head.bias": "sites.0.replaced.bias"}
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+@pytest.mark.parametrize("param", ["weight", "bias"])
+@pytest.mark.parametrize("name", ["head", "ln", "conv"])
+def test_one_replaced_tensor_leaves_the_other_one_or_its_change(base, name, param, strength):
+    other = {"weight": "bias", "bias": "weight"}[param]
+    module = base[name]
+    own, change = (randn(*getattr(module, p).shape, seed=s) for s, p in enumerate((param, other)))
+    x = randn(2, 1, 3, 2, 2) if name == "conv" else randn(3, 5, 4)
+    with torch.no_grad():
+        plain = module(x)
+        for diff in ({}, {f"{name}.{other}": change}):
+            routed = build(Expert("wan", "detail", replaced={f"{name}.{param}": own}, diff=diff), base)
+            out = run(routed, base, name, x, strength)
+            merged = copy.deepcopy(module)
+            getattr(merged, param).copy_(own)
+            getattr(merged, other).add_(diff.get(f"{name}.{other}", 0))
+            torch.testing.assert_close(out, torch.lerp(plain, merged(x), strength))
+
+
+def test_a_replaced_bias_goes_with_a_low_rank_weight(base):
+    routed = build(Expert("wan", "detail", {"qkv": UPDATES[:1]}, {"qkv.bias": randn(12)}), base)
+    x = randn(3, 4)
+    weight = base["qkv"].weight.detach().clone()
+    weight[:4] += UPDATES[0].scale * UPDATES[0].up @ UPDATES[0].down
+    torch.testing.assert_close(run(routed, base, "qkv", x), nn.functional.linear(x, weight, randn(12)))
+
+
 @pytest.mark.parametrize("name", ["head", "norm", "ln", "conv"])
 def test_diff_equals_merged(base, name):
     module = base[name]
@@ -102,7 +131,8 @@ def test_base_is_not_touched(base):
         (Expert("wan", "detail", low_rank={"gone": UPDATES}), "has no gone"),
         (Expert("wan", "detail", low_rank={"conv": UPDATES}), "conv cannot be switched"),
         (Expert("wan", "detail", diff={"norm.modulation": torch.ones(4)}), r"has no norm\.modulation"),
-        (Expert("wan", "detail", replaced={"head.weight": torch.ones(6, 4)}), "head is replaced only in part"),
+        (Expert("wan", "detail", {"head": UPDATES[:1]}, {"head.weight": torch.ones(6, 4)}), r"head\.weight is both replaced and changed"),
+        (Expert("wan", "detail", {}, *2 * [{"head.bias": torch.ones(6)}]), r"head\.bias is both replaced and changed"),
     ],
 )
 def test_what_cannot_be_routed_is_named(base, expert, message):

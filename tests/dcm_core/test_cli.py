@@ -162,3 +162,14 @@ def test_what_ends_a_command_from_outside_can_be_caught_by_it(monkeypatch, capsy
     finally:
         signal.signal(signal.SIGTERM, before)
     assert caught == ["saved"] and capsys.readouterr().err == "interrupted\n"
+
+
+def test_nothing_that_acts_reaches_the_terminal(save, tmp_path, capsys):
+    """Neither from a file's name nor from what is in it."""
+    colour = "\x1b[31m"
+    file = save({f"{colour}.lora_A.weight": torch.zeros(1)}, f"{colour}.safetensors", {"dcm.family": colour})
+    assert run("inspect", file) == 0
+    assert run("inspect", file, tmp_path / f"no {colour}") == 2
+    shown = capsys.readouterr()
+    assert r"\x1b[31m" in shown.out and r"\x1b[31m" in shown.err
+    assert "\x1b" not in shown.out + shown.err

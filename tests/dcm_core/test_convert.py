@@ -52,7 +52,7 @@ def test_release(family, save, release, targets):
     assert recognise(TensorFile(targets[1])).layout is Layout.EXPERT
     assert metadata(targets[0])["dcm.family"] == family.name
     assert (report.base, report.expert, report.base_tensors) == (*targets, len(expected))
-    for word in (family.title, str(targets[0]), str(targets[1]), "detail expert, rank 8"):
+    for word in (family.title, str(targets[0]), str(targets[1]), "detail expert: LoRA rank 8"):
         assert word in str(report)
 
 
@@ -224,7 +224,7 @@ def test_files_that_need_no_conversion(family, save, release, targets, tmp_path)
 
 def test_half_a_release_writes_nothing(family, save, release, targets):
     release.pop(next(key for key in release if ".lora_B." in key))
-    with pytest.raises(CheckpointError, match=r"1 tensors are missing"):
+    with pytest.raises(CheckpointError, match=r"1 tensor is missing"):
         convert_release(save(release), *targets, progress=never)
     assert written(targets) == []
 

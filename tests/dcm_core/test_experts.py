@@ -202,22 +202,6 @@ WAN_SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("metadata", "config", "extra", "scale"),
-    [
-        ({}, None, {}, 1.0),
-        ({}, None, {"diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(6.0)}, 3.0),
-        ({}, {"lora_alpha": 8}, {}, 4.0),
-        ({}, {"lora_alpha": 8, "use_rslora": True}, {}, 8 / 2**0.5),
-        ({}, {"lora_alpha": 8, "alpha_pattern": {"self_attn.q": 2}}, {}, 1.0),
-        ({"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 10})}, None, {}, 5.0),
-    ],
-)
-def test_alpha(metadata, config, extra, scale):
-    expert = read_expert(wan_pair(**extra), metadata, "semantic", WAN, WAN_SHAPES, config)
-    assert expert.low_rank["blocks.0.self_attn.q"][0].scale == pytest.approx(scale)
-
-
 def test_diffs_and_replacements():
     tensors = wan_pair(**{
         "diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(4),
@@ -249,18 +233,18 @@ def test_detail_copies_of_the_release_are_replacements():
         (wan_pair() | {"diffusion_model.blocks.9.x.lora_up.weight": torch.ones(1)}, {}, "1 of 3 tensors fit nothing"),
         ({f"blocks.0.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}, {}, r"2 of 2 .* nothing .*: blocks\.0\.lora_A"),
         (wan_pair(rank=2) | {"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 4)}, {}, "are for the same tensor"),
-        ({k: v for k, v in wan_pair().items() if "down" in k}, {}, "half of a low-rank pair"),
-        ({"blocks.0.self_attn.q.alpha": torch.tensor(1.0)}, {}, "alpha has no low-rank pair"),
-        (wan_pair() | {"blocks.0.self_attn.q.dora_scale": torch.ones(4)}, {}, "cannot be routed"),
+        ({k: v for k, v in wan_pair().items() if "down" in k}, {}, "is half of a LoRA layer"),
+        ({"blocks.0.self_attn.q.alpha": torch.tensor(1.0)}, {}, "alpha is half of a LoRA layer"),
+        (wan_pair() | {"blocks.0.self_attn.q.dora_scale": torch.ones(4)}, {}, r"has 1 DoRA tensors \(.*dora_scale\)"),
         ({k: v * float("nan") for k, v in wan_pair().items()}, {}, "NaN or infinite"),
         ({k: torch.ones(3, 3) for k in wan_pair()}, {}, r"have shapes \(3, 3\) and \(3, 3\)"),
         ({"head.head.set_weight": torch.ones(2, 2)}, {}, r"has shape \(2, 2\); the model's head.head.weight is \(8, 4\)"),
         (wan_pair(), {"dcm.family": "hunyuan_video"}, "is for HunyuanVideo, the model is Wan 2.1"),
-        (wan_pair(), {"dcm.expert": "detail"}, "holds a detail expert but is given as the semantic"),
-        (wan_pair(), {"dcm.format": "9"}, "format 9"),
+        (wan_pair(), {"dcm.expert": "detail"}, "This is a detail expert, not a semantic expert"),
+        (wan_pair(), {"dcm.format": "9"}, "has format '9'; this version reads 1"),
         (wan_pair(), {"dcm.format": "1", "dcm.tensors": "5"}, "holds 2 tensors but says it was written with 5"),
-        (wan_pair(), {"dcm.boundary": "1.5"}, "boundary is 1.5"),
-        (wan_pair(), {"lora_adapter_metadata": "{"}, "is no JSON"),
+        (wan_pair(), {"dcm.boundary": "1.5"}, r"dcm\.boundary = '1\.5'; expected a number between 0 and 1"),
+        (wan_pair(), {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is not valid JSON"),
     ],
 )
 def test_bad_files(tensors, metadata, message):
@@ -353,6 +337,10 @@ def test_an_expert_s_id_is_of_all_it_does():
 
 def test_an_expert_says_what_it_holds():
     pairs = {"blocks.0.ffn.0": (LowRank(torch.zeros(4, 3), torch.zeros(5, 4), 1.0),)}
-    assert str(Expert("wan", "detail", pairs)) == "detail expert, rank 4: 1 low-rank sites"
+    assert str(Expert("wan", "detail", pairs)) == "detail expert: LoRA rank 4, 1 layer matched"
     whole = Expert("wan", "semantic", pairs, diff={"blocks.0.ffn.0.bias": torch.zeros(5)})
-    assert str(whole) == "semantic expert, rank 4: 1 low-rank sites, 1 differences"
+    assert str(whole) == "semantic expert: LoRA rank 4, 1 layer matched", "a layer counts once"
+    both = pairs | {"blocks.1.ffn.0": (LowRank(torch.zeros(8, 3), torch.zeros(5, 8), 1.0),)}
+    more = Expert("wan", "semantic", both, {"head.head.weight": torch.zeros(5, 3)}, {"head.modulation": torch.zeros(1, 2, 3)})
+    assert str(more) == "semantic expert: LoRA rank 4 to 8, 4 layers matched"
+    assert str(Expert("wan", "detail", replaced={"head.head.weight": torch.zeros(5)})) == "detail expert: no LoRA, 1 layer matched"

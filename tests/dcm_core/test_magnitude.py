@@ -1,5 +1,6 @@
 """How much an expert changes each block: norms with a known answer, and every way to an expert gives the same ones."""
 
+import json
 import math
 import re
 import weakref
@@ -220,7 +221,7 @@ def test_nan_is_named_and_the_rest_shown(family, save, release):
 
 def test_half_a_release_is_an_error(save, release):
     del release[next(key for key in release if ".lora_B." in key)]
-    with pytest.raises(CheckpointError, match="1 tensors are missing"):
+    with pytest.raises(CheckpointError, match="1 tensor is missing"):
         file_profile(save(release))
 
 
@@ -254,7 +255,7 @@ def assert_same(a, b):
 
 
 def namings(family, release):
-    """name of the naming -> (tensors, metadata, peft config) of the release's expert in it."""
+    """name of the naming -> (tensors, settings beside the file) of the release's expert in it."""
     detail = {key: tensor for key, tensor in release.items() if ".lora_" in key or family.detail_source(key)}
     pairs = {key.replace(".lora1", ""): tensor for key, tensor in detail.items() if ".lora_" in key}
     kohya = {}
@@ -264,10 +265,10 @@ def namings(family, release):
         kohya[f"{stem}.lora_{'down' if half[0] == 'A' else 'up'}.weight"] = tensor
         kohya[f"{stem}.alpha"] = torch.tensor(3.0)
     return {
-        "release": (detail, {}, None),
-        "diffusers": ({f"transformer.{key}": tensor for key, tensor in pairs.items()}, {}, None),
-        "peft": ({f"base_model.model.{key}": tensor for key, tensor in pairs.items()}, {}, {"lora_alpha": 24, "use_rslora": True}),
-        "kohya": (kohya, {}, None),
+        "release": (detail, None),
+        "diffusers": ({f"transformer.{key}": tensor for key, tensor in pairs.items()}, None),
+        "peft": ({f"base_model.model.{key}": tensor for key, tensor in pairs.items()}, {"lora_alpha": 24, "use_rslora": True}),
+        "kohya": (kohya, None),
     }
 
 
@@ -276,11 +277,13 @@ def test_every_naming_is_read_as_the_expert_is(family, save, release, naming):
     file = TensorFile(save(release))
     native = semantic_state_dict(file, recognise(file))
     shapes = {name: tuple(tensor.shape) for name, tensor in native.items()}
-    tensors, metadata, config = namings(family, release)[naming]
-    expected = dense_expert(read_expert(tensors, metadata, "detail", family, shapes, config), shapes)
+    tensors, settings = namings(family, release)[naming]
     lora = TensorFile(save(tensors, "lora.safetensors"))
+    if settings is not None:
+        lora.path.with_name("adapter_config.json").write_text(json.dumps(settings))
+    expected = dense_expert(read_expert(tensors, {}, "detail", family, shapes, lora.path), shapes)
     for known in (shapes, None):  # with the model, and without
-        assert_same(dense(file_updates(lora, recognise(lora), known, config), shapes), expected)
+        assert_same(dense(file_updates(lora, recognise(lora), known), shapes), expected)
 
 
 def test_differences_go_with_the_pair_of_their_layer(save):

@@ -8,7 +8,7 @@ from dcm_core.convert import convert_release
 from dcm_core.errors import ExpertError
 from dcm_core.expert_reader import read_expert
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
-from dcm_core.match import Target, any_model, expert_part, guess_family, match_expert
+from dcm_core.match import AnyModel, Target, expert_part, guess_family, match_expert
 from dcm_core.storage import TensorFile
 
 Q = "diffusion_model.blocks.0.self_attn.q"
@@ -29,7 +29,7 @@ def test_an_expert_fits_the_model_it_was_made_for(family, expert):
     match = match_expert(file.shapes, family, shapes)
     assert match.misfits == {}
     assert (match.fitting, str(match)) == (len(file), f"{len(file)} of {len(file)}")
-    assert match_expert(file.shapes, family, any_model(family, file.shapes)).fitting == len(file)
+    assert match_expert(file.shapes, family, AnyModel(family)).fitting == len(file)
     assert Target("Model", family, shapes).takes(file.shapes, family)
 
 
@@ -58,11 +58,15 @@ def test_families_are_told_apart_without_metadata(family, expert, save, release)
     [
         ({f"{Q}.lora_down.weight": (2, 9)}, "another size", 3),
         ({f"{Q}.lora_up.weight": (9, 2)}, "another size", 3),
-        ({f"{Q}.lora_up.weight": (8, 3)}, "half of a pair", 3),
-        ({f"{Q}.lora_up.weight": None}, "half of a pair", 2),
-        ({f"{Q}.lora_down.weight": (0, 8), f"{Q}.lora_up.weight": (8, 0)}, "half of a pair", 3),
+        ({f"{Q}.lora_up.weight": (8, 3)}, "half of a LoRA layer", 3),
+        ({f"{Q}.lora_up.weight": None}, "half of a LoRA layer", 2),
+        ({f"{Q}.lora_down.weight": (0, 8), f"{Q}.lora_up.weight": (8, 0)}, "half of a LoRA layer", 3),
+        ({f"{Q}.lora_mid.weight": (2, 3)}, "half of a LoRA layer", 4),
+        ({f"{Q}.lora_mid.weight": (2, 2, 2, 2)}, "another size", 4),
+        ({f"{Q}.reshape_weight": (3,)}, "another size", 1),
+        ({f"{Q}.lora_B.x.bias": (9,)}, "another size", 1),
         ({f"{Q}.alpha": (2,)}, "another size", 1),
-        ({f"{Q}.dora_scale": (8,)}, "no plain LoRA", 1),
+        ({f"{Q}.dora_scale": (8,)}, "DoRA", 1),
         ({"diffusion_model.blocks.1.self_attn.q.diff": (8, 8)}, "no such layer", 1),
         ({"diffusion_model.head.modulation.diff_b": (8,)}, "no such layer", 1),
         ({"diffusion_model.head.modulation.diff": (1, 3, 8)}, "another size", 1),
@@ -97,7 +101,7 @@ def test_parts_of_a_fused_layer():
     assert misfits("attn.to_k", 8) == misfits("proj_mlp", 20) == {}
     assert list(misfits("proj_mlp", 21)) == ["another size"]
     rows = {f"{stem}.attn.to_k.set_weight": (8, 8)}
-    assert list(match_expert(rows, HUNYUAN_VIDEO, shapes).misfits) == ["no plain LoRA"], "rows are not replaced"
+    assert list(match_expert(rows, HUNYUAN_VIDEO, shapes).misfits) == ["only some rows"], "rows are not replaced"
 
 
 def test_a_model_it_is_not_for(family, expert):
@@ -114,9 +118,11 @@ def test_a_model_it_is_not_for(family, expert):
     assert not Target("Model", family, larger).takes(file.shapes, family)
 
 
-def test_an_index_that_is_no_block_makes_no_model_of_that_depth():
-    assert len(any_model(WAN, {"blocks.999999999.self_attn.q.alpha": ()})) < 200
-    assert "blocks.7.self_attn.q.weight" in any_model(WAN, {"lora_unet_blocks_7_self_attn_q.alpha": ()})
+def test_a_model_of_any_depth_costs_nothing():
+    model = AnyModel(WAN)
+    assert len(model) < 200 and "blocks.{n}.ffn.0.weight" in list(model)
+    assert "blocks.999.self_attn.q.weight" in model and model["blocks.999.self_attn.q.weight"] == ()
+    assert "blocks.1000.self_attn.q.weight" not in model and "blocks.7.self_attn.q.scale" not in model
 
 
 def test_nothing_is_read(family, save, release, monkeypatch):

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcm_core.errors import ScheduleError
-from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
-from dcm_core.routing import check_boundary, is_detail, plan_steps, split_sigmas
+from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, PRESETS, WAN
+from dcm_core.routing import SIDES, Setup, check_boundary, is_detail, plan_steps, split_sigmas
 
 # the release's own rule: detail is active when int(t) <= this
 LAST_DETAIL = {WAN: 978, HUNYUAN_VIDEO: 981}
@@ -111,3 +111,88 @@ def test_boundary_outside_the_open_interval_is_refused(boundary):
 def test_plan_refuses_what_cannot_be_sampled():
     with pytest.raises(ScheduleError, match="have to fall"):
         plan_steps(torch.tensor([0.5, 0.9, 0.0]), 0.979)
+
+
+PLAIN = Setup(WAN, takes_image=False)
+PAIR = Setup(WAN, two_models=True, two_sides=True, takes_image=False)
+EXPERTS = Setup(WAN, semantic=True, detail=True, timesteps=(900.0, 500.0), boundary=0.7)
+LORA = Setup(WAN, semantic=True)
+
+
+@pytest.mark.parametrize("setup, owners", [
+    (PLAIN, ("base", "base")),
+    (PAIR, SIDES),
+    (EXPERTS, SIDES),
+    # a detail expert alone is on a semantic base; a semantic expert at strength 0 is left out
+    (Setup(WAN, detail=True), SIDES),
+    (Setup(WAN, semantic=False, detail=True), ("base", "detail")),
+    # a stacked semantic expert works on both sides
+    (Setup(WAN, semantic=True), ("semantic", "semantic")),
+    (Setup(WAN, semantic=True, detail=False), ("semantic", "semantic")),
+    (Setup(WAN, semantic=True, stacked=False), ("semantic", "base")),
+    (Setup(WAN, semantic=True, detail=False, stacked=False), ("semantic", "base")),
+    (Setup(WAN, semantic=True, detail=True, stacked=False), SIDES),
+    (Setup(WAN, semantic=False, detail=False), ("base", "base")),
+    (Setup(WAN, detail=False), ("base", "base")),
+])
+def test_only_what_works_owns_a_side(setup, owners):
+    assert setup.owners == owners
+    plan = setup.plan(WAN.preset.sigmas, 0.979)
+    assert [plan.side(step) for step in range(6)] == 3 * [owners[0]] + 3 * [owners[1]]
+    assert (plan.boundary is None) == (owners[0] == owners[1])
+
+
+@pytest.mark.parametrize("setup, two_cfgs, text", [
+    (EXPERTS, False, "step 1-3 semantic, 4-6 detail, boundary 0.979"),
+    (LORA, False, "step 1-6 semantic"),
+    (PLAIN, False, "step 1-6 base"),
+    (PLAIN, True, "step 1-3 base, 4-6 base, boundary 0.979"),
+])
+def test_a_plan_names_a_boundary_where_something_changes(setup, two_cfgs, text):
+    assert str(setup.plan(WAN.preset.sigmas, 0.979, two_cfgs)) == text
+
+
+@pytest.mark.parametrize("setup, given, boundary", [
+    (EXPERTS, 0.5, 0.5), (EXPERTS, 0, 0.7), (PLAIN, 0, 0.979), (PLAIN, None, 0.979), (Setup(HUNYUAN_VIDEO), 0, 0.982),
+    (PAIR, 0, 0.875), (Setup(WAN, two_models=True, takes_image=True), 0, 0.9),
+    (Setup(WAN, two_models=True), 0, None), (Setup(), 0, None), (Setup(), 0.6, 0.6),
+    (Setup(HUNYUAN_VIDEO, two_models=True, takes_image=False), 0, 0.982),
+    (Setup(WAN, two_models=True, takes_image=False, boundary=0.979), 0, 0.979),
+])
+def test_the_boundary_is_the_given_one_then_the_experts_then_the_models(setup, given, boundary):
+    assert setup.boundary_for(given) == boundary
+    with pytest.raises(ScheduleError, match=r"boundary is 1\.5"):
+        setup.boundary_for(1.5)
+
+
+@pytest.mark.parametrize("setup, auto, generic", [
+    (EXPERTS, (900.0, 500.0), "DCM grid"),
+    (LORA, WAN.preset.timesteps, "DCM grid"),
+    (PLAIN, WAN.preset.timesteps, "even"),
+    (PAIR, "even", "even"),
+    # LoRAs on two models say nothing; DCM experts do
+    (Setup(WAN, two_models=True, semantic=True), "even", "even"),
+    (Setup(WAN, two_models=True, semantic=True, timesteps=(900.0,)), (900.0,), "DCM grid"),
+    (Setup(), "even", "even"),
+])
+def test_the_schedule_is_what_the_models_are_made_for(setup, auto, generic):
+    assert (setup.schedule("auto"), setup.schedule("generic")) == (auto, generic)
+    assert [setup.schedule(name) for name in ("even", "DCM grid", "simple")] == ["even", "DCM grid", "simple"]
+    assert {name: setup.schedule(name) for name in PRESETS} == PRESETS
+
+
+@pytest.mark.parametrize("setup, warned", [
+    (EXPERTS, False), (LORA, False), (PLAIN, True), (Setup(WAN, semantic=False, detail=False), True), (Setup(WAN, two_sides=True), True),
+])
+def test_auto_says_what_it_does_not_use_and_warns_without_experts(setup, warned):
+    *warning, last = setup.notes("auto")
+    assert last == "auto: steps and shift are not used"
+    assert bool(warning) == warned
+    if warned:
+        assert warning[0].startswith("Warning: no expert is at work, and a plain model needs more than 6 steps.")
+
+
+def test_schedules_that_use_every_setting_say_nothing():
+    assert PAIR.notes("auto") == []
+    assert [note for name in ("even", "DCM grid", "generic", "simple") for note in PLAIN.notes(name)] == []
+    assert PLAIN.notes("HunyuanVideo 4 steps") == ["HunyuanVideo 4 steps: steps and shift are not used"]

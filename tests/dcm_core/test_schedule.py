@@ -1,6 +1,7 @@
 """Noise levels: closed forms, the released schedules, what is refused."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcm_core.errors import ScheduleError
-from dcm_core.families import HUNYUAN_VIDEO, WAN
+from dcm_core.families import HUNYUAN_VIDEO, PRESETS, WAN
 from dcm_core.schedule import (
     check_sigmas,
+    even_sigmas,
     generic_sigmas,
     last_part,
+    levels_for,
+    make_sigmas,
     shift_sigma,
     sigmas_from_timesteps,
     solver_sigmas,
@@ -80,6 +84,62 @@ def test_generic_schedule_takes_every_level_the_official_code_takes(steps):
 def test_generic_schedule_by_hand():
     sigmas = generic_sigmas(2, shift=3.0, points=4)
     assert sigmas.tolist() == pytest.approx([1, 3 * 0.5 / (1 + 2 * 0.5), 0])
+
+
+@pytest.mark.parametrize("steps, shift, expected", [
+    (4, 5.0, [1000, 937.5, 2500 / 3, 625, 0]),
+    (8, 5.0, [1000, 8750 / 9, 937.5, 6250 / 7, 2500 / 3, 750, 625, 1250 / 3, 0]),
+    (3, 1.0, [1000, 2000 / 3, 1000 / 3, 0]),
+    (1, 8.0, [1000, 0]),
+])
+def test_even_spacing_by_hand(steps, shift, expected):
+    sigmas = even_sigmas(steps, shift)
+    assert sigmas.dtype == torch.float32
+    assert (1000 * sigmas).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_the_presets_of_two_models_are_even_spacing_at_shift_5(steps):
+    timesteps = PRESETS[f"Wan 2.2 {steps} steps (lightx2v)"]
+    torch.testing.assert_close(sigmas_from_timesteps(timesteps), even_sigmas(steps, 5.0), rtol=0, atol=1e-7)
+
+
+@given(st.integers(1, 200), shifts, st.floats(0.01, 1))
+def test_even_spacing_is_even_before_the_shift(steps, shift, denoise):
+    sigmas = even_sigmas(steps, shift, denoise).double()
+    levels = levels_for(steps, denoise)
+    assert len(sigmas) == steps + 1 and sigmas[-1] == 0
+    undone = shift_sigma(sigmas, 1 / shift)
+    torch.testing.assert_close(undone, torch.arange(steps, -1, -1) / levels, rtol=0, atol=1e-5 * max(shift, 1 / shift), check_dtype=False)
+    if denoise == 1:
+        assert sigmas[0] == 1
+
+
+@pytest.mark.parametrize("steps, denoise, levels", [(4, 1, 4), (4, 0.99995, 4), (4, 0.999, 4), (4, 0.5, 8), (20, 0.3, 66), (1, 0.01, 100)])
+def test_denoise_takes_as_many_levels_as_ksampler(steps, denoise, levels):
+    assert levels_for(steps, denoise) == levels
+    assert torch.equal(even_sigmas(steps, 3.0, denoise), even_sigmas(levels, 3.0)[-(steps + 1):])
+
+
+@pytest.mark.parametrize("settings, message", [
+    ((0, 5.0), "steps is 0; it has to lie in 1"),
+    ((1001, 5.0), "steps is 1001"),
+    ((4, 0.0), "shift is 0.0"),
+    ((4, math.nan), "shift is nan"),
+    ((4, 5.0, 0.0), "denoise is 0.0"),
+    ((4, 5.0, 1.01), "denoise is 1.01"),
+    ((4, 5.0, math.nan), "denoise is nan"),
+    ((4, 5.0, 1e-12), "denoise is 1e-12, too small for 4 steps. Raise it to 4e-05"),
+])
+def test_even_spacing_refuses(settings, message):
+    with pytest.raises(ScheduleError, match=re.escape(message)):
+        even_sigmas(*settings)
+
+
+def test_each_schedule_makes_its_own_of_denoise():
+    assert torch.equal(make_sigmas("even", 4, 5.0, 0.5), even_sigmas(4, 5.0, 0.5))
+    assert torch.equal(make_sigmas("DCM grid", 4, 5.0, 0.5), generic_sigmas(4, 5.0)[-3:])
+    assert torch.equal(make_sigmas(WAN.preset.timesteps, 20, 5.0, 0.5), WAN.preset.sigmas[-4:])
 
 
 @pytest.mark.parametrize("denoise, kept", [(1, 6), (0.99, 6), (0.5, 3), (0.34, 2), (0.17, 1), (0.01, 1)])

@@ -246,13 +246,14 @@ def test_a_hook_lora_works_on_the_base_s_own_layers(wan, attach, base, random_ex
     assert relative(out, sample(routed, SIGMAS)) > 1e-3
 
 
-def test_a_user_s_lora_reaches_the_experts_of_clones_on_further_gpus(attach, base, random_expert):
+def test_a_user_s_lora_reaches_the_experts_of_clones_on_further_gpus(attach, base, random_expert, module):
     """Newer hosts keep them as additional models."""
+    prepare = module("nodes.host.prepare")
     key = "diffusion_model.head.head.weight"
     model, clone = (attach.attach_experts(base, detail=random_expert(base)) for _ in range(2))
     model.add_patches({key: ("diff", (torch.ones(64, 256),))}, 0.8)
-    model.set_additional_models(attach.GPU_CLONES, [clone])
-    attach.hand_over_patches(lambda *_: None, model)
+    model.set_additional_models(prepare.GPU_CLONES, [clone])
+    prepare.prepare_run(lambda *_: None, model)
     first, second = (owner.get_additional_models_with_key("dcm")[0].patches for owner in (model, clone))
     assert list(first) == list(second) != []
 
@@ -374,7 +375,7 @@ def test_copies_for_another_device_are_independent(attach, base, random_expert, 
     again = factory(*arguments, disable_dynamic=True).model
     assert not set(map(id, again.parameters())) & set(map(id, expert.model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), expert.model.parameters(), strict=True))
-    assert expert.model.forwards and not again.forwards
+    assert expert.model.places and not again.places
     for name in attach.HOST_STATE:
         assert not hasattr(again, name) and not hasattr(again.sites[0], name)
         delattr(expert.model, name)

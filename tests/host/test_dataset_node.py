@@ -1,12 +1,16 @@
 """DCM Video Dataset in the host: a small Wan VAE of the real class, and a text encoder with the host's interface."""
 
+import json
 import sys
+import urllib.error
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 import torch
+
+from .server import start_server
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +112,9 @@ def test_clips_are_encoded_by_the_hosts_own_models(dataset_node, vae, clip, data
     dataset = out.result[0]
     assert text(out).split("\n")[:3] == ["2 clips, 2 sizes, 1 file left out", "48x64: 1", "64x48: 1"]
     assert "left out c.mp4: lasts" in text(out)
-    clips = module("dcm_core.distill.clips")
+    clips, sources = module("dcm_core.distill.clips"), module("dcm_core.distill.sources")
     settings = clips.ClipSettings(5, 16, 64, 48)
-    pixels = clips.read_clip(clips.inspect_clip(clips.find_clips(data)[0], settings), settings)
+    pixels = clips.read_clip(clips.inspect_clip(sources.find_clips(data).clips[0], settings), settings)
     latent = dataset.latent(0)
     assert latent.shape == (16, 2, 6, 8) and not latent.is_inference()
     torch.testing.assert_close(latent, vae.encode(pixels)[0])
@@ -244,6 +248,96 @@ def test_a_wrong_folder_is_refused_before_anything_is_loaded(dataset_node, data)
     assert validate(folder=None) is True, "the text of another node is not known yet"
     assert "does not exist; expected a folder of videos" in validate(folder="nowhere")
     assert "No folder is given" in validate(folder=" ")
+
+
+# Where clips may be
+
+
+@pytest.fixture
+def listening(pack, monkeypatch):
+    """The host as if started with --listen <addresses>."""
+    import comfy.cli_args
+
+    def start(addresses="0.0.0.0,::"):
+        monkeypatch.setattr(comfy.cli_args.args, "listen", addresses)
+
+    return start
+
+
+@pytest.mark.parametrize(("addresses", "alone"), [
+    ("127.0.0.1", True), ("::1", True), ("127.2.2.2, 127.3.3.3", True), ("localhost", True), ("0.0.0.0,::", False), ("192.168.0.2", False),
+    ("127.0.0.1,10.0.0.1", False), ("my-machine", False), ("::ffff:10.0.0.1", False), ("", False),
+])
+def test_which_addresses_are_of_this_machine_alone(module, addresses, alone):
+    assert module("nodes.host.reach").only_this_machine(addresses) is alone
+
+
+def test_a_server_that_others_reach_reads_clips_only_where_the_host_does(dataset_node, vae, clip, data, tmp_path, listening, monkeypatch):
+    """In the input, output and configured folders, links resolved; elsewhere nothing tells what exists."""
+    import folder_paths
+
+    secret, disk = tmp_path / "secret", tmp_path / "disk"
+    for folder in (secret, disk, tmp_path / "output" / "clips"):
+        folder.mkdir(parents=True)
+        for name in ("a.mp4", "a.txt"):
+            (folder / name).write_bytes((data / name).read_bytes())
+    (tmp_path / "input" / "linked").symlink_to(secret, target_is_directory=True)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "my_clips", ([str(disk)], set()))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "odd", ("/", set()))
+    validate, fingerprint = dataset_node.cls.validate_inputs, dataset_node.cls.fingerprint_inputs
+    outside = [str(secret), str(secret / "a.mp4"), str(tmp_path / "nothing"), "linked", "linked/nothing", "../secret", "../nothing", "/",
+               "~", "~nobody-of-this-name", str(tmp_path)]
+    for name in (str(secret), "linked", "../secret", str(disk)):
+        assert validate(folder=name) is True, "on this machine alone"
+    listening()
+    words = {validate(folder=name) for name in outside}
+    assert len(words) == 1 and words.pop().startswith("`folder` is outside the folders that this server may read. As it accepts")
+    assert {fingerprint(folder=name) for name in outside} == {""}
+    with pytest.raises(ValueError, match="is outside the folders that this server may read"):
+        dataset_node(vae, clip, folder=str(secret))
+    for name in ("clips", str(data), str(disk), str(tmp_path / "output" / "clips")):
+        assert validate(folder=name) is True and fingerprint(folder=name)
+    assert "does not exist" in validate(folder="nowhere"), "inside, errors say what is wrong"
+    assert len(dataset_node(vae, clip).result[0]) == 2
+
+
+def test_a_real_server_that_listens_to_others_answers_their_requests_so(pack, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "a.mp4").write_bytes(b"")
+
+    def refusals(server, folder):
+        values = {"folder": folder, "width": 64, "height": 48, "frames": 5, "fps": 16, "buckets": True}
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            server.request("/prompt", {"prompt": {"1": {"class_type": "DCMVideoDataset", "inputs": values}}})
+        errors = json.loads(refused.value.read())["node_errors"]["1"]["errors"]
+        return [error["details"] for error in errors if error["type"] == "custom_validation_failed"]
+
+    with start_server(tmp_path / "server", extra_args=["--listen", "0.0.0.0"]) as server:
+        real, absent = (refusals(server, str(tmp_path / name)) for name in ("secret", "nothing"))
+        assert real == absent and "is outside the folders that this server may read" in real[0]
+        assert "does not exist" in refusals(server, "nothing")[0], "in the input folder"
+
+
+def test_a_list_does_not_lead_out_of_these_folders(dataset_node, vae, clip, data, tmp_path, listening):
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes((data / "a.mp4").read_bytes())
+    names = ["a.mp4", str(secret), "../../secret.mp4", str(tmp_path / "nothing.mp4"), "gone.mp4"]
+    (data / "list.jsonl").write_text("\n".join(json.dumps({"video": name, "caption": "x"}) for name in names))
+    assert len(dataset_node(vae, clip, folder="clips/list.jsonl").result[0]) == 3, "on this machine alone"
+    listening()
+    lines = text(dataset_node(vae, clip, folder="clips/list.jsonl")).split("\n")
+    left_out = [line.removeprefix("left out ") for line in lines if line.startswith("left out")]
+    where = "is outside the folders that this server may read. Move it to the input folder."
+    outside = [f"{name}.mp4: {where}" for name in ("secret", "secret", "nothing")]
+    assert left_out == [*outside, "gone.mp4: does not exist. Check the name."]
+
+
+def test_what_cannot_be_read_has_a_fingerprint_all_the_same(dataset_node, data):
+    """An error there ends the worker of 0.3.75."""
+    (data / "broken.jsonl").write_text("{")
+    for folder in ("nowhere", " ", "clips/broken.jsonl", "a\0b", "x" * 5000, "\ud800", "~nobody-of-this-name"):
+        assert dataset_node.cls.fingerprint_inputs(folder=folder) == ""
+        assert isinstance(dataset_node.cls.validate_inputs(folder=folder), (str, bool))
 
 
 def test_the_node_says_what_everything_is(dataset_node):

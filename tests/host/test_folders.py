@@ -1,10 +1,15 @@
 """Where files are looked for and written."""
 
 import importlib
+import inspect
+import ntpath
+import os
+import posixpath
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, strategies
 
 
 def test_new_files_go_to_the_user_and_never_into_the_pack(module, tmp_path, monkeypatch):
@@ -46,3 +51,136 @@ def test_new_files_may_lie_behind_links_but_not_outside(module, tmp_path, monkey
     for name in ("../expert", "linked/../../expert", str(tmp_path / "expert"), "", " ", ".", "linked/.."):
         with pytest.raises(errors.DCMError, match="expected a file name inside"):
             folders.new_file("loras", name, overwrite=True)
+
+
+NO_NAMES = {
+    "is no text": [None, True, 1, 0.5, float("nan"), [], ["a"], {}, {"a": 1}],
+    "is empty": ["", " ", "\u3000"],
+    "has characters that cannot be seen": [
+        "\ud800", "a\udcff", "a\0b", "a\nb", "\x1b[31m", "\u202egnp.safetensors", "a\u2066", "a\u200bb", "\ufeffa", "a\x85", "a\u2028b",
+    ],
+    "has one of < >": ["<img src=x onerror=alert(1)>.safetensors", "a>b"],
+    "is a full path": ["/etc/passwd", "\\\\server\\share\\a", "C:\\a.safetensors", "c:a", "\\a"],
+    "leads elsewhere": ["..", "../a", "a/../../b", "a\\..\\b", ".", "a//b", "a/", "./a"],
+    "is longer than 255 bytes": ["a" * 256, "b/" + "é" * 128 + "/a", "a/" * 3000 + "a", "a" * 10**6],
+    "is no file name on Windows": ["CON", "nul.safetensors", "a/com1/b", "LPT9.x.y", "aux ", "a.", "b./a", "a /b", "COM\u00b2", "conin$"],
+}
+EACH = [(name, why) for why, names in NO_NAMES.items() for name in names]
+SOUND = [
+    "a.safetensors", "sub/a b.safetensors", "模型/é.safetensors", "a\\b", "console.safetensors", "~a", ".a", "..a", "a" * 255, "16:9 a?.pt",
+]
+
+
+@pytest.mark.parametrize(("name", "why"), EACH, ids=lambda value: ascii(value)[:40])
+def test_a_name_that_can_be_none_is_refused_for_reading_and_writing(module, name, why):
+    folders, errors = module("nodes.host.folders"), module("dcm_core.errors")
+    assert folders.fault_of(name) == why
+    reading = [lambda category=category: folders.path_of(category, name, "model_name") for category in (folders.MODELS, folders.LORAS)]
+    for read in reading:
+        with pytest.raises(errors.CheckpointError, match=f"model_name is .*{why}; expected the name of a file in models/") as caught:
+            read()
+        assert str(caught.value).encode() and len(str(caught.value)) < 500
+    if isinstance(name, str) and folders.fault_of(name.strip()) is None:
+        return  # blanks around a name that was typed are no part of it
+    for write in (lambda: folders.new_file(folders.LORAS, name, overwrite=True), lambda: folders.run_folder(name)):
+        with pytest.raises(errors.CheckpointError, match=r"The output name is .*; expected a file name inside .*Choose another name"):
+            write()
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_names_are_none_of_these(module, name):
+    assert module("nodes.host.folders").fault_of(name) is None
+
+
+@pytest.mark.parametrize("name", ["ab:c", "16:9 wan", "who?", "a|b", 'say "x"', "*"])
+def test_files_are_not_written_under_names_that_windows_has_not(module, name):
+    with pytest.raises(ValueError, match=r"which has one of : \" \| \? \*; expected a file name inside"):
+        module("nodes.host.folders").new_file("loras", name, overwrite=True)
+
+
+def test_files_are_read_through_the_user_s_links_and_no_name_leaves_the_folder(module, tmp_path, monkeypatch):
+    import folder_paths
+
+    folders = module("nodes.host.folders")
+    mine, disk = tmp_path / "loras", tmp_path / "disk"
+    for folder in (mine, disk):
+        folder.mkdir()
+    (disk / "a.safetensors").touch()
+    (tmp_path / "secret.safetensors").touch()
+    (mine / "linked").symlink_to(disk, target_is_directory=True)
+    (mine / "b.safetensors").symlink_to(disk / "a.safetensors")
+    (mine / "<b>.safetensors").touch()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(mine)], {".safetensors"}))
+    assert folders.files("loras") == ["b.safetensors", "linked/a.safetensors"]
+    for name in folders.files("loras"):
+        assert folders.path_of("loras", name).samefile(disk / "a.safetensors")
+    for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "linked/../../secret.safetensors"):
+        with pytest.raises(ValueError, match=r"leads elsewhere|is a full path"):
+            folders.path_of("loras", name)
+
+
+def test_a_file_is_not_written_through_a_link_to_a_file(module, tmp_path, monkeypatch):
+    import folder_paths
+    import torch
+
+    folders, storage = module("nodes.host.folders"), module("dcm_core.storage")
+    mine, other = tmp_path / "loras", tmp_path / "other.safetensors"
+    mine.mkdir()
+    other.write_bytes(b"mine")
+    (mine / "a.safetensors").symlink_to(other)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(mine)], {".safetensors"}))
+    with pytest.raises(ValueError, match="exists already"):
+        folders.new_file("loras", "a", overwrite=False)
+    storage.write_tensors(folders.new_file("loras", "a", overwrite=True), {"x": torch.zeros(1)}, {})
+    assert other.read_bytes() == b"mine" and not (mine / "a.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["\0", "a" * 5000, "\ud800", "~\u202e", "x/" * 3000, None, 3])
+def test_a_path_that_no_disk_has_is_refused(module, name):
+    errors = module("dcm_core.errors")
+    with pytest.raises(errors.DCMError, match=r"Enter the path of a folder of videos, or of a \.jsonl file"):
+        module("nodes.host.folders").source_path(name)
+
+
+def test_no_fingerprint_raises(node):
+    """Neither for what clients may send, nor for files that are gone."""
+    names = [name for name, _ in EACH] + ["gone.safetensors", "loras/gone.safetensors", "none", "~nobody-of-this-name/x", "\0"]
+    asked = 0
+    for cls in node.classes.values():
+        if "fingerprint_inputs" not in vars(cls):
+            continue
+        parameters = inspect.signature(cls.fingerprint_inputs).parameters.values()
+        wanted = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+        for value in names:
+            cls.fingerprint_inputs(**dict.fromkeys(wanted, value))
+            asked += 1
+    assert asked > 9 * len(names)
+
+
+@given(name=strategies.text(strategies.characters(exclude_categories=()), max_size=40) | strategies.text("./\\\\ :~aCON\0", max_size=12))
+def test_no_name_leaves_its_folder(module, name):
+    folders, errors = module("nodes.host.folders"), module("dcm_core.errors")
+    if folders.fault_of(name) is None:
+        for paths in (posixpath, ntpath):
+            root = "C:\\models" if paths is ntpath else "/models"
+            assert paths.normpath(paths.join(root, name)).startswith(root + paths.sep)
+    try:
+        run = folders.run_folder(name)
+    except errors.CheckpointError as error:
+        assert str(error).encode()
+    else:
+        assert run.parent == Path(os.path.normpath(run)).parent and "dcm_training" in run.parts[:-1]
+
+
+def test_files_that_cannot_be_offered_are_named_once(module, tmp_path, monkeypatch, caplog):
+    import folder_paths
+
+    folders = module("nodes.host.folders")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    for name in ("<b>", "a\u202eb", "good"):
+        (tmp_path / f"{name}.safetensors").touch()
+    with caplog.at_level("WARNING"):
+        for _ in range(3):
+            assert folders.files("loras") == ["good.safetensors"]
+    (line,) = caplog.messages
+    assert line.startswith(r"Not offered from models/loras, as their names cannot be used: <b>.safetensors, a\u202eb.safetensors. Rename")

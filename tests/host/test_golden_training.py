@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from .compare import relative
+from .training import random_data
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
@@ -44,26 +45,47 @@ def expected(recipe):
 
 
 @pytest.fixture(scope="module")
-def network(module, recipe):
-    """network(role) -> backbone of the golden weights of that role."""
-    import comfy.sd
-
+def tensors(module, recipe):
+    """tensors(role) -> the golden weights of that network, by native name."""
     wan = module("dcm_core.families").WAN
     shapes = recipe.keys("wan_train")["transformer"]
-    training = module("nodes.host.training")
-
-    def make(role):
-        tensors = {wan.key_map.find(key).target: weight(recipe, role, key, shape) for key, shape in shapes.items()}
-        model = comfy.sd.load_diffusion_model_state_dict(tensors, model_options={"dtype": torch.float32})
-        config = module("dcm_core.distill.config").TrainingConfig("detail", checkpointing=False)
-        return training.make_backbone(model, wan, config)
-
-    return make
+    return lambda role: {wan.key_map.find(key).target: weight(recipe, role, key, shape) for key, shape in shapes.items()}
 
 
 @pytest.fixture(scope="module")
-def networks(network):
-    return {role: network(role) for role in ("student", "teacher", "ema")}
+def teacher(tensors):
+    """A MODEL of the teacher's weights: the base that everything is trained on."""
+    import comfy.sd
+
+    return comfy.sd.load_diffusion_model_state_dict(tensors("teacher"), model_options={"dtype": torch.float32})
+
+
+@pytest.fixture(scope="module")
+def make(core, module, teacher, tmp_path_factory):
+    """make(config, start, below=None) -> a Trainer on the teacher."""
+    wan, folder = module("dcm_core.families").WAN, tmp_path_factory.mktemp("run")
+
+    def run(config, start, below=None):
+        backbone = module("nodes.host.training").make_backbone(teacher, wan, config)
+        data = random_data(core("distill.dataset"))
+        return core("distill.trainer").Trainer(backbone, data, config, start, folder, torch.device("cpu"), below=below)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def settings(core, module):
+    """settings(side, case) -> the official run's configuration."""
+
+    def read(side, case):
+        facts = META[case]
+        config = core("distill.config").TrainingConfig(
+            side, rank=META["rank"] if side == "detail" else 0, alpha=2.0 * META["rank"], boundary=BOUNDARY, checkpointing=False,
+            cfg=facts["distill_cfg"] if facts["use_cfg"] else 0.0, adversarial_weight=facts.get("adv_weight", 0.0),
+        )
+        return config.for_family(module("dcm_core.families").WAN)
+
+    return read
 
 
 def make_batch(core, recipe, case, **more):
@@ -88,90 +110,97 @@ def test_the_points_are_the_official_ones(core):
         assert phases.previous[facts["adv_index"]].item() == pytest.approx(facts["sigma_adv"], rel=1e-6)
 
 
+def norm_of(gradients):
+    return torch.stack([gradient.norm() for gradient in gradients]).norm()
+
+
+def predictions(core, trainer, batch):
+    return core("distill.consistency").predict(trainer.roles(), batch, trainer.phases, trainer.config.cfg)
+
+
 @pytest.mark.parametrize("case", SEMANTIC)
-def test_semantic_step(case, core, recipe, networks, expected):
+def test_semantic_step(case, core, recipe, make, settings, tensors, expected):
     facts = META[case]
-    trainee, stages = core("distill.trainee"), core("distill.stages")
-    modules = dict(networks["student"].module.named_modules())
-    family = networks["student"].family
-    student = trainee.make_trainee(trainee.new_semantic(family, modules, 0, 1.0, None), modules, torch.device("cpu"))
-    roles = core("distill.consistency").Roles(
-        student=lambda x, sigma, text: networks["student"].velocity(x, sigma, text, student.working),
-        teacher=networks["teacher"].velocity,
-        target=networks["ema"].velocity,
+    Expert = core("experts").Expert
+    # teacher, student and EMA are three different networks, as in the middle of a run
+    trainer = make(settings("semantic", case), Expert("wan", "semantic", replaced=tensors("student")))
+    averaged = core("distill.trainee").make_trainee(
+        Expert("wan", "semantic", replaced=tensors("ema")), dict(trainer.backbone.module.named_modules()), trainer.device
     )
+    trainer.average.average(averaged, decay=0.0)
     batch = make_batch(core, recipe, case)
     assert relative(batch.x0, expected[f"{case}.x0"]) < 1e-6
-    phases = core("distill.phases").Phases("semantic", BOUNDARY)
-    stage = stages.SemanticStage(phases, facts["distill_cfg"] if facts["use_cfg"] else 0.0)
-    pred, target = core("distill.consistency").predict(roles, batch, phases, stage.cfg)
+    pred, target = predictions(core, trainer, batch)
     assert relative(pred, expected[f"{case}.student_pred"]) < TOLERANCE
     assert relative(target, expected[f"{case}.target"]) < TOLERANCE
-    loss, terms = stage.losses(roles, batch)
+    loss, terms, discriminator_loss = trainer.losses(batch)
+    assert discriminator_loss is None
     assert close(loss, facts["loss"]) and close(terms["huber"], facts["huber"]) and close(terms["temporal"], facts["temporal"])
     loss.backward()
-    gradients = {name: value.grad for name, value in student.named_parameters()}
+    gradients = {name: value.grad for name, value in trainer.trainee.named_parameters()}
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients.values())
-    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-    assert close(norm, facts["grad_norm"])
-    assert all(weight.grad is None for weight in networks["student"].module.parameters())
-    sites = dict(zip(student.replaced.names, student.replaced.sites, strict=True))
+    assert close(norm_of(gradients.values()), facts["grad_norm"])
+    others = (*trainer.backbone.module.parameters(), *(value for _, value in trainer.average.named_parameters()))
+    assert all(value.grad is None for value in others)
+    sites = dict(zip(trainer.trainee.replaced.names, trainer.trainee.replaced.sites, strict=True))
     for name, key in (("blocks.0.self_attn.q", "blocks.0.attn1.to_q"), ("head.head", "proj_out")):
         found = sites[name].replaced.weight.grad[:16]
         assert relative(found, expected[f"{case}.grad.{key}.weight"]) < TOLERANCE, key
 
 
+@pytest.fixture(scope="module")
+def detail_pair(core, recipe, tensors):
+    """The golden semantic expert, a full fine-tune of the teacher, and the detail expert that is trained on top of it."""
+    experts, wan, student = core("experts"), core("families").WAN, tensors("student")
+    shapes = recipe.keys("wan_train")["detail_student"]
+    pairs = {key: recipe.weight(key, shape, f"student.{key}").float() for key, shape in shapes.items() if ".lora_" in key}
+    # its own layers begin as copies of the semantic expert's
+    own = {name: [piece.source.split(".")[0] for piece in wan.key_map.sources_of(name.rpartition(".")[0])] for name in student}
+    replaced = {name: value for name, value in student.items() if set(own[name]) & set(wan.detail_modules)}
+    low_rank = experts.expert_from_release(wan, pairs).low_rank
+    return experts.Expert("wan", "semantic", replaced=student), experts.Expert("wan", "detail", low_rank, replaced)
+
+
 @pytest.mark.parametrize("case", DETAIL)
-def test_detail_step(case, core, recipe, networks, expected, monkeypatch):
-    facts = META[case]
-    trainee, stages, keys = core("distill.trainee"), core("distill.stages"), recipe.keys("wan_train")
-    base, family = networks["student"], networks["student"].family
-    modules = dict(base.module.named_modules())
-    pairs = {key: recipe.weight(key, shape, f"student.{key}").float() for key, shape in keys["detail_student"].items() if ".lora_" in key}
-    # its own layers begin as copies of the base's
-    fresh = trainee.new_detail(family, modules, META["rank"], 2.0 * META["rank"], torch.Generator())
-    read = core("experts").expert_from_release(family, pairs)
-    student = trainee.make_trainee(core("experts").Expert("wan", "detail", read.low_rank, fresh.replaced), modules, torch.device("cpu"))
-
-    def velocity(x, sigma, text):
-        return base.velocity(x, sigma, text, student.working)
-
-    roles = core("distill.consistency").Roles(velocity, networks["teacher"].velocity, velocity)
+def test_detail_step(case, core, recipe, make, settings, detail_pair, expected):
+    facts, (semantic, detail) = META[case], detail_pair
+    trainer = make(settings("detail", case), detail, semantic)
+    with torch.no_grad():
+        # an EMA that would give other targets: the detail stage takes the student's own
+        for _, value in trainer.average.named_parameters():
+            value.mul_(1.5)
+    tensors = recipe.discriminator(recipe.keys("wan_train")["discriminator"])
+    trainer.discriminator.load_state_dict({key.replace("heads.0.0.", "heads.0.").replace("heads.1.0.", "heads.1."): value
+                                           for key, value in tensors.items()})
     noise = recipe.normals(f"{case}.adv_noise", (1, 16, facts["T"], facts["H"], facts["W"])).float()
     batch = make_batch(core, recipe, case, level=torch.tensor([facts["adv_index"]]), level_noise=noise)
-    phases = core("distill.phases").Phases("detail", BOUNDARY)
-    stage = stages.DetailStage(phases, facts["distill_cfg"] if facts["use_cfg"] else 0.0, facts["adv_weight"])
-    teacher = networks["teacher"]
-    discriminator = core("distill.discriminator").Discriminator(len(teacher.feature_blocks()), 256)
-    tensors = recipe.discriminator(keys["discriminator"])
-    discriminator.load_state_dict({key.replace("heads.0.0.", "heads.0.").replace("heads.1.0.", "heads.1."): value
-                                   for key, value in tensors.items()})
-    pairs_made = []
-    monkeypatch.setattr(stages, "predict", lambda *args: pairs_made.append(core("distill.consistency").predict(*args)) or pairs_made[0])
-    loss, terms, discriminator_loss = stage.losses(roles, batch, teacher.features, discriminator)
-    for made, name in zip(pairs_made[0], ("student_pred", "target"), strict=True):
-        assert relative(made.detach()[:, :, :, :10, :10], expected[f"{case}.{name}"]) < TOLERANCE, name
+    with torch.no_grad():
+        made = predictions(core, trainer, batch)
+    for value, name in zip(made, ("student_pred", "target"), strict=True):
+        golden = expected[f"{case}.{name}"]
+        assert relative(value[tuple(map(slice, golden.shape))], golden) < TOLERANCE, name
+    loss, terms, discriminator_loss = trainer.losses(batch)
     assert close(terms["huber"], facts["huber"])
     assert close(terms["feature_matching"], facts["feature_matching_weighted"])
-    assert close(terms["feature_matching"] / stage.feature_weight, facts["feature_matching_mse"])
+    assert close(terms["feature_matching"] / trainer.config.feature_weight, facts["feature_matching_mse"])
     assert close(terms["gan"], facts["gan_generator_weighted"])
     assert close(loss, facts["generator_loss"])
     loss.backward()
-    gradients = [value.grad for _, value in student.named_parameters()]
+    gradients = [value.grad for _, value in trainer.trainee.named_parameters()]
     assert all(gradient is not None for gradient in gradients)
-    assert close(torch.stack([gradient.norm() for gradient in gradients]).norm(), facts["generator_grad_norm"])
-    assert all(value.grad is None for value in discriminator.parameters())
-    low_rank = dict(zip(student.low_rank.names, student.low_rank.sites, strict=True))
+    assert close(norm_of(gradients), facts["generator_grad_norm"])
+    assert all(value.grad is None for value in trainer.discriminator.parameters())
+    low_rank = dict(zip(trainer.trainee.low_rank.names, trainer.trainee.low_rank.sites, strict=True))
+    replaced = dict(zip(trainer.trainee.replaced.names, trainer.trainee.replaced.sites, strict=True))
     for found, key in (
         (low_rank["blocks.0.self_attn.q"].branch.down.weight, "blocks.0.attn1.to_q.lora_A.lora1.weight"),
         (low_rank["blocks.3.cross_attn.o"].branch.ups[0].weight, "blocks.3.attn2.to_out.0.lora_B.lora1.weight"),
-        (dict(zip(student.replaced.names, student.replaced.sites, strict=True))["head.head"].replaced.weight, "proj_out_lora.weight"),
+        (replaced["head.head"].replaced.weight, "proj_out_lora.weight"),
     ):
         assert relative(found.grad[:16], expected[f"{case}.grad.{key}"]) < TOLERANCE, key
     judged = discriminator_loss()
     assert close(judged, facts["discriminator_loss"])
     judged.backward()
-    norm = torch.stack([value.grad.norm() for value in discriminator.parameters()]).norm()
-    assert close(norm, facts["discriminator_grad_norm"])
-    found = discriminator.heads[0].conv_out.weight.grad
+    assert close(norm_of(value.grad for value in trainer.discriminator.parameters()), facts["discriminator_grad_norm"])
+    found = trainer.discriminator.heads[0].conv_out.weight.grad
     assert relative(found, expected[f"{case}.dgrad.heads.0.0.conv_out.weight"]) < TOLERANCE

@@ -228,7 +228,7 @@ def test_files_that_are_something_else(look, folder, recipe):
     del half["proj_out_lora.bias"]
     save_file(half, folder / "diffusion_models" / "half.safetensors")
     facts, _ = look("diffusion_models/half.safetensors")
-    assert "1 tensors are missing (proj_out_lora.bias)" in facts["problem"]
+    assert "1 tensor is missing (proj_out_lora.bias)" in facts["problem"]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_broken_files(look, folder, name, data, message):
 
 
 def test_a_file_that_is_not_there(look):
-    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
+    with pytest.raises(ValueError, match=r"file is 'gone\.safetensors', which does not exist; expected the name of a file in models/loras"):
         look("loras/gone.safetensors")
     for name in ("expert.safetensors", "", "vae/x.safetensors"):
         with pytest.raises(ValueError, match=r"expected none, or .* such as loras/my_expert\.safetensors"):

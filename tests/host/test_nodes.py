@@ -91,7 +91,7 @@ def in_float32(module, name):
 def test_converted_files_are_exact_in_the_core_loaders(node, module, releases, folder, recipe, velocity, name):
     """The base in the core loader is the semantic expert; with the core LoRA loader it becomes the detail expert."""
     out = node("DCMConvertCheckpoint", model_name=releases[name], base_name="base", expert_name="sub/detail", dtype="keep", overwrite=False)
-    assert "detail expert, rank 8" in text(out)
+    assert "detail expert: LoRA rank 8" in text(out)
     base = in_float32(module, "base.safetensors")
     expected = recipe.expected(name)
     family = FAMILIES[PAIRS[name]]
@@ -181,7 +181,7 @@ def broken(kind, tensors):
     ("kind", "message"),
     [
         ("missing", r"2 tensors are missing \(blocks\.0\.attn1\.to_q\.weight, proj_out_lora\.bias\)"),
-        ("extra", r"1 are unknown \(blocks\.0\.attn1\.to_z\.weight\)"),
+        ("extra", r"1 is unknown \(blocks\.0\.attn1\.to_z\.weight\)"),
         ("half lora", r"missing \(blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\)"),
         ("shape", r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight has shape \(256, 9\)"),
         ("nan", r"proj_out_lora\.weight hold NaN"),
@@ -243,11 +243,11 @@ def test_wrong_family_and_no_expert_are_refused(node, module, releases, folder):
     node("DCMConvertCheckpoint", model_name=releases["hy_tiny"], base_name="hb", expert_name="he", dtype="keep", overwrite=False)
     wan = node("DCMLoadModel", model_name=releases["wan_tiny"], weight_dtype="default").result[0]
     settings = {"model": wan, "semantic_lora": "none", "semantic_strength": 1.0, "detail_strength": 1.0, "boundary": 0.0}
-    with pytest.raises(ValueError, match=r"This expert is for HunyuanVideo, the model is Wan 2\.1"):
+    with pytest.raises(ValueError, match=r"detail_lora is 'he\.safetensors'\. This expert is for HunyuanVideo, the model is Wan 2\.1"):
         node("DCMAttachExperts", detail_lora="he.safetensors", **settings)
     with pytest.raises(ValueError, match="both none"):
         node("DCMAttachExperts", detail_lora="none", **settings)
-    with pytest.raises(ValueError, match="holds a detail expert but is given as the semantic"):
+    with pytest.raises(ValueError, match=r"^semantic_lora is 'he\.safetensors', which is a detail expert\. Select it under detail_lora"):
         node("DCMAttachExperts", detail_lora="none", **{**settings, "semantic_lora": "he.safetensors"} | {
             "model": node("DCMLoadModel", model_name=releases["hy_tiny"], weight_dtype="default").result[0]})
 
@@ -273,7 +273,7 @@ def test_peft_folder_gives_the_alpha(node, module, releases, folder, recipe):
     expert = files.load_expert("trained/adapter_model.safetensors", "semantic", model)
     assert {u.scale for updates in expert.low_rank.values() for u in updates} == {3.0}
     (peft / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config\.json beside the expert cannot be read"):
+    with pytest.raises(ValueError, match=r"semantic_lora is '.*adapter_config\.json beside the expert is not valid JSON"):
         files.load_expert("trained/adapter_model.safetensors", "semantic", model)
 
 

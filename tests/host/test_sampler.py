@@ -1,5 +1,6 @@
 """The sampling nodes: plan, seed, progress, masks, and what they refuse."""
 
+import math
 import re
 
 import pytest
@@ -34,11 +35,15 @@ def run(node):
     return call
 
 
+def lines(output):
+    """The plan and the notes on the schedule; below them stands the time taken."""
+    *found, took = output.ui.as_dict()["text"][0].splitlines()
+    assert re.fullmatch(r"(1 step|\d+ steps) in \d+\.\d s", took)
+    return found
+
+
 def text(output):
-    """The plan; below it stands the time taken."""
-    plan, took = output.ui.as_dict()["text"][0].splitlines()
-    assert re.fullmatch(r"\d+ steps in \d+\.\d s", took)
-    return plan
+    return lines(output)[0]
 
 
 def core_sample(model, sigmas, seed, samples, negative=COND, cfg=1.0, sampler="euler", mask=None):
@@ -84,6 +89,93 @@ def test_same_as_ksampler_on_its_own_sigmas(run, base):
 )
 def test_plan(run, routed, settings, expected):
     assert text(run(routed, **settings)) == expected
+
+
+@pytest.mark.parametrize(("strengths", "stacked", "expected"), [
+    ((1.0, 0.0), True, "step 1-6 semantic"),
+    ((1.0, 0.0), False, "step 1-3 semantic, 4-6 base, boundary 0.979"),
+    ((0.0, 1.0), True, "step 1-3 base, 4-6 detail, boundary 0.979"),
+    ((0.0, 0.0), True, "6 steps, experts at strength 0"),
+    ((1.0, None), True, "step 1-6 semantic"),
+])
+def test_no_expert_is_named_that_does_not_work(run, module, base, random_expert, strengths, stacked, expected):
+    experts = {side: random_expert(base, side, seed) for seed, side in enumerate(("semantic", "detail")) if strengths[seed] is not None}
+    settings = {f"{side}_strength": strengths[side == "detail"] for side in experts}
+    model = module("nodes.host.attach").attach_experts(base, **experts, **settings, stacked=stacked)
+    plan, *notes = lines(run(model))
+    assert plan == expected
+    assert bool([note for note in notes if note.startswith("Warning")]) == (strengths == (0.0, 0.0))
+
+
+def test_a_cfg_of_the_detail_side_is_named(run, base, routed):
+    settings = {"negative": COND, "cfg": 3.0, "detail_cfg": 1.0}
+    assert text(run(routed, **settings)) == "step 1-3 semantic, 4-6 detail, boundary 0.979, cfg 1 below it"
+    assert text(run(base, **settings)) == "step 1-3 base, 4-6 base, boundary 0.979, cfg 1 below it"
+
+
+def test_auto_says_what_it_does_not_use_and_that_a_plain_base_needs_more_steps(run, routed, base, wan):
+    unused = "auto: steps and shift are not used"
+    assert lines(run(routed, steps=20)) == ["step 1-3 semantic, 4-6 detail, boundary 0.979", unused]
+    plan, warning, note = lines(run(base, steps=20))
+    assert (plan, note) == ("6 steps, no experts attached", unused)
+    assert warning.startswith("Warning: no expert is at work, and a plain model needs more than 6 steps. Attach experts")
+    for settings in ({"schedule": "even"}, {"sigmas": torch.tensor([1.0, 0.5, 0.0])}, {"detail_model": wan(seed=2)}):
+        assert len(lines(run(base, steps=3, **settings))) == 1, settings
+
+
+def ksampler(model, name, scheduler, steps, shift, denoise=1.0, positive=COND, samples=None):
+    """The host's KSampler behind ModelSamplingSD3."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    from nodes import common_ksampler
+
+    shifted = ModelSamplingSD3().patch(model, shift)[0]
+    given = {"samples": latent()["samples"] if samples is None else samples}
+    with torch.inference_mode():
+        return common_ksampler(shifted, 3, steps, 2.0, name, scheduler, positive, COND, given, denoise=denoise)[0]["samples"]
+
+
+@pytest.mark.parametrize("name", ["euler", "uni_pc", "dpm_2", "er_sde", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("scheduler", ["simple", "beta"])
+def test_a_sampler_and_a_scheduler_by_name_are_ksampler_s(run, base, name, scheduler):
+    """Also for samplers that leave out the last but one level, and that read the model's shift."""
+    out = run(base, schedule=scheduler, sampler_name=name, steps=5, shift=3.0, cfg=2.0, negative=COND)
+    assert torch.equal(out.result[0]["samples"], ksampler(base, name, scheduler, 5, 3.0))
+    assert text(out) == "5 steps, no experts attached"
+
+
+def test_a_prompt_for_a_part_of_the_run_ends_where_it_does_in_ksampler(run, base):
+    parts = [[COND[0][0], {"start_percent": 0.0, "end_percent": 0.4}], [2 * COND[0][0], {"start_percent": 0.4, "end_percent": 1.0}]]
+    settings = {"schedule": "simple", "steps": 5, "shift": 3.0, "cfg": 2.0, "negative": COND, "positive": parts}
+    assert torch.equal(run(base, **settings).result[0]["samples"], ksampler(base, "euler", "simple", 5, 3.0, positive=parts))
+
+
+@pytest.mark.parametrize("schedule", ["even", "simple"])
+def test_denoise_is_ksampler_s(run, base, schedule):
+    given = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(8))
+    settings = {"latent_image": {"samples": given}, "steps": 4, "shift": 3.0, "cfg": 2.0, "negative": COND, "denoise": 0.5}
+    ours = run(base, schedule=schedule, **settings).result[0]["samples"]
+    assert relative(ours, ksampler(base, "euler", "simple", 4, 3.0, 0.5, samples=given)) < 1e-5
+
+
+def test_both_models_are_shifted(run, base, wan):
+    """What ModelSamplingSD3 before each of them would do."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    low = wan(seed=2)
+    settings = {"schedule": "simple", "sampler_name": "er_sde", "steps": 4, "shift": 3.0}
+    ours = run(base, detail_model=low, **settings).result[0]["samples"]
+    first, second = (ModelSamplingSD3().patch(model, 3.0)[0] for model in (base, low))
+    assert torch.equal(ours, run(first, detail_model=second, **settings).result[0]["samples"])
+    assert not torch.equal(ours, run(base, detail_model=low, **{**settings, "shift": 8.0}).result[0]["samples"])
+
+
+def test_a_connected_sampler_overrides_the_name(run, routed):
+    import comfy.samplers
+
+    heun = run(routed, sampler=comfy.samplers.sampler_object("heun"), sampler_name="uni_pc").result[0]["samples"]
+    assert torch.equal(heun, run(routed, sampler_name="heun").result[0]["samples"])
+    assert not torch.equal(heun, run(routed).result[0]["samples"])
 
 
 def test_boundary_widget_moves_the_switch(run, routed, base):
@@ -168,12 +260,14 @@ def test_one_progress_bar_runs_across_the_switch(run, base, wan, monkeypatch, ev
     assert len(bars) == 1
 
 
-def test_two_models_in_the_sampler_node(run, base, wan, module):
+@pytest.mark.parametrize("schedule", ["auto", "generic", "even", "Wan 2.2 4 steps (lightx2v)"])
+def test_two_models_in_the_sampler_node(run, base, wan, module, schedule):
+    """Levels that the 4-step LoRA pairs are made for."""
     low = wan(seed=2)
-    out = run(base, detail_model=low, schedule="generic", steps=5, shift=5.0)
-    assert text(out) == "step 1-3 semantic, 4-5 detail, boundary 0.875"
+    out = run(base, detail_model=low, schedule=schedule, steps=4, shift=5.0)
+    assert text(out) == "step 1-2 semantic, 3-4 detail, boundary 0.875"
     switch = module("nodes.host.switch")
-    sigmas = module("dcm_core.schedule").generic_sigmas(5, 5.0)
+    sigmas = torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0])
     pair = switch.with_sides(base, switch.Sides(0.875, low))
     assert torch.equal(out.result[0]["samples"], core_sample(pair, sigmas, 3, latent()["samples"], negative=COND))
 
@@ -210,11 +304,19 @@ def test_the_boundary_is_the_second_models_too(run, routed):
     assert torch.equal(twice.result[0]["samples"], run(routed, **settings).result[0]["samples"])
 
 
-def test_the_same_model_twice_is_not_wan_2_2(run, base):
-    settings = {"steps": 6, "shift": 17.0}
-    out = run(base, detail_model=base.clone(), **settings)
+def test_one_model_connected_twice_is_one(run, base):
+    out = run(base, detail_model=base.clone())
+    assert text(out) == "6 steps, no experts attached"
+    assert torch.equal(out.result[0]["samples"], run(base).result[0]["samples"])
+
+
+def test_the_same_weights_twice_are_not_wan_2_2(run, base):
+    """With a LoRA on one side there are two sides, at the boundary of Wan 2.1."""
+    other = base.clone()
+    other.add_patches({"diffusion_model.head.head.weight": ("diff", (torch.ones(64, base.model.diffusion_model.dim) / 9,))})
+    out = run(base, detail_model=other)
     assert text(out) == "step 1-3 semantic, 4-6 detail, boundary 0.979"
-    assert torch.equal(out.result[0]["samples"], run(base, **settings).result[0]["samples"])
+    assert not torch.equal(out.result[0]["samples"], run(base).result[0]["samples"])
 
 
 def test_a_clone_with_a_copy_of_the_weights_is_the_same_model(module, base, wan):
@@ -224,12 +326,6 @@ def test_a_clone_with_a_copy_of_the_weights_is_the_same_model(module, base, wan)
     copied = base.clone(model_override=wan(seed=1).get_clone_model_override())
     assert not base.is_clone(copied)
     assert module("nodes.host.sampling").prepare_model(base, detail_model=copied)[1] == 0.979
-
-
-def test_image_model_has_its_own_boundary(module, wan):
-    sampling = module("nodes.host.sampling")
-    assert sampling.choose_boundary(wan(channels=36, layers=1, width=128), 0.0, True) == 0.9
-    assert sampling.choose_boundary(wan(layers=1, width=128), 0.0, True) == 0.875
 
 
 @pytest.mark.parametrize(
@@ -245,7 +341,15 @@ def test_image_model_has_its_own_boundary(module, wan):
         ({"sigmas": torch.tensor([14.6, 3.0, 0.0])}, "noise levels lie between 1 and 0"),
         ({"sigmas": torch.tensor([1.0, float("nan"), 0.0])}, "noise levels lie between 1 and 0"),
         ({"denoise": 0.0}, "denoise is 0.0"),
-        ({"schedule": "karras"}, r"The schedule is 'karras'; choose one of auto, Wan 2\.1 6 steps"),
+        ({"schedule": "fast"}, r"schedule is 'fast'; choose one of auto, Wan 2\.1 6 steps"),
+        ({"schedule": ["auto"]}, r"schedule is \['auto'\]; choose one of"),
+        ({"sampler_name": "eular"}, "sampler_name is 'eular'; choose one of euler, "),
+        ({"sampler_name": None}, "sampler_name is None; choose one of"),
+        ({"schedule": "even", "steps": 0}, "steps is 0; it has to lie in 1 .. 1000"),
+        ({"schedule": "even", "shift": 0.0}, "shift is 0.0"),
+        ({"schedule": "simple", "shift": math.nan}, "shift is nan"),
+        ({"schedule": "simple", "denoise": 0.0}, "denoise is 0.0"),
+        ({"schedule": "simple", "denoise": 1e-9}, "denoise is 1e-09, too small for 6 steps"),
         ({"boundary": 1.0}, "boundary is 1.0"),
         ({"schedule": "generic", "steps": 0}, "steps is 0"),
     ],

@@ -182,4 +182,4 @@ def test_models_given_are_never_changed(run, base, low, routed):
 def test_plan_is_logged(run, routed, caplog):
     with caplog.at_level("INFO"):
         run(routed)
-    assert "step 1-3 semantic, 4-6 detail, boundary 0.979" in caplog.messages
+    assert "step 1-3 semantic, 4-6 detail, boundary 0.979\nauto: steps and shift are not used" in caplog.messages

@@ -1,12 +1,13 @@
 """DCMScheduler, DCMSplitSigmas, DCMSchedulePlot, and where a schedule and a boundary come from."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
 from dcm_core.families import HUNYUAN_VIDEO, WAN
-from dcm_core.schedule import generic_sigmas
+from dcm_core.schedule import even_sigmas, generic_sigmas
 
 SETTINGS = {"preset": "auto", "steps": 5, "shift": 9.0, "denoise": 1.0}
 
@@ -14,6 +15,11 @@ SETTINGS = {"preset": "auto", "steps": 5, "shift": 9.0, "denoise": 1.0}
 @pytest.fixture(scope="module")
 def sampling(module):
     return module("nodes.host.sampling")
+
+
+@pytest.fixture(scope="module")
+def setup(module):
+    return module("nodes.host.setup")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +44,12 @@ def scheduler(node):
     return lambda model, **settings: node("DCMScheduler", model=model, **{**SETTINGS, **settings}).result[0]
 
 
+@pytest.fixture(scope="module")
+def said(node):
+    """What the node shows."""
+    return lambda model, **settings: node("DCMScheduler", model=model, **{**SETTINGS, **settings}).ui.as_dict()["text"][0].splitlines()
+
+
 @pytest.mark.parametrize("family", [WAN, HUNYUAN_VIDEO], ids=lambda family: family.name)
 def test_presets_are_the_releases_whatever_the_model(scheduler, base, family):
     assert torch.equal(scheduler(base, preset=family.preset.title), family.preset.sigmas)
@@ -49,10 +61,20 @@ def test_auto_is_the_experts_own_else_the_familys(scheduler, base, routed, hunyu
     assert torch.equal(scheduler(hunyuan), HUNYUAN_VIDEO.preset.sigmas)
 
 
-def test_auto_of_two_full_models_is_generic(scheduler, module, wan, base):
-    switch = module("nodes.host.switch")
-    pair = switch.with_sides(base, switch.Sides(0.875, wan(seed=3, layers=1, width=128)))
-    assert torch.equal(scheduler(pair), generic_sigmas(5, 9.0))
+@pytest.mark.parametrize("preset", ["auto", "generic", "even"])
+def test_two_full_models_are_spaced_evenly(scheduler, module, wan, base, routed, preset):
+    """As a prepared MODEL, and by the node's detail_model."""
+    low = wan(seed=3, layers=1, width=128)
+    pair, _ = module("nodes.host.sampling").prepare_model(base, detail_model=low)
+    for models in ({"model": pair}, {"model": base, "detail_model": low}):
+        assert torch.equal(scheduler(**models, preset=preset, steps=4, shift=5.0), torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0]))
+
+
+def test_two_full_models_with_dcm_experts_keep_theirs(scheduler, wan, routed):
+    low = wan(seed=3, layers=1, width=128)
+    assert torch.equal(scheduler(routed, detail_model=low, preset="generic", steps=4), generic_sigmas(4, 9.0))
+    assert scheduler(routed, detail_model=low).tolist() == pytest.approx([0.9, 0.6, 0.3, 0])
+    assert scheduler(low, detail_model=routed).tolist() == pytest.approx([0.9, 0.6, 0.3, 0])
 
 
 def test_only_auto_needs_a_model(scheduler):
@@ -67,9 +89,85 @@ def test_a_cfg_of_the_detail_side_leaves_the_schedule(scheduler, module, routed,
         assert torch.equal(scheduler(sampling.prepare_model(model, detail_cfg=2.0)[0]), scheduler(model))
 
 
-def test_generic_takes_steps_shift_and_denoise(scheduler, base):
-    assert torch.equal(scheduler(base, preset="generic"), generic_sigmas(5, 9.0))
-    assert torch.equal(scheduler(base, preset="generic", denoise=0.4), generic_sigmas(5, 9.0)[-3:])
+@pytest.mark.parametrize("preset", ["generic", "DCM grid"])
+def test_the_grid_takes_steps_shift_and_denoise(scheduler, routed, preset):
+    """generic is the grid with experts, and where no model tells what is sampled: graphs of earlier versions keep their numbers."""
+    for model in (routed, None):
+        assert torch.equal(scheduler(model, preset=preset, steps=6), generic_sigmas(6, 9.0))
+        assert torch.equal(scheduler(model, preset=preset, denoise=0.4), generic_sigmas(5, 9.0)[-3:])
+
+
+def test_generic_is_even_on_a_plain_model(scheduler, base):
+    assert torch.equal(scheduler(base, preset="generic", steps=6), even_sigmas(6, 9.0))
+    assert torch.equal(scheduler(base, preset="generic", denoise=0.4), even_sigmas(5, 9.0, 0.4))
+
+
+def with_shift(model, shift):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    return ModelSamplingSD3().patch(model, shift)[0]
+
+
+def ksampler_sigmas(model, scheduler, steps, denoise=1.0, sampler="euler"):
+    import comfy.samplers
+
+    return comfy.samplers.KSampler(model, steps, "cpu", sampler=sampler, scheduler=scheduler, denoise=denoise).sigmas
+
+
+@pytest.fixture(scope="module")
+def host_schedulers(pack):
+    import comfy.samplers
+
+    return list(comfy.samplers.SCHEDULER_NAMES)
+
+
+@pytest.mark.parametrize("denoise", [1.0, 0.99, 0.7, 0.5, 0.31])
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("shift", [3.0, 8.0])
+def test_even_is_ksampler_s_simple(scheduler, base, steps, shift, denoise):
+    """To the rounding of simple, which picks from 1000 levels."""
+    expected = ksampler_sigmas(with_shift(base, shift), "simple", steps, denoise)
+    sigmas = scheduler(base, preset="even", steps=steps, shift=shift, denoise=denoise)
+    assert len(sigmas) == steps + 1
+    torch.testing.assert_close(sigmas, expected, rtol=0, atol=1.1e-3 * shift)
+
+
+@pytest.mark.parametrize("denoise", [0.5, 0.2, 0.1])
+def test_even_and_denoise_are_ksampler_s_where_a_thousand_levels_hold_them(scheduler, base, denoise):
+    expected = ksampler_sigmas(with_shift(base, 5.0), "simple", 4, denoise)
+    torch.testing.assert_close(scheduler(base, preset="even", steps=4, shift=5.0, denoise=denoise), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("denoise", [1.0, 0.6])
+def test_every_scheduler_of_the_host_is_ksampler_s(scheduler, base, routed, hunyuan, host_schedulers, denoise):
+    assert len(host_schedulers) >= 9
+    for name in host_schedulers:
+        for model in (base, routed, hunyuan):
+            expected = ksampler_sigmas(with_shift(model, 3.0), name, 8, denoise)
+            assert torch.equal(scheduler(model, preset=name, steps=8, shift=3.0, denoise=denoise), expected), name
+
+
+def test_a_model_without_flow_shift_keeps_its_own_levels(scheduler, base):
+    import comfy.model_sampling
+
+    class Eps(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+        pass
+
+    other = unknown(base)
+    other.add_object_patch("model_sampling", Eps())
+    assert torch.equal(scheduler(other, preset="karras", shift=3.0), ksampler_sigmas(other, "karras", 5))
+
+
+def test_the_node_shows_the_levels_and_what_is_not_used(said, routed, base, wan):
+    assert said(routed) == ["timesteps 900, 600, 300, 0", "auto: steps and shift are not used"]
+    assert said(None, preset="Wan 2.2 4 steps (lightx2v)") == [
+        "timesteps 1000, 937.5, 833.3, 625, 0", "Wan 2.2 4 steps (lightx2v): steps and shift are not used",
+    ]
+    assert said(None, preset="Wan 2.2 8 steps (lightx2v)")[0] == "timesteps 1000, 972.2, 937.5, 892.9, 833.3, 750, 625, 416.7, 0"
+    assert said(base, preset="even", steps=4, shift=5.0) == ["timesteps 1000, 937.5, 833.3, 625, 0"]
+    assert said(base, detail_model=wan(seed=3, layers=1, width=128), steps=4, shift=5.0) == ["timesteps 1000, 937.5, 833.3, 625, 0"]
+    _, warning, _ = said(base)
+    assert re.match(r"Warning: no expert is at work, and 6 steps are too few", warning)
 
 
 def test_a_schedule_routes_the_same_in_the_host_s_own_sampler(node, base, routed, scheduler):
@@ -93,22 +191,31 @@ def test_a_schedule_routes_the_same_in_the_host_s_own_sampler(node, base, routed
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"preset": "generic", "steps": 51}, "takes 1 .. 50 steps"),
+    ({"preset": "DCM grid", "steps": 51}, "takes 1 .. 50 steps"),
     ({"preset": "generic", "shift": 0.0}, "shift is 0"),
+    ({"preset": "even", "steps": 1001}, "steps is 1001; it has to lie in 1 .. 1000"),
     ({"denoise": 0.0}, "denoise is 0"),
+    ({"preset": "even", "denoise": 0.0}, "denoise is 0"),
+    ({"preset": "Karras"}, "preset is 'Karras'; choose one of auto, "),
+    ({"preset": {}}, "preset is {}; choose one of auto, "),
 ])
 def test_scheduler_refuses(scheduler, base, settings, message):
     with pytest.raises(ValueError, match=message):
         scheduler(base, **settings)
 
 
-def test_boundary_as_given_then_the_experts_then_the_models(sampling, base, routed, hunyuan, wan):
-    image = wan(channels=36, layers=1, width=128)
-    assert sampling.choose_boundary(routed, 0.5, False) == 0.5
-    assert sampling.choose_boundary(routed, 0.0, False) == 0.7
-    assert sampling.choose_boundary(routed, 0.0, True) == 0.7
-    assert sampling.choose_boundary(base, 0.0, False) == 0.979
-    assert [sampling.choose_boundary(model, 0.0, True) for model in (base, image, hunyuan)] == [0.875, 0.9, 0.982]
+def test_the_host_s_schedulers_need_a_model(scheduler):
+    with pytest.raises(ValueError, match=r"simple is one of ComfyUI's own schedulers, which need a model\. Connect model"):
+        scheduler(None, preset="simple")
+
+
+def test_boundary_as_given_then_the_experts_then_the_models(setup, base, routed, hunyuan, wan):
+    image, low = wan(channels=36, layers=1, width=128), wan(seed=3, layers=1, width=128)
+    assert setup.setup_of(routed).boundary_for(0.5) == 0.5
+    assert setup.setup_of(routed).boundary_for(0) == 0.7
+    assert setup.setup_of(routed, low).boundary_for(0) == setup.setup_of(low, routed).boundary_for(0) == 0.7
+    assert setup.setup_of(base).boundary_for(0) == 0.979
+    assert [setup.setup_of(model, low).boundary_for(0) for model in (base, image, hunyuan)] == [0.875, 0.9, 0.982]
 
 
 def test_a_lora_of_any_kind_does_not_move_two_models_boundary(sampling, module, base, wan, random_expert):
@@ -131,8 +238,8 @@ def unknown(model):
     return clone
 
 
-def test_other_models_have_to_be_given_a_boundary_for_two_sides(sampling, base):
-    assert sampling.choose_boundary(unknown(base), 0.0, False) is None
+def test_other_models_have_to_be_given_a_boundary_for_two_sides(sampling, setup, base):
+    assert setup.setup_of(unknown(base)).boundary_for(0) is None
     for two_sides in ({"detail_model": base}, {"detail_cfg": 2.0}):
         with pytest.raises(ValueError, match="no usual boundary"):
             sampling.prepare_model(unknown(base), **two_sides)

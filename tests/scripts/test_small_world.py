@@ -19,7 +19,7 @@ def test_training_workflow_trains_both_experts_and_renders(server):
     by_type = {graph[number]["class_type"]: shown for number, shown in outputs.items()}
     for kind, side in TRAINERS.items():
         text = by_type[kind]["text"][0]
-        assert f"{side} expert, rank" in text and "3 steps" in text
+        assert f"{side} expert: LoRA rank" in text and "3 steps" in text
         run = server.base / "output" / "dcm_training" / f"small_world_{side}"
         assert [path.name for path in sorted(run.glob("step_*"))] == ["step_00000002.safetensors", "step_00000003.safetensors"]
         assert (run / "sample_00000003.mp4").stat().st_size > 500

@@ -1,4 +1,4 @@
-"""Clips: what is found, what is refused and why, and which pixels come out."""
+"""Clips: what is refused and why, and which pixels come out."""
 
 import math
 import struct
@@ -11,17 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcm_core.distill.clips import (
-    Clip,
-    ClipSettings,
-    bucket_of,
-    check_clips,
-    find_clips,
-    inspect_clip,
-    read_clip,
-    source_state,
-)
-from dcm_core.distill.video_file import ClipError, shown_frames, upright
+from dcm_core.distill.clips import ClipSettings, bucket_of, check_clips, inspect_clip, read_clip
+from dcm_core.distill.sources import Clip, find_clips
+from dcm_core.distill.video_file import ClipError, Picture, shown_frames, upright
 from dcm_core.errors import DCMError
 
 SMALL = ClipSettings(frames=9, fps=16, width=64, height=48)
@@ -53,69 +45,6 @@ def test_settings_outside_their_bounds_are_refused(wrong, message):
         ClipSettings(**wrong)
 
 
-# Finding
-
-
-def test_a_folder_gives_its_videos_by_name_with_their_captions(tmp_path):
-    for name in ("b.mp4", "a.WEBM", "c.txt", "c.png", "._a.mp4"):
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "sub.mp4").mkdir()
-    (tmp_path / "b.txt").write_text("\ufeff a dog \n", encoding="utf-8")
-    assert find_clips(tmp_path) == [Clip(tmp_path / "a.WEBM", ""), Clip(tmp_path / "b.mp4", "a dog")]
-
-
-def test_a_jsonl_gives_its_lines_whatever_the_keys_are_called(tmp_path):
-    (tmp_path / "data.jsonl").write_text(
-        '{"video": "sub/a.mp4", "caption": " a\u2028cat "}\n\n{"path": "/b.mp4", "prompt": "b"}\r\n{"file_name": "c.gif", "text": "c"}\n'
-        '{"video": "d.mp4"}',
-        encoding="utf-8",
-    )
-    assert [(clip.path, clip.caption) for clip in find_clips(tmp_path / "data.jsonl")] == [
-        (tmp_path / "sub" / "a.mp4", "a\u2028cat"),
-        (tmp_path / "/b.mp4", "b"),
-        (tmp_path / "c.gif", "c"),
-        (tmp_path / "d.mp4", ""),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"video": ', "line 2 is no JSON"),
-        ('["a.mp4"]', "line 2 is no object"),
-        ('{"caption": "a"}', "line 2 names no video"),
-        ('{"video": "a.mp4", "caption": 3}', "line 2 names no video"),
-    ],
-)
-def test_a_broken_line_is_named_by_its_number(tmp_path, line, message):
-    (tmp_path / "data.jsonl").write_text(f"\n{line}\n")
-    with pytest.raises(DCMError, match=message):
-        find_clips(tmp_path / "data.jsonl")
-
-
-def test_a_source_without_clips_is_refused(tmp_path):
-    with pytest.raises(DCMError, match="holds no clips; expected videos"):
-        find_clips(tmp_path)
-    with pytest.raises(DCMError, match=r"nowhere does not exist; expected a folder of videos or a \.jsonl"):
-        find_clips(tmp_path / "nowhere")
-    (tmp_path / "a.txt").write_text("")
-    with pytest.raises(DCMError, match=r"is no \.jsonl file"):
-        find_clips(tmp_path / "a.txt")
-
-
-def test_the_state_changes_with_every_file_and_only_then(clip, tmp_path):
-    path = clip("a.mkv")
-    states = [source_state(tmp_path)]
-    assert source_state(tmp_path) == states[0]
-    path.with_suffix(".txt").write_text("a dog")
-    states.append(source_state(tmp_path))
-    path.write_bytes(path.read_bytes() + b" ")
-    states.append(source_state(tmp_path))
-    clip("b.mkv", frames=1)
-    states.append(source_state(tmp_path))
-    assert len(set(states)) == 4
-
-
 # Checking
 
 
@@ -132,7 +61,7 @@ def test_clips_that_cannot_be_used_are_refused_with_the_reason(clip, video, tmp_
         "empty.mp4": "cannot be read",
         "gone.mp4": "does not exist",
         "tiny.mkv": "is 40x30, too small for 64x48",
-        "short.mkv": r"lasts 0\.501 s, 8 frames at 16 per second; 9 are wanted",
+        "short.mkv": r"lasts 0\.501 s, 8 frames at 16 per second; expected 9",
     }
     for name, reason in reasons.items():
         with pytest.raises(ClipError, match=reason):
@@ -141,7 +70,7 @@ def test_clips_that_cannot_be_used_are_refused_with_the_reason(clip, video, tmp_
         inspect_clip(Clip(tmp_path / "whole.mp4", ""), SMALL)
     (tmp_path / "whole.txt").write_bytes("caf\u00e9".encode("latin-1"))
     with pytest.raises(ClipError, match="not UTF-8"):
-        inspect_clip(find_clips(tmp_path)[-1], SMALL)
+        inspect_clip(find_clips(tmp_path).clips[-1], SMALL)
 
 
 def test_a_file_of_sound_only_is_refused(tmp_path):
@@ -161,7 +90,7 @@ def test_all_files_are_checked_and_the_good_ones_kept(clip, tmp_path):
     clip("c.mkv", caption="")
     clip("d.mp4")
     calls = []
-    good, problems = check_clips(find_clips(tmp_path), SMALL, lambda *done: calls.append(done))
+    good, problems = check_clips(find_clips(tmp_path).clips, SMALL, lambda *done: calls.append(done))
     assert [facts.clip.path.name for facts in good] == ["a.mkv", "d.mp4"]
     assert [str(problem)[:12] for problem in problems] == ["b.mkv: lasts", "c.mkv: has n"]
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -173,7 +102,7 @@ def test_a_clip_that_nothing_here_decodes_is_left_out(clip, tmp_path):
     data = path.read_bytes()
     assert b"avc1" in data
     path.write_bytes(data.replace(b"avc1", b"zzz1"))
-    good, problems = check_clips(find_clips(tmp_path), SMALL)
+    good, problems = check_clips(find_clips(tmp_path).clips, SMALL)
     assert [facts.clip.path.name for facts in good] == ["a.mp4"]
     assert [str(problem) for problem in problems] == [
         "b.mp4: is in a format that cannot be decoded here. Encode it again, for example as .mp4."
@@ -198,8 +127,8 @@ def test_pixels_of_no_width_are_too_small_a_clip(tmp_path):
 def test_no_good_clip_is_an_error_with_three_reasons(clip, tmp_path):
     for name in "abcde":
         clip(f"{name}.mkv", frames=2)
-    with pytest.raises(DCMError, match=r"(?s)None of the 5 clips.*a\.mkv: lasts.*c\.mkv.*and 2 more") as error:
-        check_clips(find_clips(tmp_path), SMALL)
+    with pytest.raises(DCMError, match=r"(?s)No clip can be used: 5 clips left out.*a\.mkv: lasts.*c\.mkv.*and 2 more") as error:
+        check_clips(find_clips(tmp_path).clips, SMALL)
     assert "d.mkv" not in str(error.value)
 
 
@@ -209,7 +138,7 @@ def test_what_is_unusual_is_noted(video, tmp_path):
 
     assert notes("plain.mkv", frames=30, fps=30) == ()
     assert notes("variable.mkv", times=[0, 40, 100, 140, 300, 500, 540, 600]) == ("variable frame rate, frames taken by their time",)
-    assert notes("slow.mkv", fps=8) == ("8 frames per second, so frames repeat at 16",)
+    assert notes("slow.mkv", fps=8) == ("8 fps, so frames repeat at 16 fps",)
     assert notes("little.mkv", size=(60, 45)) == ("60x45 enlarged to 64x48",)
 
 
@@ -351,7 +280,7 @@ def test_colours_that_cannot_be_converted(tmp_path):
     frame = av.VideoFrame(8, 8, "yuv420p")
     frame.colorspace = 3  # reserved
     with pytest.raises(ClipError, match=r"clip.mp4: has colours that cannot become RGB"):
-        upright(frame, tmp_path / "clip.mp4")
+        upright(Picture(frame), tmp_path / "clip.mp4")
 
 
 def test_a_clip_that_the_camera_turned_is_read_upright(video, tmp_path):

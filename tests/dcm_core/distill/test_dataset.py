@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcm_core.distill import clips
-from dcm_core.distill.clips import ClipSettings, check_clips, find_clips
+from dcm_core.distill.clips import ClipSettings, check_clips
 from dcm_core.distill.dataset import BatchOrder, TensorData
 from dcm_core.distill.encode import Encoders, prepare
+from dcm_core.distill.sources import find_clips
 from dcm_core.errors import CheckpointError, DCMError
 from dcm_core.storage import TensorFile, write_tensors
 
@@ -58,7 +59,7 @@ def run(tmp_path):
 
     def prepared(settings=SMALL, negative="", progress=None, **changes):
         record = Recorder()
-        data = prepare(tmp_path, settings, record.encoders(**changes), tmp_path / "cache", negative, progress)
+        data = prepare(tmp_path, settings, record.encoders(**changes), tmp_path / ".cache", negative, progress)
         return data, (len(record.videos), record.texts, record.freed)
 
     return prepared
@@ -189,7 +190,7 @@ def test_a_caption_of_half_a_surrogate_is_left_out(clip, tmp_path, run):
     clip("a.mkv", "a cat")
     (tmp_path / "list.jsonl").write_text('{"video": "a.mkv", "caption": "a cat"}\n{"video": "a.mkv", "caption": "a \\ud83d cat"}')
     record = Recorder()
-    data = prepare(tmp_path / "list.jsonl", SMALL, record.encoders(), tmp_path / "cache")
+    data = prepare(tmp_path / "list.jsonl", SMALL, record.encoders(), tmp_path / ".cache")
     assert len(data) == 1 and "a.mkv: has a caption that is not UTF-8" in str(data.problems[0])
 
 
@@ -200,7 +201,7 @@ def test_a_clip_that_fails_while_it_is_encoded_is_left_out(three, run):
     data, _ = run(encode_video=some_nan)
     assert [entry.clip.name for entry in data.entries] == ["a.mkv", "b.mkv"]
     assert "c.mkv: has a latent with NaN" in data.report()
-    with pytest.raises(DCMError, match=r"None of the 3 clips can be used(?s:.*)a\.mkv: has a latent with NaN"):
+    with pytest.raises(DCMError, match=r"No clip can be used: 3 clips left out(?s:.*)a\.mkv: has a latent with NaN"):
         run(encode_video=lambda pixels: shrink(pixels) * float("nan"), video_id="broken")
 
 
@@ -211,7 +212,7 @@ def test_a_clip_that_is_damaged_after_its_first_frame_is_left_out(three, run, cl
     data = bytearray(path.read_bytes())
     data[len(data) // 4 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 4)
     path.write_bytes(data)
-    whole, broken = check_clips(find_clips(tmp_path), SMALL)
+    whole, broken = check_clips(find_clips(tmp_path).clips, SMALL)
     assert len(whole) == 4 and not broken, "its times are as they were"
     data, done = run()
     assert [entry.clip.name for entry in data.entries] == ["a.mkv", "b.mkv", "c.mkv"] and done[0] == 3
@@ -276,7 +277,7 @@ def test_a_full_disk_is_an_error_that_leaves_no_file(three, run, monkeypatch, tm
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(CheckpointError, match="Make room"):
         run()
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert list((tmp_path / ".cache").iterdir()) == []
 
 
 def test_lost_cache_files_are_named_when_they_are_read(three, run):
@@ -294,7 +295,7 @@ def test_a_jsonl_gives_one_file_several_captions(clip, tmp_path):
     lines = [{"video": "a.mkv", "caption": text} for text in ("one", "two")]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     record = Recorder()
-    data = prepare(tmp_path / "data.jsonl", SMALL, record.encoders(), tmp_path / "cache")
+    data = prepare(tmp_path / "data.jsonl", SMALL, record.encoders(), tmp_path / ".cache")
     assert [entry.caption for entry in data.entries] == ["one", "two"] and len(record.videos) == 1
 
 

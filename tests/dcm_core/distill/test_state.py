@@ -152,12 +152,12 @@ def test_a_state_of_a_newer_version_is_told_from_a_damaged_one(tmp_path, metadat
 
 
 DAMAGE = {
-    "optimizer": ({f"expert_optimizer.x.{kind}": None for kind in ("step", "exp_avg", "exp_avg_sq")}, "3 tensors are missing"),
-    "moment": ({"expert_optimizer.x.exp_avg_sq": None}, "1 tensors are missing: expert_optimizer.x.exp_avg_sq"),
-    "shape": ({"expert_optimizer.x.exp_avg": torch.ones(1)}, "1 tensors have another shape: expert_optimizer.x.exp_avg"),
+    "optimizer": ({f"expert_optimizer.x.{kind}": None for kind in ("step", "exp_avg", "exp_avg_sq")}, "3 tensors missing"),
+    "moment": ({"expert_optimizer.x.exp_avg_sq": None}, "1 tensor missing: expert_optimizer.x.exp_avg_sq"),
+    "shape": ({"expert_optimizer.x.exp_avg": torch.ones(1)}, "1 tensor of another shape: expert_optimizer.x.exp_avg"),
     "average": ({"average.x": None}, "missing: average.x"),
     "expert": ({"expert.x": None}, "it has no expert"),
-    "unknown": ({"expertt.x": torch.ones(1)}, "1 tensors are unknown: expertt.x"),
+    "unknown": ({"expertt.x": torch.ones(1)}, "1 tensor unknown: expertt.x"),
     "numbers": ({"expert.x": torch.ones(1000, dtype=torch.int32)}, "expert.x are not floating-point numbers"),
 }
 
@@ -195,7 +195,7 @@ def test_a_state_of_other_tensors_than_the_run_has_is_passed_over(tmp_path):
     assert newest_state(tmp_path)[1].steps == 3
     assert newest_state(tmp_path, shapes)[1].steps == 2
     wide = {name: (2, 2) if shape else () for name, shape in shapes.items()}
-    with pytest.raises(CheckpointError, match="have another shape"):
+    with pytest.raises(CheckpointError, match="of another shape"):
         read_state(path, wide)
     with pytest.raises(TrainingError, match=r"None of the 3 checkpoints in .* can be used \(newest: step_00000003"):
         newest_state(tmp_path, wide)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from dcm_core.adapters import add_linear, in_place
+from dcm_core.adapters import add_linear
 from dcm_core.distill.trainee import make_fixed, make_trainee, new_detail, new_semantic
 from dcm_core.errors import ExpertError
 from dcm_core.experts import Expert, LowRank, merged
 from dcm_core.families import HUNYUAN_VIDEO, WAN
+from dcm_core.placing import in_place
 
 WIDTH = 8
 
