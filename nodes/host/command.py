@@ -64,7 +64,8 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     # not beside the output: among the host's LoRAs every state would be offered as one
     states = path("states") if "states" in settings else folder / f"{output.stem}_states"
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
-    below = read_expert_file(path("semantic"), "semantic", model) if "semantic" in settings else None
+    below = read_expert_file(path("semantic"), "semantic", model, f"semantic is {path('semantic')}") if "semantic" in settings else None
+    start = path("continue_from") if "continue_from" in settings else None
     output.parent.mkdir(parents=True, exist_ok=True)
     processes = join(comfy.model_management.get_torch_device())
     with processes.first_alone():
@@ -73,7 +74,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     # not kept here: a full fine-tune is as large as the model
     result = train_expert(
         model, data, config, states, below=below, vae=vae,
-        start=read_expert_file(path("continue_from"), side, model) if "continue_from" in settings else None,
+        start=read_expert_file(start, side, model, f"continue_from is {start}") if start is not None else None,
     )
     if processes.first:
         save_expert(output, result.expert, model)
