@@ -246,7 +246,7 @@ def base_file(wan, tmp_path_factory):
         ({"training": None}, "`training` is None; it has to be settings by name"),
         ({"states": 5}, "`states` is 5; it has to be a path"),
         ({"output": "."}, "`output` is .*, a folder; it has to be the file to write"),
-        ({"weight_dtype": ["default"]}, r"weight_dtype is a list; choose one of default"),
+        ({"weight_dtype": ["default"]}, r"weight_dtype is \['default'\]; choose one of default"),
         ({"semantic": "expert.safetensors"}, "semantic is expert.safetensors, the file that this run writes"),
         ({"output": "base.safetensors"}, "model is base.safetensors, the file that this run writes"),
         ({"output": "data.safetensors"}, "dataset is data.safetensors, the file that this run writes"),
