@@ -246,7 +246,7 @@ def base_file(wan, tmp_path_factory):
         ({"training": None}, "`training` is None; expected a table of settings"),
         ({"states": 5}, "`states` is 5; expected a path"),
         ({"output": "."}, "`output` is .*, which is a folder; expected the name of the file to write"),
-        ({"weight_dtype": ["default"]}, r"weight_dtype is a list; choose one of default"),
+        ({"weight_dtype": ["default"]}, r"weight_dtype is \['default'\]; choose one of default"),
         ({"semantic": "expert.safetensors"}, "semantic is expert.safetensors, the file that this run writes"),
         ({"output": "base.safetensors"}, "model is base.safetensors, the file that this run writes"),
         ({"output": "data.safetensors"}, "dataset is data.safetensors, the file that this run writes"),
