@@ -118,7 +118,7 @@ def test_auto_says_what_it_does_not_use_and_that_a_plain_base_needs_more_steps(r
     assert lines(run(routed, steps=20)) == ["step 1-3 semantic, 4-6 detail, boundary 0.979", unused]
     plan, warning, note = lines(run(base, steps=20))
     assert (plan, note) == ("6 steps, no experts attached", unused)
-    assert warning.startswith("Warning: no expert is at work, and a plain model needs more than 6 steps. Attach experts")
+    assert warning.startswith("Warning: no expert is active, and a plain model needs more than 6 steps. Attach experts")
     for settings in ({"schedule": "even"}, {"sigmas": torch.tensor([1.0, 0.5, 0.0])}, {"detail_model": wan(seed=2)}):
         assert len(lines(run(base, steps=3, **settings))) == 1, settings
 
