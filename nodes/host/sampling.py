@@ -111,7 +111,8 @@ def empty_noise_like(model: Any, latent: dict) -> Tensor:
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *_downscale_ratio(latent))
     check_latent(model, samples)
     # older hosts draw the noise and take the steps in the latent's own number format
-    return samples.float() if samples.dtype in (torch.float16, torch.bfloat16) else samples
+    half = not samples.is_nested and samples.dtype in (torch.float16, torch.bfloat16)
+    return samples.float() if half else samples
 
 
 def _downscale_ratio(latent: dict) -> tuple:
