@@ -172,7 +172,9 @@ def test_what_no_sampler_could_use_is_refused(tmp_path, case):
         values.append({name: value for name, value in extras.items() if not isinstance(value, torch.Tensor)})
         tensors |= {str(index): embedding, **{f"{index}.{name}": value for name, value in extras.items() if name not in values[-1]}}
     write_tensors(tmp_path / "x.safetensors", tensors, {"format": "dcm-conditioning", "values": json.dumps(values)})
-    with pytest.raises(DCMError, match=f"damaged conditioning file .*{message}"):
+    # numbers that are none are not even JSON
+    said = "Its values is not valid JSON .NaN is not a number" if case == "number" else message
+    with pytest.raises(DCMError, match=f"damaged conditioning file.*{said}"):
         load_conditioning(tmp_path / "x.safetensors")
 
 

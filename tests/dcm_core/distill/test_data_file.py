@@ -129,7 +129,7 @@ WRONG = {
     "fraction": ({}, {"which": [0, 0.5, 1]}, r"0\.5 is not the number of a text"),
     "flag": ({}, {"unconditional": True}, "True is not the number of a text"),
     "no clips": ({}, {"which": []}, "no clips"),
-    "number": ({}, {"texts": [{"guidance": NAN}, {}]}, "guidance of entry 0 is nan"),
+    "number": ({}, {"texts": [{"guidance": NAN}, {}]}, "Its facts is not valid JSON .NaN is not a number"),
     "text": ({}, {"texts": ["a", "b"]}, "its texts are not a list of entries"),
     "texts": ({}, {"texts": 5}, "its texts are not a list of entries"),
 }
@@ -140,7 +140,7 @@ def test_what_no_training_could_use_is_refused(tmp_path, case):
     tensors, facts, message = WRONG[case]
     path = tmp_path / "data.safetensors"
     write_tensors(path, content(**tensors), {"format": "dcm-dataset", "facts": json.dumps(FACTS | facts)})
-    with pytest.raises(DCMError, match=f"data.safetensors is a damaged data file .*{message}"):
+    with pytest.raises(DCMError, match=f"data.safetensors is a damaged data file.*{message}"):
         read_data(path)
 
 
