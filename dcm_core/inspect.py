@@ -18,8 +18,8 @@ from .storage import Progress, TensorFile
 from .text import LINE_LENGTH, one_line
 from .updates import DefaultScale
 
-# Different ones that are listed.
-MOST_ALPHAS = 6
+# Alphas that are read, and different ones that are listed.
+MOST_READ, MOST_ALPHAS = 2000, 6
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _alpha(file: TensorFile, facts: Facts, names: Mapping[str, LoraKey | None]) 
     if facts.alpha is not None:
         return f"{facts.alpha:g}"
     keys = [key for key, name in names.items() if name and name.kind == "alpha" and math.prod(file.shapes[key]) == 1]
-    values = sorted({float(file.read(key).float().item()) for key in keys})
+    values = sorted({float(file.read(key).float().item()) for key in keys[:MOST_READ]})
     shown = [f"{value:g}" for value in values[:MOST_ALPHAS]]
     return ", ".join(shown) + (f" and {len(values) - MOST_ALPHAS} more" if len(values) > MOST_ALPHAS else "") or None
 

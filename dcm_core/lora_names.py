@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from .families import Family
@@ -90,6 +91,7 @@ class LoraKey:
     method: str = ""
 
 
+@lru_cache(maxsize=1 << 16)
 def split_key(key: str) -> LoraKey | None:
     """Take a LoRA key apart; None if it is none."""
     if len(key) <= LONGEST_KEY:

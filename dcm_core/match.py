@@ -9,6 +9,7 @@ from .errors import name_some
 from .families import FAMILIES, Family
 from .keymap import Piece, Shape
 from .lora_names import LOW_RANK, Kind, ModuleNames, Shapes, count_known, is_text_encoder, name_of
+from .metadata import said_family
 from .storage import TensorFile
 
 # What is wrong with a tensor that has no place.
@@ -96,7 +97,7 @@ def expert_part(file: TensorFile, contents: Contents) -> tuple[Family | None, di
 
 def guess_family(keys: Mapping[str, Shape], metadata: Mapping[str, str]) -> Family | None:
     """The family an expert file is for: as it says, else the one that knows most of its keys."""
-    said = FAMILIES.get(metadata.get("dcm.family", ""))
+    said = FAMILIES.get(said_family(metadata) or "")
     if said is not None:
         return said
     transformer = [key for key in keys if not is_text_encoder(key)]

@@ -69,7 +69,7 @@ def read_facts(metadata: Mapping[str, str]) -> Facts:
     if boundary is not None and not 0 < boundary < 1:
         raise _bad_fact("dcm.boundary", metadata["dcm.boundary"], "a number between 0 and 1")
     return Facts(
-        metadata.get("dcm.family"),
+        said_family(metadata),
         side,
         metadata.get("dcm.format"),
         _count(metadata, "dcm.tensors"),
@@ -78,6 +78,11 @@ def read_facts(metadata: Mapping[str, str]) -> Facts:
         boundary,
         _timesteps(metadata),
     )
+
+
+def said_family(metadata: Mapping[str, str]) -> str | None:
+    """The family alone, whatever is wrong with the rest."""
+    return metadata.get("dcm.family")
 
 
 def quote(value: object) -> str:

@@ -19,8 +19,8 @@ from .errors import ScheduleError, counted
 AUTO, EVEN, DCM_GRID, GENERIC = "auto", "even", "DCM grid", "generic"
 
 TIMESTEPS = 1000
-# KSampler, too, makes as many levels as `steps / denoise`; more would take minutes.
-MOST_LEVELS = 100_000
+# As many as KSampler takes steps.
+MOST_LEVELS = 10_000
 DEFAULT_SHIFT = 17.0
 DEFAULT_POINTS = 50
 

@@ -1,6 +1,7 @@
 """Text from elsewhere (files, names, clients, other programs), made safe to show in terminals, logs and pages."""
 
 import logging
+import reprlib
 import unicodedata
 
 LOGGER = "ComfyUI-DCM"
@@ -27,15 +28,14 @@ def plain(text: object, limit: int = TEXT_LENGTH) -> str:
 
 
 def given(value: object) -> str:
-    """A value in the words of an error: text in quotes, of what is no text or number only its kind."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return one_line(_number(value) if isinstance(value, int) else value)
-    return f"'{one_line(value)}'" if isinstance(value, str) else f"a {type(value).__name__}"
-
-
-def _number(value: int) -> object:
-    # Python refuses to write integers of thousands of digits
-    return value if value.bit_length() < 1024 else f"an integer of {value.bit_length()} bits"
+    """A value as an error quotes it: short, in one line."""
+    if isinstance(value, str):
+        return f"'{one_line(value)}'"
+    try:
+        return one_line(reprlib.repr(value))
+    except ValueError:
+        # Python before 3.12 does not write integers of thousands of digits
+        return f"a very long {type(value).__name__}"
 
 
 def cut(text: str, limit: int) -> str:

@@ -23,6 +23,7 @@ const SIZES = {
   DCMTrainSemanticExpert: [420, 640],
   DCMTrainDetailExpert: [420, 700],
   DCMVideoDataset: [400, 360],
+  DCMScheduler: [320, 230],
   DCMSchedulePlot: [420, 420],
 };
 

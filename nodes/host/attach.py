@@ -26,6 +26,7 @@ from ...dcm_core.families import FAMILIES, Family
 from ...dcm_core.routing import Side, check_boundary
 from .prepare import is_own, prepare_run
 from .route import KEY, AttachedExperts, attached_experts, route_call
+from .saving import allow_saving, refuse_saving
 
 # Boundaries go through text in files and widgets.
 SAME_BOUNDARY = 1e-6
@@ -125,6 +126,8 @@ def attach_experts(
             own_patches=own_patches,
         ),
     )
+    if routed:
+        refuse_saving(clone)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, route_call)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare_run)
     return clone
@@ -156,6 +159,7 @@ def detach_experts(model: Any) -> Any:
                 del clone.patches[key]
         if facts.own_patches:
             clone.patches_uuid = uuid.uuid4()
+    allow_saving(clone)
     clone.remove_additional_models(KEY)
     clone.remove_attachments(KEY)
     for kind in (WrappersMP.APPLY_MODEL, WrappersMP.PREPARE_SAMPLING):

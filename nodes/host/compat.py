@@ -11,6 +11,8 @@ from typing import Any
 
 import comfy.model_management
 import comfy.ops
+import comfy.quant_ops
+import comfy.utils
 import comfyui_version
 from comfy.model_patcher import get_key_weight
 from comfy_api.latest import io
@@ -23,6 +25,9 @@ NEWEST_TRIED = "0.33.0"
 
 # What newer hosts may ask a linear to do to its input first.
 ACTIVATIONS = getattr(comfy.ops, "INPUT_ACT_EAGER", {})
+
+# How layers may be quantised in a file whose `<layer>.comfy_quant` says so; older hosts read none of it.
+LAYER_FORMATS = frozenset(comfy.quant_ops.QUANT_ALGOS) if hasattr(comfy.utils, "detect_layer_quantization") else frozenset()
 
 SCHEMA_FIELDS = frozenset(field.name for field in dataclasses.fields(io.Schema))
 

@@ -15,6 +15,8 @@ from .folders import LORAS, NONE, files, path_of
 
 logger = logging.getLogger("ComfyUI-DCM")
 
+ANOTHER = "Choose another file."
+
 
 def expert_names() -> list[str]:
     """What the user may choose from, "none" first."""
@@ -32,22 +34,32 @@ def load_expert(name: str, role: Side, model: Any, widget: str | None = None) ->
     """
     if name == NONE:
         return None
+    fix = f"Select it under {other_side(role)}_lora instead." if widget is None else ANOTHER
+    return read_expert_file(path_of(LORAS, name), role, model, f"{widget or f'{role}_lora'} is {name!r}", fix)
+
+
+def read_expert_file(path: Path, role: Side, model: Any, given: str | None = None, fix: str = ANOTHER) -> Expert:
+    """The same for a file anywhere.
+
+    Args:
+        given: what the user chose, and where; errors begin with it.
+        fix: what to do with an expert of the other side.
+    """
+    given = given or f"The {role} expert is {path.name!r}"
     try:
-        return read_expert_file(path_of(LORAS, name), role, model)
+        file = TensorFile(path)
+        expert = read_expert(file.read_all(), file.metadata, role, require_family(model), module_shapes(model), path)
     except WrongSideError as error:
-        fix = f"Select it under {error.side}_lora instead." if widget is None else "Choose another file."
-        raise ExpertError(f"{widget or f'{role}_lora'} is {name!r}, which is a {error.side} expert. {fix}") from error
+        raise ExpertError(f"{given}, which is a {error.side} expert. {fix}") from error
     except DCMError as error:
-        raise type(error)(f"{widget or f'{role}_lora'} is {name!r}. {error}") from error
-
-
-def read_expert_file(path: Path, role: Side, model: Any) -> Expert:
-    """The same for a file anywhere."""
-    file = TensorFile(path)
-    expert = read_expert(file.read_all(), file.metadata, role, require_family(model), module_shapes(model), path)
+        raise type(error)(f"{given}. {error}") from error
     for note in expert.notes:
         logger.warning("%s: %s", path.name, note)
     return expert
+
+
+def other_side(role: Side) -> Side:
+    return "detail" if role == "semantic" else "semantic"
 
 
 def trained_expert(expert: Expert | None, role: Side, model: Any) -> Expert | None:

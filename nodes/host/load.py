@@ -1,5 +1,8 @@
 """Load a model file of any layout; a released checkpoint comes with its detail expert attached."""
 
+import json
+import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from ...dcm_core.checkpoint import Layout, check_finite, detail_expert, recognis
 from ...dcm_core.errors import CheckpointError, check_choice
 from ...dcm_core.storage import Progress, TensorFile
 from .attach import attach_experts
+from .compat import LAYER_FORMATS, host_version
 from .folders import MODELS, path_of
 from .progress import byte_progress
 
@@ -22,6 +26,16 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
+
+# `model-00001-of-00006.safetensors`
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+# No note on a quantised layer needs as much; what lies beyond makes it no JSON.
+LONGEST_NOTE = 4096
+OTHER_USES = (
+    ("text encoder", "Load CLIP", re.compile(r"(^|\.)(encoder\.block|text_model|embed_tokens|token_embedding|shared)\.")),
+    ("CLIP vision model", "Load CLIP Vision", re.compile(r"(^|\.)(vision_model|visual)\.")),
+    ("VAE", "Load VAE", re.compile(r"(^|\.)(decoder|post_quant_conv|first_stage_model)\.")),
+)
 
 
 def load_model(name: str, weight_dtype: str, node_id: str | None = None) -> tuple[Any, str]:
@@ -47,7 +61,7 @@ def load_file(path: Path, weight_dtype: str, node_id: str | None = None) -> tupl
             f"{name} holds an expert (a LoRA), not a model. Load the base model here and give this file to DCM Attach Experts."
         )
     if contents.layout in (Layout.NATIVE, Layout.OTHER):
-        model = comfy.sd.load_diffusion_model(str(path), model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+        model = load_native(file, weight_dtype)
         return model, f"{name}: {type(model.model).__name__}, loaded by the host as it is"
     model = load_base(path, weight_dtype, byte_progress(node_id))
     if contents.layout is Layout.DIFFUSERS:
@@ -55,6 +69,55 @@ def load_file(path: Path, weight_dtype: str, node_id: str | None = None) -> tupl
     # attaching makes a copy
     expert = detail_expert(file, contents, copied=comfy.utils.DISABLE_MMAP)
     return attach_experts(model, detail=expert), f"{name}: {contents.family.title} release, semantic base with {expert}"
+
+
+def load_native(file: TensorFile, weight_dtype: str) -> Any:
+    """A file that the host reads itself.
+
+    Raises:
+        CheckpointError: a file that this host cannot read, or would read wrongly.
+    """
+    name = file.path.name
+    if (shard := SHARD.search(name)) and int(shard[1]) > 1:
+        raise CheckpointError(
+            f"{name} is one of the {int(shard[1])} shards of a model. Merge all shards into one file first, and select that here."
+        )
+    if unknown := sorted(layer_formats(file) - LAYER_FORMATS):
+        raise CheckpointError(
+            f"{name} has layers quantised as {', '.join(unknown)} (comfy_quant), which ComfyUI {host_version()} cannot read: it would "
+            "load them as noise. Update ComfyUI, or select an fp16, bf16 or fp8 version of the model."
+        )
+    try:
+        return comfy.sd.load_diffusion_model(str(file.path), model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+    except RuntimeError as error:
+        # what else the host says in this way (no memory, an interrupt) is not about the file
+        if "detect model type" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{name} is not a diffusion model that ComfyUI {host_version()} knows.{other_use(file.shapes)} Select a video model in "
+            "model_name."
+        ) from error
+
+
+def layer_formats(file: TensorFile) -> set[str]:
+    """How the layers of a file are quantised, by the notes that newer hosts put beside them."""
+    found = set()
+    for key in file.shapes:
+        if key.endswith(".comfy_quant"):
+            try:
+                note = json.loads(bytes(file.read(key).flatten()[:LONGEST_NOTE].to(torch.uint8).tolist()))
+                found.add(str(note["format"])[:40] if isinstance(note, dict) else "something unknown")
+            except (ValueError, KeyError, RecursionError):
+                found.add("something unknown")
+    return found
+
+
+def other_use(keys: Iterable[str]) -> str:
+    """What a file that is no diffusion model may be, and where it belongs; "" for anything else."""
+    for what, node, mark in OTHER_USES:
+        if any(mark.search(key) for key in keys):
+            return f" It looks like a {what}: load it with {node}."
+    return ""
 
 
 def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, **newer: bool) -> Any:

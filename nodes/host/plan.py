@@ -20,7 +20,7 @@ from .attach import own_boundary
 from .folders import LORAS, MODELS, SUFFIX, path_of
 from .report import server
 from .sampling import other_cfg
-from .schedules import EULER, flow_sampling, schedule_names, sigmas_of
+from .schedules import EULER, flow_sampling, sampler_names, schedule_names, sigmas_of
 
 EVENT = "dcm.plan"
 
@@ -63,8 +63,8 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
     if boundary is None and setup.changes(two_cfgs):
         return None
     shift = asked["shift"]
-    sampler = asked.get("sampler_name") or EULER
-    sigmas = sigmas_of(setup, chosen, asked["steps"], shift, asked["denoise"], flow_sampling(shift), sampler)
+    sampler = check_choice("sampler_name", asked.get("sampler_name", EULER), sampler_names(), ScheduleError)
+    sigmas = sigmas_of(setup, chosen, asked["steps"], shift, asked["denoise"], lambda: flow_sampling(shift), sampler)
     return as_message(sigmas, setup.plan(sigmas, boundary, two_cfgs), setup.notes(chosen))
 
 

@@ -110,7 +110,9 @@ def empty_noise_like(model: Any, latent: dict) -> Tensor:
     """The latent's samples as the host prepares them (channels of an empty latent), checked."""
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *_downscale_ratio(latent))
     check_latent(model, samples)
-    return samples
+    # older hosts draw the noise and take the steps in the latent's own number format
+    half = not samples.is_nested and samples.dtype in (torch.float16, torch.bfloat16)
+    return samples.float() if half else samples
 
 
 def _downscale_ratio(latent: dict) -> tuple:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_sampling
@@ -54,33 +55,42 @@ def choose_sigmas(
         if chosen == AUTO:
             raise ScheduleError(f"{widget} is auto, but no model is connected to read it from. Connect model, or choose another {widget}.")
         # whose levels they will be is not known
-        setup, sampling = Setup(), None
         chosen = DCM_GRID if chosen == GENERIC else chosen
-    else:
-        setup, sampling = setup_of(model, detail_model), shifted(model, shift)
-    return sigmas_of(setup, chosen, steps, shift, denoise, sampling, sampler_name), setup.notes(chosen)
+        return sigmas_of(Setup(), chosen, steps, shift, denoise), Setup().notes(chosen)
+    setup = setup_of(model, detail_model)
+    sigmas = sigmas_of(setup, chosen, steps, shift, denoise, lambda: shifted(model, shift), sampler_name)
+    notes = setup.notes(chosen)
+    if chosen in comfy.samplers.SCHEDULER_NAMES and not has_shift(model):
+        notes.append("This model has no flow shift: shift is not used")
+    return sigmas, notes
 
 
 def sigmas_of(
-    setup: Setup, chosen: str, steps: int, shift: float, denoise: float, sampling: Any = None, sampler_name: str = EULER
+    setup: Setup,
+    chosen: str,
+    steps: int,
+    shift: float,
+    denoise: float,
+    sampling: Callable[[], Any] | None = None,
+    sampler_name: str = EULER,
 ) -> Tensor:
     """The sigmas of a setup.
 
     Args:
-        sampling: the model's shifted `model_sampling`, which the host's own schedulers need.
+        sampling: gives the model's shifted `model_sampling`, which the host's own schedulers need.
     """
     schedule = setup.schedule(chosen)
     if not isinstance(schedule, str) or schedule in (EVEN, DCM_GRID):
         return make_sigmas(schedule, steps, shift, denoise)
     if sampling is None:
         raise ScheduleError(f"{schedule} is one of ComfyUI's own schedulers, which need a model. Connect model, or choose {EVEN}.")
-    return host_sigmas(sampling, schedule, steps, denoise, sampler_name)
+    return host_sigmas(sampling(), schedule, steps, denoise, sampler_name)
 
 
 def host_sigmas(sampling: Any, scheduler: str, steps: int, denoise: float, sampler_name: str = EULER) -> Tensor:
     """The sigmas that KSampler takes for a `model_sampling`, a scheduler and a sampler."""
     discard = sampler_name in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS
-    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, levels_for(steps, denoise) + discard)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, levels_for(steps, denoise) + discard).cpu()
     if discard:
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
     return sigmas[-(steps + 1):]
@@ -89,14 +99,18 @@ def host_sigmas(sampling: Any, scheduler: str, steps: int, denoise: float, sampl
 def flow_sampling(shift: float) -> Any:
     """What the host's Wan and HunyuanVideo models have as `model_sampling`."""
     sampling = comfy.model_sampling.ModelSamplingDiscreteFlow()
-    sampling.set_parameters(shift=shift)
+    sampling.set_parameters(shift=check_shift(shift))
     return sampling
+
+
+def has_shift(model: Any) -> bool:
+    return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.ModelSamplingDiscreteFlow)
 
 
 def shifted(model: Any, shift: float) -> Any:
     """A MODEL's `model_sampling` with another flow shift; its own for models without one."""
     sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow):
+    if not has_shift(model):
         return sampling
     sampling = copy.deepcopy(sampling)
     sampling.set_parameters(shift=check_shift(shift), multiplier=sampling.multiplier)

@@ -87,7 +87,7 @@ def train_and_save(
     vae: Any = None,
     node_id: str | None = None,
 ) -> Run:
-    """Train under a name: the states in the output folder, the expert among the host's LoRAs.
+    """Train under a name: checkpoints in the output folder, the expert among the host's LoRAs.
 
     Raises:
         DCMError: before any training, for whatever does not fit.
@@ -126,11 +126,11 @@ def train_expert(
     """Train, or resume what `folder` holds; the MODEL is afterwards as it was.
 
     Args:
-        start: an expert to go on from, instead of a fresh one.
+        start: an expert to start from, instead of one that changes nothing.
         below: the semantic expert under a detail expert.
 
     Raises:
-        DCMError: data, settings or a state that do not fit.
+        DCMError: data, settings or a checkpoint that do not fit.
     """
     family = require_family(model)
     config = config.for_family(family, shared_boundary(config, start, below))
@@ -191,8 +191,8 @@ def shared_boundary(config: TrainingConfig, start: Expert | None, below: Expert 
     """
     if below is not None and below.boundary and config.boundary and abs(below.boundary - config.boundary) > SAME_BOUNDARY:
         raise TrainingError(
-            f"boundary is {config.boundary:g}, but the semantic expert was made for {below.boundary:g}, and a pair has one boundary. "
-            "Set boundary to 0 to take the semantic expert's."
+            f"boundary is {config.boundary:g}, but the semantic expert was made for {below.boundary:g}, and both experts need the same. "
+            "Set boundary to 0 to use the semantic expert's."
         )
     return None if config.boundary else own_boundary(expert.boundary for expert in (below, start) if expert is not None)
 
@@ -201,32 +201,32 @@ def check_form(model: Any, config: TrainingConfig, family: Family, start: Expert
     """Refuse experts that do not fit, settings that a run would pass over, and those whose expert would never run.
 
     Raises:
-        TrainingError: an expert of another family, a semantic expert that is only on the MODEL, a form that the expert to go on
+        TrainingError: an expert of another family, a semantic expert that is only on the MODEL, a form that the expert to start
             from does not have, or a schedule without a step on either side of the boundary.
     """
     for given in (start, below):
         if given is not None and given.family != family.name:
-            raise TrainingError(f"The expert is of {given.family}, the model is {family.title}. Choose an expert made for this model.")
+            raise TrainingError(f"The expert is for {given.family}, but the model is {family.title}. Choose an expert made for this model.")
     attached = attached_experts(model)
     if attached is not None and attached.semantic and config.expert == "detail" and below is None:
         raise TrainingError(
-            "The MODEL has a semantic expert on it, which a run takes off: the detail expert would be made for the base alone. "
-            "Connect that expert to semantic_expert, or choose its file as semantic_lora, and the base to model."
+            "model has a semantic expert attached. Training removes it, so the detail expert would be trained for the base alone. "
+            "Connect that expert to semantic_expert or choose its file as semantic_lora, and connect the base to model."
         )
     if start is not None and len(start.ranks) < 2:
         rank = max(start.ranks, default=0)
         scale = next((update.scale for updates in start.low_rank.values() for update in updates), 0.0)
         if rank != config.rank or (rank and not math.isclose(scale, config.alpha / rank, rel_tol=1e-3)):
-            has = f"pairs of rank {rank} and alpha {rank * scale:g}" if rank else "no pairs, as it was trained whole"
+            has = f"has rank {rank} and alpha {rank * scale:g}" if rank else "is no LoRA: all its weights were trained"
             wanted = f"rank to {rank}" + (f" and alpha to {rank * scale:g}" if rank else "")
             raise TrainingError(
-                f"rank is {config.rank} and alpha {config.alpha:g}, but the expert to continue from has {has}. Set {wanted}."
+                f"rank is {config.rank} and alpha is {config.alpha:g}, but the expert in continue_from {has}. Set {wanted}."
             )
     if not config.shared:
         try:
             split_sigmas(sigmas_from_timesteps(config.timesteps(family)), config.boundary)
         except ScheduleError as error:
-            raise TrainingError(f"{error} It follows from shift, sample_steps and boundary; a pair has the same for both.") from error
+            raise TrainingError(f"{error} The steps follow from shift, sample_steps and boundary, the same for both experts.") from error
 
 
 def check_not_output(what: str, given: Path, file: Path) -> None:
@@ -261,4 +261,4 @@ def save_expert(path: Path, expert: Expert, model: Any) -> None:
     """
     own = model.model_dtype() if model.model_dtype() in (torch.float32, torch.float16) else torch.bfloat16
     write_expert(path, expert, module_shapes(model), torch.bfloat16, own)
-    logger.info("saved %s to %s", expert, path)
+    logger.info("Saved %s to %s", expert, path)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dcm_core.errors import DCMError, ExpertError
 from dcm_core.expert_reader import WrongSideError, read_expert
+from dcm_core.experts import expert_to_state_dict
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
 from dcm_core.inspect import inspect_file
 from dcm_core.match import AnyModel, Target, match_expert
@@ -144,6 +145,18 @@ def test_dtypes(dtype):
     lora = {key: value.to(dtype) for key, value in pair(Q).items()} | {f"{Q}.diff": randn(4, 4).to(dtype)}
     expert, plain = read(lora), read({key: value.float() for key, value in lora.items()})
     torch.testing.assert_close(change(expert, f"{Q}.weight", (4, 4)), change(plain, f"{Q}.weight", (4, 4)))
+
+
+def test_fp8_parts_of_a_fused_layer_with_scales_of_their_own():
+    shapes, lora = {"double_blocks.0.img_attn.qkv.weight": (12, 4)}, {}
+    for name, alpha in (("to_q", 2), ("to_k", 4)):
+        lora |= {k: v.to(torch.float8_e4m3fn) for k, v in pair(f"transformer_blocks.0.attn.{name}").items()}
+        lora[f"transformer_blocks.0.attn.{name}.alpha"] = torch.tensor(alpha)
+    expert = read(lora, shapes, HUNYUAN_VIDEO)
+    again = read(expert_to_state_dict(expert, shapes)[0], shapes, HUNYUAN_VIDEO)
+    whole = [change(e, "double_blocks.0.img_attn.qkv.weight", (12, 4)) for e in (expert, again)]
+    torch.testing.assert_close(*whole, atol=0.02, rtol=0.02)
+    assert whole[0][4:8].abs().sum() > whole[0][:4].abs().sum() > 0 == whole[0][8:].abs().sum()
 
 
 @pytest.mark.parametrize(("name", "native"), [

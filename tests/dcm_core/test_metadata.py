@@ -1,6 +1,8 @@
 """What files say of themselves: typed and bounded, whatever they hold."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +21,14 @@ from dcm_core.metadata import (
 )
 
 from .conftest import limits
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_our_facts_are_read_in_one_place():
+    reads = re.compile(r"""\.get\(["']dcm\.|\["dcm\.\w+"\](?! = )""")
+    found = {path.name for part in ("dcm_core", "nodes") for path in (ROOT / part).rglob("*.py") if reads.search(path.read_text())}
+    assert found == {"metadata.py"}
 
 
 def test_facts_are_typed():

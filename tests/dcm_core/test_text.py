@@ -51,12 +51,21 @@ def test_long_texts_are_cut():
     ("value", "words"),
     [
         ("abc", "'abc'"), (HOSTILE[:5], r"'\x1b[31m'"), (None, "None"), (True, "True"), (3, "3"), (0.5, "0.5"),
-        ({"a": 1}, "a dict"), ([[]], "a list"), (10**5000, "an integer of 16610 bits"), ("x" * 500, "'" + "x" * 159 + "…'"),
+        ({"a": [HOSTILE[-2]]}, r"{'a': ['\ud800']}"), ([[]] * 99, "[[], [], [], [], [], [], ...]"),
+        (float("nan"), "nan"), ("x" * 500, "'" + "x" * 159 + "…'"),
     ],
     ids=range(10),
 )
 def test_a_given_value_in_words(value, words):
     assert text.given(value) == words
+
+
+def test_values_of_any_size_are_short():
+    deep = []
+    for _ in range(10_000):
+        deep = [deep]
+    for value in (10**5000, [10**5000], deep, {"a": deep}, list(range(10**6)), dict.fromkeys(range(10**6))):
+        assert len(text.given(value)) < 200
 
 
 def test_errors_name_anything_safely():

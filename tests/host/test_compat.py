@@ -103,3 +103,33 @@ def test_a_model_s_name_is_that_of_its_weights_however_they_are_stored(module, l
 def test_errors_that_say_that_the_device_is_full(compat):
     assert compat.is_oom(torch.OutOfMemoryError("CUDA out of memory")) and compat.is_oom(RuntimeError("MPS backend out of memory"))
     assert not compat.is_oom(RuntimeError("element 0 of tensors does not require grad"))
+
+
+@pytest.mark.parametrize(
+    ("version", "lines"), [("0.3.75", 0), ("0.33.0", 0), ("0.33.1", 1), ("0.46.0", 1), ("1.0", 1), ("dev", 0), ("", 0)]
+)
+def test_a_host_newer_than_any_tried_gives_one_line(compat, monkeypatch, caplog, version, lines):
+    import comfyui_version
+
+    monkeypatch.setattr(comfyui_version, "__version__", version)
+    with caplog.at_level("INFO"):
+        compat.tell_newer_host()
+    assert len(caplog.messages) == lines
+    assert all(f"This is ComfyUI {version}; ComfyUI-DCM was tested up to {compat.NEWEST_TRIED}." in line for line in caplog.messages)
+
+
+def test_the_line_is_told_once_when_the_pack_is_loaded(module, monkeypatch, caplog):
+    import asyncio
+
+    import comfyui_version
+
+    monkeypatch.setattr(comfyui_version, "__version__", "99.0.0")
+    with caplog.at_level("INFO"):
+        assert asyncio.run(module("nodes").DCMExtension().get_node_list())
+    assert len([line for line in caplog.messages if "99.0.0" in line]) == 1
+
+
+def test_the_newest_host_tried_is_the_docs_newest(compat):
+    from .server import ROOT
+
+    assert f"ComfyUI {compat.NEWEST_TRIED}" in (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")

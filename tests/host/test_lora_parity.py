@@ -37,7 +37,7 @@ FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, *FP8]
 NAMES = {"wan_tiny": ["lora_unet_", "diffusion_model."], "hy_tiny": ["lora_unet_", "diffusion_model.", "diffusion_model.*", "transformer."]}
 KINDS = [*STYLES, *EXTRAS, *WHOLE]
-CASES = [(name, "diffusion_model.", [kind]) for name in NAMES for kind in KINDS]
+CASES = [("wan_tiny", "diffusion_model.", [kind]) for kind in KINDS]
 # many kinds in one file, a further one for each tensor
 CASES += [(name, naming, KINDS[shift:] + KINDS[:shift]) for name, namings in NAMES.items() for naming in namings for shift in (0, 5, 9)]
 
@@ -112,7 +112,7 @@ def host_velocity(model, merged, noise, cond):
                 state[key].copy_(value)
 
 
-def compare(module, base, lora, caplog, metadata=(), tolerance=TOLERANCE):
+def compare(module, base, lora, caplog):
     """The velocity of a LoRA as routed detail expert and as stacked semantic one, with the host's beside it."""
     model, noise, cond = base
     attach, read = module("nodes.host.attach"), module("dcm_core.expert_reader").read_expert
@@ -122,9 +122,9 @@ def compare(module, base, lora, caplog, metadata=(), tolerance=TOLERANCE):
     assert not [record for record in caplog.records if "not loaded" in record.message or "ERROR" in record.message], "the host places all"
     assert relative(expected, velocity(model, noise, SIGMA, cond)) > 1e-4
     for role in ("detail", "semantic"):
-        expert = read(lora, dict(metadata), role, family, shapes)
+        expert = read(lora, {}, role, family, shapes)
         routed = attach.attach_experts(model, **{role: expert}, boundary=0.9)
-        assert relative(velocity(routed, noise, SIGMA, cond), expected) < tolerance, role
+        assert relative(velocity(routed, noise, SIGMA, cond), expected) < TOLERANCE, role
 
 
 def low_rank(shape, generator, mid=False, scale=0.3):
@@ -181,9 +181,9 @@ def test_what_the_host_places_is_placed(module, bases, caplog, name, naming, kin
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", [".lora_up.weight", "diff"])
-def test_every_dtype(module, bases, caplog, kind, dtype):
-    compare(module, bases["wan_tiny"], make_file(bases["wan_tiny"][0], "diffusion_model.", [kind], dtype), caplog)
+def test_every_dtype(module, bases, caplog, dtype):
+    kinds = [".lora_up.weight", "diff", "alpha"]
+    compare(module, bases["wan_tiny"], make_file(bases["wan_tiny"][0], "diffusion_model.", kinds, dtype), caplog)
 
 
 @pytest.mark.parametrize("ending", UNROUTABLE)
@@ -201,7 +201,7 @@ def test_what_the_host_s_training_node_writes(module, bases, caplog):
 
     model = bases["wan_tiny"][0]
     generator, lora = torch.Generator().manual_seed(0), {}
-    for key, weight in model.model.state_dict().items():
+    for key, weight in model.model.diffusion_model.state_dict(prefix="diffusion_model.").items():
         if key.endswith(".weight") and weight.ndim > 1:
             trained = comfy.weight_adapter.adapter_maps["LoRA"].create_train(weight, rank=RANK, alpha=2.0)
             stem = key.removesuffix(".weight")

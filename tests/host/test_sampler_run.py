@@ -183,3 +183,11 @@ def test_plan_is_logged(run, routed, caplog):
     with caplog.at_level("INFO"):
         run(routed)
     assert "step 1-3 semantic, 4-6 detail, boundary 0.979\nauto: steps and shift are not used" in caplog.messages
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_latent_is_sampled_in_float32(run, routed, dtype):
+    """Some empty latent nodes make it; hosts before 0.30 would draw other noise and take coarse steps."""
+    expected = samples(run(routed))
+    out = samples(run(routed, latent_image={"samples": torch.zeros(1, 16, 2, 4, 6, dtype=dtype)}))
+    assert out.dtype == torch.float32 and torch.equal(out, expected)

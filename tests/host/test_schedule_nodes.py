@@ -147,7 +147,7 @@ def test_every_scheduler_of_the_host_is_ksampler_s(scheduler, base, routed, huny
             assert torch.equal(scheduler(model, preset=name, steps=8, shift=3.0, denoise=denoise), expected), name
 
 
-def test_a_model_without_flow_shift_keeps_its_own_levels(scheduler, base):
+def test_a_model_without_flow_shift_keeps_its_own_levels(scheduler, said, base):
     import comfy.model_sampling
 
     class Eps(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
@@ -156,10 +156,12 @@ def test_a_model_without_flow_shift_keeps_its_own_levels(scheduler, base):
     other = unknown(base)
     other.add_object_patch("model_sampling", Eps())
     assert torch.equal(scheduler(other, preset="karras", shift=3.0), ksampler_sigmas(other, "karras", 5))
+    assert said(other, preset="karras")[1:] == ["This model has no flow shift: shift is not used"]
+    assert said(base, preset="karras")[1:] == []
 
 
 def test_the_node_shows_the_levels_and_what_is_not_used(said, routed, base, wan):
-    assert said(routed) == ["timesteps 900, 600, 300, 0", "auto: steps and shift are not used"]
+    assert said(routed, shift=0.0) == ["timesteps 900, 600, 300, 0", "auto: steps and shift are not used"]
     assert said(None, preset="Wan 2.2 4 steps (lightx2v)") == [
         "timesteps 1000, 937.5, 833.3, 625, 0", "Wan 2.2 4 steps (lightx2v): steps and shift are not used",
     ]

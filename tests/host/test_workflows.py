@@ -23,6 +23,7 @@ from .small_models import native_wan
 GRAPHS = {path.stem: read(path) for path in WORKFLOWS}
 CONVERT, EXPERT_FILES = "DCM convert and extract", "DCM Wan 2.1 text to video (expert files)"
 TWO_MODELS, COMPARED = "DCM Wan 2.2 text to video (two models)", "DCM Wan 2.1 one and two experts compared"
+FROM_IMAGE = "DCM Wan 2.2 image to video"
 TRAINING = "DCM small world training (CPU)"
 
 # Title -> what its DCM Samplers say.
@@ -36,7 +37,7 @@ PLANS = {
     "DCM Wan 2.1 text to video (modular)": [],
     COMPARED: ["step 1-6 semantic, boundary 0.001 (the detail side has no step)", WAN],
     TWO_MODELS: ["step 1-11 semantic, 12-20 detail, boundary 0.875"],
-    "DCM Wan 2.2 image to video": ["step 1-2 semantic, 3-4 detail, boundary 0.9"],
+    FROM_IMAGE: ["step 1-2 semantic, 3-4 detail, boundary 0.9"],
     CONVERT: [],
     "DCM small world (CPU)": [SMALL_WORLD],
     TRAINING: [SMALL_WORLD],
@@ -271,9 +272,30 @@ def test_the_four_step_loras_work_when_awake(server, info, files):
     for node in asleep:
         node["mode"] = 0
     prompt = small_prompt(TWO_MODELS, info, graph)
-    prompt[id_of(prompt, "DCMSampler")]["inputs"].update(steps=4, cfg=1.0, shift=5.0)
+    prompt[id_of(prompt, "DCMSampler")]["inputs"].update(schedule="Wan 2.2 4 steps (lightx2v)", cfg=1.0)
     said = len(server.log())
     entry = server.run(prompt)
     assert plans(prompt, entry) == ["step 1-2 semantic, 3-4 detail, boundary 0.875"]
     assert frames_of(server.saved(entry, id_of(prompt, "SaveVideo"))).shape == (5, 64, 64, 3)
     assert "lora key not loaded" not in server.log()[said:]
+
+
+@pytest.mark.parametrize(("title", "steps", "shift"), [(FROM_IMAGE, 4, 5.0), (TWO_MODELS, 20, 8.0)])
+def test_two_full_models_are_sampled_at_even_levels(server, info, files, title, steps, shift):
+    """The 4-step LoRAs are made for these and work at these only."""
+    prompt = to_prompt(GRAPHS[title], info)
+    sampler = prompt[id_of(prompt, "DCMSampler")]["inputs"]
+    settings = {name: value for name, value in sampler.items() if not isinstance(value, list)}
+    base = next(node["inputs"]["unet_name"] for node in prompt.values() if "high_noise" in node["inputs"].get("unet_name", ""))
+    plan = server.request("/dcm/plan", {**settings, "two_models": True, "model": base})
+    even = [1 - step / steps for step in range(steps)]
+    assert [step["sigma"] for step in plan["steps"]] == pytest.approx([shift * s / (1 + (shift - 1) * s) for s in even])
+
+
+def test_graphs_of_earlier_versions_run(server, info, files):
+    """With the schedule's former name and without the newest widget."""
+    prompt = small_prompt(FROM_IMAGE, info)
+    inputs = prompt[id_of(prompt, "DCMSampler")]["inputs"]
+    inputs |= {"schedule": "generic", "steps": 4, "shift": 5.0}
+    del inputs["sampler_name"]
+    assert plans(prompt, server.run(prompt)) == PLANS[FROM_IMAGE]
