@@ -89,15 +89,13 @@ def load_conditioning(path: str | os.PathLike) -> Conditioning:
 
 def problem_of(conditioning: Conditioning) -> str:
     """What no sampler and no training could use, empty if there is nothing of the kind."""
-    widths = set()
     for index, (embedding, extras) in enumerate(conditioning):
         if not embedding.is_floating_point() or embedding.ndim != 3 or not embedding.numel():
             return f"embedding {index} is {embedding.dtype} of shape {tuple(embedding.shape)}; expected numbers by batch, token and width"
-        widths.add(embedding.shape[2])
         for name, value in {"its embedding": embedding, **extras}.items():
             if problem := _problem_of_value(name, value, embedding):
                 return f"{name} of entry {index} {problem}"
-    return f"the embeddings have the widths {', '.join(map(str, sorted(widths)))}; expected one" if len(widths) > 1 else ""
+    return ""
 
 
 def _problem_of_value(name: str, value: Any, embedding: Tensor) -> str:

@@ -120,9 +120,10 @@ def _texts(numbers: list[dict[str, float]], tensors: Mapping[str, Tensor]) -> li
             raise ValueError(f"{key} belongs to no text")
         texts[f"{kind}.{index}"][name] = tensor
     found = [[[extras.pop("context"), extras]] for extras in texts.values()]
-    # together: all have the same width
     if problem := problem_of([text[0] for text in found]):
         raise ValueError(problem)
+    if len(widths := {text[0][0].shape[2] for text in found}) > 1:
+        raise ValueError(f"its texts have the widths {', '.join(map(str, sorted(widths)))}; expected one")
     return found
 
 

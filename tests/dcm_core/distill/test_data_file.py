@@ -118,7 +118,7 @@ WRONG = {
     "whole": ({"latent.2": torch.ones(2, 1, 2, 2, dtype=torch.int32)}, {}, r"latent\.2 is torch\.int32"),
     "text nan": ({"text.1.context": torch.full((1, 3, 8), NAN)}, {}, "its embedding of entry 1 has NaN"),
     "no tokens": ({"text.1.context": torch.ones(1, 0, 8)}, {}, r"embedding 1 is torch\.float32 of shape \(1, 0, 8\)"),
-    "widths": ({"text.1.context": torch.ones(1, 3, 6)}, {}, "the embeddings have the widths 6, 8"),
+    "widths": ({"text.1.context": torch.ones(1, 3, 6)}, {}, "its texts have the widths 6, 8; expected one"),
     "pooled": ({"text.0.pooled_output": torch.ones(2, 4)}, {}, r"pooled_output of entry 0 has shape \(2, 4\)"),
     "missing": ({"latent.1": None}, {}, r"latent\.1"),
     "no context": ({"text.1.context": None}, {}, "context"),
