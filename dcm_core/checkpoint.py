@@ -1,7 +1,7 @@
 """What a model file is, by its content, and its parts in native names."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -184,36 +184,49 @@ def _half_message(file: TensorFile, family: Family, layout: Layout, missing: set
 
 
 def semantic_state_dict(
-    file: TensorFile, contents: Contents, progress: Progress | None = None, copied: bool = True, checked: bool = True
+    file: TensorFile, contents: Contents, progress: Progress | None = None, copied: bool = True
 ) -> dict[str, Tensor]:
     """The base (semantic) weights of a diffusers-layout file in native names, each tensor read once.
 
     Args:
-        copied: read them all; else only fused tensors are in memory, the others are views of the file, to be copied by the caller.
-        checked: refuse NaN and infinite weights; else the caller does (`check_finite`).
-    """
-    return dict(each_native(file, contents, progress, None if copied else views(file).__getitem__, checked))
-
-
-def each_native(
-    file: TensorFile,
-    contents: Contents,
-    progress: Progress | None = None,
-    read: Callable[[str], Tensor] | None = None,
-    checked: bool = True,
-) -> Iterator[tuple[str, Tensor]]:
-    """The base's tensors in native names, one at a time; `read` gives the file's if not the file.
+        copied: read and check them all; else only fused tensors are in memory, the others are views of the file, to be copied by
+            the caller, and none is checked (`check_base`).
 
     Raises:
         CheckpointError: NaN or infinite weights.
     """
-    sources = [piece.source for pieces in contents.matched.values() for piece in pieces]
-    reader = each_read(file, sources, progress, read)
+    if copied:
+        return dict(each_native(file, contents, progress))
+    reader = each_read(file, _sources(contents), progress, views(file).__getitem__)
+    return {target: fuse(pieces, dict(next(reader) for _ in pieces)) for target, pieces in contents.matched.items()}
+
+
+def each_native(file: TensorFile, contents: Contents, progress: Progress | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The base's tensors in native names, one at a time.
+
+    Raises:
+        CheckpointError: NaN or infinite weights.
+    """
+    reader = each_read(file, _sources(contents), progress)
     for target, pieces in contents.matched.items():
         tensors = dict(next(reader) for _ in pieces)
-        if checked:
-            check_finite(file, tensors)
+        check_finite(file, tensors)
         yield target, fuse(pieces, tensors)
+
+
+def check_base(file: TensorFile, contents: Contents) -> None:
+    """Refuse base weights that are no numbers, in one pass over the mapped file.
+
+    Raises:
+        CheckpointError: NaN or infinite weights.
+    """
+    tensors = views(file)
+    check_finite(file, {source: tensors[source] for source in _sources(contents)})
+
+
+def _sources(contents: Contents) -> list[str]:
+    """The file's keys of the base, in the order in which its native tensors are made."""
+    return [piece.source for pieces in contents.matched.values() for piece in pieces]
 
 
 def detail_expert(file: TensorFile, contents: Contents, copied: bool = True) -> Expert:

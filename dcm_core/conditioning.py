@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import DCMError, counted
+from .errors import DCMError, ExpertError, counted
+from .metadata import parse_json
 from .storage import TensorFile, write_tensors
 from .values import is_finite
 
@@ -67,7 +68,7 @@ def load_conditioning(path: str | os.PathLike) -> Conditioning:
         raise DCMError(f"{path} holds no saved conditioning. Choose a file that DCM Save Conditioning wrote.")
     tensors = file.read_all()
     try:
-        values = json.loads(file.metadata["values"])
+        values = parse_json(file.metadata["values"], "values")
         if not values or not all(isinstance(extras, dict) for extras in values):
             raise ValueError("no list of entries")
         conditioning: Conditioning = [[tensors.pop(str(index)), dict(extras)] for index, extras in enumerate(values)]
@@ -80,21 +81,21 @@ def load_conditioning(path: str | os.PathLike) -> Conditioning:
         if problem := problem_of(conditioning):
             raise ValueError(problem)
         return conditioning
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except ExpertError as error:
+        raise DCMError(f"{path} is a damaged conditioning file. Its {error}") from error
+    except (KeyError, ValueError, TypeError) as error:
         raise DCMError(f"{path} is a damaged conditioning file ({error}). Save the conditioning again.") from error
 
 
 def problem_of(conditioning: Conditioning) -> str:
     """What no sampler and no training could use, empty if there is nothing of the kind."""
-    widths = set()
     for index, (embedding, extras) in enumerate(conditioning):
         if not embedding.is_floating_point() or embedding.ndim != 3 or not embedding.numel():
             return f"embedding {index} is {embedding.dtype} of shape {tuple(embedding.shape)}; expected numbers by batch, token and width"
-        widths.add(embedding.shape[2])
         for name, value in {"its embedding": embedding, **extras}.items():
             if problem := _problem_of_value(name, value, embedding):
                 return f"{name} of entry {index} {problem}"
-    return f"the embeddings have the widths {', '.join(map(str, sorted(widths)))}; expected one" if len(widths) > 1 else ""
+    return ""
 
 
 def _problem_of_value(name: str, value: Any, embedding: Tensor) -> str:

@@ -130,14 +130,14 @@ def _is_number(value: object) -> bool:
         return False
 
 
-def parse_json(text: str, what: str) -> Any:
+def parse_json(text: str, what: str, longest: int = LONGEST_TEXT) -> Any:
     """JSON of a sane size and depth, without NaN and infinities.
 
     Raises:
         ExpertError: anything else; `what` says where the text is.
     """
-    if len(text) > LONGEST_TEXT:
-        raise ExpertError(f"{what} has {len(text):,} characters; expected at most {LONGEST_TEXT:,}. Save or download it again.")
+    if len(text) > longest:
+        raise ExpertError(f"{what} has {len(text):,} characters; expected at most {longest:,}. Save or download it again.")
     if _is_too_deep(text):
         raise ExpertError(f"{what} is nested more than {DEEPEST} levels deep. Save or download it again.")
     try:

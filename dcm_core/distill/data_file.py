@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..conditioning import Conditioning, problem_of
-from ..errors import CheckpointError, DCMError
+from ..errors import CheckpointError, DCMError, ExpertError
 from ..mapped import views
-from ..storage import Progress, TensorFile, write_stream
+from ..metadata import parse_json
+from ..storage import MAX_HEADER, Progress, TensorFile, write_stream
 from ..values import bytes_of, cast, is_finite
 from .dataset import TensorData, TrainingData
 
@@ -81,7 +82,7 @@ def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: 
     if file.metadata.get("format") != FORMAT:
         raise DCMError(f"{path} holds no training data. Choose a file that DCM Save Dataset wrote.")
     try:
-        facts = json.loads(file.metadata["facts"])
+        facts = parse_json(file.metadata["facts"], "facts", MAX_HEADER)
         which, unconditional = [_index(value) for value in facts["which"]], _index(facts["unconditional"])
         if not which:
             raise ValueError("no clips")
@@ -96,7 +97,9 @@ def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: 
         return TensorData(latents, texts, which, texts[unconditional])
     except CheckpointError:
         raise
-    except (KeyError, ValueError, TypeError, IndexError, RecursionError) as error:
+    except ExpertError as error:
+        raise DCMError(f"{path} is a damaged data file. Its {error}") from error
+    except (KeyError, ValueError, TypeError, IndexError) as error:
         raise DCMError(f"{path} is a damaged data file ({error}). Save the dataset again.") from error
 
 
@@ -117,9 +120,10 @@ def _texts(numbers: list[dict[str, float]], tensors: Mapping[str, Tensor]) -> li
             raise ValueError(f"{key} belongs to no text")
         texts[f"{kind}.{index}"][name] = tensor
     found = [[[extras.pop("context"), extras]] for extras in texts.values()]
-    # together: all have the same width
     if problem := problem_of([text[0] for text in found]):
         raise ValueError(problem)
+    if len(widths := {text[0][0].shape[2] for text in found}) > 1:
+        raise ValueError(f"its texts have the widths {', '.join(map(str, sorted(widths)))}; expected one")
     return found
 
 

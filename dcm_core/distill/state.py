@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, NoRoomError, counted, name_some
+from ..errors import CheckpointError, ExpertError, NoRoomError, counted, name_some
 from ..keymap import Shape
+from ..metadata import parse_json
 from ..storage import TensorFile, write_tensors
 from ..unfinished import check_room, remove_left
 from .config import TrainingConfig, TrainingError
@@ -232,12 +233,14 @@ def read_state(path: Path, shapes: Mapping[str, Shape] | None = None, weights: b
         raise CheckpointError(f"{path} is not a training checkpoint. Choose the folder of a training run.")
     tensors = file.read_all() if weights else {key: file.read(key) for key in file.shapes.keys() & {HISTORY}}
     try:
-        settings = json.loads(file.metadata["config"])
+        settings = parse_json(file.metadata["config"], "config")
         unknown = sorted(set(dict(settings)) - {field.name for field in dataclasses.fields(TrainingConfig)})
         # version 0.1.0 had the history in the header
         history = tensors.pop(HISTORY).numpy().tobytes() if HISTORY in tensors else file.metadata[HISTORY]
-        steps, facts, history = int(file.metadata["steps"]), json.loads(file.metadata["facts"]), json.loads(history)
+        steps, facts, history = int(file.metadata["steps"]), parse_json(file.metadata["facts"], "facts"), json.loads(history)
         config = None if unknown else TrainingConfig.from_dict(settings)
+    except ExpertError as error:
+        raise CheckpointError(f"{path} is a damaged training checkpoint. Its {error}") from error
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise _damaged(path, error) from error
     if config is None:

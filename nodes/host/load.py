@@ -11,9 +11,10 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...dcm_core.checkpoint import Layout, check_finite, detail_expert, recognise, semantic_state_dict
+from ...dcm_core.checkpoint import Layout, check_base, detail_expert, recognise, semantic_state_dict
 from ...dcm_core.errors import CheckpointError, check_choice
 from ...dcm_core.storage import Progress, TensorFile
+from ...dcm_core.text import one_line
 from .attach import attach_experts
 from .compat import LAYER_FORMATS, host_version
 from .folders import MODELS, path_of
@@ -132,17 +133,22 @@ def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, *
     file = TensorFile(path)
     contents = recognise(file)
     # the host's own loader takes views, too, unless told otherwise
-    weights = semantic_state_dict(file, contents, progress, copied=comfy.utils.DISABLE_MMAP, checked=False)
+    mapped = not comfy.utils.DISABLE_MMAP
+    weights = semantic_state_dict(file, contents, progress, copied=not mapped)
     with ThreadPoolExecutor(max_workers=1) as beside:
         # both wait for memory and disk most of the time
-        checked = beside.submit(check_finite, file, dict(weights))
+        checked = beside.submit(check_base, file, contents) if mapped else None
         try:
             model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer)
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
+        except (RuntimeError, AssertionError) as error:
+            # what else the host says in this way (no memory, an interrupt) is not about the file
+            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise
-            raise CheckpointError(f"{path} has tensors whose sizes do not fit together ({error}). Download it again.") from error
-    checked.result()
+            raise CheckpointError(
+                f"{path} has tensors of sizes that no {contents.family.title} model has ({one_line(error, 400)}). Download it again."
+            ) from error
+    if checked is not None:
+        checked.result()
     if model is None:
         raise CheckpointError(f"{path} is a {contents.family.title} file, but this ComfyUI cannot build a model of its sizes.")
     # newer hosts make a second, independent model with it (several GPUs, hooks under dynamic VRAM)

@@ -59,7 +59,7 @@ embeddings = tensors([dtype for dtype in DTYPES if dtype.is_floating_point], 3)
 @given(entries=st.lists(st.tuples(embeddings, extras), min_size=1, max_size=3))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much], max_examples=100)
 def test_round_trip(tmp_path, entries):
-    conditioning = [[embedding[..., :1], extras] for embedding, extras in entries]
+    conditioning = [list(entry) for entry in entries]
     save_conditioning(tmp_path / "x.safetensors", conditioning)
     assert_same(conditioning, load_conditioning(tmp_path / "x.safetensors"))
 
@@ -149,7 +149,6 @@ WRONG = {
     "no tokens": ([[torch.ones(1, 0, 8), {}]], r"embedding 0 is torch\.float32 of shape \(1, 0, 8\)"),
     "no batch": ([[torch.ones(5, 8), {}]], r"embedding 0 is torch\.float32 of shape \(5, 8\); expected numbers by batch, token and width"),
     "whole numbers": ([[torch.ones(1, 5, 8, dtype=torch.int64), {}]], r"embedding 0 is torch\.int64"),
-    "widths": ([[ONES, {}], [torch.ones(1, 5, 6), {}]], r"the embeddings have the widths 6, 8; expected one"),
     "pooled nan": ([[ONES, {"pooled_output": torch.ones(1, 8) * NAN}]], "pooled_output of entry 0 has NaN"),
     "pooled": ([[ONES, {"pooled_output": torch.ones(2, 8)}]], r"pooled_output of entry 0 has shape \(2, 8\), which does not fit"),
     "pooled empty": ([[ONES, {"pooled_output": torch.ones(1, 0)}]], r"pooled_output of entry 0 has shape \(1, 0\)"),
@@ -172,7 +171,9 @@ def test_what_no_sampler_could_use_is_refused(tmp_path, case):
         values.append({name: value for name, value in extras.items() if not isinstance(value, torch.Tensor)})
         tensors |= {str(index): embedding, **{f"{index}.{name}": value for name, value in extras.items() if name not in values[-1]}}
     write_tensors(tmp_path / "x.safetensors", tensors, {"format": "dcm-conditioning", "values": json.dumps(values)})
-    with pytest.raises(DCMError, match=f"damaged conditioning file .*{message}"):
+    # numbers that are none are not even JSON
+    said = "Its values is not valid JSON .NaN is not a number" if case == "number" else message
+    with pytest.raises(DCMError, match=f"damaged conditioning file.*{said}"):
         load_conditioning(tmp_path / "x.safetensors")
 
 

@@ -118,7 +118,7 @@ WRONG = {
     "whole": ({"latent.2": torch.ones(2, 1, 2, 2, dtype=torch.int32)}, {}, r"latent\.2 is torch\.int32"),
     "text nan": ({"text.1.context": torch.full((1, 3, 8), NAN)}, {}, "its embedding of entry 1 has NaN"),
     "no tokens": ({"text.1.context": torch.ones(1, 0, 8)}, {}, r"embedding 1 is torch\.float32 of shape \(1, 0, 8\)"),
-    "widths": ({"text.1.context": torch.ones(1, 3, 6)}, {}, "the embeddings have the widths 6, 8"),
+    "widths": ({"text.1.context": torch.ones(1, 3, 6)}, {}, "its texts have the widths 6, 8; expected one"),
     "pooled": ({"text.0.pooled_output": torch.ones(2, 4)}, {}, r"pooled_output of entry 0 has shape \(2, 4\)"),
     "missing": ({"latent.1": None}, {}, r"latent\.1"),
     "no context": ({"text.1.context": None}, {}, "context"),
@@ -129,7 +129,7 @@ WRONG = {
     "fraction": ({}, {"which": [0, 0.5, 1]}, r"0\.5 is not the number of a text"),
     "flag": ({}, {"unconditional": True}, "True is not the number of a text"),
     "no clips": ({}, {"which": []}, "no clips"),
-    "number": ({}, {"texts": [{"guidance": NAN}, {}]}, "guidance of entry 0 is nan"),
+    "number": ({}, {"texts": [{"guidance": NAN}, {}]}, "Its facts is not valid JSON .NaN is not a number"),
     "text": ({}, {"texts": ["a", "b"]}, "its texts are not a list of entries"),
     "texts": ({}, {"texts": 5}, "its texts are not a list of entries"),
 }
@@ -140,7 +140,7 @@ def test_what_no_training_could_use_is_refused(tmp_path, case):
     tensors, facts, message = WRONG[case]
     path = tmp_path / "data.safetensors"
     write_tensors(path, content(**tensors), {"format": "dcm-dataset", "facts": json.dumps(FACTS | facts)})
-    with pytest.raises(DCMError, match=f"data.safetensors is a damaged data file .*{message}"):
+    with pytest.raises(DCMError, match=f"data.safetensors is a damaged data file.*{message}"):
         read_data(path)
 
 
