@@ -7,7 +7,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from .errors import CheckpointError, name_some
+from .errors import CheckpointError, counted, name_some
 from .experts import Expert, expert_from_release
 from .families import FAMILIES, Family
 from .keymap import BLOCK_INDEX, Piece, fuse, fused_shape
@@ -186,8 +186,8 @@ def _check_shapes(
 
 
 def _half_message(file: TensorFile, family: Family, layout: Layout, missing: set[str], odd: set[str]) -> str:
-    parts = [f"{len(missing)} tensors are missing ({name_some(missing)})"] if missing else []
-    parts += [f"{len(odd)} are unknown ({name_some(odd)})"] if odd else []
+    parts = [f"{counted(len(missing), 'tensor is', 'tensors are')} missing ({name_some(missing)})"] if missing else []
+    parts += [f"{counted(len(odd), 'is', 'are')} unknown ({name_some(odd)})"] if odd else []
     shard = " It looks like one shard of several: merge all shards into one file first." if "-of-" in file.path.name else ""
     return (
         f"{file.path} looks like {family.title}, {layout.value}, but {' and '.join(parts)}. Expected every tensor of the "

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import DCMError
+from .errors import DCMError, counted
 from .storage import TensorFile, write_tensors
 
 FORMAT = "dcm-conditioning"
@@ -80,5 +80,5 @@ def load_conditioning(path: str | os.PathLike) -> Conditioning:
 def describe_conditioning(conditioning: Conditioning) -> str:
     """A line about it: `1 prompt, 512 tokens of width 4096, torch.bfloat16`."""
     embedding = conditioning[0][0]
-    plural = "s" if len(conditioning) > 1 else ""
-    return f"{len(conditioning)} prompt{plural}, {embedding.shape[-2]} tokens of width {embedding.shape[-1]}, {embedding.dtype}"
+    prompts, tokens = counted(len(conditioning), "prompt"), counted(embedding.shape[-2], "token")
+    return f"{prompts}, {tokens} of width {embedding.shape[-1]}, {embedding.dtype}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Contents, Layout, detail_expert, each_native, recognise
-from .errors import CheckpointError
+from .errors import CheckpointError, counted
 from .experts import expert_entries, expert_metadata, write_expert
 from .storage import Entries, Progress, TensorFile, cast, check_room, file_size, temporary_file, write_stream
 
@@ -36,7 +36,7 @@ class Conversion:
     expert_line: str
 
     def __str__(self) -> str:
-        lines = [f"{self.family} base: {self.base} ({self.base_tensors} tensors)"]
+        lines = [f"{self.family} base: {self.base} ({counted(self.base_tensors, 'tensor')})"]
         lines += [f"{self.expert_line}: {self.expert}"] if self.expert else ["no expert in the file"]
         return "\n".join(lines)
 

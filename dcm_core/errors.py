@@ -43,3 +43,8 @@ def check_choice(setting: str, value: Any, choices: Iterable[str], error: type[D
     if value not in choices:
         raise error(f"{setting} is {given(value)}; choose one of {', '.join(choices)}.")
     return value
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 step`, `2 steps`, `0 entries`: a number with the form of its noun; `plural` where that is not the noun with an s."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"

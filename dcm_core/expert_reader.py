@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .errors import ExpertError, name_some
+from .errors import ExpertError, counted, name_some
 from .experts import FILE_FORMAT, Expert, LowRank, split_fused
 from .families import FAMILIES, Family
 from .keymap import Shape
@@ -110,8 +110,8 @@ def _places(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> list[S
     sites, strangers = find_sites(keys, family, shapes)
     if unsupported := strangers.get(OTHER_KIND):
         raise ExpertError(
-            f"{len(unsupported)} tensors are of a kind that cannot be routed ({name_some(unsupported)}). Expected plain LoRA pairs, "
-            ".diff, .diff_b or .set_weight; convert the file to a plain LoRA first."
+            f"{counted(len(unsupported), 'tensor is', 'tensors are')} of a kind that cannot be routed ({name_some(unsupported)}). "
+            "Expected plain LoRA pairs, .diff, .diff_b or .set_weight; convert the file to a plain LoRA first."
         )
     if collided := {name for site in sites for kind, key in site.again for name in (key, site.keys[kind])}:
         raise ExpertError(f"{name_some(collided)} are for the same tensor. Expected one name for each; merge the adapters first.")
@@ -133,8 +133,8 @@ def _unplaced_message(unplaced: list[str], count: int, family: Family) -> str:
                 f"Load the expert made for {family.title}."
             )
     return (
-        f"{len(unplaced)} of {count} tensors fit nothing in this {family.title} model: {name_some(unplaced)}. Expected LoRA "
-        "keys in ComfyUI, kohya, diffusers or PEFT naming, made for a model of the same size."
+        f"{len(unplaced)} of {counted(count, 'tensor')} fit nothing in this {family.title} model: {name_some(unplaced)}. "
+        "Expected LoRA keys in ComfyUI, kohya, diffusers or PEFT naming, made for a model of the same size."
     )
 
 
@@ -179,7 +179,9 @@ def _gather(
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
     if broken:
-        raise ExpertError(f"{len(broken)} tensors hold NaN or infinite values: {name_some(broken)}. Download or train the file again.")
+        raise ExpertError(
+            f"NaN or infinite values in {counted(len(broken), 'tensor')}: {name_some(broken)}. Download or train the file again."
+        )
 
 
 def _check_complete(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Shapes) -> None:
@@ -193,5 +195,5 @@ def _check_complete(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], 
     missing = {t.replace("{n}", str(i)) for t in numbered for i in range(depth)} - set(tensors)
     hint = f", among them probably {name_some(missing)}" if missing and len(tensors) < expected else ""
     raise ExpertError(
-        f"The file holds {len(tensors)} tensors but says it was written with {expected}{hint}. Convert or download it again."
+        f"The file holds {counted(len(tensors), 'tensor')} but says it was written with {expected}{hint}. Convert or download it again."
     )

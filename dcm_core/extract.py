@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Contents, Layout, check_finite, recognise, without_prefix
-from .errors import CheckpointError, name_some
+from .errors import CheckpointError, counted, name_some
 from .experts import Expert, LowRank, write_expert
 from .families import Family
 from .keymap import Piece, Shape, fuse, fused_shape
@@ -57,9 +57,9 @@ class Extraction:
     def __str__(self) -> str:
         worst = sorted(self.layers.items(), key=lambda item: item[1].energy)[:3]
         lines = [
-            f"{self.path}: {len(self.layers)} layers at rank {max((r.rank for r in self.layers.values()), default=0)}, "
+            f"{self.path}: {counted(len(self.layers), 'layer')} at rank {max((r.rank for r in self.layers.values()), default=0)}, "
             f"{self.energy:.2%} of the difference's energy kept",
-            f"{len(self.full)} tensors kept whole (norms, biases, ...), {self.unchanged} unchanged",
+            f"{counted(len(self.full), 'tensor')} kept whole (norms, biases, ...), {self.unchanged} unchanged",
         ]
         lines += [f"  least kept: {name} {layer.energy:.2%} (error {layer.error:.3f})" for name, layer in worst]
         return "\n".join(lines)
@@ -192,7 +192,7 @@ def _check_same(new: NativeView, old: NativeView) -> None:
     odd |= {name for name in set(new.pieces) & set(old.pieces) if new.shape(name) != old.shape(name)}
     if odd:
         raise CheckpointError(
-            f"{new.file.path} and {old.file.path} differ in {len(odd)} tensors' names or shapes ({name_some(odd)}). "
+            f"{new.file.path} and {old.file.path} differ in the name or shape of {counted(len(odd), 'tensor')} ({name_some(odd)}). "
             "Expected a fine-tune and the very base it was made from."
         )
     if Layout.EXPERT in (new.contents.layout, old.contents.layout):

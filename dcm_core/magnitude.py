@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Contents, Layout, recognise
-from .errors import name_some
+from .errors import counted, name_some
 from .experts import LowRank
 from .families import Family
 from .keymap import fuse
@@ -65,11 +65,11 @@ class Profile:
 
     def facts(self) -> dict[str, str | None]:
         """In words, by subject."""
-        waiting, broken = len(self.unmeasured), len(self.broken)
+        waiting, broken = counted(len(self.unmeasured), "replaced tensor"), counted(len(self.broken), "tensor")
         return {
             "change": "; ".join(self._line(name, sizes) for name, sizes in self.experts.items() if sizes) or None,
-            "not shown": f"{waiting} replaced tensors, no plain base to compare with: {name_some(self.unmeasured)}" if waiting else None,
-            "broken": f"{broken} tensors hold NaN or infinite values: {name_some(self.broken)}" if broken else None,
+            "not shown": f"{waiting}, no plain base to compare with: {name_some(self.unmeasured)}" if self.unmeasured else None,
+            "broken": f"NaN or infinite values in {broken}: {name_some(self.broken)}" if self.broken else None,
         }
 
     def _line(self, name: str, sizes: Mapping[Column, float]) -> str:

@@ -1,5 +1,5 @@
-"""Draw a schedule (noise levels over steps, coloured by the expert that owns them), the losses of a training run, and how
-much each expert changes each block.
+"""Draw a schedule (noise levels over steps, coloured by the expert that owns them), and how much each expert changes each
+block.
 """
 
 import math
@@ -24,14 +24,15 @@ class Canvas:
     Attributes:
         unit: a hundredth of the shorter side.
         left, top, right, bottom: of the box inside the margins.
+        font, small: of `text` units, and a little smaller.
     """
 
-    def __init__(self, width: int, height: int, margins: tuple[float, float, float, float]):
+    def __init__(self, width: int, height: int, margins: tuple[float, float, float, float], text: float = 4.2):
         self.size = width, height
         self.image = Image.new("RGB", (width * SCALE, height * SCALE), BACKGROUND)
         self.draw = ImageDraw.Draw(self.image)
         self.unit = min(width, height) * SCALE / 100
-        self.font, self.small = (ImageFont.load_default(size=size * self.unit) for size in (4.2, 3.4))
+        self.font, self.small = (ImageFont.load_default(size=size * self.unit) for size in (text, 0.81 * text))
         left, top, right, bottom = (margin * self.unit for margin in margins)
         self.left, self.top, self.right, self.bottom = left, top, self.image.width - right, self.image.height - bottom
 
@@ -112,43 +113,6 @@ def _dashed(canvas: Canvas, up: float) -> None:
         x += 3.5 * canvas.unit
 
 
-def plot_losses(history: Sequence[Mapping[str, float]], term: str, width: int = 768, height: int = 432) -> Image.Image:
-    """A loss over the steps: every value faint, their running mean strong.
-
-    Args:
-        history: for each step its `step` and losses by name; steps without `term` are passed over.
-    """
-    points = [(entry["step"], entry[term]) for entry in history if math.isfinite(entry.get(term, math.nan))]
-    canvas = Canvas(width, height, (17, 12, 5, 12))
-    unit = canvas.unit
-    canvas.text((canvas.left, 5 * unit), term.replace("_", " "), "lm")
-    if not points:
-        return canvas.finished()
-    steps, values = zip(*points, strict=True)
-    # one wild step must not flatten the rest
-    ordered = sorted(values)
-    low, high = min(ordered), ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
-    high = high if high > low else low + 1e-12
-
-    def at(step: float, value: float) -> Point:
-        return canvas.at((step - steps[0]) / max(1, steps[-1] - steps[0]), min(1.0, (value - low) / (high - low)))
-
-    for part in (0, 0.5, 1):
-        canvas.level(part, f"{low + part * (high - low):.3g}")
-    for step, anchor in ((steps[0], "la"), (steps[-1], "ra")):
-        canvas.text((at(step, low)[0], canvas.bottom + 3 * unit), f"{step:g}", anchor)
-    mean, smooth = values[0], []
-    for count, value in enumerate(values, start=1):
-        mean += (value - mean) * max(0.03, 1 / count)
-        smooth.append(mean)
-    if len(points) > 1:
-        canvas.line([at(*point) for point in points], GRID, 0.5)
-        canvas.line([at(*point) for point in zip(steps, smooth, strict=True)], COLOURS["semantic"], 0.9)
-    else:
-        canvas.dot(at(*points[0]), COLOURS["semantic"])
-    return canvas.finished()
-
-
 def plot_profile(profile: Profile | None, title: str, width: int = 960, height: int = 432) -> Image.Image:
     """A bar for each expert at each block, the embedders before and the output head after them; None: no expert."""
     canvas = Canvas(width, height, (12, 19, 3, 13))
@@ -159,7 +123,7 @@ def plot_profile(profile: Profile | None, title: str, width: int = 960, height: 
     if not highest:
         canvas.text(canvas.at(0.5, 0.5), "no change to show" if profile else "no expert", "mm")
         return canvas.finished()
-    step = _round_step(highest / 4)
+    step = round_step(highest / 4)
     lines = math.ceil(highest / step - 1e-9)
     for line in range(lines + 1):
         canvas.level(line / lines, f"{100 * line * step:g}%" if profile.relative else f"{line * step:g}", canvas.small)
@@ -177,7 +141,7 @@ def _bars(canvas: Canvas, profile: Profile, highest: float) -> None:
     # a gap before and after each group, as wide as a column
     column = (canvas.right - canvas.left) / (sum(groups.values()) + len(groups))
     bar = min(0.8 * column / len(profile.experts), 10 * unit)
-    every = _round_step(max(1.0, 7 * unit / column))
+    every = round_step(max(1.0, 7 * unit / column))
     x = canvas.left + column / 2
     for group, count in groups.items():
         single = group in (BEFORE, AFTER)
@@ -197,7 +161,7 @@ def _bars(canvas: Canvas, profile: Profile, highest: float) -> None:
         x += column
 
 
-def _round_step(value: float) -> float:
+def round_step(value: float) -> float:
     """The next 1, 2 or 5 times a power of ten."""
     power = 10 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9))

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .errors import ScheduleError
+from .errors import ScheduleError, counted
 
 TIMESTEPS = 1000
 DEFAULT_SHIFT = 17.0
@@ -72,7 +72,7 @@ def generic_sigmas(steps: int, shift: float = DEFAULT_SHIFT, points: int = DEFAU
     """
     if not 1 <= steps <= points:
         raise ScheduleError(
-            f"steps is {steps}; this schedule takes 1 .. {points} steps, as it picks them from {points} trained noise levels. "
+            f"steps is {steps}; this schedule takes 1 .. {counted(points, 'step')}, as it picks them from {points} trained noise levels. "
             "Choose fewer steps, or another scheduler for more."
         )
     index = torch.arange(steps) * points // steps
@@ -99,7 +99,7 @@ def check_sigmas(sigmas: Tensor) -> Tensor:
     """
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ScheduleError(
-            f"The sigmas hold {max(0, sigmas.numel() - 1)} steps (shape {tuple(sigmas.shape)}); "
+            f"The sigmas hold {counted(max(0, sigmas.numel() - 1), 'step')} (shape {tuple(sigmas.shape)}); "
             "at least one step, that is two falling values, is needed. Check the scheduler, its steps and its denoise."
         )
     values = sigmas.tolist()

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..dcm_core.distill.clips import ClipSettings, check_source, source_state
 from ..dcm_core.distill.data_file import read_data, write_data
 from ..dcm_core.distill.encode import prepare
-from ..dcm_core.errors import DCMError
+from ..dcm_core.errors import DCMError, counted
 from .host.compat import newer
 from .host.encoders import host_encoders
 from .host.folders import DATASETS, data_cache, files, fingerprint, new_file, path_of, source_path, state_of
@@ -122,7 +122,7 @@ class DCMSaveDataset(io.ComfyNode):
     def execute(cls, dataset: Any, file_name: str, overwrite: bool) -> io.NodeOutput:
         path = new_file(DATASETS, file_name, overwrite)
         write_data(path, dataset, progress=byte_progress(cls.hidden.unique_id))
-        return io.NodeOutput(ui=report(f"saved {len(dataset)} clips to {path}", cls.hidden.unique_id))
+        return io.NodeOutput(ui=report(f"Saved {counted(len(dataset), 'clip')} to {path}", cls.hidden.unique_id))
 
 
 class DCMLoadDataset(io.ComfyNode):
@@ -149,7 +149,8 @@ class DCMLoadDataset(io.ComfyNode):
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:
         data = read_data(path_of(DATASETS, file_name, "file_name"), byte_progress(cls.hidden.unique_id))
-        return io.NodeOutput(data, ui=report(f"{len(data)} clips, {len(data.buckets)} sizes", cls.hidden.unique_id))
+        line = f"{counted(len(data), 'clip')}, {counted(len(data.buckets), 'size')}"
+        return io.NodeOutput(data, ui=report(line, cls.hidden.unique_id))
 
 
 NODES = [DCMVideoDataset, DCMSaveDataset, DCMLoadDataset]

@@ -5,6 +5,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..dcm_core.errors import counted
 from .host.compat import newer
 from .host.plan import announce
 from .host.report import report, show
@@ -130,7 +131,7 @@ class DCMSampler(io.ComfyNode):
         announce(model, sigmas, sigma, cls.hidden.unique_id)
         started = time.perf_counter()
         latent, denoised = run(guider, latent_image, sampler, sigmas, seed, cls.hidden.unique_id)
-        took = f"{len(sigmas) - 1} steps in {time.perf_counter() - started:.1f} s"
+        took = f"{counted(len(sigmas) - 1, 'step')} in {time.perf_counter() - started:.1f} s"
         text = "\n".join(filter(None, (plan, took, step_cache_note(model))))
         return io.NodeOutput(latent, denoised, ui=show(text, cls.hidden.unique_id))
 

@@ -15,15 +15,15 @@ from .host.training import train_and_save
 
 
 def first_inputs(side: str) -> list[io.Input]:
-    """What both nodes begin with."""
+    """The first inputs of both nodes."""
     return [
-        io.Model.Input("model", tooltip="The base model: Wan 2.1 or HunyuanVideo, without experts. It is the teacher, and stays as it is."),
+        io.Model.Input("model", tooltip="Base model without experts: Wan 2.1 or HunyuanVideo. It is the teacher and stays unchanged."),
         Dataset.Input("dataset", tooltip="Encoded clips from DCM Video Dataset."),
         io.String.Input(
             "name",
             default=f"my_{side}_expert",
-            tooltip="Name of the run. States are kept in output/dcm_training/<name>, where a run with the same settings goes on; the "
-            "expert is written to models/loras/dcm/<name>.safetensors.",
+            tooltip="Name of the run. Checkpoints are kept in output/dcm_training/<name>; a run with the same name and settings resumes "
+            "from them. The expert is saved as models/loras/dcm/<name>.safetensors.",
         ),
     ]
 
@@ -32,29 +32,31 @@ def common_inputs(steps: int, learning_rate: float, rank_floor: int) -> list[io.
     """The settings both stages share."""
     full = " 0 trains every weight of the model." if rank_floor == 0 else ""
     return [
-        io.Int.Input("steps", default=steps, min=1, max=1_000_000, tooltip="Optimiser steps in all; raise it to train a finished run on."),
+        io.Int.Input(
+            "steps", default=steps, min=1, max=1_000_000, tooltip="Total optimiser steps. Raise it to train a finished run further."
+        ),
         io.Float.Input(
             "learning_rate", default=learning_rate, min=0.0, max=1.0, step=1e-7, round=False,
-            tooltip="Peak learning rate of AdamW. 0 takes 1e-4 for a semantic LoRA, 1e-6 for rank 0, 5e-6 for a detail expert.",
+            tooltip="Peak learning rate of AdamW. 0 uses 1e-4 for a semantic LoRA, 1e-6 for rank 0 and 5e-6 for a detail expert.",
         ),
-        io.Int.Input("rank", default=128, min=rank_floor, max=1024, tooltip=f"Rank of the low-rank pairs (the release has 128).{full}"),
+        io.Int.Input("rank", default=128, min=rank_floor, max=1024, tooltip=f"LoRA rank (released models: 128).{full}"),
         io.Float.Input(
             "alpha", default=256.0, min=0.01, max=4096.0, step=0.5,
-            tooltip="The pairs work at alpha / rank (the release: 2): change both.",
+            tooltip="LoRA scale is alpha / rank (released models: 2). If you change rank, change alpha too.",
         ),
         io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="Videos in memory at once."),
-        io.Int.Input("accumulate", default=1, min=1, max=1024, tooltip="Batches that make one optimiser step."),
+        io.Int.Input("accumulate", default=1, min=1, max=1024, tooltip="Gradient accumulation: batches per optimiser step."),
         io.Int.Input(
             # left alone after a run: another seed would be another run
             "seed", default=0, min=0, max=2**31, control_after_generate=False,
-            tooltip="Of everything random: weights, noise, order of the clips.",
+            tooltip="Seed for initial weights, noise and clip order.",
         ),
         io.Float.Input(
             "boundary", default=0.0, min=0.0, max=1.0, step=0.001, round=False,
-            tooltip="Sigma between the experts, stored with the expert; both experts need the same. 0 takes that of the expert "
-            "it goes with, else the family's (Wan 2.1: 0.979, HunyuanVideo: 0.982).",
+            tooltip="Sigma between the two experts, saved with the expert. Both experts need the same value. 0 uses the boundary of the "
+            "other expert, else the family's default (Wan 2.1: 0.979, HunyuanVideo: 0.982).",
         ),
-        io.Boolean.Input("gradient_checkpointing", default=True, tooltip="Needs far less memory and somewhat more time."),
+        io.Boolean.Input("gradient_checkpointing", default=True, tooltip="Needs much less memory and makes training somewhat slower."),
     ]
 
 
@@ -63,35 +65,39 @@ def last_inputs() -> list[io.Input]:
     return [
         io.Float.Input("shift", default=17.0, min=0.01, max=100.0, tooltip="Shift of the noise levels.", **advanced(io.Float.Input)),
         io.Int.Input(
-            "sample_steps", default=6, min=1, max=50, tooltip="Steps the expert is meant for, where shift is not the release's 17.",
-            **advanced(io.Int.Input),
+            "sample_steps", default=6, min=1, max=50, **advanced(io.Int.Input),
+            tooltip="Number of sampling steps the expert is made for. Only used when shift is not 17, the value of the released models.",
         ),
         io.Int.Input(
             "phases", default=1, min=1, max=50, **advanced(io.Int.Input),
-            tooltip="Consistency phases of this expert (the release: 1). As many as it has steps make each step one jump.",
+            tooltip="Consistency phases of this expert (released models: 1). With as many phases as steps, every step is one jump.",
         ),
         io.Float.Input(
             "cfg", default=5.0, min=0.0, max=30.0, step=0.1, **advanced(io.Float.Input),
-            tooltip="KSampler's cfg minus 1: the teacher's w in cond + w (cond - negative); 0 is no guidance. The expert learns it, and "
-            "samples at cfg 1.",
+            tooltip="KSampler's cfg minus 1: the teacher's w in cond + w (cond - negative). 0 turns guidance off. The expert learns the "
+            "guidance and then samples at cfg 1.",
         ),
         io.Float.Input(
             "ema_decay", default=0.95, min=0.0, max=0.9999, step=0.01, round=False, **advanced(io.Float.Input),
-            tooltip="Of the averaged expert, which is what is saved. 0: no average.",
+            tooltip="EMA decay. The averaged weights are what gets saved; 0 turns averaging off.",
         ),
-        io.Combo.Input("scheduler", options=list(SCHEDULERS), tooltip="Learning rate after the warm-up.", **advanced(io.Combo.Input)),
-        io.Int.Input("save_every", default=100, min=1, max=100_000, tooltip="Steps between saved states.", **advanced(io.Int.Input)),
+        io.Combo.Input(
+            "scheduler", options=list(SCHEDULERS), tooltip="How the learning rate changes after warm-up.", **advanced(io.Combo.Input)
+        ),
+        io.Int.Input("save_every", default=100, min=1, max=100_000, tooltip="Steps between checkpoints.", **advanced(io.Int.Input)),
         io.Int.Input(
-            "held_out", default=0, min=0, max=10_000, tooltip="Clips kept for the held-out loss.", **advanced(io.Int.Input)
+            "held_out", default=0, min=0, max=10_000, **advanced(io.Int.Input),
+            tooltip="Number of clips kept out of training to measure the held-out loss.",
         ),
         io.Int.Input(
-            "sample_every", default=100, min=0, max=100_000, tooltip="Steps between sample videos, 0 for none.", **advanced(io.Int.Input)
+            "sample_every", default=100, min=0, max=100_000, **advanced(io.Int.Input),
+            tooltip="Steps between sample videos. 0 makes none.",
         ),
         io.Combo.Input(
             "continue_from", options=expert_names(), default=NONE, optional=True,
-            tooltip="An expert file to begin with, instead of one that changes nothing.",
+            tooltip="Start from this expert file instead of from zero.",
         ),
-        io.Vae.Input("vae", optional=True, tooltip="Decodes the sample videos into output/dcm_training/<name>."),
+        io.Vae.Input("vae", optional=True, tooltip="Decodes the sample videos, which are saved in output/dcm_training/<name>."),
     ]
 
 
@@ -100,29 +106,30 @@ def further_inputs() -> list[io.Input]:
     return [
         io.Float.Input(
             "guidance", default=6.0, min=0.0, max=100.0, step=0.1, optional=True, **advanced(io.Float.Input),
-            tooltip="Embedded guidance of HunyuanVideo, in training and samples.",
+            tooltip="Embedded guidance of HunyuanVideo, for training and sample videos.",
         ),
         io.Int.Input(
             "warmup_steps", default=10, min=0, max=100_000, optional=True, **advanced(io.Int.Input),
-            tooltip="Steps in which the learning rate rises to its peak.",
+            tooltip="Steps over which the learning rate rises to its peak.",
         ),
         io.Int.Input(
-            "keep", default=2, min=1, max=1000, optional=True, **advanced(io.Int.Input), tooltip="Newest states that are kept.",
+            "keep", default=2, min=1, max=1000, optional=True, **advanced(io.Int.Input),
+            tooltip="How many of the most recent checkpoints to keep.",
         ),
         io.Float.Input(
             "entry_share", default=0.0, min=0.0, max=1.0, step=0.05, optional=True, **advanced(io.Float.Input),
-            tooltip="Share of the training at the noise levels where a phase begins, from which the expert's steps start; the rest is "
-            "spread over all levels. For as many phases as steps.",
+            tooltip="Share of training spent at the noise levels where a phase begins, from which the expert's steps start. The rest is "
+            "spread over all noise levels. Use it with as many phases as steps.",
         ),
     ]
 
 
 def outputs() -> list[io.Output]:
-    """What both nodes give."""
+    """The outputs of both nodes."""
     return [
         io.Model.Output(display_name="trained_model", tooltip="The model with the trained expert on it, for any sampler."),
         TrainedExpert.Output(display_name="expert", tooltip="The expert itself, for DCM Attach Experts."),
-        io.String.Output(display_name="file", tooltip="Where it was saved."),
+        io.String.Output(display_name="file", tooltip="Where the expert was saved."),
         io.Image.Output(display_name="losses", tooltip="A plot of each loss."),
     ]
 
@@ -137,15 +144,15 @@ class DCMTrainSemanticExpert(io.ComfyNode):
             display_name="DCM Train Semantic Expert",
             category="DCM/training",
             description=(
-                "Distils the high-noise steps of a model into an expert that needs few: consistency and temporal coherence losses. "
-                "Interrupting saves; the same settings go on where it stopped."
+                "Distils the high-noise steps of a model into an expert that needs few steps, with consistency and temporal coherence "
+                "losses. An interrupted run is saved; queue it again with the same settings to resume it."
             ),
             inputs=[
                 *first_inputs("semantic"),
                 *common_inputs(1000, 0.0, rank_floor=0),
                 io.Float.Input(
                     "temporal_weight", default=1.0, min=0.0, max=100.0, step=0.1, **advanced(io.Float.Input),
-                    tooltip="Weight of the temporal coherence loss, which is for the motion.",
+                    tooltip="Weight of the temporal coherence loss, which improves motion.",
                 ),
                 *last_inputs(),
                 *further_inputs(),
@@ -181,36 +188,37 @@ class DCMTrainDetailExpert(io.ComfyNode):
             display_name="DCM Train Detail Expert",
             category="DCM/training",
             description=(
-                "Distils the low-noise steps of a model into an expert that needs few: consistency, adversarial and feature matching "
-                "losses, on top of a semantic expert. Interrupting saves; the same settings go on where it stopped."
+                "Distils the low-noise steps of a model into an expert that needs few steps, on top of a semantic expert, with "
+                "consistency, adversarial and feature matching losses. An interrupted run is saved; queue it again with the same "
+                "settings to resume it."
             ),
             inputs=[
                 *first_inputs("detail"),
                 *common_inputs(1000, 5e-6, rank_floor=1),
                 io.Float.Input(
                     "adversarial_weight", default=0.1, min=0.0, max=100.0, step=0.01, **advanced(io.Float.Input),
-                    tooltip="Weight of the GAN and feature matching losses, which are for sharpness. 0: consistency alone.",
+                    tooltip="Weight of the GAN and feature matching losses, which improve sharpness. 0 uses the consistency loss alone.",
                 ),
                 io.Float.Input(
                     "discriminator_learning_rate", default=5e-6, min=1e-9, max=1.0, step=1e-7, round=False, **advanced(io.Float.Input),
-                    tooltip="Of the discriminator's AdamW.",
+                    tooltip="Learning rate of the discriminator.",
                 ),
                 io.Int.Input(
                     "discriminator_width", default=1024, min=32, max=4096, step=32, **advanced(io.Int.Input),
-                    tooltip="Channels of the discriminator's heads; small models do with fewer.",
+                    tooltip="Channels of the discriminator's heads. Small models need fewer.",
                 ),
                 *last_inputs(),
                 io.Combo.Input(
                     "semantic_lora", options=expert_names(), default=NONE, optional=True,
-                    tooltip="The semantic expert this one will work on top of. none: the base itself.",
+                    tooltip="Semantic expert on top of which this expert is trained. none uses the base model alone.",
                 ),
                 TrainedExpert.Input(
-                    "semantic_expert", optional=True, tooltip="The same, straight from its training; goes before semantic_lora."
+                    "semantic_expert", optional=True, tooltip="The semantic expert directly from its training; overrides semantic_lora."
                 ),
                 io.Boolean.Input(
                     "every_linear", default=False, optional=True, **advanced(io.Boolean.Input),
-                    tooltip="Pairs on every linear of the blocks, feed-forward too, instead of on the attention alone as in the "
-                    "release. Helps on top of a semantic expert that was trained whole; the file is larger.",
+                    tooltip="Trains a LoRA on every linear layer of the blocks, feed-forward too; the release trains attention only. Helps "
+                    "on top of a fully fine-tuned semantic expert. The file is larger.",
                 ),
                 *further_inputs(),
             ],

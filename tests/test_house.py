@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,39 @@ def test_the_pack_imports_itself_by_relative_names_only():
     """It is loaded under any folder name."""
     shipped = [ROOT / "__init__.py", *CORE, *NODES]
     assert offenders(shipped, lambda path: {name for name in imports(path) if name.split(".")[0] == "dcm_core"}) == {}
+
+
+NOUNS = {
+    "steps", "clips", "sizes", "tensors", "layers", "files", "keys", "sites", "frames", "channels", "videos", "prompts", "tokens",
+    "patches",
+    "differences", "checkpoints", "states", "values", "blocks", "shards", "captions", "models", "experts", "times", "losses", "texts",
+}
+
+# what stands before such a noun and is no number
+TEXTS = {"name", "path", "method", "kind", "listed"}
+
+
+def uncounted(path):
+    """Nouns in the plural after a number that may be 1: `errors.counted` gives them their form."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.JoinedStr):
+            for number, text in pairwise(node.values):
+                if not isinstance(number, ast.FormattedValue) or not isinstance(text, ast.Constant):
+                    continue
+                value = ast.unparse(number.value)
+                words = re.match(r"(?: [a-z-]+){0,2}", text.value)[0].split()
+                if NOUNS & set(words) and not (value.isupper() or value in TEXTS or "name_some" in value):
+                    yield f"{value} {' '.join(words)}"
+
+
+def test_numbers_and_their_nouns_agree():
+    assert offenders([*CORE, *NODES], uncounted) == {}
+
+
+def test_the_search_for_nouns_without_their_number_finds_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (path := tmp_path / "x.py").write_text("f'{len(x)} steps, {n} low-rank layers and {LIMIT} clips, {counted(n, \"key\")} of {n}'")
+    assert list(uncounted(path)) == ["len(x) steps", "n low-rank layers"]
 
 
 def forbidden(path):

@@ -1,38 +1,97 @@
-// What a DCM node says of its result stays on it: newer front ends show a text only until the run ends, so it is said again then.
+// What a DCM node says while it runs and of its result: on the node, line by line, as plain text, until the node runs again.
+// The front ends' own text of a node is two lines high in one, Markdown in another, not drawn by a third, and gone after an interrupt.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
-const said = new Map(); // node -> text
+const HIGHEST = 300; // higher texts scroll
+const MARGIN = 4;
+const STYLE = {
+  boxSizing: "border-box", padding: "4px 8px", borderRadius: "6px", background: "rgba(0, 0, 0, 0.2)",
+  font: "11px/15px ui-monospace, Consolas, monospace", color: "var(--input-text, #ddd)", textAlign: "left",
+  whiteSpace: "pre-wrap", overflowWrap: "anywhere", userSelect: "text",
+};
+const boxes = new WeakMap(); // node -> Box
 
-function sayAgain() {
-  for (const [node, text] of said) {
-    // the event's id is looked up in the graph that is seen
-    if (node.graph === app.canvas?.graph) {
-      api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: String(node.id), text } }));
-      // a panel that lists widgets would show its inner name
-      const shown = node.widgets?.find((widget) => widget.type === "progressText");
-      if (shown?.options) shown.options.hideInPanel = true;
-    }
+class Box {
+  constructor(node) {
+    this.node = node;
+    this.element = document.createElement("div");
+    this.element.className = "dcm-text";
+    Object.assign(this.element.style, STYLE, { maxHeight: `${HIGHEST}px`, overflowY: "auto" });
+    // the wheel scrolls the text, not the canvas; newer front ends want the focus for it, which a click gives
+    this.element.dataset.captureWheel = "true";
+    this.element.tabIndex = 0;
+    this.element.addEventListener("wheel", (event) => this.scrolls() && event.stopPropagation());
+    const height = () => this.height();
+    this.widget = node.addDOMWidget("dcm_text", "dcm_text", this.element, {
+      serialize: false, hideOnZoom: false, hideInPanel: true, margin: MARGIN, getMinHeight: height, getMaxHeight: height,
+    });
+    this.widget.serialize = false;
+    this.widget.label = "result"; // where a front end lists the widgets
+    this.show("");
   }
-  said.clear();
+
+  // Made with the node, as a first Nodes 2.0 draws no widget that comes later; without a text it takes no room.
+  show(text) {
+    this.element.textContent = text; // never markup: it may come from a file
+    this.element.style.display = text ? "block" : "none";
+    this.widget.hidden = !text;
+    this.measured = null;
+  }
+
+  say(text) {
+    this.show(text);
+    // the canvas does not make room by itself
+    const [width, needed] = [this.node.size[0], this.node.computeSize()[1]];
+    if (this.node.size[1] < needed) this.node.setSize([width, needed]);
+    this.node.setDirtyCanvas?.(true, true);
+  }
+
+  scrolls() {
+    return this.element.scrollHeight > this.element.clientHeight;
+  }
+
+  // Of the box in a node as wide as this one: measured beside the page, as the node may not be drawn now.
+  height() {
+    const width = this.node.size[0] - 2 * MARGIN;
+    if (this.measured?.width !== width) {
+      const copy = this.element.cloneNode(true);
+      Object.assign(copy.style, { position: "fixed", left: "-10000px", top: "0", width: `${width}px`, height: "auto", display: "block" });
+      document.body.append(copy);
+      this.measured = { width, height: copy.offsetHeight + 2 * MARGIN };
+      copy.remove();
+    }
+    return this.measured.height;
+  }
+}
+
+// An execution id leads through the subgraphs: "5:3" is node 3 in the graph of node 5.
+function nodeOf(id) {
+  let node, graph = app.rootGraph ?? app.graph;
+  for (const part of String(id).split(":")) {
+    node = graph?.getNodeById(part);
+    graph = node?.subgraph;
+  }
+  return node;
 }
 
 app.registerExtension({
   name: "DCM.ResultText",
 
   setup() {
-    for (const end of ["execution_error", "execution_interrupted", "execution_success"]) {
-      // after whatever the front end itself does at the end
-      api.addEventListener(end, () => setTimeout(sayAgain));
-    }
+    api.addEventListener("dcm.text", ({ detail }) => boxes.get(nodeOf(detail.node))?.say(detail.text));
+    // the result of an earlier run must not stand beside an error of this one
+    api.addEventListener("executing", ({ detail }) => detail && boxes.get(nodeOf(detail))?.show(""));
   },
 
   nodeCreated(node) {
-    if (!node.comfyClass?.startsWith("DCM")) return;
+    if (!node.comfyClass?.startsWith("DCM") || !node.addDOMWidget) return;
+    boxes.set(node, new Box(node));
     const executed = node.onExecuted;
+    // comes for results that the host has kept, too
     node.onExecuted = function (output, ...rest) {
-      if (output?.text) said.set(this, [output.text].flat().join("\n"));
+      if (output?.text) boxes.get(this)?.say([output.text].flat().join("\n"));
       return executed?.call(this, output, ...rest);
     };
   },

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import DCMError
+from ..errors import DCMError, counted
 from ..storage import Progress
 from .video_file import NO_TIMES, ClipError, probe, shown_frames, upright
 
@@ -214,7 +214,7 @@ def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
     if frames < settings.frames:
         raise ClipError(
             clip.path,
-            f"lasts {length:.3g} s, {frames} frames at {settings.fps:g} per second; {settings.frames} are wanted. "
+            f"lasts {length:.3g} s, {counted(frames, 'frame')} at {settings.fps:g} per second; expected {settings.frames}. "
             "Choose fewer frames, or leave the clip out.",
         )
     bucket = bucket_of(width, height, settings)
@@ -225,7 +225,7 @@ def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
         )
     facts = {
         "variable frame rate, frames taken by their time": gaps and max(gaps) - min(gaps) > STEADY * gap,
-        f"{1 / gap:.3g} frames per second, so frames repeat at {settings.fps:g}": gap * settings.fps > 1 + STEADY,
+        f"{1 / gap:.3g} fps, so frames repeat at {settings.fps:g} fps": gap * settings.fps > 1 + STEADY,
         f"{width}x{height} enlarged to {bucket[0]}x{bucket[1]}": enlargement > 1,
     }
     # now, while the file is still in the system's cache
@@ -280,7 +280,7 @@ def check_clips(
 def no_clip_left(problems: Sequence[Problem]) -> DCMError:
     """The error for data of which nothing can be used; it shows the first three reasons."""
     more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
-    return DCMError("\n".join([f"None of the {len(problems)} clips can be used.", *map(str, problems[:3]), *more]))
+    return DCMError("\n".join([f"No clip can be used: {counted(len(problems), 'clip')} left out.", *map(str, problems[:3]), *more]))
 
 
 def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
@@ -302,7 +302,7 @@ def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
             filled += 1
         if filled == settings.frames:
             return pixels
-    raise ClipError(facts.clip.path, f"ends after {filled} of {settings.frames} frames. Encode or download it again.")
+    raise ClipError(facts.clip.path, f"ends after {filled} of {counted(settings.frames, 'frame')}. Encode or download it again.")
 
 
 def _fitted(frame: Any, facts: ClipFacts) -> Tensor:

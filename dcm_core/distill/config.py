@@ -14,10 +14,12 @@ from .phases import Phases
 
 
 class TrainingError(DCMError):
-    """A training run that cannot start, go on or be resumed."""
+    """A training run that cannot start, continue or be resumed."""
 
 
 SCHEDULERS = ("constant", "cosine")
+# the types of settings, as a reader calls them
+WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 # name -> (lowest, highest) of the numbers
 LIMITS: dict[str, tuple[float, float]] = {
@@ -131,13 +133,13 @@ class TrainingConfig:
             value = getattr(self, name)
             auto = (name, value) in (("learning_rate", 0), ("feature_weight", -1))
             if not auto and not (isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high):
-                raise TrainingError(f"{name} is {value!r}; it has to be a number from {low:g} to {high:g}.")
+                raise TrainingError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}.")
         if self.discriminator_width % 32:
-            raise TrainingError(f"discriminator_width is {self.discriminator_width}; it has to be a multiple of 32.")
+            raise TrainingError(f"discriminator_width is {self.discriminator_width}; expected a multiple of 32.")
         if self.expert == "detail" and self.shared:
-            raise TrainingError("shared is true; an expert for all noise levels is trained as a semantic one. Train semantic.")
+            raise TrainingError("shared is true, but an expert for all noise levels is trained as a semantic expert. Train that.")
         if self.expert == "detail" and self.rank == 0:
-            raise TrainingError("rank is 0; the detail expert is a LoRA and needs a rank of 1 or more (the release has 128).")
+            raise TrainingError("rank is 0, but a detail expert is a LoRA: expected 1 or more (released models: 128).")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
@@ -149,16 +151,16 @@ class TrainingConfig:
         kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(kinds))
         if unknown:
-            raise TrainingError(f"{', '.join(unknown)} is no training setting. There are: {', '.join(kinds)}.")
+            raise TrainingError(f"Unknown setting {', '.join(unknown)}. Valid settings: {', '.join(kinds)}.")
         for name, value in values.items():
             kind = str if name == "expert" else kinds[name]
             fits = isinstance(value, kind) or (kind is float and isinstance(value, int) and not isinstance(value, bool))
             if not fits or (kind is int and isinstance(value, bool)):
-                raise TrainingError(f"{name} is {value!r}; it has to be a {kind.__name__}.")
+                raise TrainingError(f"{name} is {value!r}; expected {WORDS[kind]}.")
         return cls(**values)
 
     def for_family(self, family: Family, boundary: float | None = None) -> "TrainingConfig":
-        """With every automatic value filled in; `boundary` is that of the experts it goes on from or goes with."""
+        """With every automatic value filled in; `boundary` is that of the experts it starts from or belongs with."""
         rate = self.learning_rate or (5e-6 if self.expert == "detail" else 1e-4 if self.rank else 1e-6)
         return dataclasses.replace(
             self,

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..conditioning import Conditioning, load_conditioning
-from ..errors import CheckpointError, DCMError
+from ..errors import CheckpointError, DCMError, counted
 from ..storage import TensorFile, bytes_of
 from .clips import Problem
 
@@ -69,7 +69,8 @@ class TrainingData(ABC):
         """
         if not 0 <= held_out < len(self):
             raise DCMError(
-                f"{held_out} of {len(self)} clips cannot be held out; expected 0 to {len(self) - 1}. Hold out fewer, or add clips."
+                f"{held_out} of {counted(len(self), 'clip')} cannot be held out; expected 0 to {len(self) - 1}. "
+                "Hold out fewer, or add clips."
             )
         order = random.Random(f"split {seed}").sample(range(len(self)), len(self))
         return sorted(order[held_out:]), sorted(order[:held_out])
@@ -156,9 +157,9 @@ class Dataset(TrainingData):
 
     def __str__(self) -> str:
         """One line: `12 clips, 3 sizes, 2 files left out`."""
-        counts = {"clip": len(self), "size": len({entry.size for entry in self.entries}), "file": len(self.problems)}
-        clips, sizes, files = (f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items())
-        return f"{clips}, {sizes}" + (f", {files} left out" if self.problems else "")
+        sizes = counted(len({entry.size for entry in self.entries}), "size")
+        left_out = f", {counted(len(self.problems), 'file')} left out" if self.problems else ""
+        return f"{counted(len(self), 'clip')}, {sizes}{left_out}"
 
     def report(self) -> str:
         """The line, then the number of clips of each size, each file left out and each note, a line each."""
@@ -189,7 +190,8 @@ class TensorData(TrainingData):
         self, latents: Sequence[Tensor], conditionings: Sequence[Conditioning], which: Sequence[int], unconditional: Conditioning
     ):
         if not latents or len(latents) != len(which):
-            raise DCMError(f"{len(latents)} latents with {len(which)} texts were given; expected one text for every latent, at least one.")
+            given = f"{counted(len(latents), 'latent')} with {counted(len(which), 'text')}"
+            raise DCMError(f"{given}; expected one text for every latent, at least one.")
         if not all(0 <= index < len(conditionings) for index in which):
             raise DCMError(f"`which` names text {max(which)}, or one below 0; expected 0 to {len(conditionings) - 1}.")
         self._latents, self._conditionings = list(latents), list(conditionings)

@@ -1,4 +1,4 @@
-"""Is a run still learning? Losses that are no numbers, or that have grown far beyond what they were, end it."""
+"""Is a run still learning? Losses that stay NaN or infinite, or that have grown far beyond what they were, end it."""
 
 import math
 from itertools import takewhile
@@ -17,14 +17,14 @@ def check_losses(history: History, config: TrainingConfig) -> None:
     """Look at the losses of a run after a step.
 
     Raises:
-        TrainingError: losses or gradients that stay no numbers.
+        TrainingError: losses or gradients that stay NaN or infinite.
         Diverged: losses that have grown `config.divergence`-fold.
     """
     skipped = sum(1 for _ in takewhile(_is_skipped, reversed(history)))
     if skipped and skipped % PATIENCE == 0:
         raise TrainingError(
-            f"The loss was no number {PATIENCE} times in a row, up to step {len(history)}. The expert is saved as it was before. "
-            "Lower learning_rate, or check the data for broken latents; then resume."
+            f"The loss was NaN or infinite {PATIENCE} times in a row, up to step {len(history)}. The expert is saved as it was before "
+            "these steps. Lower learning_rate or check the dataset for broken clips, then queue again to resume."
         )
     if config.divergence and len(history) % WINDOW == 0:
         _check_growth(history, config)
@@ -60,7 +60,7 @@ def _check_growth(history: History, config: TrainingConfig) -> None:
     step = WINDOW * (1 + lowest)
     if means[-1] > config.divergence * means[lowest]:
         raise Diverged(
-            f"The loss has grown {means[-1] / means[lowest]:.0f}-fold since step {step}, to {means[-1]:.3g}: training diverges. It "
-            f"stopped at step {len(history)} without saving. Remove the states after step {step} (the run starts anew if none is "
-            "left), lower learning_rate and resume."
+            f"Training diverges: the loss has grown {means[-1] / means[lowest]:.0f}-fold since step {step}, to {means[-1]:.3g}. It "
+            f"stopped at step {len(history)} without saving. Remove the checkpoints after step {step}, lower learning_rate and queue "
+            "again. Without a checkpoint the run starts over."
         )

@@ -51,12 +51,12 @@ class Memory:
     @property
     def parts(self) -> dict[str, float]:
         """GiB by name."""
-        sizes = {"base": self.base, "experts and optimiser": self.present + self.moments, "a step": self.step}
+        sizes = {"base": self.base, "experts and optimiser": self.present + self.moments, "one step": self.step}
         return {name: size / GIB for name, size in sizes.items()}
 
     def __str__(self) -> str:
         listed = ", ".join(f"{name} {size:.2f}" for name, size in self.parts.items())
-        return f"peak memory about {sum(self.parts.values()):.2f} GiB ({listed})"
+        return f"Peak memory about {sum(self.parts.values()):.2f} GiB ({listed})"
 
     def check(self, available: int, config: TrainingConfig) -> None:
         """Refuse what cannot fit even with the base offloaded.
@@ -66,18 +66,18 @@ class Memory:
         """
         if self.coming <= available:
             return
-        fixes = ["fewer frames or smaller clips in the dataset"]
+        fixes = ["use fewer frames or a smaller size in the dataset"]
         if config.batch_size > 1:
-            fixes.append(f"batch_size below {config.batch_size} (raise accumulate instead)")
+            fixes.append(f"lower batch_size from {config.batch_size} (and raise accumulate instead)")
         if not config.checkpointing:
-            fixes.append("gradient checkpointing on")
+            fixes.append("turn gradient checkpointing on")
         if config.rank == 0:
-            fixes.append("a rank above 0 (a LoRA instead of a full fine-tune)")
+            fixes.append("set rank above 0 (a LoRA instead of a full fine-tune)")
         elif config.rank > 16:
-            fixes.append(f"rank below {config.rank}, and alpha in proportion")
+            fixes.append(f"lower rank from {config.rank}, and alpha in proportion")
         raise TrainingError(
-            f"Training needs about {(self.present + self.coming) / GIB:.2f} GiB beside the base model, "
-            f"{(self.present + available) / GIB:.2f} GiB can be had. Try {', '.join(fixes)}."
+            f"Training needs about {(self.present + self.coming) / GIB:.2f} GiB beside the base model, but only "
+            f"{(self.present + available) / GIB:.2f} GiB are available. To need less: {'; '.join(fixes)}."
         )
 
 

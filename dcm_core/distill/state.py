@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, counted
 from ..storage import TensorFile, check_room, unfinished, write_tensors
 from .config import TrainingConfig, TrainingError
 
@@ -45,7 +45,7 @@ class SavedState:
     tensors: dict[str, Tensor]
 
     def check(self, config: TrainingConfig, facts: dict[str, str], path: Path) -> None:
-        """Refuse to go on with other settings or data than the run was started with, and what would change nothing.
+        """Refuse to resume with other settings or data than the run was started with, and what would change nothing.
 
         Raises:
             TrainingError: names every difference, or fewer steps than were made, or a learning rate that no step is left for.
@@ -57,27 +57,28 @@ class SavedState:
         ]
         if found:
             raise TrainingError(
-                f"{path} is the state of another run; it differs in {'; '.join(found)}. "
-                "Set these back to resume it, or start anew under another name."
+                f"{path} is a checkpoint of a run with other settings: {'; '.join(found)}. "
+                "Set these back to resume the run, or choose another name for a new run."
             )
         if config.steps < self.steps:
             raise TrainingError(
-                f"steps is {config.steps}, but the run in {path.parent} has made {self.steps} already. Set steps to {self.steps} for its "
-                "expert as it is, or higher to train on, or start anew under another name."
+                f"steps is {config.steps}, but the run in {path.parent} is already at step {self.steps}. Set steps to {self.steps} to get "
+                "its expert as it is, set it higher to train further, or choose another name for a new run."
             )
         rates = config.new_rates(self.config)
         if config.steps == self.steps and rates:
             raise TrainingError(
-                f"The run in {path.parent} has made all of its {self.steps} steps: there is none left for {'; '.join(rates)}. Raise steps "
-                "to train on at the new rate, set it back for the expert as it is, or start anew under another name."
+                f"The run in {path.parent} is already at step {self.steps} of {self.steps}, so no step is left for {'; '.join(rates)}. "
+                "Raise steps to train further at the new rate, set the rate back to get the expert as it is, or choose another name for "
+                "a new run."
             )
 
     def in_words(self, config: TrainingConfig) -> str:
         """What a run with these settings does with the state."""
         if config.steps == self.steps:
-            return f"all {self.steps} steps were made before, nothing was trained; raise steps to train on"
+            return f"Already at step {self.steps} of {config.steps}: nothing was trained. Raise steps to train further."
         changes = config.changes(self.config)
-        return f"went on from step {self.steps}" + (f" with {'; '.join(changes)}" if changes else "")
+        return f"Resumed from step {self.steps} of {config.steps}" + (f", changed: {'; '.join(changes)}" if changes else "") + "."
 
 
 def optimizer_tensors(prefix: str, names: list[str], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -205,8 +206,8 @@ def newest_state(folder: Path, weights: bool = True) -> tuple[Path, SavedState] 
             logger.warning("%s cannot be read (%s); trying the state before it", path, error)
     if paths:
         raise TrainingError(
-            f"None of the {len(paths)} states in {folder} can be read (newest: {paths[0].name}). Move them elsewhere to start anew "
-            "under this name, or choose another name."
+            f"No checkpoint in {folder} can be used: {counted(len(paths), 'file')} tried (newest: {paths[0].name}; the log says why). Move "
+            "them elsewhere to start over under this name, or choose another name."
         )
     return None
 

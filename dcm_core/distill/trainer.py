@@ -39,7 +39,7 @@ class Result:
     Attributes:
         history: for each update its `step` and losses by name.
         seconds: of this run, without what was done before it was resumed.
-        resumed: what it went on from, in words; empty for a new run.
+        resumed: from which checkpoint, in words; empty for a new run.
     """
 
     expert: Expert
@@ -56,7 +56,7 @@ class Trainer:
         start: the expert that is trained, as it begins; it is not kept.
         below: a finished expert that stays in place under the trained one (the semantic one, for the detail stage).
         latent_in: the host's scaling of VAE latents to what the transformer sees.
-        folder: where states are kept.
+        folder: where checkpoints are kept.
         facts: what a resumed run has to share beside its settings (the data's fingerprint, the model).
     """
 
@@ -99,11 +99,11 @@ class Trainer:
         return len(self.history)
 
     def run(self) -> Result:
-        """Train, from the newest state in the folder if there is one.
+        """Train, from the newest checkpoint in the folder if there is one.
 
         Raises:
-            TrainingError: a state of another run, or losses that are no numbers or diverge.
-            CheckpointError: a folder that cannot be written to, or a disk without room for the states.
+            TrainingError: a checkpoint of another run, or losses that stay NaN or infinite, or diverge.
+            CheckpointError: a folder that cannot be written to, or a disk without room for the checkpoints.
         """
         resumed = self._resume()
         if self.processes.first:
@@ -117,10 +117,11 @@ class Trainer:
                 self._after_step()
         except Diverged:
             raise
-        except BaseException:
-            # the last good state is worth keeping, whatever ended the run; others may wait elsewhere
+        except BaseException as error:
+            # the last good checkpoint is worth keeping, whatever ended the run; others may wait elsewhere
             if self.worth_saving and self.done > self.saved:
                 self._save()
+            self.watcher.stopped(self.saved, self.config.steps, error)
             raise
         return Result(self.expert(), self.history, time.monotonic() - began, resumed)
 
@@ -289,11 +290,10 @@ class Trainer:
         return tensors
 
     def _check_room(self) -> None:
-        """See that the states can be written, before any step is made."""
+        """See that the checkpoints can be written, before any step is made."""
         # weights and AdamW's two moments of each
         size = 3 * sum(total(learner.parameters.values()) for learner in self._learners)
-        if self.average:
-            size += total(self.learner.parameters.values())
+        size += total(self.learner.parameters.values()) if self.average else 0
         saves = -(-(self.config.steps - self.done) // self.config.save_every)
         check_folder(self.folder, size, min(saves, self.config.keep + 1))
 
@@ -301,14 +301,14 @@ class Trainer:
     def _save(self) -> None:
         if self.processes.first:
             saved = SavedState(self.done, self.config, self.facts, self.history, self._tensors())
-            # if the run diverges, it goes on from there
+            # if the run diverges, it is resumed from there
             lowest = lowest_window(self.history) if self.config.divergence else 0
             save_state(self.folder, saved, self.config.keep, lowest)
         self.saved = self.done
 
     @torch.no_grad()
     def _resume(self) -> str:
-        """Take up the newest state, if there is one; what that means in words."""
+        """Take up the newest checkpoint, if there is one; what that means in words."""
         found = newest_state(self.folder)
         if found is None:
             return ""
@@ -325,6 +325,6 @@ class Trainer:
             warnings.simplefilter("ignore")  # torch takes it for a mistake
             for _ in range(self.done):
                 self.schedule.step()
-        resumed = saved.in_words(self.config)
-        logger.info("%s: %s", path, resumed)
-        return resumed
+        logger.info("%s: %s", path, words := saved.in_words(self.config))
+        self.watcher.resumed(words)
+        return words

@@ -13,6 +13,7 @@ from ...dcm_core.distill.data_file import read_data
 from ...dcm_core.distill.dataset import TrainingData
 from ...dcm_core.distill.encode import prepare
 from ...dcm_core.distill.parallel import join
+from ...dcm_core.errors import counted
 from ...dcm_core.routing import Side
 from ...dcm_core.storage import Progress, TensorFile
 from .attach import require_family
@@ -31,7 +32,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     """Run or resume what the settings say; relative paths are looked up in `folder`.
 
     Returns:
-        A line about the result.
+        What was trained, from where it was resumed, and where it is saved.
 
     Raises:
         DCMError: settings, files or data that do not fit, before any training.
@@ -40,25 +41,25 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     unknown = sorted(set(settings) - SETTINGS)
     if unknown:
-        raise TrainingError(f"{', '.join(unknown)} is no setting of a training run. There are: {', '.join(sorted(SETTINGS))}.")
+        raise TrainingError(f"Unknown setting {', '.join(unknown)}. Valid settings: {', '.join(sorted(SETTINGS))}.")
 
     def path(name: str) -> Path:
         return path_in(folder, name, settings.get(name))
 
     training = settings.get("training", {})
     if not isinstance(training, dict):
-        raise TrainingError(f"`training` is {training!r}; it has to be settings by name.")
+        raise TrainingError(f"`training` is {training!r}; expected a table of settings.")
     config = TrainingConfig.from_dict({**training, "expert": side})
     output = path("output")
     if output.is_dir():
-        raise TrainingError(f"`output` is {output}, a folder; it has to be the file to write.")
+        raise TrainingError(f"`output` is {output}, which is a folder; expected the name of the file to write.")
     inputs = [(name, settings.get(name)) for name in ("model", "vae", "dataset", "semantic", "continue_from")]
     inputs += [("text_encoders", file) for file in settings.get("text_encoders") or ()]
     for name, given in inputs:
         # what is no path is said where it is read
         if isinstance(given, str) and given:
             check_not_output(f"{name} is {given}", path_in(folder, name, given), output)
-    # not beside the output: among the host's LoRAs every state would be offered as one
+    # not beside the output: among the host's LoRAs every checkpoint would be offered as one
     states = path("states") if "states" in settings else folder / f"{output.stem}_states"
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
     below = read_expert_file(path("semantic"), "semantic", model) if "semantic" in settings else None
@@ -76,8 +77,8 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         save_expert(output, result.expert, model)
         for term, plot in plots_of(result).items():
             plot.save(states / f"loss_{term}.png")
-    resumed = f" ({result.resumed})" if result.resumed else ""
-    return f"{result.expert}, {len(result.history)} steps{resumed}, saved to {output}"
+    lines = [f"{result.expert}, {counted(len(result.history), 'step')}.", result.resumed, f"Saved to {output}"]
+    return "\n".join(filter(None, lines))
 
 
 def path_in(folder: Path, name: str, given: Any) -> Path:
@@ -87,7 +88,7 @@ def path_in(folder: Path, name: str, given: Any) -> Path:
         TrainingError: none, or something else.
     """
     if not isinstance(given, str) or not given:
-        raise TrainingError(f"`{name}` is {given!r}; it has to be a path.")
+        raise TrainingError(f"`{name}` is {given!r}; expected a path.")
     return folder / Path(given).expanduser()
 
 
@@ -98,14 +99,15 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Train
         vae = load_vae(path_in(folder, "vae", settings["vae"])) if "vae" in settings else None
         return read_data(path_in(folder, "dataset", given)), vae
     if not isinstance(given, dict) or "folder" not in given:
-        raise TrainingError(f"`dataset` is {given!r}; it has to be a file of DCM Save Dataset, or settings with a `folder` of clips.")
+        raise TrainingError(f"`dataset` is {given!r}; expected a file from DCM Save Dataset, or settings with a `folder` of clips.")
     values = dict(given)
     source, negative = path_in(folder, "folder", values.pop("folder")), values.pop("negative", "")
     try:
         clip_settings = ClipSettings(**values)
     except TypeError as error:
-        raise TrainingError(f"`dataset` has a setting that is none ({error}). There are: folder, negative, frames, fps, width, "
-                            "height, buckets.") from error
+        raise TrainingError(
+            f"Unknown or missing setting in `dataset` ({error}). Valid settings: folder, negative, frames, fps, width, height, buckets."
+        ) from error
     vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
     return prepare(source, clip_settings, host_encoders(vae, clip), data_cache(), negative, logged_progress("dataset")), vae
 
@@ -131,7 +133,7 @@ def load_vae(path: Path) -> Any:
     """
     vae = comfy.sd.VAE(sd=TensorFile(path).read_all())
     if vae.first_stage_model is None:
-        raise TrainingError(f"`vae` is {path}, which holds no VAE that this ComfyUI knows. Choose the model's VAE.")
+        raise TrainingError(f"`vae` is {path}, which is not a VAE that this ComfyUI can load. Choose the model's VAE.")
     return vae
 
 
@@ -139,7 +141,7 @@ def load_clip(settings: dict[str, Any], folder: Path, model: Any) -> Any:
     """The host's text encoder of the model's family."""
     names = settings.get("text_encoders")
     if not names or not isinstance(names, list):
-        raise TrainingError(f"`text_encoders` is {names!r}; list the files of the model's text encoder.")
+        raise TrainingError(f"`text_encoders` is {names!r}; expected a list of the model's text encoder files.")
     paths = [path_in(folder, "text_encoders", name) for name in names]
     for path in paths:
         TensorFile(path)  # only safetensors are read

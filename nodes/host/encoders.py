@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...dcm_core.conditioning import Conditioning
 from ...dcm_core.distill.encode import Encoders
-from ...dcm_core.errors import DCMError
+from ...dcm_core.errors import DCMError, counted
 from .compat import key_patches
 
 SAMPLED = 8  # values at each end of a tensor that stand for all of it
@@ -25,7 +25,7 @@ def host_encoders(vae: Any, clip: Any) -> Encoders:
         latent = vae.encode(pixels)
         if latent.ndim != 5 or latent.shape[0] != 1:
             raise DCMError(
-                f"The VAE made a latent of shape {tuple(latent.shape)} of {len(pixels)} frames; expected one video. "
+                f"The VAE made a latent of shape {tuple(latent.shape)} of {counted(len(pixels), 'frame')}; expected one video. "
                 "Connect the VAE of Wan 2.1 or HunyuanVideo."
             )
         return latent[0]

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
 
-from ...dcm_core.errors import DCMError
+from ...dcm_core.errors import DCMError, counted
 from ...dcm_core.experts import FILE_PREFIX, LowRank, split_fused
 from ...dcm_core.families import Family
 from ...dcm_core.inspect import in_lines, inspect_file
@@ -105,7 +105,7 @@ def _look_at_model(model: Any, node_id: str | None) -> tuple[str, str, Profile |
             **{side: f"{line}, strength {strengths.get(side, 0):g}" for side, line in _lines(facts)},
             "boundary": f"{facts.boundary:g}" if facts else None,
             "timesteps": json.dumps(facts.timesteps) if facts and facts.timesteps else None,
-            "LoRAs": f"{sum(others.values())} other patches on {len(others)} tensors" if others else "none",
+            "LoRAs": _patches_in_words(others) if others else "none",
         }
     )
     if family is None or facts is None:
@@ -125,6 +125,10 @@ def _short(dtype: torch.dtype) -> str:
 def _lines(facts: AttachedExperts | None) -> list[tuple[str, str]]:
     """(side, line about its expert)."""
     return [(side, line) for side in ("semantic", "detail") if facts and (line := getattr(facts, side))]
+
+
+def _patches_in_words(patches: Mapping[str, int]) -> str:
+    return f"{counted(sum(patches.values()), 'other patch', 'other patches')} on {counted(len(patches), 'tensor')}"
 
 
 def _experts_in_words(facts: AttachedExperts | None) -> str:

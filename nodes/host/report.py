@@ -1,7 +1,6 @@
 """Tell the user what a node did: in the log and on the node."""
 
 import logging
-import re
 import sys
 from typing import Any
 
@@ -10,18 +9,6 @@ from comfy_api.latest import ui
 from ...dcm_core.text import LOGGER, plain
 
 logger = logging.getLogger(LOGGER)
-
-# Front ends take a node's text for HTML (1.32 on the canvas), for HTML of few tags (1.47), for text in which they look for links
-# (1.58), and in Nodes 2.0 all of them for Markdown. So nothing that is active in any of these is sent, but what looks the same:
-# escaping for one of them would be read as written by another.
-LOOK_ALIKES = str.maketrans({"<": "‹", "&": "＆", "*": "∗", "`": "ˋ", "~": "∼", "@": "＠"})
-LOOK_ALIKE_PARTS = (
-    (re.compile(r":(?=//)"), "꞉"),  # addresses become links
-    (re.compile(r"(?i)(?<=\bwww)\."), "․"),
-    (re.compile(r"(?<=\])(?=[(:\[])|(?<=\[)(?=\[)"), " "),  # [text](address), [text]: address, [[text|address]]
-    (re.compile(r"_(?![^\W_])|(?<![^\W_])_"), "ˍ"),  # but within a word
-    (re.compile(r"\\(?=[!-/:-@\[-`{-~])"), "⧵"),  # escapes a sign in Markdown
-)
 
 
 def report(text: str, node_id: str | None) -> Any:
@@ -33,7 +20,7 @@ def report(text: str, node_id: str | None) -> Any:
 def show(text: str, node_id: str | None) -> Any:
     """The same without a line in the log."""
     tell(text, node_id)
-    return ui.PreviewText(for_pages(text))
+    return ui.PreviewText(plain(text))
 
 
 def server() -> Any:
@@ -48,14 +35,6 @@ def report_picture(text: str, image: Any, node_id: str | None) -> dict[str, Any]
 
 
 def tell(text: str, node_id: str | None) -> None:
-    """Show `text` on the node while it works."""
+    """Show `text` on the node while it works: web/result_text.js does, as text; what the host offers would be markup."""
     if server() is not None and node_id is not None:
-        server().send_progress_text(for_pages(text), node_id)
-
-
-def for_pages(text: str) -> str:
-    """The text as any front end shows it: as text, whatever files and names in it say."""
-    text = plain(text).translate(LOOK_ALIKES)
-    for part, look_alike in LOOK_ALIKE_PARTS:
-        text = part.sub(look_alike, text)
-    return text
+        server().send_sync("dcm.text", {"node": node_id, "text": plain(text)}, server().client_id)

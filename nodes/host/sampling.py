@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...dcm_core.adapters import find_module
-from ...dcm_core.errors import DCMError, ScheduleError
+from ...dcm_core.errors import DCMError, ScheduleError, counted
 from ...dcm_core.families import FAMILIES, WAN, Family
 from ...dcm_core.routing import check_boundary, plan_steps
 from ...dcm_core.schedule import check_sigmas, generic_sigmas, last_part, sigmas_from_timesteps
@@ -167,8 +167,9 @@ def check_latent(model: Any, samples: Tensor) -> None:
     if samples.is_nested or (samples.ndim == dimensions and samples.shape[1] == expected.latent_channels):
         return
     raise DCMError(
-        f"latent_image has shape {tuple(samples.shape)}; the model takes {dimensions} dimensions with {expected.latent_channels} "
-        "channels. Make it with the empty latent node of this model (Wan and HunyuanVideo: EmptyHunyuanLatentVideo)."
+        f"latent_image has shape {tuple(samples.shape)}; the model takes {dimensions} dimensions with "
+        f"{counted(expected.latent_channels, 'channel')}. Make it with the empty latent node of this model (Wan and HunyuanVideo: "
+        "EmptyHunyuanLatentVideo)."
     )
 
 
@@ -181,7 +182,7 @@ def describe_run(model: Any, sigmas: Tensor, boundary: float | None) -> str:
     """The plan in words: `step 1-3 semantic, 4-6 detail, boundary 0.979`."""
     check_sigmas(sigmas)
     if boundary is None or not has_sides(model):
-        return f"{len(sigmas) - 1} steps, no experts attached"
+        return f"{counted(len(sigmas) - 1, 'step')}, no experts attached"
     plan = plan_steps(sigmas, boundary)
     alone = "" if plan.semantic and plan.detail else f" (the {'detail' if plan.semantic else 'semantic'} side has no step)"
     return f"{plan}{alone}"

@@ -18,9 +18,10 @@ from torch import Tensor
 from ...dcm_core.distill.config import TrainingConfig
 from ...dcm_core.distill.dataset import TrainingData
 from ...dcm_core.distill.state import History
+from ...dcm_core.errors import DCMError
 from ...dcm_core.experts import Expert
 from ...dcm_core.families import FAMILIES
-from ...dcm_core.plot import plot_losses
+from ...dcm_core.loss_plot import plot_losses
 from ...dcm_core.schedule import sigmas_from_timesteps
 from .attach import attach_experts
 from .report import tell
@@ -60,23 +61,39 @@ class Show:
     reload: Callable[[], None]
     vae: Any = None
     picture: Image.Image | None = None
+    resumed_in_words: str = ""
     shown: float = 0.0
     logged: float = 0.0
 
     def __post_init__(self) -> None:
         self.bar = comfy.utils.ProgressBar(self.config.steps, node_id=self.node_id)
 
+    def resumed(self, words: str) -> None:
+        """Say it for as long as the run works."""
+        self.resumed_in_words = words
+        tell(words, self.node_id)
+
+    def stopped(self, saved: int, steps: int, error: BaseException) -> None:
+        """Say what is kept: the host shows nothing of a run that was interrupted."""
+        text = f"Saved at step {saved} of {steps}." if saved else "Stopped before the first step was done. Nothing was saved."
+        if not isinstance(error, DCMError):
+            # an error of ours says itself what to do first
+            text += " Queue again to continue." if self.node_id else " Run the same command again to continue."
+        logger.info(text)
+        tell(text, self.node_id)
+
     def step(self, history: History, steps: int) -> None:
         """Update bar, text and plot; raises where the user has interrupted."""
         done, now = len(history), time.monotonic()
-        text = f"step {done}/{steps}: {in_words(history[-1])}"
-        tell(text, self.node_id)
+        text = f"Step {done} of {steps}: {in_words(history[-1])}"
+        tell("\n".join(filter(None, (text, self.resumed_in_words))), self.node_id)
         if now - self.logged > LOG_SECONDS or done == steps:
             logger.info(text)
             self.logged = now
         preview = None
         if now - self.shown > SHOW_SECONDS or done == steps:
-            preview = ("JPEG", self._preview(history[:: 1 + done // PLOT_POINTS]), 768)
+            # the newest is always among those that are drawn
+            preview = ("JPEG", self._preview(history[:: -(1 + done // PLOT_POINTS)][::-1]), 768)
             self.shown = time.monotonic()
         self.bar.update_absolute(done, steps, preview)
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -88,7 +105,7 @@ class Show:
         except comfy.model_management.InterruptProcessingException:
             raise
         except Exception as error:
-            logger.warning("No sample at step %d: %s", done, error)
+            logger.warning("No sample video at step %d: %s", done, error)
         self.reload()
 
     def _sample(self, done: int, expert: Expert) -> None:

@@ -19,10 +19,10 @@ from ...dcm_core.distill.state import check_state
 from ...dcm_core.distill.trainee import new_detail, new_semantic
 from ...dcm_core.distill.trainer import Result, Trainer
 from ...dcm_core.distill.watcher import Quiet
-from ...dcm_core.errors import ScheduleError
+from ...dcm_core.errors import ScheduleError, counted
 from ...dcm_core.experts import Expert, expert_id, size_of, write_expert
 from ...dcm_core.families import Family
-from ...dcm_core.plot import plot_losses
+from ...dcm_core.loss_plot import plot_losses
 from ...dcm_core.routing import split_sigmas
 from ...dcm_core.schedule import sigmas_from_timesteps
 from .attach import SAME_BOUNDARY, diffusion_model, module_shapes, own_boundary, require_family
@@ -70,8 +70,8 @@ class Run:
 
     def __str__(self) -> str:
         last = self.result.history[-1]
-        steps = f"{int(last['step'])} steps, {self.result.seconds:.0f} s in this run"
-        lines = [str(self.expert), self.result.resumed, f"{steps}: {in_words(last)}", f"saved to {self.file}"]
+        steps = f"{counted(int(last['step']), 'step')} in all, {self.result.seconds:.0f} s in this run"
+        lines = [str(self.expert), self.result.resumed, f"{steps}: {in_words(last)}", f"Saved to {self.file}"]
         return "\n".join(filter(None, lines))
 
 
@@ -87,7 +87,7 @@ def train_and_save(
     vae: Any = None,
     node_id: str | None = None,
 ) -> Run:
-    """Train under a name: the states in the output folder, the expert among the host's LoRAs.
+    """Train under a name: checkpoints in the output folder, the expert among the host's LoRAs.
 
     Raises:
         DCMError: before any training, for whatever does not fit.
@@ -125,11 +125,11 @@ def train_expert(
     """Train, or resume what `folder` holds; the MODEL is afterwards as it was.
 
     Args:
-        start: an expert to go on from, instead of a fresh one.
+        start: an expert to start from, instead of one that changes nothing.
         below: the semantic expert under a detail expert.
 
     Raises:
-        DCMError: data, settings or a state that do not fit.
+        DCMError: data, settings or a checkpoint that do not fit.
     """
     family = require_family(model)
     config = config.for_family(family, shared_boundary(config, start, below))
@@ -190,8 +190,8 @@ def shared_boundary(config: TrainingConfig, start: Expert | None, below: Expert 
     """
     if below is not None and below.boundary and config.boundary and abs(below.boundary - config.boundary) > SAME_BOUNDARY:
         raise TrainingError(
-            f"boundary is {config.boundary:g}, but the semantic expert was made for {below.boundary:g}, and a pair has one boundary. "
-            "Set boundary to 0 to take the semantic expert's."
+            f"boundary is {config.boundary:g}, but the semantic expert was made for {below.boundary:g}, and both experts need the same. "
+            "Set boundary to 0 to use the semantic expert's."
         )
     return None if config.boundary else own_boundary(expert.boundary for expert in (below, start) if expert is not None)
 
@@ -200,32 +200,32 @@ def check_form(model: Any, config: TrainingConfig, family: Family, start: Expert
     """Refuse experts that do not fit, settings that a run would pass over, and those whose expert would never run.
 
     Raises:
-        TrainingError: an expert of another family, a semantic expert that is only on the MODEL, a form that the expert to go on
+        TrainingError: an expert of another family, a semantic expert that is only on the MODEL, a form that the expert to start
             from does not have, or a schedule without a step on either side of the boundary.
     """
     for given in (start, below):
         if given is not None and given.family != family.name:
-            raise TrainingError(f"The expert is of {given.family}, the model is {family.title}. Choose an expert made for this model.")
+            raise TrainingError(f"The expert is for {given.family}, but the model is {family.title}. Choose an expert made for this model.")
     attached = attached_experts(model)
     if attached is not None and attached.semantic and config.expert == "detail" and below is None:
         raise TrainingError(
-            "The MODEL has a semantic expert on it, which a run takes off: the detail expert would be made for the base alone. "
-            "Connect that expert to semantic_expert, or choose its file as semantic_lora, and the base to model."
+            "model has a semantic expert attached. Training removes it, so the detail expert would be trained for the base alone. "
+            "Connect that expert to semantic_expert or choose its file as semantic_lora, and connect the base to model."
         )
     if start is not None and len(start.ranks) < 2:
         rank = max(start.ranks, default=0)
         scale = next((update.scale for updates in start.low_rank.values() for update in updates), 0.0)
         if rank != config.rank or (rank and not math.isclose(scale, config.alpha / rank, rel_tol=1e-3)):
-            has = f"pairs of rank {rank} and alpha {rank * scale:g}" if rank else "no pairs, as it was trained whole"
+            has = f"has rank {rank} and alpha {rank * scale:g}" if rank else "is no LoRA: all its weights were trained"
             wanted = f"rank to {rank}" + (f" and alpha to {rank * scale:g}" if rank else "")
             raise TrainingError(
-                f"rank is {config.rank} and alpha {config.alpha:g}, but the expert to continue from has {has}. Set {wanted}."
+                f"rank is {config.rank} and alpha is {config.alpha:g}, but the expert in continue_from {has}. Set {wanted}."
             )
     if not config.shared:
         try:
             split_sigmas(sigmas_from_timesteps(config.timesteps(family)), config.boundary)
         except ScheduleError as error:
-            raise TrainingError(f"{error} It follows from shift, sample_steps and boundary; a pair has the same for both.") from error
+            raise TrainingError(f"{error} The steps follow from shift, sample_steps and boundary, the same for both experts.") from error
 
 
 def check_not_output(what: str, given: Path, file: Path) -> None:
@@ -260,4 +260,4 @@ def save_expert(path: Path, expert: Expert, model: Any) -> None:
     """
     own = model.model_dtype() if model.model_dtype() in (torch.float32, torch.float16) else torch.bfloat16
     write_expert(path, expert, module_shapes(model), torch.bfloat16, own)
-    logger.info("saved %s to %s", expert, path)
+    logger.info("Saved %s to %s", expert, path)

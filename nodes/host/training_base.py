@@ -21,6 +21,7 @@ from ...dcm_core.distill.memory import Memory
 from ...dcm_core.distill.signals import held_back
 from ...dcm_core.distill.trainee import WeightOf
 from ...dcm_core.distill.trainer import Trainer
+from ...dcm_core.errors import counted
 from ...dcm_core.experts import FILE_PREFIX
 from ...dcm_core.families import Family
 from .attach import compute_dtype, detach_experts, diffusion_model, module_shapes, require_family
@@ -31,7 +32,7 @@ from .sampling import check_text
 
 logger = logging.getLogger("ComfyUI-DCM")
 
-# What a step may take to end, and a state to be written, when the process is about to.
+# What a step may take to end, and a checkpoint to be written, when the process is about to.
 EXIT_SECONDS = 120.0
 
 
@@ -84,7 +85,7 @@ def interrupted_at_exit() -> Iterator[None]:
         # pressed again, it would end the process in the middle of the writing
         with held_back():
             comfy.model_management.interrupt_current_processing(True)
-            logger.info("The training run is saved before ComfyUI ends; this takes %.0f s at most.", EXIT_SECONDS)
+            logger.info("Saving the training run before ComfyUI ends. This takes at most %.0f s.", EXIT_SECONDS)
             over.wait(EXIT_SECONDS)
 
     atexit.register(leave)
@@ -108,7 +109,7 @@ def training_base(model: Any) -> Any:
             base = base.get_non_dynamic_delegate()
         except RuntimeError as error:
             raise TrainingError(
-                f"This ComfyUI may take the MODEL's weights away while they are trained on, and cannot load them to stay ({error}). "
+                f"This ComfyUI may unload the model's weights during training and cannot keep them loaded ({error}). "
                 "Load the model with DCM Load Model or Load Diffusion Model, or start ComfyUI with --disable-dynamic-vram."
             ) from error
     # compiled blocks and the like: they hide the layers that are trained beside
@@ -181,7 +182,7 @@ def _measure(trainer: Trainer, base: Any) -> Memory:
         memory = _try(trainer)
     if memory is None:
         raise TrainingError(
-            "There is too little memory for even a small step. Try gradient checkpointing on, a smaller rank, or a base in fp8."
+            "Not enough memory for even a small training step. Turn gradient_checkpointing on, lower rank, or load the base in fp8."
         )
     return memory
 
@@ -194,8 +195,8 @@ def _try(trainer: Trainer) -> Memory | None:
         if is_oom(error):
             return None
         raise TrainingError(
-            f"The model cannot be trained on as it is loaded ({error}). Load a text-to-video model, with weight_dtype default or "
-            "fp8_e4m3fn (fast fp8 has no gradient)."
+            f"The model cannot be trained the way it is loaded ({error}). Load a text-to-video model with weight_dtype default or "
+            "fp8_e4m3fn; fp8_e4m3fn_fast has no gradient."
         ) from error
 
 
@@ -208,8 +209,8 @@ def own_weights(base: Any) -> WeightOf:
         plain = convert(stored.detach()).to(device="cpu", dtype=torch.float32, copy=True)
         if tuple(plain.shape) != shapes[name]:
             raise TrainingError(
-                f"{name} is stored in a format that cannot be read back ({type(stored.data).__name__}). "
-                "Train on a base in float32, float16, bfloat16 or fp8."
+                f"{name} is stored in a format that training cannot read ({type(stored.data).__name__}). "
+                "Load the base in float32, float16, bfloat16 or fp8."
             )
         return comfy.lora.calculate_weight(patched, plain, FILE_PREFIX + name)
 
@@ -225,18 +226,19 @@ def check_data(model: Any, data: TrainingData, vae: Any = None) -> None:
     channels = model.model.latent_format.latent_channels
     decoded = getattr(vae, "latent_channels", channels)
     if decoded != channels:
-        raise TrainingError(f"The VAE's latents have {decoded} channels, the model's have {channels}. Connect the model's own VAE.")
+        raise TrainingError(f"The VAE's latents have {counted(decoded, 'channel')}, the model's {channels}. Connect the model's own VAE.")
     for bucket in data.buckets:
         shape = data.shape(bucket[0])
         if shape[0] != channels:
             raise TrainingError(
-                f"The dataset's latents have {shape[0]} channels, the model takes {channels}. Encode the clips with the model's own VAE."
+                f"The dataset's latents have {counted(shape[0], 'channel')}, the model takes {channels}. "
+                "Encode the clips with the model's own VAE."
             )
     family = require_family(model)
     for text in (data.conditioning(0), data.unconditional()):
         check_text(model, text, "dataset")
         if not family.text_extras and isinstance(text[0][1].get("pooled_output"), Tensor):
             raise TrainingError(
-                f"The dataset's texts have pooled embeddings, which {family.title} does not take: it was encoded for another model. "
+                f"The dataset was encoded for another model: its captions have pooled embeddings, which {family.title} does not use. "
                 f"Encode the clips with the VAE and the text encoder of {family.title}."
             )

@@ -90,7 +90,7 @@ def test_native_with_a_cut_down_block(family, base):
     shapes = {key: (1,) for key in native(family, base)}
     key = next(k for k in sorted(shapes) if "blocks.1." in k and k.endswith(".weight") and not k.startswith("txt_in"))
     del shapes[key]
-    refuse(shapes, family.title, f"1 tensors are missing ({key})")
+    refuse(shapes, family.title, f"1 tensor is missing ({key})")
 
 
 @pytest.mark.parametrize("adapter", ["default", "0", "x_y"])
@@ -161,7 +161,7 @@ def test_any_missing_key_is_named(family):
     shapes = release_shapes(family)
     for key in sorted(shapes)[::5]:
         bare = key.replace(".base_layer.", ".")
-        refuse({k: s for k, s in shapes.items() if k != key}, family.title, f"1 tensors are missing ({bare})")
+        refuse({k: s for k, s in shapes.items() if k != key}, family.title, f"1 tensor is missing ({bare})")
 
 
 def test_missing_keys_of_a_plain_file(family, base):
@@ -172,7 +172,7 @@ def test_missing_keys_of_a_plain_file(family, base):
 
 
 def test_keys_that_do_not_belong(family):
-    refuse(release_shapes(family) | {"blocks.0.attn9.to_q.weight": (1,)}, "1 are unknown (blocks.0.attn9.to_q.weight)")
+    refuse(release_shapes(family) | {"blocks.0.attn9.to_q.weight": (1,)}, "1 is unknown (blocks.0.attn9.to_q.weight)")
 
 
 def test_a_lora_where_the_release_has_none(family):
@@ -199,7 +199,7 @@ def test_a_release_without_its_low_rank_part(family):
 
 
 def test_a_detail_copy_of_a_layer_the_base_lacks():
-    refuse(release_shapes(WAN) | {(key := "condition_embedder_lora.image_embedder.norm1.weight"): (8,)}, f"1 are unknown ({key})")
+    refuse(release_shapes(WAN) | {(key := "condition_embedder_lora.image_embedder.norm1.weight"): (8,)}, f"1 is unknown ({key})")
 
 
 def test_two_adapters(family):

@@ -224,7 +224,7 @@ def test_files_that_need_no_conversion(family, save, release, targets, tmp_path)
 
 def test_half_a_release_writes_nothing(family, save, release, targets):
     release.pop(next(key for key in release if ".lora_B." in key))
-    with pytest.raises(CheckpointError, match=r"1 tensors are missing"):
+    with pytest.raises(CheckpointError, match=r"1 tensor is missing"):
         convert_release(save(release), *targets, progress=never)
     assert written(targets) == []
 

@@ -52,7 +52,7 @@ def test_half_a_release_is_described(family, save, release):
     key = next(key for key in release if ".lora_B." in key)
     del release[key]
     found = inspect_file(save(release))
-    assert "1 tensors are missing" in found.problem and key in found.problem
+    assert "1 tensor is missing" in found.problem and key in found.problem
     assert found.tensors == len(release)
     assert key in str(found)
 

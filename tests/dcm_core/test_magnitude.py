@@ -218,7 +218,7 @@ def test_nan_is_named_and_the_rest_shown(family, save, release):
 
 def test_half_a_release_is_an_error(save, release):
     del release[next(key for key in release if ".lora_B." in key)]
-    with pytest.raises(CheckpointError, match="1 tensors are missing"):
+    with pytest.raises(CheckpointError, match="1 tensor is missing"):
         file_profile(save(release))
 
 

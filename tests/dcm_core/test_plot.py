@@ -1,7 +1,5 @@
 """A picture says what its numbers say."""
 
-import math
-
 import pytest
 import torch
 from PIL import ImageColor
@@ -9,7 +7,7 @@ from PIL import ImageColor
 from dcm_core.errors import ScheduleError
 from dcm_core.families import WAN
 from dcm_core.magnitude import Profile
-from dcm_core.plot import BACKGROUND, COLOURS, plot_losses, plot_profile, plot_schedule
+from dcm_core.plot import BACKGROUND, COLOURS, plot_profile, plot_schedule
 from dcm_core.schedule import generic_sigmas
 
 
@@ -78,57 +76,6 @@ def test_refuses_what_has_no_plan():
         plot_schedule(torch.tensor([0.1, 0.5]), 0.979)
     with pytest.raises(ScheduleError, match="boundary"):
         plot_schedule(WAN.preset.sigmas, 1.0)
-
-
-def losses(*values, term="loss"):
-    """A history of one term."""
-    return [{"step": step, term: value} for step, value in enumerate(values)]
-
-
-def level_rows(image):
-    """The rows of the highest, the middle and the lowest level."""
-    rows = (~empty(image))[:, image.width // 2 : -image.width // 10].float().mean(1) > 0.9
-    found = rows.nonzero().flatten().tolist()
-    return [row for row in found if row - 1 not in found]
-
-
-def height_of_mean(image, across):
-    """Row of the running mean at a share of its way."""
-    curve = of_colour(image, COLOURS["semantic"])
-    columns = curve.any(0).nonzero().flatten()
-    return curve[:, columns[round(across * (len(columns) - 1))]].nonzero().float().mean().item()
-
-
-@pytest.mark.parametrize(("width", "height"), [(768, 432), (512, 768)])
-def test_the_mean_of_a_loss_lies_where_its_values_say(width, height):
-    image = plot_losses(losses(0.0, 1.0), "loss", width, height)
-    highest, middle, lowest = level_rows(image)
-    assert (image.size, image.mode) == ((width, height), "RGB") and highest + lowest == pytest.approx(2 * middle, abs=2)
-    # the mean goes from 0 to 1 / 2
-    for across in (0.1, 0.5, 0.9):
-        assert height_of_mean(image, across) == pytest.approx(lowest + across * (middle - lowest), abs=6)
-
-
-def test_one_wild_step_does_not_flatten_the_rest():
-    image = plot_losses(losses(*[0.0, 1.0] * 50, 1000.0), "loss")
-    highest, middle, _ = level_rows(image)
-    assert height_of_mean(image, 0.5) == pytest.approx(middle, abs=5)
-    assert empty(image)[header_height(image) : highest - 3, image.width // 2 :].all(), "cut off at the highest level"
-
-
-def test_a_loss_s_picture_is_of_its_own_finite_values():
-    history = losses(3.0, 1.0, 2.0)
-    more = [{**entry, "other": 9.0} for entry in history] + [{"step": 3, "other": 1.0}] + losses(math.nan, math.inf)
-    image = plot_losses(history, "loss")
-    assert plot_losses(more, "loss").tobytes() == image.tobytes() != plot_losses(more, "other").tobytes()
-
-
-def test_a_single_step_is_a_point_and_none_an_empty_picture():
-    for term, values in (("loss", [2.0]), ("none", [])):
-        image = plot_losses(losses(*values), term)
-        assert of_colour(image, COLOURS["semantic"]).any() == bool(values)
-        assert not empty(image)[: header_height(image)].all()
-        assert empty(image)[header_height(image) :].all() == (not values)
 
 
 GROUPS = {"in": 1, "blocks": 4, "out": 1}

@@ -1,6 +1,7 @@
 """Chromium on a running host's page, as a user drives it."""
 
 import json
+import re
 import shutil
 import time
 
@@ -42,6 +43,18 @@ const cut = [...element.querySelectorAll('span, input')].filter(part => part.scr
   && getComputedStyle(part).overflowX !== 'visible').map(part => part.textContent || part.value);
 const below = [...element.querySelectorAll('input, textarea, button')].filter(part => part.getBoundingClientRect().bottom > end);
 return [node.type, cut, below.length] })"""
+
+# Of a node's own text: the words, how high they are, how high the box that shows them, and how far the box is outside of its node.
+SAID = """id => { const node = app.graph.getNodeById(id), { element } = node.widgets.find(widget => widget.name === "dcm_text");
+const { ds, canvas } = app.canvas, page = canvas.getBoundingClientRect();
+const frame = document.querySelector(`[data-node-id="${id}"]`)?.getBoundingClientRect() ?? {
+  left: page.left + (node.pos[0] + ds.offset[0]) * ds.scale, right: page.left + (node.pos[0] + node.size[0] + ds.offset[0]) * ds.scale,
+  top: page.top + (node.pos[1] + ds.offset[1]) * ds.scale, bottom: page.top + (node.pos[1] + node.size[1] + ds.offset[1]) * ds.scale };
+const box = element.getBoundingClientRect();
+const { scrollWidth, clientWidth, scrollHeight, clientHeight, textContent, innerText, childElementCount } = element;
+return { text: textContent, lines: innerText, wide: scrollWidth - clientWidth, high: scrollHeight, shown: clientHeight,
+  markup: childElementCount,
+  outside: Math.max(frame.left - box.left, box.right - frame.right, frame.top - box.top, box.bottom - frame.bottom) } }"""
 
 
 class Page:
@@ -195,6 +208,19 @@ class Page:
         self.wait("() => app.graph._nodes.every(({ id }) => document.querySelector(`[data-node-id=\"${id}\"] button`))")
         return self.run(CUT_IN_NODES_2)
 
+    def said(self, kind):
+        """What the graph's only node of a kind says, and how it is shown (SAID)."""
+        return self.run(SAID, self.node(kind))
+
+    def wait_until_said(self, kind, pattern, seconds=SECONDS):
+        """Until the text of a node has a pattern; its match."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if found := re.search(pattern, self.said(kind)["text"]):
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"{kind} says {self.said(kind)['text']!r}, not {pattern!r}")
+
     def listen_to_the_bar(self):
         """Keep the step bar's words, one after the other, in the page's `captions`."""
         self.run(
@@ -215,7 +241,8 @@ class Page:
         self.run(
             """() => { window.heard = [];
             if (window.listening) return; window.listening = true;
-            const names = ['progress_state', 'execution_success', 'execution_error', 'b_preview_with_metadata', 'b_preview', 'dcm.plan'];
+            const names = ['progress_state', 'execution_success', 'execution_error', 'execution_interrupted', 'b_preview_with_metadata',
+              'b_preview', 'dcm.plan'];
             for (const name of names) app.api.addEventListener(name, ({ detail }) =>
               window.heard.push([name, detail instanceof Blob || detail?.blob ? 'image' : structuredClone(detail)])) }"""
         )

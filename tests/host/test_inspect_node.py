@@ -228,7 +228,7 @@ def test_files_that_are_something_else(look, folder, recipe):
     del half["proj_out_lora.bias"]
     save_file(half, folder / "diffusion_models" / "half.safetensors")
     facts, _ = look("diffusion_models/half.safetensors")
-    assert "1 tensors are missing (proj_out_lora.bias)" in facts["problem"]
+    assert "1 tensor is missing (proj_out_lora.bias)" in facts["problem"]
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def broken(kind, tensors):
     ("kind", "message"),
     [
         ("missing", r"2 tensors are missing \(blocks\.0\.attn1\.to_q\.weight, proj_out_lora\.bias\)"),
-        ("extra", r"1 are unknown \(blocks\.0\.attn1\.to_z\.weight\)"),
+        ("extra", r"1 is unknown \(blocks\.0\.attn1\.to_z\.weight\)"),
         ("half lora", r"missing \(blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\)"),
         ("shape", r"blocks\.1\.attn2\.to_v have shapes that do not fit"),
         ("nan", r"proj_out_lora\.weight hold NaN"),

@@ -173,7 +173,7 @@ def test_ctrl_c_on_the_server_saves_a_training_run(info, tmp_path):
         with start_server(tmp_path) as running:
             running.queue(found)
             deadline = time.monotonic() + RUN_SECONDS
-            while "step 1/100000" not in running.log() and time.monotonic() < deadline:
+            while "Step 1 of 100000" not in running.log() and time.monotonic() < deadline:
                 time.sleep(0.1)
             running.process.send_signal(signal.SIGINT)
             running.process.wait(timeout=RUN_SECONDS)

@@ -213,14 +213,14 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
 
     first = run(2)
     assert first.returncode == 0, first.stderr[-3000:]
-    assert "semantic expert, rank 2" in first.stdout and ", 2 steps, saved to" in first.stdout
+    assert "semantic expert, rank 2" in first.stdout and ", 2 steps.\nSaved to" in first.stdout
     log = first.stderr
-    assert 0 < log.index("peak memory about") < log.index("step 2/2: loss"), "told before the first step"
-    assert ", 3 steps (went on from step 2 with steps: 2 -> 3), saved to" in run(3).stdout
+    assert 0 < log.index("Peak memory about") < log.index("Step 2 of 2: loss"), "told before the first step"
+    assert ", 3 steps.\nResumed from step 2 of 3, changed: steps: 2 -> 3.\nSaved to" in run(3).stdout
     assert list((tmp_path / "expert_states").glob("step_00000003.safetensors"))
     assert {path.name for path in (tmp_path / "expert_states").glob("*.png")} >= {"loss_loss.png", "loss_huber.png", "loss_temporal.png"}
     wrong = run(3, modle="x")
-    assert wrong.returncode == 2 and "modle is no setting of a training run" in wrong.stderr
+    assert wrong.returncode == 2 and "Unknown setting modle. Valid settings: " in wrong.stderr
 
 
 def test_a_model_that_the_host_cannot_load_to_stay_is_refused(train, module, wan, tmp_path, data, config, monkeypatch):
@@ -243,17 +243,17 @@ def base_file(wan, tmp_path_factory):
 @pytest.mark.parametrize(
     ("more", "error"),
     [
-        ({"training": None}, "`training` is None; it has to be settings by name"),
-        ({"states": 5}, "`states` is 5; it has to be a path"),
-        ({"output": "."}, "`output` is .*, a folder; it has to be the file to write"),
+        ({"training": None}, "`training` is None; expected a table of settings"),
+        ({"states": 5}, "`states` is 5; expected a path"),
+        ({"output": "."}, "`output` is .*, which is a folder; expected the name of the file to write"),
         ({"weight_dtype": ["default"]}, r"weight_dtype is \['default'\]; choose one of default"),
         ({"semantic": "expert.safetensors"}, "semantic is expert.safetensors, the file that this run writes"),
         ({"output": "base.safetensors"}, "model is base.safetensors, the file that this run writes"),
         ({"output": "data.safetensors"}, "dataset is data.safetensors, the file that this run writes"),
         ({"text_encoders": ["a.safetensors", "./expert.safetensors"]}, "text_encoders is ./expert.safetensors, the file that this run"),
         ({"dataset": 3}, "`dataset` is 3"),
-        ({"dataset": {"folder": "clips"}, "vae": "base.safetensors"}, "`vae` is .*base.safetensors, which holds no VAE"),
-        ({"dataset": {"folder": "clips"}, "vae": None}, "`vae` is None; it has to be a path"),
+        ({"dataset": {"folder": "clips"}, "vae": "base.safetensors"}, "`vae` is .*base.safetensors, which is not a VAE"),
+        ({"dataset": {"folder": "clips"}, "vae": None}, "`vae` is None; expected a path"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(more, error, base_file, module):

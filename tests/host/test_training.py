@@ -118,16 +118,16 @@ def test_the_trained_expert_samples_as_it_trained(train, module, model, data, co
 def test_another_configuration_or_other_data_is_not_resumed(train, module, model, data, config, tmp_path):
     errors = module("dcm_core.distill.config")
     train(model, data, config("semantic", steps=1), tmp_path)
-    with pytest.raises(errors.TrainingError, match=r"it differs in rank: 4 -> 8"):
+    with pytest.raises(errors.TrainingError, match=r"a checkpoint of a run with other settings: rank: 4 -> 8"):
         train(model, data, config("semantic", rank=8), tmp_path)
     other = random_data(module("dcm_core.distill.dataset"), count=3)
-    with pytest.raises(errors.TrainingError, match="it differs in data: "):
+    with pytest.raises(errors.TrainingError, match="with other settings: data: "):
         train(model, other, config("semantic"), tmp_path)
     assert len(train(model, data, config("semantic", steps=2), tmp_path).history) == 2
     semantic = train(model, data, config("semantic", steps=1), tmp_path / "semantic").expert
     train(model, data, config("detail", steps=1), tmp_path / "detail", below=semantic)
     for given in ({}, {"below": semantic, "start": semantic}):
-        with pytest.raises(errors.TrainingError, match=r"it differs in (semantic expert: \w+ -> None|start: None -> \w+)"):
+        with pytest.raises(errors.TrainingError, match=r"with other settings: (semantic expert: \w+ -> None|start: None -> \w+)"):
             train(model, data, config("detail", steps=2), tmp_path / "detail", **given)
 
 
@@ -135,9 +135,10 @@ def test_a_finished_run_gives_its_expert_and_says_what_it_did(train, model, data
     whole = train(model, data, config("semantic", steps=2), tmp_path)
     again = train(model, data, config("semantic", steps=2, save_every=1), tmp_path)
     assert same(whole.expert, again.expert) and again.history == whole.history
-    assert whole.resumed == "" and again.resumed == "all 2 steps were made before, nothing was trained; raise steps to train on"
+    assert whole.resumed == "" and again.resumed == "Already at step 2 of 2: nothing was trained. Raise steps to train further."
     longer = train(model, data, config("semantic", steps=3, learning_rate=1e-3), tmp_path)
-    assert longer.resumed == "went on from step 2 with steps: 2 -> 3; learning_rate: 0.0001 -> 0.001" and len(longer.history) == 3
+    assert longer.resumed == "Resumed from step 2 of 3, changed: steps: 2 -> 3; learning_rate: 0.0001 -> 0.001."
+    assert len(longer.history) == 3
 
 
 def test_another_learning_rate_takes_effect_where_a_run_goes_on(train, model, data, config, tmp_path):
@@ -149,9 +150,9 @@ def test_another_learning_rate_takes_effect_where_a_run_goes_on(train, model, da
 
 
 REFUSED = {
-    "another run": ({"rank": 8}, r"it differs in rank: 4 -> 8"),
-    "fewer steps": ({"steps": 1}, r"steps is 1, but the run in .* has made 2 already. Set steps to 2"),
-    "rate": ({"steps": 2, "learning_rate": 1e-3}, r"all of its 2 steps: there is none left for learning_rate: 0.0001 -> 0.001"),
+    "another run": ({"rank": 8}, r"with other settings: rank: 4 -> 8"),
+    "fewer steps": ({"steps": 1}, r"steps is 1, but the run in .* is already at step 2. Set steps to 2"),
+    "rate": ({"steps": 2, "learning_rate": 1e-3}, r"at step 2 of 2, so no step is left for learning_rate: 0.0001 -> 0.001"),
     "held out": ({"held_out": 4}, r"4 of 4 clips cannot be held out"),
 }
 
@@ -177,7 +178,7 @@ def test_nan_losses_end_the_run_and_keep_the_expert(train, module, model, config
     dataset, errors = module("dcm_core.distill.dataset"), module("dcm_core.distill.config")
     broken = dataset.TensorData([torch.full((16, 2, 4, 6), float("nan"))], [[[torch.zeros(1, 3, 4096), {}]]], [0],
                                 [[torch.zeros(1, 3, 4096), {}]])
-    with pytest.raises(errors.TrainingError, match=r"no number 5 times in a row.*Lower learning_rate"):
+    with pytest.raises(errors.TrainingError, match=r"NaN or infinite 5 times in a row.*Lower learning_rate"):
         train(model, broken, config("semantic", steps=20, batch_size=1), tmp_path)
     state = module("dcm_core.distill.state").newest_state(tmp_path)[1]
     assert all(value.isfinite().all() for value in state.tensors.values())
@@ -186,7 +187,7 @@ def test_nan_losses_end_the_run_and_keep_the_expert(train, module, model, config
 def test_states_that_cannot_be_read_are_kept_and_nothing_starts_over_them(train, module, model, data, config, tmp_path):
     state = module("dcm_core.distill.state")
     (tmp_path / "step_00000900.safetensors").write_bytes(b"cut")
-    with pytest.raises(ValueError, match=r"None of the 1 states in .* can be read \(newest: step_00000900"):
+    with pytest.raises(ValueError, match=r"No checkpoint in .* can be used: 1 file tried \(newest: step_00000900"):
         train(model, data, config("semantic"), tmp_path)
     saved = state.SavedState(2, config("semantic"), {}, [{"step": 1.0}, {"step": 2.0}], {"x": torch.zeros(2)})
     for steps in (1, 2, 3):
@@ -213,7 +214,7 @@ def test_a_full_disk_loses_no_state(train, module, model, data, config, tmp_path
 def test_what_does_not_fit_is_refused_before_training(train, module, model, data, config, random_expert, tmp_path):
     errors = module("dcm_core.errors")
     foreign = dataclasses.replace(random_expert(model), family="hunyuan_video")
-    with pytest.raises(errors.DCMError, match=r"The expert is of hunyuan_video, the model is Wan 2.1"):
+    with pytest.raises(errors.DCMError, match=r"The expert is for hunyuan_video, but the model is Wan 2.1"):
         train(model, data, config("semantic"), tmp_path, start=foreign)
     wide = random_data(module("dcm_core.distill.dataset"), channels=48)
     with pytest.raises(errors.DCMError, match="have 48 channels, the model takes 16"):
@@ -230,7 +231,7 @@ def test_too_little_memory_is_refused_with_advice(train, module, model, data, co
         return (2**20, 2**20) if torch_free_too else 2**20
 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", little)
-    with pytest.raises(module("dcm_core.errors").DCMError, match=r"needs about .* GiB beside the base model.*batch_size below 2"):
+    with pytest.raises(module("dcm_core.errors").DCMError, match=r"needs about .* GiB beside the base model.*lower batch_size from 2"):
         train(model, data, config("detail"), tmp_path)
 
 
@@ -334,6 +335,6 @@ def test_a_base_without_a_gradient_is_refused(train, module, model, data, config
     errors = module("dcm_core.errors")
     layer = model.model.diffusion_model.blocks[0].ffn[0]
     monkeypatch.setitem(layer.__dict__, "forward", lambda x: x.int())
-    with pytest.raises(errors.DCMError, match=r"cannot be trained on as it is loaded \(.*Load a text-to-video model, with weight_dtype"):
+    with pytest.raises(errors.DCMError, match=r"cannot be trained the way it is loaded \(.*Load a text-to-video model with weight_dtype"):
         train(model, data, config("semantic"), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -158,7 +158,7 @@ def run_on_card(module, train, config, small_card, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("settings", "first", "advice"), [
-    ({"rank": 0}, "first_expert", r"a rank above 0 \(a LoRA instead"), ({"rank": 128, "alpha": 128.0}, "Trainer", "rank below 128"),
+    ({"rank": 0}, "first_expert", r"set rank above 0 \(a LoRA instead"), ({"rank": 128, "alpha": 128.0}, "Trainer", "lower rank from 128"),
 ])
 def test_tensors_that_cannot_fit_are_refused_before_they_are_made(
     settings, first, advice, wan, train, data, config, module, small_card, tmp_path, monkeypatch
@@ -195,7 +195,7 @@ def test_a_step_that_does_not_fit_beside_the_base_is_measured_without_it(wan, ru
     model = wan(layers=8, width=256)
     whole, card = run_on_card(model, lambda told: told.coming + told.base // 8)
     assert whole.history == card.history and same(whole.expert, card.expert)
-    with pytest.raises(module("dcm_core.errors").DCMError, match="too little memory for even a small step"):
+    with pytest.raises(module("dcm_core.errors").DCMError, match="Not enough memory for even a small training step"):
         run_on_card(model, lambda told: told.step // 2)
 
 

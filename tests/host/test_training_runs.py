@@ -210,16 +210,16 @@ def test_a_semantic_expert_that_is_only_on_the_model_is_refused(train, module, m
     """A run takes it off: the detail expert would stand on the base alone."""
     expert = semantic_expert(boundary=0.9)
     attached = module("nodes.host.attach").attach_experts(model, expert)
-    with pytest.raises(ValueError, match=r"has a semantic expert on it, which a run takes off.*Connect that expert to semantic_expert"):
+    with pytest.raises(ValueError, match=r"has a semantic expert attached. Training removes it.*[Cc]onnect that expert to semantic_expert"):
         train(attached, data, config("detail"), tmp_path)
     assert train(attached, data, config("detail", steps=1), tmp_path, below=expert).history
 
 
 @pytest.mark.parametrize(("form", "settings", "message"), [
-    ({"rank": 2, "alpha": 4.0}, {}, r"rank is 4 and alpha 8, but .* has pairs of rank 2 and alpha 4\. Set rank to 2 and alpha to 4\."),
-    ({"alpha": 4.0}, {}, r"has pairs of rank 4 and alpha 4\."),
-    ({"rank": 0}, {}, r"has no pairs, as it was trained whole\. Set rank to 0\."),
-    ({}, {"rank": 0}, r"rank is 0 .* has pairs of rank 4 and alpha 8\."),
+    ({"rank": 2, "alpha": 4.0}, {}, r"rank is 4 and alpha is 8, but .* has rank 2 and alpha 4\. Set rank to 2 and alpha to 4\."),
+    ({"alpha": 4.0}, {}, r"has rank 4 and alpha 4\."),
+    ({"rank": 0}, {}, r"is no LoRA: all its weights were trained\. Set rank to 0\."),
+    ({}, {"rank": 0}, r"rank is 0 .* has rank 4 and alpha 8\."),
 ])
 def test_a_form_that_the_expert_to_continue_from_has_not_is_refused(form, settings, message, train, module, model, data, config, tmp_path):
     family = module("dcm_core.families").WAN

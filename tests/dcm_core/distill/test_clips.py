@@ -132,7 +132,7 @@ def test_clips_that_cannot_be_used_are_refused_with_the_reason(clip, video, tmp_
         "empty.mp4": "cannot be read",
         "gone.mp4": "does not exist",
         "tiny.mkv": "is 40x30, too small for 64x48",
-        "short.mkv": r"lasts 0\.501 s, 8 frames at 16 per second; 9 are wanted",
+        "short.mkv": r"lasts 0\.501 s, 8 frames at 16 per second; expected 9",
     }
     for name, reason in reasons.items():
         with pytest.raises(ClipError, match=reason):
@@ -198,7 +198,7 @@ def test_pixels_of_no_width_are_too_small_a_clip(tmp_path):
 def test_no_good_clip_is_an_error_with_three_reasons(clip, tmp_path):
     for name in "abcde":
         clip(f"{name}.mkv", frames=2)
-    with pytest.raises(DCMError, match=r"(?s)None of the 5 clips.*a\.mkv: lasts.*c\.mkv.*and 2 more") as error:
+    with pytest.raises(DCMError, match=r"(?s)No clip can be used: 5 clips left out.*a\.mkv: lasts.*c\.mkv.*and 2 more") as error:
         check_clips(find_clips(tmp_path), SMALL)
     assert "d.mkv" not in str(error.value)
 
@@ -209,7 +209,7 @@ def test_what_is_unusual_is_noted(video, tmp_path):
 
     assert notes("plain.mkv", frames=30, fps=30) == ()
     assert notes("variable.mkv", times=[0, 40, 100, 140, 300, 500, 540, 600]) == ("variable frame rate, frames taken by their time",)
-    assert notes("slow.mkv", fps=8) == ("8 frames per second, so frames repeat at 16",)
+    assert notes("slow.mkv", fps=8) == ("8 fps, so frames repeat at 16 fps",)
     assert notes("little.mkv", size=(60, 45)) == ("60x45 enlarged to 64x48",)
 
 

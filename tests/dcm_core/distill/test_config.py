@@ -22,15 +22,15 @@ def test_the_paper_s_values_are_the_defaults():
     ("values", "message"),
     [
         ({"expert": "both"}, "expert is 'both'; choose semantic or detail"),
-        ({"expert": "detail", "rank": 0}, "rank is 0; the detail expert is a LoRA"),
-        ({"expert": "detail", "shared": True}, "shared is true; an expert for all noise levels is trained as a semantic one"),
-        ({"expert": "semantic", "learning_rate": float("nan")}, "learning_rate is nan; it has to be a number from"),
+        ({"expert": "detail", "rank": 0}, "rank is 0, but a detail expert is a LoRA"),
+        ({"expert": "detail", "shared": True}, "shared is true, but an expert for all noise levels is trained as a semantic expert"),
+        ({"expert": "semantic", "learning_rate": float("nan")}, "learning_rate is nan; expected a number from"),
         ({"expert": "semantic", "steps": 0}, "steps is 0"),
         ({"expert": "semantic", "scheduler": "linear"}, "choose one of constant, cosine"),
         ({"expert": "detail", "discriminator_width": 100}, "multiple of 32"),
-        ({"expert": "semantic", "step": 5}, "step is no training setting. There are: expert, steps"),
-        ({"expert": "semantic", "steps": "many"}, "steps is 'many'; it has to be a int"),
-        ({"expert": "semantic", "steps": True}, "steps is True; it has to be a int"),
+        ({"expert": "semantic", "step": 5}, "Unknown setting step. Valid settings: expert, steps"),
+        ({"expert": "semantic", "steps": "many"}, "steps is 'many'; expected a whole number"),
+        ({"expert": "semantic", "steps": True}, "steps is True; expected a whole number"),
     ],
 )
 def test_wrong_settings_are_named(values, message):

@@ -198,7 +198,7 @@ def test_a_clip_that_fails_while_it_is_encoded_is_left_out(three, run):
     data, _ = run(encode_video=some_nan)
     assert [entry.clip.name for entry in data.entries] == ["a.mkv", "b.mkv"]
     assert "c.mkv: has a latent with NaN" in data.report()
-    with pytest.raises(DCMError, match=r"None of the 3 clips can be used(?s:.*)a\.mkv: has a latent with NaN"):
+    with pytest.raises(DCMError, match=r"No clip can be used: 3 clips left out(?s:.*)a\.mkv: has a latent with NaN"):
         run(encode_video=lambda pixels: shrink(pixels) * float("nan"), video_id="broken")
 
 

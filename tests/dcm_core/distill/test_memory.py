@@ -80,17 +80,18 @@ def test_advice_names_what_would_help():
     memory = Memory(base=0, present=0, moments=2**30, step=2**30)
     memory.check(2**31, TrainingConfig("semantic"))
     cases = {
-        "batch_size below 4": {"batch_size": 4},
-        "gradient checkpointing on": {"checkpointing": False},
-        "a rank above 0": {"rank": 0},
-        "rank below 64, and alpha in proportion": {"rank": 64},
-        "fewer frames": {},
+        "lower batch_size from 4": {"batch_size": 4},
+        "turn gradient checkpointing on": {"checkpointing": False},
+        "set rank above 0": {"rank": 0},
+        "lower rank from 64, and alpha in proportion": {"rank": 64},
+        "use fewer frames": {},
     }
     for advice, settings in cases.items():
-        with pytest.raises(TrainingError, match=rf"needs about 2\.00 GiB beside the base model, 1\.50 GiB can be had\. Try .*{advice}"):
+        needed = r"needs about 2\.00 GiB beside the base model, but only 1\.50 GiB are available\."
+        with pytest.raises(TrainingError, match=f"{needed} To need less: .*{advice}"):
             memory.check(3 * 2**29, TrainingConfig("semantic", **settings))
 
 
 def test_memory_in_words():
     text = str(Memory(base=2**30, present=2**28, moments=2**28, step=2**29))
-    assert text == "peak memory about 2.00 GiB (base 1.00, experts and optimiser 0.50, a step 0.50)"
+    assert text == "Peak memory about 2.00 GiB (base 1.00, experts and optimiser 0.50, one step 0.50)"
