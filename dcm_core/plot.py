@@ -113,9 +113,9 @@ def _dashed(canvas: Canvas, up: float) -> None:
         x += 3.5 * canvas.unit
 
 
-def plot_profile(profile: Profile | None, title: str, width: int = 960, height: int = 432) -> Image.Image:
+def plot_profile(profile: Profile | None, title: str, width: int = 768, height: int = 432) -> Image.Image:
     """A bar for each expert at each block, the embedders before and the output head after them; None: no expert."""
-    canvas = Canvas(width, height, (12, 19, 3, 13))
+    canvas = Canvas(width, height, (14, 27, 3, 16), text=5.2)
     unit = canvas.unit
     canvas.text((canvas.left, 5 * unit), canvas.shortened(title), "lm")
     every = [size for sizes in profile.experts.values() for size in sizes.values()] if profile else []
@@ -127,10 +127,10 @@ def plot_profile(profile: Profile | None, title: str, width: int = 960, height: 
     lines = math.ceil(highest / step - 1e-9)
     for line in range(lines + 1):
         canvas.level(line / lines, f"{100 * line * step:g}%" if profile.relative else f"{line * step:g}", canvas.small)
-    canvas.legend(12 * unit, {name: COLOURS.get(name, TEXT) for name in profile.experts})
+    canvas.legend(13 * unit, {name: COLOURS.get(name, TEXT) for name in profile.experts})
     says = "size of the change / size of the weights" if profile.relative else "size of the change (Frobenius norm)"
     says += ", ? needs the base" if profile.unmeasured else ""
-    canvas.text((canvas.right, 12 * unit), says, "rm", canvas.small)
+    canvas.text((canvas.left, 20 * unit), says, "lm", canvas.small)
     _bars(canvas, profile, lines * step)
     return canvas.finished()
 
@@ -141,12 +141,12 @@ def _bars(canvas: Canvas, profile: Profile, highest: float) -> None:
     # a gap before and after each group, as wide as a column
     column = (canvas.right - canvas.left) / (sum(groups.values()) + len(groups))
     bar = min(0.8 * column / len(profile.experts), 10 * unit)
-    every = round_step(max(1.0, 7 * unit / column))
+    every = round_step(max(1.0, 9 * unit / column))
     x = canvas.left + column / 2
     for group, count in groups.items():
         single = group in (BEFORE, AFTER)
         name = group if single else group.removesuffix("s").replace("_", " ")
-        canvas.text((x + count * column / 2, bottom + (2 if single else 7) * unit), name, "ma", canvas.small)
+        canvas.text((x + count * column / 2, bottom + (2 if single else 8) * unit), name, "ma", canvas.small)
         for index in range(count):
             if not single and index % every == 0:
                 canvas.text((x + column / 2, bottom + 2 * unit), str(index), "ma", canvas.small)

@@ -66,7 +66,7 @@ class Bar {
     }
     const count = (expert) => steps.filter((step) => step.expert === expert).length;
     const sides = Object.keys(COLOURS).filter(count).map((expert) => `${count(expert)} ${expert}`);
-    this.caption.textContent = sides.length ? `${sides.join(" + ")}, boundary σ ${shorten(boundary)}` : `${steps.length} step${steps.length === 1 ? "" : "s"}`;
+    this.caption.textContent = sides.length ? `${sides.join(" + ")}, boundary σ ${shorten(boundary)}` : `${steps.length} steps`;
   }
 }
 

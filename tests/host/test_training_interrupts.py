@@ -37,6 +37,59 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_alone(train, modul
     assert same(whole.expert, again.expert) and whole.history == again.history
 
 
+@pytest.fixture
+def said(module, monkeypatch):
+    """What a run says on its node, and may do something at."""
+    show, texts = module("nodes.host.show"), []
+    monkeypatch.setattr(show, "tell", lambda text, node: texts.append(text))
+    return texts
+
+
+@pytest.mark.parametrize(("node", "again"), [("7", "Queue again to continue."), (None, "Run the same command again to continue.")])
+def test_an_interrupted_run_says_what_is_saved_and_the_next_where_it_resumes(
+    node, again, said, train, model, data, config, tmp_path, monkeypatch
+):
+    import comfy.model_management as management
+
+    settings = config("semantic")
+    with monkeypatch.context() as patch, pytest.raises(management.InterruptProcessingException):
+        patch.setattr(management, "throw_exception_if_processing_interrupted", lambda: press(management, said, "Step 2 of 4: loss "))
+        train(model, data, settings, tmp_path, node_id=node)
+    assert said[-1] == f"Saved at step 2 of 4. {again}"
+    said.clear()
+    train(model, data, settings, tmp_path, node_id=node)
+    assert said[0] == "Resumed from step 2 of 4."
+    assert [text.splitlines()[1:] for text in said[1:]] == [["Resumed from step 2 of 4."]] * 2
+    assert said[1].startswith("Step 3 of 4: loss ")
+
+
+def press(management, said, words):
+    """Interrupt once something was said."""
+    if said and said[-1].startswith(words):
+        raise management.InterruptProcessingException
+
+
+def test_a_run_that_ends_before_its_first_step_says_that_nothing_is_saved(said, train, module, model, data, config, tmp_path, monkeypatch):
+    def fails(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module("dcm_core.distill.trainer").Trainer, "_update", fails)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, config("semantic"), tmp_path, node_id="7")
+    assert said[-1] == "Stopped before the first step was done. Nothing was saved. Queue again to continue."
+
+
+def test_an_error_of_ours_says_itself_what_to_do(said, train, module, model, data, config, tmp_path, monkeypatch):
+    def refuse(history, config):
+        if len(history) == 2:
+            raise module("dcm_core.errors").DCMError("Do this.")
+
+    monkeypatch.setattr(module("dcm_core.distill.trainer"), "check_losses", refuse)
+    with pytest.raises(ValueError, match="Do this"):
+        train(model, data, config("semantic"), tmp_path, node_id="7")
+    assert said[-1] == "Saved at step 2 of 4."
+
+
 def test_an_interrupt_between_two_optimisers_is_not_saved(train, module, model, data, config, tmp_path, monkeypatch):
     learner, stepped = module("dcm_core.distill.learner").Learner, []
     settings = config("detail", save_every=1)
