@@ -45,7 +45,8 @@ def check_choice(setting: str, value: Any, choices: Iterable[str], error: type[D
     choices = list(choices)
     # a list, as what cannot be hashed may be looked up in it
     if value not in choices:
-        raise error(f"{setting} is {given(value)}; choose one of {', '.join(choices)}.")
+        listed = ", ".join(map(given, choices) if any("," in choice for choice in choices) else choices)
+        raise error(f"{setting} is {given(value)}; choose one of {listed}.")
     return value
 
 

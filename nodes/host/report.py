@@ -35,6 +35,6 @@ def report_picture(text: str, image: Any, node_id: str | None) -> dict[str, Any]
 
 
 def tell(text: str, node_id: str | None) -> None:
-    """Show `text` on the node while it works (web/result_text.js)."""
+    """Show `text` on the node while it works: web/result_text.js does, as text; what the host offers would be markup."""
     if server() is not None and node_id is not None:
         server().send_sync("dcm.text", {"node": node_id, "text": plain(text)}, server().client_id)

@@ -304,7 +304,7 @@ def test_choices_that_are_none(node, releases, folder):
     settings = {"model_name": releases["wan_tiny"], "base_name": "b", "expert_name": "e"}
     with pytest.raises(ValueError, match="dtype is 'int3'; choose one of keep"):
         node("DCMConvertCheckpoint", dtype="int3", overwrite=False, **settings)
-    with pytest.raises(ValueError, match="experts is 'stacked'; choose one of detail on top"):
+    with pytest.raises(ValueError, match="experts is 'stacked'; choose one of 'detail on top"):
         node("DCMAttachExperts", model=None, semantic_lora="none", semantic_strength=1.0, detail_lora="none", detail_strength=1.0,
              boundary=0.0, experts="stacked")
 
