@@ -34,7 +34,7 @@ def read_text(path: Path, limit: int) -> str:
     if len(data) > limit:
         raise TextError(f"is larger than {limit / 1e6:g} MB. Check that it is the right file.")
     if data.startswith(UTF16) or b"\0" in data:
-        raise TextError("is not UTF-8 but UTF-16, or no text. Save it as UTF-8.")
+        raise TextError("is UTF-16, or not a text file. Save it as UTF-8.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -137,11 +137,11 @@ def _parsed(where: str, text: str, advice: str) -> Any:
     for _ in range(MAX_DEPTH):
         brackets = brackets.replace("[]", "").replace("{}", "")
     if brackets:
-        raise DCMError(f"{where} is no JSON, or nested more than {MAX_DEPTH} deep. {advice}")
+        raise DCMError(f"{where} is not valid JSON, or nested more than {MAX_DEPTH} deep. {advice}")
     try:
         return json.loads(text, parse_int=_none, parse_float=_none, parse_constant=_none)
     except ValueError as error:
-        raise DCMError(f"{where} is no JSON ({error}). {advice}") from error
+        raise DCMError(f"{where} is not valid JSON ({error}). {advice}") from error
 
 
 def _none(number: str) -> None:
@@ -155,7 +155,7 @@ def _text(entry: Mapping[Any, Any], keys: tuple[str, ...]) -> str | None:
 
 def _listed(where: str, entry: Any) -> Listed:
     if not isinstance(entry, dict):
-        raise DCMError(f'{where} is no object; expected {{"video": "clip.mp4", "caption": "text"}}.')
+        raise DCMError(f'{where} is not an object; expected {{"video": "clip.mp4", "caption": "text"}}.')
     if len(entry) > MAX_KEYS:
         raise DCMError(f"{where} has {len(entry):,} keys; at most {MAX_KEYS:,} are read. Check that it is a list of clips.")
     # a header may be written in any case

@@ -62,7 +62,7 @@ def check_source(source: Path, roots: Roots = None) -> None:
         if not any(_is_video(path) or path.name in IN_FOLDER for path in _files(source, roots)):
             raise _no_clips(source)
     elif not (os.path.isfile(source) and is_list(source)):
-        what = "is no list of clips" if os.path.exists(source) else "does not exist"
+        what = "is not a list of clips" if os.path.exists(source) else "does not exist"
         raise DCMError(f"{source} {what}; expected a folder of videos, or a list ({', '.join(LISTS)}). Check the path.")
 
 
@@ -174,12 +174,12 @@ def _with_text(video: Path, text: Path | None, roots: Roots) -> Clip:
 
 
 def _others(folder: Path, paths: Sequence[Path]) -> tuple[str, ...]:
-    """`3 .jpg files are no clips: a.jpg, b.jpg and c.jpg`, a line for every kind."""
+    """`ignored 4 .jpg files: a.jpg, b.jpg, c.jpg and 1 more`, a line for every kind."""
     kinds: dict[str, list[str]] = {}
     for path in paths:
         kinds.setdefault(path.suffix.lower(), []).append(path.relative_to(folder).as_posix())
     return tuple(
-        f"{len(names)} {kind or 'other'} {'file is no clip' if len(names) == 1 else 'files are no clips'}: {name_some(names)}"
+        f"ignored {len(names)} {kind or 'other'} file{'s' * (len(names) != 1)}: {name_some(names)}"
         for kind, names in sorted(kinds.items())
     )
 

@@ -22,7 +22,7 @@ def test_utf8_is_read(tmp_path, text, mark):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
 @pytest.mark.parametrize("text", ["a cat", "一只猫坐在窗台上。\n", "ein Bär"])
 def test_other_unicode_is_named(tmp_path, encoding, text):
-    with pytest.raises(TextError, match=r"is not UTF-8 but UTF-16, or no text\. Save it as UTF-8"):
+    with pytest.raises(TextError, match=r"is UTF-16, or not a text file\. Save it as UTF-8"):
         read_text(written(tmp_path, text.encode(encoding)), 100)
 
 

@@ -201,7 +201,7 @@ def test_the_report_names_what_is_no_clip_and_what_the_list_says(three, run, tmp
     data, _ = run()
     lines = data.report().split("\n")
     assert lines[0] == "3 clips, 2 sizes" and [entry.caption for entry in data.entries] == ["a cat", "a big dog", "a cat"]
-    assert lines[-2:] == ["note a.mkv: 2 captions, the first is used", "1 .jpg file is no clip: cover.jpg"]
+    assert lines[-2:] == ["note a.mkv: 2 captions, the first is used", "ignored 1 .jpg file: cover.jpg"]
 
 
 def test_pictures_that_were_read_in_another_way_are_encoded_again(three, run, monkeypatch):

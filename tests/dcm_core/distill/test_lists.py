@@ -124,18 +124,18 @@ def test_an_entry_that_cannot_be_used_says_why(tmp_path, row, fault):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"video": ', r"a\.jsonl, line 2 is no JSON.*Write one object a line"),
-        ("nonsense", "line 2 is no JSON"),
-        ('["a.mp4"', "line 2 is no JSON"),
-        ('"a.mp4"', 'line 2 is no object; expected {"video": "clip.mp4", "caption": "text"}'),
-        ("3", "line 2 is no object"),
+        ('{"video": ', r"a\.jsonl, line 2 is not valid JSON.*Write one object a line"),
+        ("nonsense", "line 2 is not valid JSON"),
+        ('["a.mp4"', "line 2 is not valid JSON"),
+        ('"a.mp4"', 'line 2 is not an object; expected {"video": "clip.mp4", "caption": "text"}'),
+        ("3", "line 2 is not an object"),
         ("{}", "line 2 names no video: it is empty; expected one of video, video_path, file_name, file_path, media_path, path, filename"),
         ('{"latent_path": "a.pt", "caption": "a", "prompt_embed_path": "b", "length": 2}',
          "line 2 names no video: it has caption, latent_path, length and 1 more; expected one of video"),
         ('{"video": 3}', "line 2 names no video: it has video"),
         ('{"video": ["a.mp4"]}', "line 2 names no video"),
-        ("[" * 300 + "]" * 300, "line 2 is no JSON, or nested more than 20 deep"),
-        ('{"video": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is no JSON, or nested more than 20 deep"),
+        ("[" * 300 + "]" * 300, "line 2 is not valid JSON, or nested more than 20 deep"),
+        ('{"video": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is not valid JSON, or nested more than 20 deep"),
     ],
 )  # fmt: skip
 def test_a_broken_line_is_named_by_its_number(tmp_path, line, message):
@@ -147,12 +147,12 @@ def test_a_broken_line_is_named_by_its_number(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", '{"video": "a.mp4"}\n{"video": "b.mp4"}', r"a\.json is no JSON \(Extra data.*has to be called \.jsonl"),
+        ("a.json", '{"video": "a.mp4"}\n{"video": "b.mp4"}', r"a\.json is not valid JSON \(Extra data.*has to be called \.jsonl"),
         ("a.json", "3", "is neither a JSON array nor an object"),
         ("a.json", '"a.mp4"', "is neither a JSON array nor an object"),
-        ("a.json", '[{"video": "a.mp4", "caption": "a"}, 3]', "entry 2 is no object"),
+        ("a.json", '[{"video": "a.mp4", "caption": "a"}, 3]', "entry 2 is not an object"),
         ("a.json", '[{"image": "a.png", "caption": "a"}]', "entry 1 names no video: it has caption, image; expected"),
-        ("a.json", "[" * 1000 + "]" * 1000, "is no JSON, or nested more than 20 deep"),
+        ("a.json", "[" * 1000 + "]" * 1000, "is not valid JSON, or nested more than 20 deep"),
         ("a.csv", "image,caption\na.png,a\n", "line 2 names no video: it has caption, image; expected"),
         ("a.csv", "a.mp4,a cat\nb.mp4,a dog\n", "line 2 names no video: it has a cat, a.mp4; expected"),
         ("a.csv", 'video,caption\n"' + "x" * 200_000, r"a\.csv, line \d is not CSV \(field larger than field limit"),
@@ -170,7 +170,7 @@ def test_a_broken_file_is_named_with_what_it_holds(tmp_path, name, text, message
 def test_a_list_in_utf16_is_told_to_be_saved_anew(tmp_path, encoding, name):
     (tmp_path / name).write_bytes('{"video": "a.mp4", "caption": "a"}'.encode(encoding))
     written(tmp_path, "captions.txt", "a cat")
-    with pytest.raises(DCMError, match=rf"{name} is not UTF-8 but UTF-16, or no text\. Save it as UTF-8"):
+    with pytest.raises(DCMError, match=rf"{name} is UTF-16, or not a text file\. Save it as UTF-8"):
         read_list(tmp_path / name)
 
 

@@ -59,10 +59,10 @@ def test_a_folder_of_subfolders_is_no_empty_one(tmp_path):
 def test_files_that_are_no_clips_are_counted_and_named(tmp_path):
     touch(tmp_path, "a.mp4", "a.txt", "b.txt", "1.jpg", "2.JPG", "3.jpg", "sub/4.jpg", "README", "metadata.csv")
     assert find_clips(tmp_path).others == (
-        "1 other file is no clip: README",
-        "1 .csv file is no clip: metadata.csv",
-        "4 .jpg files are no clips: 1.jpg, 2.JPG, 3.jpg and 1 more",
-        "1 .txt file is no clip: b.txt",
+        "ignored 1 other file: README",
+        "ignored 1 .csv file: metadata.csv",
+        "ignored 4 .jpg files: 1.jpg, 2.JPG, 3.jpg and 1 more",
+        "ignored 1 .txt file: b.txt",
     )
 
 
@@ -75,7 +75,7 @@ def test_a_source_without_clips_is_refused(tmp_path):
         with pytest.raises(DCMError, match="does not exist"):
             look(tmp_path / ("x" * 300))
     touch(tmp_path, "a.txt", "empty.jsonl")
-    with pytest.raises(DCMError, match=r"a\.txt is no list of clips"):
+    with pytest.raises(DCMError, match=r"a\.txt is not a list of clips"):
         check_source(tmp_path / "a.txt")
     with pytest.raises(DCMError, match=r"empty\.jsonl holds no clips"):
         find_clips(tmp_path / "empty.jsonl")
@@ -101,7 +101,7 @@ def test_a_caption_file_that_is_no_utf8_is_a_fault_of_its_clip_alone(tmp_path):
     (tmp_path / "a.txt").write_text("a cat", encoding="utf-16")
     (tmp_path / "b.txt").write_text("a dog")
     first, second = find_clips(tmp_path).clips
-    assert (first.caption, first.fault) == ("", "has a caption file that is not UTF-8 but UTF-16, or no text. Save it as UTF-8.")
+    assert (first.caption, first.fault) == ("", "has a caption file that is UTF-16, or not a text file. Save it as UTF-8.")
     assert (second.caption, second.fault) == ("a dog", None)
 
 
@@ -185,7 +185,7 @@ def test_links_that_leave_the_roots_are_named_and_not_followed(walled):
     assert "folder/s.mp4" in dict(found(inside)), "without roots it is read"
     clips, others = find_clips(inside, roots=[inside])
     assert [(clip.path.name, clip.fault) for clip in clips] == [("a.mp4", None), ("file.mp4", OUTSIDE)]
-    assert others == ("1 other file is no clip: folder",)
+    assert others == ("ignored 1 other file: folder",)
 
 
 @pytest.mark.parametrize("pattern", ["{secret}/{name}", "../secret/{name}", "folder/{name}", "../../../../../..{secret}/{name}"])
