@@ -167,9 +167,9 @@ def _check_fit(
     names = {**semantic, **detail}
     shapes, dtypes = ({name: facts[key] for name, key in names.items()} for facts in (file.shapes, file.dtypes))
     if wrong := misfits(shapes, dtypes, family, matched, detail):
+        first = min(wrong)
         raise CheckpointError(
-            f"{file.path} has tensors that do not fit each other: {name_some(f'{name} {reason}' for name, reason in wrong.items())}. "
-            "Download it again."
+            f"{file.path} has tensors that do not fit each other: {name_some(wrong)}. {first} {wrong[first]}. Download it again."
         )
 
 

@@ -286,10 +286,14 @@ def test_ranks_that_differ(family):
     up = down.replace("lora_A", "lora_B")
     rank = shapes[down][0]
     refuse(shapes | {up: (shapes[up][0], rank + 1)}, f"{up} has rank {rank + 1}, {down} {rank}")
-    refuse(shapes | {down: (0, shapes[down][1]), up: (shapes[up][0], 0)}, f"{down} has shape (0,")
+    refuse(shapes | {down: (0, shapes[down][1]), up: (shapes[up][0], 0)}, f"{down} has shape (0, {shapes[down][1]}), which is empty")
     if down.replace("blocks.0", "blocks.1") in shapes:
         both = {down: (rank + 1, shapes[down][1]), up: (shapes[up][0], rank + 1)}
-        refuse(shapes | both, "in other blocks (", f"({shapes[up][0]}, {rank + 1})")
+        refuse(shapes | both, "in other blocks (", "lora_A", "lora_B")
+
+
+def test_an_empty_tensor():
+    refuse(release_shapes(WAN) | {"scale_shift_table": (1, 2, 0)}, "scale_shift_table has shape (1, 2, 0), which is empty")
 
 
 def test_more_tensors_than_a_model_has():

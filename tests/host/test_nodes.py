@@ -182,7 +182,7 @@ def broken(kind, tensors):
         ("missing", r"2 tensors are missing \(blocks\.0\.attn1\.to_q\.weight, proj_out_lora\.bias\)"),
         ("extra", r"1 is unknown \(blocks\.0\.attn1\.to_z\.weight\)"),
         ("half lora", r"missing \(blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\)"),
-        ("shape", r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight has rank 9, .*lora_A\.lora1\.weight 8"),
+        ("shape", r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\. .* has rank 9, .*lora_A\.lora1\.weight 8"),
         ("nan", r"proj_out_lora\.weight hold NaN"),
         ("nan base", r"blocks\.1\.ffn\.net\.2\.bias hold NaN"),
         ("lora only", "holds an expert .* Load the base model here"),
@@ -200,7 +200,7 @@ def test_half_models_are_refused(node, releases, folder, recipe, kind, message):
     assert {path.name for path in files_in(folder / "diffusion_models")} == {"broken.safetensors", *releases.values()}
 
 
-@pytest.mark.parametrize(("key", "width"), [("scale_shift_table", 257), ("scale_shift_table", 0), ("patch_embedding.weight", 17)])
+@pytest.mark.parametrize(("key", "width"), [("scale_shift_table", 257), ("patch_embedding.weight", 17)])
 def test_a_size_that_only_the_model_knows(node, folder, recipe, key, width):
     """Nothing else in the file tells how wide the tensor has to be."""
     tensors = recipe.release("wan_tiny")
@@ -304,7 +304,7 @@ def test_choices_that_are_none(node, releases, folder):
     settings = {"model_name": releases["wan_tiny"], "base_name": "b", "expert_name": "e"}
     with pytest.raises(ValueError, match="dtype is 'int3'; choose one of keep"):
         node("DCMConvertCheckpoint", dtype="int3", overwrite=False, **settings)
-    with pytest.raises(ValueError, match="experts is 'stacked'; choose 'detail on top"):
+    with pytest.raises(ValueError, match="experts is 'stacked'; choose one of detail on top"):
         node("DCMAttachExperts", model=None, semantic_lora="none", semantic_strength=1.0, detail_lora="none", detail_strength=1.0,
              boundary=0.0, experts="stacked")
 
