@@ -206,7 +206,7 @@ def test_a_size_that_only_the_model_knows(node, folder, recipe, key, width):
     tensors = recipe.release("wan_tiny")
     tensors[key] = torch.zeros(*tensors[key].shape[:-1], width) if key == "scale_shift_table" else torch.zeros(256, width, 1, 2, 3)
     save_file(tensors, folder / "diffusion_models" / "wide.safetensors")
-    with pytest.raises(ValueError, match=r"wide\.safetensors has tensors of sizes that no Wan 2\.1 model has .*Download it again"):
+    with pytest.raises(ValueError, match=r"wide\.safetensors cannot be loaded: no Wan 2\.1 model has its sizes .*Download it again"):
         node("DCMLoadModel", model_name="wide.safetensors", weight_dtype="default")
     assert not files_in(folder / "loras")
 
