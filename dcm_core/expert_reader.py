@@ -16,8 +16,9 @@ from .families import FAMILIES, Family
 from .keymap import Shape
 from .lora_names import LOW_RANK, Kind, Shapes, count_known, is_release_part
 from .match import HALF, NO_LAYER, ROWS, TEXT_ENCODER, Reasons, Site, find_sites, tensor_name, wrong_kinds
-from .metadata import FORMAT, Facts, quote, read_facts
+from .metadata import FORMAT, Facts, read_facts
 from .routing import Side
+from .text import given
 from .updates import DefaultScale, Update, site_updates
 
 
@@ -79,7 +80,7 @@ def read_expert(
 
 def _left_out_note(why: str, keys: Sequence[str]) -> str:
     what = f"{why} LoRA, which belongs on the text encoder" if why == TEXT_ENCODER else why
-    return f"left out {len(keys)} tensor{'s' if len(keys) != 1 else ''}: {what} ({name_some(keys)})"
+    return f"left out {counted(len(keys), 'tensor')}: {what} ({name_some(keys)})"
 
 
 def check_facts(facts: Facts, role: Side, family: Family) -> None:
@@ -89,12 +90,12 @@ def check_facts(facts: Facts, role: Side, family: Family) -> None:
         ExpertError: another family, another role, or a newer format.
     """
     if facts.family not in (None, family.name):
-        title = FAMILIES[facts.family].title if facts.family in FAMILIES else quote(facts.family)
+        title = FAMILIES[facts.family].title if facts.family in FAMILIES else given(facts.family)
         raise ExpertError(f"This expert is for {title}, the model is {family.title}. Load the expert made for {family.title}.")
     if facts.side not in (None, role):
         raise WrongSideError(facts.side, role)
     if facts.format not in (None, FORMAT):
-        raise ExpertError(f"This expert file has format {quote(facts.format)}; this version reads {FORMAT}. Update the node pack.")
+        raise ExpertError(f"This expert file has format {given(facts.format)}; this version reads {FORMAT}. Update the node pack.")
 
 
 def check_sizes(expert: Expert, shapes: Shapes) -> None:
@@ -154,7 +155,7 @@ def _collided(sites: Sequence[Site], shapes: Shapes) -> set[str]:
 
 
 def _unroutable_message(strangers: Reasons) -> str:
-    kinds = " and ".join(f"{len(keys)} {method} tensors ({name_some(keys)})" for method, keys in sorted(strangers.items()))
+    kinds = " and ".join(f"{counted(len(keys), f'{method} tensor')} ({name_some(keys)})" for method, keys in sorted(strangers.items()))
     return (
         f"The file has {kinds}. Experts are made of plain LoRA, .diff, .diff_b and .set_weight; {', '.join(sorted(strangers))} "
         "cannot be switched during sampling. Convert the file to plain LoRA, or load it with LoraLoaderModelOnly for all steps."

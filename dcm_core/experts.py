@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .errors import ExpertError, name_some
+from .errors import ExpertError, counted, name_some
 from .families import Family
 from .keymap import Piece, fuse
 from .lora_names import split_key
@@ -79,7 +79,7 @@ class Expert:
         rank = f"LoRA rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else "no LoRA"
         # norms and modulations count as layers, too
         layers = {*self.low_rank, *(name.rpartition(".")[0] for name in (*self.replaced, *self.diff))}
-        return f"{self.role} expert: {rank}, {len(layers)} layer{'s' if len(layers) != 1 else ''} matched"
+        return f"{self.role} expert: {rank}, {counted(len(layers), 'layer')} matched"
 
 
 def expert_tensor_list(expert: Expert) -> list[Tensor]:

@@ -13,9 +13,9 @@ from .families import Family
 from .keymap import Shape
 from .lora_names import LoraKey, is_release_part, split_key
 from .match import AnyModel, Target, expert_part, match_expert
-from .metadata import Facts, quote, read_facts
+from .metadata import Facts, read_facts
 from .storage import Progress, TensorFile
-from .text import LINE_LENGTH, one_line
+from .text import LINE_LENGTH, given, one_line
 from .updates import DefaultScale
 
 # Alphas that are read, and different ones that are listed.
@@ -112,7 +112,7 @@ def inspect_file(path: str | os.PathLike, target: Target | None = None, progress
         scales = _default_scales(file, shapes, family) if is_lora and family else scales
     except ExpertError as error:
         problem = problem or str(error)
-    said = facts.family and quote(facts.family)
+    said = facts.family and given(facts.family)
     return Inspection(
         path=str(file.path),
         layout=contents.layout.value,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ExpertError
+from .text import given, one_line
 
 FORMAT = "1"
 SIDES = ("semantic", "detail")
@@ -20,8 +21,6 @@ SIDES = ("semantic", "detail")
 # Of a text that is parsed, in characters and levels.
 LONGEST_TEXT, DEEPEST = 1 << 20, 32
 MOST_TIMESTEPS, MOST_LAYERS = 1000, 5000
-# In a message.
-LONGEST_QUOTE = 60
 
 # What trainers call the settings they keep beside a file: PEFT (and who uses it), FastVideo and DCM's own trainer.
 SETTINGS_FILES = ("adapter_config.json", "lora_config.json")
@@ -85,14 +84,8 @@ def said_family(metadata: Mapping[str, str]) -> str | None:
     return metadata.get("dcm.family")
 
 
-def quote(value: object) -> str:
-    """A value from a file as it may stand in a message: escaped and cut."""
-    text = repr(value[: LONGEST_QUOTE + 1] if isinstance(value, str) else value)
-    return text if len(text) <= LONGEST_QUOTE + 2 else f"{text[:LONGEST_QUOTE]}...{text[0]}"
-
-
 def _bad_fact(key: str, value: object, expected: str) -> ExpertError:
-    return ExpertError(f"Its metadata says {key} = {quote(value)}; expected {expected}. Save or download the file again.")
+    return ExpertError(f"Its metadata says {key} = {given(value)}; expected {expected}. Save or download the file again.")
 
 
 def _number(metadata: Mapping[str, str], key: str, expected: str) -> float | None:
@@ -246,7 +239,7 @@ def _settings(values: Any, source: str, prefix: str) -> LoraSettings:
     patterns = values.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or len(patterns) > MOST_LAYERS:
         raise ExpertError(
-            f"{source}: alpha_pattern is {quote(patterns)}; expected at most {MOST_LAYERS:,} layers with a number each. "
+            f"{source}: alpha_pattern is {given(patterns)}; expected at most {MOST_LAYERS:,} layers with a number each. "
             "Save the LoRA again."
         )
     rank = _first_number(values, RANKS, source)
@@ -266,7 +259,7 @@ def _first_number(values: Mapping[str, Any], names: tuple[str, ...], source: str
 
 def _alpha(name: str, value: Any, source: str) -> float:
     if not _is_number(value):
-        raise ExpertError(f"{source}: {quote(name)[1:-1]} is {quote(value)}; expected a number. Correct it, or save the LoRA again.")
+        raise ExpertError(f"{source}: {one_line(name)} is {given(value)}; expected a number. Correct it, or save the LoRA again.")
     return value
 
 
@@ -280,7 +273,7 @@ def _layer_name(pattern: str, source: str) -> str:
     name = next((name[len(start):] for start in (".*.", "(.*.)?") if name.startswith(start)), name)
     if not LAYER_NAME.fullmatch(name.removeprefix("^")):
         raise ExpertError(
-            f"{source}: alpha_pattern has {quote(pattern)}, a regular expression; expected a plain layer name such as "
+            f"{source}: alpha_pattern has {given(pattern)}, a regular expression; expected a plain layer name such as "
             "'blocks.0.self_attn.q'. Write one entry for each layer."
         )
     return name

@@ -14,7 +14,7 @@ from .families import PRESETS, Family
 from .schedule import AUTO, DCM_GRID, EVEN, GENERIC, check_sigmas
 
 Side = Literal["semantic", "detail"]
-# Who runs a step: an expert at work, or a model without one.
+# Who runs a step: an active expert, or a model without one.
 Owner = Literal["semantic", "detail", "base"]
 SIDES: tuple[Owner, Owner] = ("semantic", "detail")
 
@@ -67,7 +67,7 @@ class Setup:
 
     @property
     def attached(self) -> bool:
-        """Whether any expert is attached, at work or not."""
+        """Whether any expert is attached, active or not."""
         return self.semantic is not None or self.detail is not None
 
     @property
@@ -124,7 +124,7 @@ class Setup:
         notes = []
         if chosen == AUTO and not (self.semantic or self.detail):
             notes.append(
-                f"Warning: no expert is at work, and a plain model needs more than {counted(len(schedule), 'step')}. Attach experts, or "
+                f"Warning: no expert is active, and a plain model needs more than {counted(len(schedule), 'step')}. Attach experts, or "
                 f"set schedule to {EVEN} and steps to 20 or more."
             )
         return [*notes, f"{chosen}: steps and shift are not used"]

@@ -87,7 +87,7 @@ def generic_sigmas(steps: int, shift: float = DEFAULT_SHIFT, points: int = DEFAU
     """
     if not 1 <= steps <= points:
         raise ScheduleError(
-            f"steps is {steps}; the schedule `{DCM_GRID}` takes 1 .. {points} steps, as it picks them from {points} trained noise "
+            f"steps is {steps}; the schedule `{DCM_GRID}` takes 1 .. {counted(points, 'step')}, picked from {points} trained noise "
             f"levels. Choose fewer steps, or the schedule `{EVEN}`."
         )
     index = torch.arange(steps) * points // steps
@@ -119,7 +119,7 @@ def levels_for(steps: int, denoise: float) -> int:
     # KSampler's own tolerance
     levels = steps if denoise > 0.9999 else int(steps / denoise)
     if levels > MOST_LEVELS:
-        raise ScheduleError(f"denoise is {denoise}, too small for {steps} steps. Raise it to {steps / MOST_LEVELS:g} or more.")
+        raise ScheduleError(f"denoise is {denoise}, too small for {counted(steps, 'step')}. Raise it to {steps / MOST_LEVELS:g} or more.")
     return levels
 
 

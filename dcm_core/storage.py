@@ -88,7 +88,7 @@ class TensorFile:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"{self.path} is no whole safetensors file ({error}; {self.path.stat().st_size:,} bytes). Download it again."
+                f"{self.path} is not a complete safetensors file ({error}; {self.path.stat().st_size:,} bytes). Download it again."
             ) from error
         self.checksum = self.metadata.pop(CHECKSUM, None)
 

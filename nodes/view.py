@@ -40,7 +40,7 @@ class DCMSchedulePlot(io.ComfyNode):
                 io.Int.Input("width", default=768, min=256, max=4096, step=8, tooltip="Width of the image."),
                 io.Int.Input("height", default=432, min=144, max=4096, step=8, tooltip="Height of the image."),
                 io.Model.Input(
-                    "model", optional=True, tooltip="The model to sample. Only experts that are on it are drawn. Needed if boundary is 0."
+                    "model", optional=True, tooltip="The model to sample. Only its active experts are drawn. Needed if boundary is 0."
                 ),
                 io.Model.Input("detail_model", optional=True, tooltip="The second full model, if DCM Sampler has one (Wan 2.2)."),
             ],

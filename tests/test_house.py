@@ -103,8 +103,8 @@ NOUNS = {
     "differences", "checkpoints", "states", "values", "blocks", "shards", "captions", "models", "experts", "times", "losses", "texts",
 }
 
-# what stands before such a noun and is no number
-TEXTS = {"name", "path", "method", "kind", "listed"}
+# what stands before such a noun and is no number, or one above 1
+OTHERS = {"name", "path", "method", "kind", "listed", "file.path", "int(shard[1])"}
 
 
 def uncounted(path):
@@ -114,9 +114,11 @@ def uncounted(path):
             for number, text in pairwise(node.values):
                 if not isinstance(number, ast.FormattedValue) or not isinstance(text, ast.Constant):
                     continue
+                if number.format_spec and ast.unparse(number.format_spec) == "f','":
+                    continue  # thousands
                 value = ast.unparse(number.value)
                 words = re.match(r"(?: [a-z-]+){0,2}", text.value)[0].split()
-                if NOUNS & set(words) and not (value.isupper() or value in TEXTS or "name_some" in value):
+                if NOUNS & set(words) and not (value.isupper() or value in OTHERS or "name_some" in value):
                     yield f"{value} {' '.join(words)}"
 
 

@@ -1,4 +1,4 @@
-// The plan of a DCMSampler as a bar on the node: one field a step, coloured by the expert at work, filling while it runs.
+// The plan of a DCMSampler as a bar on the node: one field a step, coloured by the active expert, filling while it runs.
 // Below it stands what the schedule does not use, and warnings.
 // Before a run the server foresees it from the widgets and files (nodes/host/plan.py); a run announces its own.
 
@@ -84,7 +84,7 @@ class Bar {
     const count = (owner) => steps.filter((step) => step.expert === owner).length;
     const owners = [...new Set(steps.map((step) => step.expert))];
     const sides = owners.map((owner) => `${count(owner)} ${owner}`).join(" + ");
-    const words = owners.some((owner) => owner in COLOURS) ? sides : `${steps.length} step${steps.length === 1 ? "" : "s"}, no expert at work`;
+    const words = owners.some((owner) => owner in COLOURS) ? sides : `${steps.length} step${steps.length === 1 ? "" : "s"}, no active expert`;
     this.caption.textContent = boundary === null ? words : `${words}, boundary σ ${shorten(boundary)}`;
   }
 }
@@ -106,7 +106,7 @@ function before(node, input) {
   return slot < 0 ? null : node.getInputNode?.(slot);
 }
 
-// The nodes at work that a model comes through, the one that loads it last.
+// The nodes, without bypassed ones, that a model comes through, the one that loads it last.
 function chain(node, input) {
   const nodes = [];
   for (let at = before(node, input); at && nodes.length < 64; at = before(at, "model") ?? at.getInputNode?.(0)) nodes.push(at);

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import DCMError, name_some
+from ..errors import DCMError, counted, name_some
 from .captions import TextError, read_text
 
 SUFFIXES = (".jsonl", ".json", ".csv")
@@ -170,7 +170,8 @@ def _listed(where: str, entry: Any) -> Listed:
         fault = "is listed as an image, not as a video."
     if len(video) > MAX_NAME or CONTROL.search(video):
         fault = "is not the name of a file. Check the list."
-    return Listed(video, texts[0] if texts else "", fault, f"{len(texts)} captions, the first is used" if len(texts) > 1 else None)
+    note = f"{counted(len(texts), 'caption')}, the first is used" if len(texts) > 1 else None
+    return Listed(video, texts[0] if texts else "", fault, note)
 
 
 def _captions(entry: Mapping[str, Any]) -> list[str]:

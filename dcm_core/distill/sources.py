@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -123,9 +124,9 @@ def _files(folder: Path, roots: Roots) -> Iterator[Path]:
     Raises:
         DCMError: too many, or a folder that cannot be read.
     """
-    pending, seen, count = [folder], set(), 0
+    pending, seen, count = deque([folder]), set(), 0
     while pending:
-        current = pending.pop()
+        current = pending.popleft()
         if (real := os.path.realpath(current)) in seen:
             continue
         seen.add(real)

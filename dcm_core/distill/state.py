@@ -263,7 +263,7 @@ def _no_facts(facts: Any) -> str:
 
 def _no_history(history: Any, steps: int) -> str:
     if not isinstance(history, list) or len(history) != steps:
-        return f"its history does not have an entry for each step (steps: {steps})"
+        return f"its history does not have an entry for each step up to {steps}"
     for entry in history:
         if not (isinstance(entry, dict) and all(type(value) in (int, float) for value in entry.values())):
             return "its history has entries that are not numbers"

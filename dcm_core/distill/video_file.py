@@ -74,8 +74,13 @@ class _Video:
             raise ClipError(path, "is in a format that cannot be decoded here. Encode it again, for example as .mp4.")
         if own.width * own.height > MAX_PIXELS:
             raise ClipError(path, f"is {own.width}x{own.height}; at most 8K (8192x4320) is read. Encode it smaller.")
-        # as the container tells them; a decoder may know others, or none
-        self.transfer, self.primaries = own.color_trc, own.color_primaries
+        if own.color_trc in HDR:
+            # its values would look grey where SDR is expected
+            raise ClipError(
+                path,
+                f"is HDR ({HDR[own.color_trc]}); expected SDR. Convert it with tone mapping, for example in DaVinci Resolve or HandBrake.",
+            )
+        self.primaries = own.color_primaries
         self.decoder = self._alpha_decoder() or own
         # a decoder's thread that reports an error waits for Python, which waits for it when the file is closed
         self.decoder.thread_count = 1
@@ -101,20 +106,8 @@ class _Video:
         return self.container.demux(self.stream)
 
     def decode(self, packet: Any) -> list[Picture]:
-        """The frames that a packet brings out.
-
-        Raises:
-            ClipError: HDR, whose values would look grey where SDR is expected.
-        """
-        frames = self.decoder.decode(packet)
-        transfer = next((number for number in (self.transfer, self.decoder.color_trc) if number in HDR), None)
-        if frames and transfer is not None:
-            raise ClipError(
-                self.path,
-                f"is HDR ({HDR[transfer]}); expected SDR. Convert it with tone mapping, for example in DaVinci Resolve or HandBrake.",
-            )
-        primaries = self.primaries if self.primaries in TO_BT709 else self.decoder.color_primaries
-        return [Picture(frame, primaries) for frame in frames]
+        """The frames that a packet brings out."""
+        return [Picture(frame, self.primaries) for frame in self.decoder.decode(packet)]
 
 
 @contextmanager

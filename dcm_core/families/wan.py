@@ -65,8 +65,8 @@ HEAD = (
 # The levels that the lightx2v LoRA pairs for Wan 2.2 A14B are distilled for (4 steps), and those their authors name for 8.
 PAIR_SHIFT = 5.0
 PAIR_TIMESTEPS = {
-    f"Wan 2.2 {steps} steps (lightx2v)": tuple(TIMESTEPS * shift_sigma(1 - step / steps, PAIR_SHIFT) for step in range(steps))
-    for steps in (4, 8)
+    name: tuple(TIMESTEPS * shift_sigma(1 - step / steps, PAIR_SHIFT) for step in range(steps))
+    for name, steps in (("Wan 2.2 4 steps (lightx2v)", 4), ("Wan 2.2 8 steps (lightx2v)", 8))
 }
 
 WAN = Family(

@@ -140,7 +140,7 @@ def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, *
         checked = beside.submit(check_base, file, contents) if mapped else None
         try:
             model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ZeroDivisionError) as error:
             # what else the host says in this way (no memory, an interrupt) is not about the file
             if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise

@@ -4,7 +4,7 @@ An APPLY_MODEL wrapper puts the expert's forwards in place for the length of one
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
@@ -140,20 +140,17 @@ def check_answers(patcher: Any, facts: AttachedExperts, side: Side, experts: lis
     required = {rule.target.partition(".")[0] for rule in family.DIFFUSERS_TO_NATIVE if not rule.optional}
     lost, resting = unanswered(patcher.model.diffusion_model, experts, required, bare)
     if (lost or resting) and step_cache_note(patcher):
-        return  # the cache may have answered; the next call is looked at
+        return  # the cache may have answered this call; the next one is checked instead
     if lost:
         raise ExpertError(
-            f"ComfyUI {host_version()} ran the model past {len(lost)} of the places that the {side} side's experts change: "
-            f"{name_some(lost)}. They would have no effect there. Update ComfyUI-DCM; if that does not help, use ComfyUI "
-            f"{NEWEST_TRIED}. If another node exchanges or skips layers of this model, leave it out."
+            f"ComfyUI {host_version()} did not use {len(lost)} of the layers that the {side} side's experts change: {name_some(lost)}. "
+            f"The experts would have no effect there. Update ComfyUI-DCM. If that does not help, use ComfyUI {NEWEST_TRIED}, or remove "
+            "nodes that replace or skip layers of this model."
         )
     if resting:
-        logger.info("the model did not use %s in this run: the %s side's experts have no effect there", name_some(resting), side)
-    if not bare and any(expert.bare_names for expert in experts):
-        logger.info("torch.compile is on: whether the model uses %s cannot be checked", name_some(bare_names(experts)))
+        logger.info("The model did not use %s in this run, so the %s side's experts have no effect there.", name_some(resting), side)
+    unknown = set() if bare else {name for expert in experts for name in expert.bare_names}
+    if unknown:
+        logger.info("With torch.compile on, ComfyUI-DCM cannot check whether the model uses %s.", name_some(unknown))
     for expert in experts:
         expert.checked.add(side)
-
-
-def bare_names(experts: Iterable[RoutedExpert]) -> set[str]:
-    return {name for expert in experts for name in expert.bare_names}

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...dcm_core.errors import counted
 from ...dcm_core.routing import Plan, Setup
 from .attach import attached_experts, diffusion_model, is_own, model_family
 from .switch import KEY as SIDES_KEY
@@ -79,7 +80,7 @@ def describe_run(model: Any, plan: Plan) -> str:
     if plan.boundary is None:
         if plan.owners[0] != "base":
             return str(plan)
-        return f"{plan.steps} steps, {'no experts attached' if facts is None else 'experts at strength 0'}"
+        return f"{counted(plan.steps, 'step')}, {'no experts attached' if facts is None else 'experts at strength 0'}"
     words = str(plan) if sides is None or sides.detail_cfg is None else f"{plan}, cfg {sides.detail_cfg:g} below it"
     empty = None if plan.semantic and plan.detail else plan.owners[bool(plan.semantic)]
     return f"{words} (the {empty} side has no step)" if empty else words

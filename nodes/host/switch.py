@@ -77,7 +77,7 @@ def check_pair(model: Any, detail_model: Any) -> None:
     if devices[0] != devices[1]:
         raise DCMError(
             f"model is to run on {devices[0]} and detail_model on {devices[1]}, but a trajectory stays on one device. Load both for the "
-            "same one: ComfyUI offloads the one that is not at work."
+            "same one: ComfyUI offloads the one that is not active."
         )
 
 

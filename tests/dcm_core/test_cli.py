@@ -39,7 +39,7 @@ def test_convert(source, tmp_path, capsys):
     targets = tmp_path / "b.safetensors", tmp_path / "e.safetensors"
     assert run("convert", source, *targets, "--dtype", "float32") == 0
     captured = capsys.readouterr()
-    assert str(targets[0]) in captured.out and "detail expert, rank 8" in captured.out
+    assert str(targets[0]) in captured.out and "detail expert: LoRA rank 8" in captured.out
     assert "100%" in captured.err
     assert set(TensorFile(targets[0]).dtypes.values()) == {torch.float32}
     assert run("convert", source, *targets) == 2

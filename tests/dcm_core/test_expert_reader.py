@@ -248,8 +248,8 @@ def test_a_released_part_says_its_scale():
 
 
 @pytest.mark.parametrize(("tensors", "message"), [
-    ({f"{Q}.hada_w1_a": randn(2, 2)}, r"has 1 LoHa tensors \(blocks.*\)\. .*LoHa cannot be switched .*LoraLoaderModelOnly"),
-    ({f"{Q}.lokr_w1": randn(2, 2), f"{Q}.lora_magnitude_vector": randn(2)}, "1 DoRA tensors .* and 1 LoKr tensors"),
+    ({f"{Q}.hada_w1_a": randn(2, 2)}, r"has 1 LoHa tensor \(blocks.*\)\. .*LoHa cannot be switched .*LoraLoaderModelOnly"),
+    ({f"{Q}.lokr_w1": randn(2, 2), f"{Q}.lora_magnitude_vector": randn(2)}, "1 DoRA tensor .* and 1 LoKr tensor"),
     ({f"{Q}.diff": randn(4, 4), "blocks.0.attn1.to_q.diff": randn(4, 4)}, "are for the same tensor"),
     ({f"{Q}.diff_b": randn(4), f"{Q}.bias.diff": randn(4)}, "are for the same tensor"),
     ({f"{Q}.lora_down.weight": randn(2, 4), f"{Q}.lora_up.weight": randn(4, 3)}, r"halves do not fit each other: \(2, 4\) and \(4, 3\)"),

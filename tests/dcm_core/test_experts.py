@@ -235,7 +235,7 @@ def test_detail_copies_of_the_release_are_replacements():
         (wan_pair(rank=2) | {"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 4)}, {}, "are for the same tensor"),
         ({k: v for k, v in wan_pair().items() if "down" in k}, {}, "is half of a LoRA layer"),
         ({"blocks.0.self_attn.q.alpha": torch.tensor(1.0)}, {}, "alpha is half of a LoRA layer"),
-        (wan_pair() | {"blocks.0.self_attn.q.dora_scale": torch.ones(4)}, {}, r"has 1 DoRA tensors \(.*dora_scale\)"),
+        (wan_pair() | {"blocks.0.self_attn.q.dora_scale": torch.ones(4)}, {}, r"has 1 DoRA tensor \(.*dora_scale\)"),
         ({k: v * float("nan") for k, v in wan_pair().items()}, {}, "NaN or infinite"),
         ({k: torch.ones(3, 3) for k in wan_pair()}, {}, r"have shapes \(3, 3\) and \(3, 3\)"),
         ({"head.head.set_weight": torch.ones(2, 2)}, {}, r"has shape \(2, 2\); the model's head.head.weight is \(8, 4\)"),

@@ -189,7 +189,7 @@ def test_auto_says_what_it_does_not_use_and_warns_without_experts(setup, warned)
     assert last == "auto: steps and shift are not used"
     assert bool(warning) == warned
     if warned:
-        assert warning[0].startswith("Warning: no expert is at work, and a plain model needs more than 6 steps.")
+        assert warning[0].startswith("Warning: no expert is active, and a plain model needs more than 6 steps.")
 
 
 def test_schedules_that_use_every_setting_say_nothing():

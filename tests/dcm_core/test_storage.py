@@ -146,10 +146,10 @@ def old_pickle(path):
         (lambda path: path.write_bytes(b"GGUF" + bytes(100)), "is a GGUF file"),
         (lambda path: path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid"), "Git LFS pointer"),
         (lambda path: path.write_bytes(b"<!DOCTYPE html><html>"), "a web page"),
-        (lambda path: path.write_bytes(b""), "no whole safetensors file"),
-        (lambda path: path.write_bytes(b"1234567"), "no whole safetensors file"),
-        (lambda path: path.write_bytes(bytes(64)), "no whole safetensors file"),
-        (lambda path: path.write_bytes(b"\xff" * 64), "no whole safetensors file"),
+        (lambda path: path.write_bytes(b""), "not a complete safetensors file"),
+        (lambda path: path.write_bytes(b"1234567"), "not a complete safetensors file"),
+        (lambda path: path.write_bytes(bytes(64)), "not a complete safetensors file"),
+        (lambda path: path.write_bytes(b"\xff" * 64), "not a complete safetensors file"),
         (lambda path: path.mkdir(), "is a folder"),
         (lambda path: None, "does not exist"),
     ],
@@ -188,14 +188,14 @@ def test_files_given_by_mistake(tmp_path, make, message):
 )
 def test_wrong_headers(tmp_path, header):
     path = raw_file(tmp_path / "x.safetensors", header, bytes(16))
-    with pytest.raises(CheckpointError, match="no whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
         TensorFile(path)
 
 
 @pytest.mark.parametrize("change", [-1, -16, 1, 1000])
 def test_data_of_another_length_than_the_header_says(tmp_path, change):
     path = raw_file(tmp_path / "x.safetensors", {"a": FOUR}, bytes(16 + change))
-    with pytest.raises(CheckpointError, match=r"no whole safetensors file .* bytes\)\. Download it again"):
+    with pytest.raises(CheckpointError, match=r"not a complete safetensors file .* bytes\)\. Download it again"):
         TensorFile(path)
 
 
@@ -255,7 +255,7 @@ def test_a_key_that_is_there_twice(tmp_path):
         try:
             assert TensorFile(path).read("a").shape == (1,)
         except CheckpointError as error:
-            assert "no whole safetensors file" in str(error)
+            assert "not a complete safetensors file" in str(error)
 
 
 def test_a_header_larger_than_any(tmp_path):

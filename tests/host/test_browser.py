@@ -202,8 +202,8 @@ def test_the_step_bar_warns_of_a_base_without_experts(page):
     page.run("() => { app.graph._nodes.find(node => node.type === 'DCMAttachExperts').mode = 4 }")
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert=base]').length === 6")
     words = page.page.locator(".dcm-step-bar").inner_text()
-    assert "6 steps, no expert at work" in words and "boundary" not in words
-    assert "Warning: no expert is at work, and a plain model needs more than 6 steps." in words
+    assert "6 steps, no active expert" in words and "boundary" not in words
+    assert "Warning: no expert is active, and a plain model needs more than 6 steps." in words
     page.show("DCMSampler")
     assert_bar_is_whole(page)
     page.shoot("bar without experts")

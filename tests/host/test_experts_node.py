@@ -92,7 +92,7 @@ def test_settings_beside_a_file_count_as_its_own(node, save):
     (pair(Q), {"dcm.boundary": "abc"}, r"Its metadata says dcm\.boundary = 'abc'; expected a number between 0 and 1\. Save or"),
     (pair(Q), {"dcm.timesteps": "5"}, r"Its metadata says dcm\.timesteps = '5'; expected falling numbers within 0 to 1000"),
     (pair(Q), {"lora_adapter_metadata": "[" * 99_999}, "Its metadata lora_adapter_metadata is nested more than 32 levels deep"),
-    ({f"{Q}.lokr_w1": torch.ones(2, 2)}, None, r"The file has 1 LoKr tensors \(.*lokr_w1\)"),
+    ({f"{Q}.lokr_w1": torch.ones(2, 2)}, None, r"The file has 1 LoKr tensor \(.*lokr_w1\)"),
     (pair(Q, 32), None, r"have shapes \(4, 32\) and \(32, 4\); the model's blocks\.0\.self_attn\.q is \(256, 256\)\. Use an expert made"),
 ])
 def test_errors_name_the_widget_and_the_file(node, base, save, side, tensors, metadata, message):

@@ -235,7 +235,7 @@ def test_files_that_are_something_else(look, folder, recipe):
     ("name", "data", "message"),
     [
         ("pickle.ckpt", b"PK\x03\x04" + b"0" * 40, r"pickle\.ckpt is a PyTorch pickle"),
-        ("empty.safetensors", b"", "no whole safetensors file .* Download it again"),
+        ("empty.safetensors", b"", "not a complete safetensors file .* Download it again"),
         ("page.safetensors", b"<!DOCTYPE html><html></html>", "a web page"),
     ],
 )

@@ -191,7 +191,7 @@ def test_what_cannot_be_routed_is_refused_by_its_name(module, bases, ending):
     model = bases["wan_tiny"][0]
     attach, read = module("nodes.host.attach"), module("dcm_core.expert_reader").read_expert
     lora = {f"diffusion_model.blocks.0.self_attn.q.{ending}": torch.ones(4, 4)}
-    with pytest.raises(ValueError, match=rf"1 {UNROUTABLE[ending]} tensors .* cannot be switched during sampling"):
+    with pytest.raises(ValueError, match=rf"1 {UNROUTABLE[ending]} tensor .* cannot be switched during sampling"):
         read(lora, {}, "detail", attach.require_family(model), attach.module_shapes(model))
 
 

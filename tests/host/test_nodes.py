@@ -216,10 +216,10 @@ def test_a_size_that_only_the_model_knows(node, folder, recipe, key, width):
     [
         ("pickle.ckpt", b"PK\x03\x04" + b"0" * 40, "PyTorch pickle"),
         ("old.ckpt", b"\x80\x02}q\x00." + b"0" * 40, "is a pickle"),
-        ("empty.safetensors", b"", "no whole safetensors file"),
+        ("empty.safetensors", b"", "not a complete safetensors file"),
         ("page.safetensors", b"<!DOCTYPE html><html></html>", "a web page"),
         ("lfs.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
-        ("junk.safetensors", bytes(range(1, 200)), "no whole safetensors file"),
+        ("junk.safetensors", bytes(range(1, 200)), "not a complete safetensors file"),
     ],
 )
 def test_files_that_are_no_safetensors(node, folder, name, data, message):
@@ -236,7 +236,7 @@ def test_unknown_weight_dtype(node, releases):
 def test_truncated_file(node, folder, releases):
     whole = (folder / "diffusion_models" / releases["wan_tiny"]).read_bytes()
     (folder / "diffusion_models" / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"no whole safetensors file .* Download it again"):
+    with pytest.raises(ValueError, match=r"not a complete safetensors file .* Download it again"):
         node("DCMLoadModel", model_name="cut.safetensors", weight_dtype="default")
 
 
@@ -383,7 +383,7 @@ def test_extracted_lora_makes_the_tuned_model(node, module, releases, folder, re
 def test_conditioning_round_trip(node, folder):
     generator = torch.Generator().manual_seed(0)
     given = [[torch.randn(1, 7, 4096, generator=generator).bfloat16(), {"pooled_output": torch.randn(1, 768, generator=generator),
-              "guidance": 6.0, "note": "x", "flag": True, "nothing": None}], [torch.zeros(1, 2, 8), {}]]
+              "guidance": 6.0, "note": "x", "flag": True, "nothing": None}], [torch.zeros(1, 2, 4096), {}]]
     node("DCMSaveConditioning", conditioning=given, name="fox", overwrite=False)
     out = node("DCMLoadConditioning", name="fox.safetensors")
     assert "2 prompts, 7 tokens of width 4096" in text(out)

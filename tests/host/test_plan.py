@@ -104,7 +104,7 @@ def test_no_expert_is_shown_that_is_absent_or_at_strength_0(server):
 def test_a_plain_base_is_warned_of(server):
     plan = ask(server, model=SMALL["model"])
     assert plan["boundary"] is None and sides(plan) == 6 * ["base"]
-    assert plan["notes"][0].startswith("Warning: no expert is at work, and a plain model needs more than 6 steps.")
+    assert plan["notes"][0].startswith("Warning: no expert is active, and a plain model needs more than 6 steps.")
     assert ask(server, **SMALL)["notes"] == ["auto: steps and shift are not used"]
     even = ask(server, model=SMALL["model"], schedule="even", steps=20, shift=5.0)
     assert (len(even["steps"]), even["notes"]) == (20, [])

@@ -66,7 +66,7 @@ def test_a_layer_that_the_host_passes_by_stops_the_run(attach, base, random_expe
     sample(routed, SIGMAS)
     past(base.model.diffusion_model.blocks[1].cross_attn.o)
     steps = []
-    message = r"ComfyUI 9\.8\.7 ran the model past 1 of the places that the detail side's experts change: blocks\.1\.cross_attn\.o\."
+    message = r"ComfyUI 9\.8\.7 did not use 1 of the layers that the detail side's experts change: blocks\.1\.cross_attn\.o\."
     with pytest.raises(ValueError, match=message):
         sample(routed, SIGMAS, callback=lambda step, *_: steps.append(step))
     assert steps == [0, 1] and untouched(base)
@@ -129,7 +129,7 @@ def test_a_block_that_a_node_skips_is_said_in_the_log(attach, base, random_exper
 
 def test_a_model_of_which_no_block_runs_stops_the_run(attach, base, random_expert, sample):
     routed = skip_block(skip_block(attach.attach_experts(base, detail=random_expert(base)), 0), 1)
-    with pytest.raises(ValueError, match="ran the model past 12 of the places"):
+    with pytest.raises(ValueError, match="did not use 12 of the layers"):
         sample(routed, SIGMAS)
 
 
@@ -162,7 +162,7 @@ def test_compiled_blocks_are_checked_but_for_their_bare_parameters(attach, base,
     with caplog.at_level("INFO"):
         assert relative(sample(routed, SIGMAS), plain) < 1e-6
     assert [m for m in caplog.messages if "torch.compile" in m] == [
-        "torch.compile is on: whether the model uses blocks.0.modulation cannot be checked"
+        "With torch.compile on, ComfyUI-DCM cannot check whether the model uses blocks.0.modulation."
     ]
     made = len(compiled)
     assert relative(sample(routed, SIGMAS), plain) < 1e-6

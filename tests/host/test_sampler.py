@@ -118,7 +118,7 @@ def test_auto_says_what_it_does_not_use_and_that_a_plain_base_needs_more_steps(r
     assert lines(run(routed, steps=20)) == ["step 1-3 semantic, 4-6 detail, boundary 0.979", unused]
     plan, warning, note = lines(run(base, steps=20))
     assert (plan, note) == ("6 steps, no experts attached", unused)
-    assert warning.startswith("Warning: no expert is at work, and a plain model needs more than 6 steps. Attach experts")
+    assert warning.startswith("Warning: no expert is active, and a plain model needs more than 6 steps. Attach experts")
     for settings in ({"schedule": "even"}, {"sigmas": torch.tensor([1.0, 0.5, 0.0])}, {"detail_model": wan(seed=2)}):
         assert len(lines(run(base, steps=3, **settings))) == 1, settings
 
@@ -159,15 +159,18 @@ def test_denoise_is_ksampler_s(run, base, schedule):
 
 
 def test_both_models_are_shifted(run, base, wan):
-    """What ModelSamplingSD3 before each of them would do."""
+    """As by ModelSamplingSD3 before each: the first prompt ends in the middle of the detail side."""
+    import comfy.samplers
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
+    parts = [[COND[0][0], {"start_percent": 0.0, "end_percent": 0.6}], [2 * COND[0][0], {"start_percent": 0.6, "end_percent": 1.0}]]
     low = wan(seed=2)
-    settings = {"schedule": "simple", "sampler_name": "er_sde", "steps": 4, "shift": 3.0}
-    ours = run(base, detail_model=low, **settings).result[0]["samples"]
+    ours = run(base, detail_model=low, positive=parts, schedule="simple", steps=4, shift=3.0)
+    assert text(ours) == "step 1-2 semantic, 3-4 detail, boundary 0.875"
     first, second = (ModelSamplingSD3().patch(model, 3.0)[0] for model in (base, low))
-    assert torch.equal(ours, run(first, detail_model=second, **settings).result[0]["samples"])
-    assert not torch.equal(ours, run(base, detail_model=low, **{**settings, "shift": 8.0}).result[0]["samples"])
+    sigmas = comfy.samplers.calculate_sigmas(first.get_model_object("model_sampling"), "simple", 4)
+    theirs = run(first, detail_model=second, positive=parts, sigmas=sigmas)
+    assert torch.equal(ours.result[0]["samples"], theirs.result[0]["samples"])
 
 
 def test_a_connected_sampler_overrides_the_name(run, routed):

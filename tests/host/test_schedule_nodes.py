@@ -169,7 +169,7 @@ def test_the_node_shows_the_levels_and_what_is_not_used(said, routed, base, wan)
     assert said(base, preset="even", steps=4, shift=5.0) == ["timesteps 1000, 937.5, 833.3, 625, 0"]
     assert said(base, detail_model=wan(seed=3, layers=1, width=128), steps=4, shift=5.0) == ["timesteps 1000, 937.5, 833.3, 625, 0"]
     _, warning, _ = said(base)
-    assert re.match(r"Warning: no expert is at work, and 6 steps are too few", warning)
+    assert re.match(r"Warning: no expert is active, and a plain model needs more than 6 steps", warning)
 
 
 def test_a_schedule_routes_the_same_in_the_host_s_own_sampler(node, base, routed, scheduler):
@@ -199,7 +199,7 @@ def test_a_schedule_routes_the_same_in_the_host_s_own_sampler(node, base, routed
     ({"denoise": 0.0}, "denoise is 0"),
     ({"preset": "even", "denoise": 0.0}, "denoise is 0"),
     ({"preset": "Karras"}, "preset is 'Karras'; choose one of auto, "),
-    ({"preset": {}}, "preset is {}; choose one of auto, "),
+    ({"preset": {}}, "preset is .*; choose one of auto, "),
 ])
 def test_scheduler_refuses(scheduler, base, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -161,7 +161,7 @@ def test_a_trained_expert_of_another_model_s_size_is_refused(other, wan, node, d
 
 
 def test_a_vae_of_other_latents_is_refused(wan, node, data, output):
-    with pytest.raises(ValueError, match=r"VAE's latents have 48 channels, the model's have 16\. Connect the model's own VAE"):
+    with pytest.raises(ValueError, match=r"VAE's latents have 48 channels, the model's 16\. Connect the model's own VAE"):
         node("DCMTrainSemanticExpert", model=wan(layers=1), dataset=data, name="x", vae=SimpleNamespace(latent_channels=48), **SEMANTIC)
     assert not (output / "dcm_training").exists()
 

@@ -250,7 +250,7 @@ def test_two_processes_train_as_one(side, launcher, train, module, model, data, 
     assert first == second
     for name in TERMS[side] | {"loss"}:
         assert [entry[name] for entry in first] == pytest.approx([entry[name] for entry in alone.history], rel=1e-4), name
-    with pytest.raises(module("dcm_core.distill.config").TrainingError, match="it differs in processes: 2 -> None"):
+    with pytest.raises(module("dcm_core.distill.config").TrainingError, match="with other settings: processes: 2 -> None"):
         train(model, data, config(side, steps=4, batch_size=2), tmp_path / "together")
 
 

@@ -255,7 +255,7 @@ def test_data_of_another_family_is_refused(train, module, model, data, config, t
     """Wan and HunyuanVideo agree in channels and text width; the second has pooled embeddings."""
     text = [[torch.zeros(1, 3, 4096), {"pooled_output": torch.zeros(1, 768)}]]
     pooled = module("dcm_core.distill.dataset").TensorData([data.latent(0)], [text], [0], text)
-    with pytest.raises(ValueError, match=r"pooled embeddings, which Wan 2\.1 does not take"):
+    with pytest.raises(ValueError, match=r"pooled embeddings, which Wan 2\.1 does not use"):
         train(model, pooled, config("semantic"), tmp_path)
 
 

@@ -26,9 +26,10 @@ def test_other_unicode_is_named(tmp_path, encoding, text):
         read_text(written(tmp_path, text.encode(encoding)), 100)
 
 
-def test_utf16_of_a_mark_alone_is_told_by_it(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_nul_is_told_by_its_mark(tmp_path, encoding):
     with pytest.raises(TextError, match="UTF-16"):
-        read_text(written(tmp_path, "一只猫".encode("utf-16")), 100)
+        read_text(written(tmp_path, "\ufeff猫坐在窗台".encode(encoding)), 100)
 
 
 @pytest.mark.parametrize("data", ["Bär".encode("latin-1"), "猫坐在窗台".encode("utf-16-le"), "坐在窗台上的猫".encode("gbk"), b"\xff"])

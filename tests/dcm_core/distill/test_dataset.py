@@ -194,6 +194,25 @@ def test_a_caption_of_half_a_surrogate_is_left_out(clip, tmp_path, run):
     assert len(data) == 1 and "a.mkv: has a caption that is not UTF-8" in str(data.problems[0])
 
 
+def test_the_report_names_what_is_no_clip_and_what_the_list_says(three, run, tmp_path):
+    (tmp_path / "cover.jpg").write_bytes(b"")
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "captions.json").write_text(json.dumps({"a.mkv": ["a cat", "a small cat"]}))
+    data, _ = run()
+    lines = data.report().split("\n")
+    assert lines[0] == "3 clips, 2 sizes" and [entry.caption for entry in data.entries] == ["a cat", "a big dog", "a cat"]
+    assert lines[-2:] == ["note a.mkv: 2 captions, the first is used", "1 .jpg file is no clip: cover.jpg"]
+
+
+def test_pictures_that_were_read_in_another_way_are_encoded_again(three, run, monkeypatch):
+    """A cache of a version that showed some kind of picture otherwise; other clips stay as they are."""
+    probe = clips.probe
+    mirrored = {"b.mkv": ("mirrored",)}
+    run()
+    monkeypatch.setattr(clips, "probe", lambda path: probe(path)._replace(changes=mirrored.get(path.name, ())))
+    assert run()[1] == (1, [], 1)
+
+
 def test_a_clip_that_fails_while_it_is_encoded_is_left_out(three, run):
     def some_nan(pixels):
         return shrink(pixels) * (float("nan") if pixels.mean() > 0.7 else 1)

@@ -156,6 +156,7 @@ def test_a_broken_line_is_named_by_its_number(tmp_path, line, message):
         ("a.csv", "image,caption\na.png,a\n", "line 2 names no video: it has caption, image; expected"),
         ("a.csv", "a.mp4,a cat\nb.mp4,a dog\n", "line 2 names no video: it has a cat, a.mp4; expected"),
         ("a.csv", 'video,caption\n"' + "x" * 200_000, r"a\.csv, line \d is not CSV \(field larger than field limit"),
+        ("a.json", "[" + ",".join(["{}"] * 300_000) + "]", "has more than 500,000 brackets and commas. Check that it is a list of clips"),
         ("a.csv", ",".join(map(str, range(1001))) + "\n" + "x," * 1001, "line 2 has 1,001 keys; at most 1,000"),
     ],
 )  # fmt: skip
@@ -202,7 +203,12 @@ def test_a_hostile_list_is_refused_in_time(tmp_path, name, text):
 def test_limits_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(lists, "MAX_ENTRIES", 2)
     with pytest.raises(DCMError, match=r"a\.jsonl has more than 2 entries\. Split the list"):
-        read_list(written(tmp_path, "a.jsonl", '{"video": "a"}\n' * 3))
+        read_list(written(tmp_path, "a.jsonl", '{"video": "a"}\n' * 3 + "what comes after is not read"))
+
+
+def test_numbers_of_any_size_do_no_harm(tmp_path):
+    line = '{"video": "a.mp4", "caption": "a cat", "size": ' + "9" * 100_000 + ', "fps": 1e999, "n": [NaN, -Infinity]}'
+    assert entries(tmp_path, "a.jsonl", line) == CAT_AND_DOG[:1]
 
 
 # Mangled lists

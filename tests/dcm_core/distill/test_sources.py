@@ -201,6 +201,17 @@ def test_a_list_does_not_tell_what_exists_outside_the_roots(walled, pattern):
     assert clip_of("s.mp4")[1] == OUTSIDE
 
 
+def test_nor_does_a_folder_of_videos_beside_the_list(walled):
+    inside, secret = walled
+    (inside / "lists").mkdir()
+    (inside / "lists" / "videos").symlink_to(secret, target_is_directory=True)
+    lines = [{"video": name, "caption": "a"} for name in ("s.mp4", "t.mp4")]
+    path = inside / "lists" / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert [clip.path for clip in find_clips(path).clips] == [inside / "lists" / "videos" / "s.mp4", inside / "lists" / "t.mp4"]
+    assert [clip.path for clip in find_clips(path, roots=[inside]).clips] == [inside / "lists" / "s.mp4", inside / "lists" / "t.mp4"]
+
+
 def test_files_inside_the_roots_are_found(walled):
     inside, _ = walled
     (inside / "data.jsonl").write_text(json.dumps({"video": str(inside / "a.mp4"), "caption": "a"}))
@@ -223,6 +234,14 @@ def test_the_state_changes_with_every_file_and_only_then(clip, tmp_path):
     (tmp_path / "b.txt").write_text("a cat", encoding="utf-16")
     states.append(source_state(tmp_path))
     assert len(set(states)) == 5
+
+
+def test_the_state_changes_with_what_is_wrong(tmp_path):
+    states = set()
+    for entry in ({"video": "a.mp4"}, {"video": "a.mp4", "type": "image"}):
+        (tmp_path / "data.jsonl").write_text(json.dumps(entry))
+        states.add(source_state(tmp_path / "data.jsonl"))
+    assert len(states) == 2
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs names that are bytes")

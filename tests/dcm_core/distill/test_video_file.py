@@ -229,6 +229,24 @@ def test_an_opaque_alpha_channel_is_no_news(tmp_path, file, codec, pixel_format)
     assert facts.notes == ()
 
 
+def test_transparent_colours_of_a_palette_are_black(tmp_path):
+    palette = np.zeros((256, 4), np.uint8)
+    palette[0], palette[1] = (255, 200, 100, 60), (0, 200, 100, 60)  # alpha first
+    places = np.zeros((HEIGHT, WIDTH), np.uint8)
+    places[:, WIDTH // 2 :] = 1
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        stream = container.add_stream("png", rate=16)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "pal8"
+        for index in range(FRAMES):
+            frame = av.VideoFrame.from_ndarray((places, palette), format="pal8")
+            frame.pts, frame.time_base = index, Fraction(1, 16)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    _, pixels = read(tmp_path / "a.mov")
+    assert pixels[4, :, :28].mean(dim=(0, 1)).tolist() == pytest.approx([200 / 255, 100 / 255, 60 / 255], abs=0.02)
+    assert pixels[4, :, 36:].max() < 0.02
+
+
 def test_transparent_areas_of_a_gif_are_black(tmp_path):
     images = []
     for index in range(FRAMES):
