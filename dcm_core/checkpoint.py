@@ -62,7 +62,9 @@ def recognise(file: TensorFile) -> Contents:
         CheckpointError: a file that is half one thing: known keys with others missing or unknown.
     """
     if len(file) > MAX_TENSORS:
-        raise CheckpointError(f"{file.path} has {len(file):,} tensors; a model or a LoRA has at most {MAX_TENSORS:,}. Choose another file.")
+        raise CheckpointError(
+            f"{file.path} has {counted(len(file), 'tensor')}; a model or a LoRA has at most {MAX_TENSORS}. Choose another file."
+        )
     keys = {without_prefix(key): key for key in file.shapes}
     for family in FAMILIES.values():
         if family.is_native(keys):
@@ -167,9 +169,9 @@ def _check_fit(
     names = {**semantic, **detail}
     shapes, dtypes = ({name: facts[key] for name, key in names.items()} for facts in (file.shapes, file.dtypes))
     if wrong := misfits(shapes, dtypes, family, matched, detail):
+        first = min(wrong)
         raise CheckpointError(
-            f"{file.path} has tensors that do not fit each other: {name_some(f'{name} {reason}' for name, reason in wrong.items())}. "
-            "Download it again."
+            f"The tensors of {file.path} do not fit each other: {name_some(wrong)}. {first} {wrong[first]}. Download it again."
         )
 
 

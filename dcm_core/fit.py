@@ -39,6 +39,7 @@ def misfits(
     found: dict[str, str] = {}
     for wrong in (
         _kinds(dtypes),
+        ((name, f"has shape {tuple(shape)}, which is empty") for name, shape in shapes.items() if 0 in shape),
         _pairs(shapes, dtypes, pairs, family),
         _copies(shapes, dtypes, copies, matched),
         _fused(shapes, dtypes, matched),
@@ -108,7 +109,7 @@ def _pairs(shapes: Shapes, dtypes: DTypes, pairs: Mapping[str, Mapping[str, str]
     together: dict[str, list[str]] = {}
     for module, pair in pairs.items():
         base, down, up = shapes[f"{module}.weight"], shapes[pair["down"]], shapes[pair["up"]]
-        if len(base) != 2 or len(down) != 2 or down[1] != base[1] or not down[0]:
+        if len(base) != 2 or len(down) != 2 or down[1] != base[1]:
             yield pair["down"], f"has shape {down}, its layer {base}"
         if len(base) != 2 or len(up) != 2 or up[0] != base[0]:
             yield pair["up"], f"has shape {up}, its layer {base}"

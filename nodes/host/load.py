@@ -145,7 +145,7 @@ def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, *
             if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise
             raise CheckpointError(
-                f"{path} has tensors of sizes that no {contents.family.title} model has ({one_line(error, 400)}). Download it again."
+                f"{path} cannot be loaded: no {contents.family.title} model has its sizes ({one_line(error, 400)}). Download it again."
             ) from error
     if checked is not None:
         checked.result()

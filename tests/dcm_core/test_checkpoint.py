@@ -226,7 +226,7 @@ def test_shapes_that_do_not_fit_the_base(family, part):
     shapes = release_shapes(family)
     find = (lambda k: family.detail_source(k)) if part == "copy" else (lambda k: f".{part}." in k)
     key = next(k for k in shapes if find(k) and k.endswith(".weight"))
-    refuse(shapes | {key: (shapes[key][0] + 1, *shapes[key][1:])}, "has tensors that do not fit each other", key.split(".lora_")[0])
+    refuse(shapes | {key: (shapes[key][0] + 1, *shapes[key][1:])}, "do not fit each other", key.split(".lora_")[0])
     refuse(shapes | {key: (*shapes[key], 1)}, "do not fit each other")
     refuse(shapes | {key: ()}, "do not fit each other")
 
@@ -286,14 +286,18 @@ def test_ranks_that_differ(family):
     up = down.replace("lora_A", "lora_B")
     rank = shapes[down][0]
     refuse(shapes | {up: (shapes[up][0], rank + 1)}, f"{up} has rank {rank + 1}, {down} {rank}")
-    refuse(shapes | {down: (0, shapes[down][1]), up: (shapes[up][0], 0)}, f"{down} has shape (0,")
+    refuse(shapes | {down: (0, shapes[down][1]), up: (shapes[up][0], 0)}, f"{down} has shape (0, {shapes[down][1]}), which is empty")
     if down.replace("blocks.0", "blocks.1") in shapes:
         both = {down: (rank + 1, shapes[down][1]), up: (shapes[up][0], rank + 1)}
-        refuse(shapes | both, "in other blocks (", f"({shapes[up][0]}, {rank + 1})")
+        refuse(shapes | both, "in other blocks (", "lora_A", "lora_B")
+
+
+def test_an_empty_tensor():
+    refuse(release_shapes(WAN) | {"scale_shift_table": (1, 2, 0)}, "scale_shift_table has shape (1, 2, 0), which is empty")
 
 
 def test_more_tensors_than_a_model_has():
-    refuse({f"blocks.{index}.x": (1,) for index in range(20_001)}, "has 20,001 tensors; a model or a LoRA has at most 20,000")
+    refuse({f"blocks.{index}.x": (1,) for index in range(20_001)}, "has 20001 tensors; a model or a LoRA has at most 20000")
 
 
 @given(data=st.data())

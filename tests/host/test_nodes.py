@@ -182,7 +182,7 @@ def broken(kind, tensors):
         ("missing", r"2 tensors are missing \(blocks\.0\.attn1\.to_q\.weight, proj_out_lora\.bias\)"),
         ("extra", r"1 is unknown \(blocks\.0\.attn1\.to_z\.weight\)"),
         ("half lora", r"missing \(blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\)"),
-        ("shape", r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight has rank 9, .*lora_A\.lora1\.weight 8"),
+        ("shape", r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\. .* has rank 9, .*lora_A\.lora1\.weight 8"),
         ("nan", r"proj_out_lora\.weight hold NaN"),
         ("nan base", r"blocks\.1\.ffn\.net\.2\.bias hold NaN"),
         ("lora only", "holds an expert .* Load the base model here"),
@@ -200,13 +200,13 @@ def test_half_models_are_refused(node, releases, folder, recipe, kind, message):
     assert {path.name for path in files_in(folder / "diffusion_models")} == {"broken.safetensors", *releases.values()}
 
 
-@pytest.mark.parametrize(("key", "width"), [("scale_shift_table", 257), ("scale_shift_table", 0), ("patch_embedding.weight", 17)])
+@pytest.mark.parametrize(("key", "width"), [("scale_shift_table", 257), ("patch_embedding.weight", 17)])
 def test_a_size_that_only_the_model_knows(node, folder, recipe, key, width):
     """Nothing else in the file tells how wide the tensor has to be."""
     tensors = recipe.release("wan_tiny")
     tensors[key] = torch.zeros(*tensors[key].shape[:-1], width) if key == "scale_shift_table" else torch.zeros(256, width, 1, 2, 3)
     save_file(tensors, folder / "diffusion_models" / "wide.safetensors")
-    with pytest.raises(ValueError, match=r"wide\.safetensors has tensors of sizes that no Wan 2\.1 model has .*Download it again"):
+    with pytest.raises(ValueError, match=r"wide\.safetensors cannot be loaded: no Wan 2\.1 model has its sizes .*Download it again"):
         node("DCMLoadModel", model_name="wide.safetensors", weight_dtype="default")
     assert not files_in(folder / "loras")
 
