@@ -196,9 +196,7 @@ def test_what_is_foreseen_is_what_runs_and_what_is_drawn(strengths, second, sche
         {**SMALL, "semantic": "\ud800.safetensors"},
         {**SMALL, "semantic": "../../etc/passwd.safetensors"},
         {"model": "\0.safetensors", "two_models": True},
-        {**SMALL, "steps": "six", "schedule": "generic"},
         {**SMALL, "schedule": "fast"},
-        {**SMALL, "schedule": []},
         {**SMALL, "schedule": "even", "shift": 0.0},
     ],
 )
