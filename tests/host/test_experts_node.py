@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ def save(models, tmp_path):
             (folder / f"{name}.json").write_text(json.dumps(values))
         return f"{folder.name}/pytorch_lora_weights.safetensors"
 
-    return write
+    yield write
+    shutil.rmtree(folder)
 
 
 def pair(module, width=256):
