@@ -9,6 +9,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 
 from environment import NEWER, ROOT, Environment, add_options, front_end, manager_tools, node_tools, prepare
 
@@ -32,25 +33,54 @@ def validate(environment: Environment) -> int:
     return result.returncode or int(any(code in said for code in FORBIDDEN))
 
 
-def run_all(arguments: list[str]) -> int:
-    """Every check, in the oldest ComfyUI."""
+def prepare_oldest() -> Environment:
+    """The oldest ComfyUI with all that its tests need."""
     environment = prepare()
     environment.require("pytest", "hypothesis", "ruff")
     manager_tools()  # a test asks for it; made here, its progress is seen
+    return environment
+
+
+def lint(environment: Environment) -> int:
+    """The checks that run no code of the pack."""
+    return run("ruff", [str(environment.python), "-m", "ruff", "check", "."], environment) or validate(environment)
+
+
+def run_tests(environment: Environment, arguments: list[str]) -> int:
+    """The test suite, in the oldest ComfyUI."""
     front = os.environ.get("COMFYUI_FRONT_END") or str(front_end())
-    python = str(environment.python)
-    return (
-        run("ruff", [python, "-m", "ruff", "check", "."], environment)
-        or validate(environment)
-        or run("pytest", [python, "-m", "pytest", *arguments], environment, COMFYUI_FRONT_END=front)
-    )
+    return run("pytest", pytest(environment, arguments), environment, COMFYUI_FRONT_END=front)
+
+
+def pytest(environment: Environment, arguments: list[str]) -> list[str]:
+    return [str(environment.python), "-m", "pytest", *arguments]
+
+
+def run_all(arguments: list[str]) -> int:
+    """Every check, in the oldest ComfyUI."""
+    environment = prepare_oldest()
+    return lint(environment) or run_tests(environment, arguments)
 
 
 def run_in_newer(arguments: list[str]) -> int:
     """The tests of the pack in its host, in a newer ComfyUI."""
     environment = prepare(NEWER)
-    command = [str(environment.python), "-m", "pytest", *(arguments or ["tests/host"])]
-    return run(f"pytest in {environment.comfyui.name}", command, environment)
+    return run(f"pytest in {environment.comfyui.name}", pytest(environment, arguments or ["tests/host"]), environment)
+
+
+def run_in_both() -> int:
+    """Every check in the oldest ComfyUI and, on another core meanwhile, the tests of the pack in its host in the newer one."""
+    environment, newer = prepare_oldest(), prepare(NEWER)
+    if status := lint(environment):
+        return status
+    command = pytest(newer, ["tests/host"])
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        with subprocess.Popen(command, cwd=ROOT, env=newer.variables(), stdout=said, stderr=subprocess.STDOUT) as other:
+            status = run_tests(environment, [])
+        print(f"== pytest in {newer.comfyui.name}, run meanwhile", flush=True)
+        said.seek(0)
+        print(said.read(), end="", flush=True)
+    return status or other.returncode
 
 
 def main() -> int:
@@ -60,9 +90,8 @@ def main() -> int:
     options, arguments = parser.parse_known_args()
     if options.newer:
         return run_in_newer(arguments)
-    status = run_all(arguments)
     # named tests are run once, and a ComfyUI of the user's own is the only one
-    return status if status or arguments or "COMFYUI_PATH" in os.environ else run_in_newer([])
+    return run_all(arguments) if arguments or "COMFYUI_PATH" in os.environ else run_in_both()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from environment import ROOT
+from environment import ROOT, Environment
 
 yaml = pytest.importorskip("yaml", reason="PyYAML comes with ComfyUI")
 
@@ -48,7 +50,7 @@ def test_every_change_is_tested_by_the_script_that_a_user_runs():
 @pytest.mark.parametrize(
     ("arguments", "own_comfyui", "runs"),
     [
-        ([], False, [("all", []), ("newer", [])]),
+        ([], False, [("both",)]),
         ([], True, [("all", [])]),
         (["-k", "word"], False, [("all", ["-k", "word"])]),
         (["--newer", "-k", "word"], False, [("newer", ["-k", "word"])]),
@@ -56,6 +58,7 @@ def test_every_change_is_tested_by_the_script_that_a_user_runs():
 )
 def test_the_script_passes_everything_in_two_hosts(monkeypatch, script, arguments, own_comfyui, runs):
     done = []
+    monkeypatch.setattr(script, "run_in_both", lambda: done.append(("both",)))
     monkeypatch.setattr(script, "run_all", lambda given: done.append(("all", given)))
     monkeypatch.setattr(script, "run_in_newer", lambda given: done.append(("newer", given)))
     monkeypatch.setattr(script.sys, "argv", ["test.py", *arguments])
@@ -66,12 +69,30 @@ def test_the_script_passes_everything_in_two_hosts(monkeypatch, script, argument
     assert done == runs
 
 
-def test_a_failure_in_the_first_host_is_the_end(monkeypatch, script):
-    monkeypatch.setattr(script, "run_all", lambda given: 1)
-    monkeypatch.setattr(script, "run_in_newer", lambda given: 0)
-    monkeypatch.setattr(script.sys, "argv", ["test.py"])
-    monkeypatch.delenv("COMFYUI_PATH", raising=False)
-    assert script.main() == 1
+@pytest.mark.parametrize(("older", "newer", "status"), [(0, 0, 0), (1, 0, 1), (0, 3, 3)])
+def test_a_failure_in_either_host_is_one(monkeypatch, script, capfd, tmp_path, older, newer, status):
+    """The newer one's output comes last, and whole."""
+    environment = Environment(Path(sys.executable), tmp_path)
+    monkeypatch.setattr(script, "prepare_oldest", lambda: environment)
+    monkeypatch.setattr(script, "prepare", lambda host: environment)
+    monkeypatch.setattr(script, "front_end", lambda: tmp_path)
+    monkeypatch.setattr(script, "lint", lambda environment: 0)
+    ends = {(): older, ("tests/host",): newer}
+
+    def program(environment, arguments):
+        return [sys.executable, "-c", f"print('ran', {arguments}); raise SystemExit({ends[tuple(arguments)]})"]
+
+    monkeypatch.setattr(script, "pytest", program)
+    assert script.run_in_both() == status
+    assert capfd.readouterr().out.splitlines()[-3:] == ["ran []", f"== pytest in {tmp_path.name}, run meanwhile", "ran ['tests/host']"]
+
+
+def test_nothing_runs_after_a_failed_lint(monkeypatch, script):
+    monkeypatch.setattr(script, "prepare_oldest", lambda: None)
+    monkeypatch.setattr(script, "prepare", lambda host: None)
+    monkeypatch.setattr(script, "lint", lambda environment: 1)
+    monkeypatch.setattr(script, "run_tests", lambda environment, arguments: pytest.fail("ran"))
+    assert script.run_in_both() == 1
 
 
 def test_a_version_tag_is_published_after_the_tests():
