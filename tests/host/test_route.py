@@ -145,6 +145,7 @@ def test_a_call_that_a_step_cache_answers_is_no_error(attach, base, random_exper
 
 
 def test_compiled_blocks_are_checked_but_for_their_bare_parameters(attach, base, on_layers, sample, caplog):
+    torch.compiler.reset()  # other tests' code counts towards its limit
     names = [f"blocks.{n}.{layer}" for n in range(2) for layer in ("ffn.0", "ffn.2", "self_attn.q")]
     tensors = {"blocks.0.modulation": torch.full((1, 6, 256), 0.1)}
     detail = on_layers(base, names, diff=tensors)
