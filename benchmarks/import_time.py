@@ -30,6 +30,7 @@ def import_host() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    import comfyui_version  # noqa: F401
     import nodes  # noqa: F401
 
 

@@ -101,7 +101,8 @@ def _check_targets(source: Path, targets: list[Path], overwrite: bool) -> None:
         raise CheckpointError(f"The outputs {', '.join(map(str, targets))} must be different files, and not the input {source}.")
     existing = [str(target) for target in targets if target.exists()]
     if existing and not overwrite:
-        raise CheckpointError(f"{' and '.join(existing)} exists already. Choose another name, or allow overwriting.")
+        verb = "exists" if len(existing) == 1 else "exist"
+        raise CheckpointError(f"{' and '.join(existing)} {verb} already. Choose another name, or allow overwriting.")
 
 
 def _base_entries(file: TensorFile, contents: Contents, dtype: torch.dtype | None) -> Entries:

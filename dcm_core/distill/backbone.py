@@ -197,18 +197,19 @@ def _can_be_saved(weight: Tensor) -> bool:
 def usable_weights(module: nn.Module) -> Iterator[None]:
     """For the length of the block, weights that were loaded in inference mode can be part of a backward pass, moved since or not.
 
-    Each is hidden by a plain tensor over the same memory: nothing is copied, moved or replaced.
+    A plain tensor over the same memory stands in for each: nothing is copied or moved.
     """
-    hidden: list[tuple[nn.Module, str]] = []
+    before: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
-        for owner in module.modules():
-            for name, weight in owner._parameters.items():
+        for parameters in (owner._parameters for owner in module.modules()):
+            for name, weight in list(parameters.items()):
                 if weight is not None and not _can_be_saved(weight) and type(weight.data) is Tensor:
                     plain = torch.empty(0, dtype=weight.dtype, device=weight.device)
                     plain.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
-                    owner.__dict__[name] = plain
-                    hidden.append((owner, name))
+                    before.append((parameters, name, weight))
+                    # not an attribute that hides the parameter: it would hide an expert's, too
+                    parameters[name] = plain
         yield
     finally:
-        for owner, name in hidden:
-            owner.__dict__.pop(name, None)
+        for parameters, name, weight in before:
+            parameters[name] = weight
