@@ -43,7 +43,7 @@ def test_convert(source, tmp_path, capsys):
     assert "100%" in captured.err
     assert set(TensorFile(targets[0]).dtypes.values()) == {torch.float32}
     assert run("convert", source, *targets) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exist already" in capsys.readouterr().err
     assert run("convert", source, *targets, "--overwrite") == 0
 
 
