@@ -31,6 +31,7 @@ def import_host() -> None:
 
     comfy.options.enable_args_parsing()
     import comfyui_version  # noqa: F401
+
     import nodes  # noqa: F401
 
 

@@ -63,7 +63,9 @@ FRONT_END = Part("comfyui-frontend-package", "1.58.1", "comfyui-frontend-package
 
 TORCH = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
 # ComfyUI imports requests without asking for it; pip is for the user.
-TOOLS = ("pytest==9.2.0", "hypothesis==6.170.15", "ruff==0.17.6", "peft==0.21.2", "playwright==1.65.2", "requests", "pip")
+TOOLS = (
+    "pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "ruff==0.17.6", "peft==0.21.2", "playwright==1.65.2", "requests", "pip",
+)
 NODE_TOOLS = ("comfy-cli==1.23.0",)
 # It imports modules of ComfyUI, which need the other two.
 MANAGER = ("comfyui-manager==4.3", "aiohttp", "PyYAML")

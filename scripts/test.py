@@ -9,12 +9,15 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 
 from environment import NEWER, ROOT, Environment, add_options, front_end, manager_tools, node_tools, prepare
 
 # What the registry's scan reports as warnings today and will refuse later.
 FORBIDDEN = ("S102", "S307", "E702")
+
+HOST_TESTS = ["tests/host"]
+# each starts servers and a browser of its own
+MOST_WORKERS = 8
 
 
 def run(title: str, command: list[str], environment: Environment, **variables: str) -> int:
@@ -36,7 +39,7 @@ def validate(environment: Environment) -> int:
 def prepare_oldest() -> Environment:
     """The oldest ComfyUI with all that its tests need."""
     environment = prepare()
-    environment.require("pytest", "hypothesis", "ruff")
+    environment.require("pytest", "xdist", "hypothesis", "ruff")
     manager_tools()  # a test asks for it; made here, its progress is seen
     return environment
 
@@ -46,41 +49,36 @@ def lint(environment: Environment) -> int:
     return run("ruff", [str(environment.python), "-m", "ruff", "check", "."], environment) or validate(environment)
 
 
-def run_tests(environment: Environment, arguments: list[str]) -> int:
-    """The test suite, in the oldest ComfyUI."""
-    front = os.environ.get("COMFYUI_FRONT_END") or str(front_end())
-    return run("pytest", pytest(environment, arguments), environment, COMFYUI_FRONT_END=front)
+def run_tests(environment: Environment, arguments: list[str], **variables: str) -> int:
+    """The tests that the arguments name; a folder's or all on every core."""
+    command = [str(environment.python), "-m", "pytest", *arguments]
+    if not arguments or arguments == HOST_TESTS:
+        # tests of one file share what they load; a worker has one core, so more threads would only wait for each other
+        command += ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "loadfile"]
+        variables["OMP_NUM_THREADS"] = "1"
+    return run(f"pytest in {environment.comfyui.name}", command, environment, **variables)
 
 
-def pytest(environment: Environment, arguments: list[str]) -> list[str]:
-    return [str(environment.python), "-m", "pytest", *arguments]
+def run_in_oldest(environment: Environment, arguments: list[str]) -> int:
+    """The test suite, in the oldest ComfyUI; the browser sees a newer front end, too."""
+    return run_tests(environment, arguments, COMFYUI_FRONT_END=os.environ.get("COMFYUI_FRONT_END") or str(front_end()))
 
 
 def run_all(arguments: list[str]) -> int:
     """Every check, in the oldest ComfyUI."""
     environment = prepare_oldest()
-    return lint(environment) or run_tests(environment, arguments)
+    return lint(environment) or run_in_oldest(environment, arguments)
 
 
 def run_in_newer(arguments: list[str]) -> int:
     """The tests of the pack in its host, in a newer ComfyUI."""
-    environment = prepare(NEWER)
-    return run(f"pytest in {environment.comfyui.name}", pytest(environment, arguments or ["tests/host"]), environment)
+    return run_tests(prepare(NEWER), arguments or HOST_TESTS)
 
 
 def run_in_both() -> int:
-    """Every check in the oldest ComfyUI and, on another core meanwhile, the tests of the pack in its host in the newer one."""
+    """Every check in the oldest ComfyUI, then the tests of the pack in its host in the newer one."""
     environment, newer = prepare_oldest(), prepare(NEWER)
-    if status := lint(environment):
-        return status
-    command = pytest(newer, ["tests/host"])
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
-        with subprocess.Popen(command, cwd=ROOT, env=newer.variables(), stdout=said, stderr=subprocess.STDOUT) as other:
-            status = run_tests(environment, [])
-        print(f"== pytest in {newer.comfyui.name}, run meanwhile", flush=True)
-        said.seek(0)
-        print(said.read(), end="", flush=True)
-    return status or other.returncode
+    return lint(environment) or run_in_oldest(environment, []) or run_tests(newer, HOST_TESTS)
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """Set-up of all tests."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("project")
-torch.set_num_threads(2)
+# a worker of several has one core
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")

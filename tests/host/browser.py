@@ -137,8 +137,14 @@ class Page:
         self.wait("count => app.graph._nodes.length === count", len(read(path)["nodes"]))
         self.dismiss()
 
-    def open_template(self, path):
-        """Open a workflow from the template browser."""
+    def open_served(self, path):
+        """Open a workflow as the server gives it to the template browser."""
+        graph = self.server.request(f"/api/workflow_templates/{FOLDER}/{path.stem}.json")
+        self.run("([graph, name]) => app.loadGraphData(graph, true, true, name)", [graph, path.stem])
+        self.wait("count => app.graph._nodes.length === count", len(read(path)["nodes"]))
+
+    def open_template(self, path, listed=()):
+        """Open a workflow from the template browser, which also lists those named."""
         from playwright.sync_api import TimeoutError
 
         dialog = self.page.locator("[role=dialog]")
@@ -147,6 +153,8 @@ class Page:
             self.command("Comfy.BrowseTemplates")
             try:
                 dialog.get_by_text(FOLDER, exact=True).first.click(timeout=10_000)
+                for title in listed:
+                    dialog.get_by_text(title, exact=True).first.wait_for(timeout=10_000)
                 dialog.get_by_text(path.stem, exact=True).first.click(timeout=10_000)
                 break
             except TimeoutError as error:

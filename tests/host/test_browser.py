@@ -98,9 +98,12 @@ def keep_what_was_seen(request, page):
 
 
 def test_every_workflow_opens_from_the_template_browser(page):
+    page.errors.clear()
+    first, *others = WORKFLOWS
+    page.open_template(first, listed=[path.stem for path in WORKFLOWS])
     for path in WORKFLOWS:
-        page.errors.clear()
-        page.open_template(path)
+        if path in others:
+            page.open_served(path)
         page.dismiss()
         unknown = page.run("() => app.graph._nodes.map(n => n.type).filter(type => !LiteGraph.registered_node_types[type])")
         assert unknown == [], path.stem
@@ -109,6 +112,7 @@ def test_every_workflow_opens_from_the_template_browser(page):
         links = page.run("() => [...(app.graph.links.values?.() ?? Object.values(app.graph.links))].length")
         assert links == len(read(path)["links"])
         assert page.complaints() == [], path.stem
+        page.errors.clear()
 
 
 def test_missing_models_are_offered_for_download(page):
@@ -336,8 +340,8 @@ def test_training_shows_its_losses_and_samples(page):
     page.open(TRAINING)
     for kind, name in (("DCMTrainSemanticExpert", "semantic"), ("DCMTrainDetailExpert", "detail")):
         page.set_widget(kind, "name", f"{name} {page.name}")
-        page.set_widget(kind, "steps", 4)
-        page.set_widget(kind, "sample_every", 2)
+        for widget, value in {"steps": 4, "batch_size": 2, "sample_every": 2}.items():
+            page.set_widget(kind, widget, value)
     page.show("DCMTrainDetailExpert")
     page.queue()
     page.finish(seconds=180)

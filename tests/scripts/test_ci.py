@@ -69,29 +69,45 @@ def test_the_script_passes_everything_in_two_hosts(monkeypatch, script, argument
     assert done == runs
 
 
-@pytest.mark.parametrize(("older", "newer", "status"), [(0, 0, 0), (1, 0, 1), (0, 3, 3)])
-def test_a_failure_in_either_host_is_one(monkeypatch, script, capfd, tmp_path, older, newer, status):
-    """The newer one's output comes last, and whole."""
-    environment = Environment(Path(sys.executable), tmp_path)
-    monkeypatch.setattr(script, "prepare_oldest", lambda: environment)
-    monkeypatch.setattr(script, "prepare", lambda host: environment)
+@pytest.fixture
+def hosts(monkeypatch, script, tmp_path):
+    """The script with two hosts whose Python is this one."""
+    oldest, newer = Environment(Path(sys.executable), tmp_path / "oldest"), Environment(Path(sys.executable), tmp_path / "newer")
+    monkeypatch.setattr(script, "prepare_oldest", lambda: oldest)
+    monkeypatch.setattr(script, "prepare", lambda host: newer)
     monkeypatch.setattr(script, "front_end", lambda: tmp_path)
     monkeypatch.setattr(script, "lint", lambda environment: 0)
-    ends = {(): older, ("tests/host",): newer}
-
-    def program(environment, arguments):
-        return [sys.executable, "-c", f"print('ran', {arguments}); raise SystemExit({ends[tuple(arguments)]})"]
-
-    monkeypatch.setattr(script, "pytest", program)
-    assert script.run_in_both() == status
-    assert capfd.readouterr().out.splitlines()[-3:] == ["ran []", f"== pytest in {tmp_path.name}, run meanwhile", "ran ['tests/host']"]
 
 
+@pytest.mark.usefixtures("hosts")
+@pytest.mark.parametrize(
+    ("oldest", "newer", "status", "ran"), [(0, 0, 0, ["oldest", "newer"]), (1, 0, 1, ["oldest"]), (0, 3, 3, ["oldest", "newer"])]
+)
+def test_a_failure_in_either_host_is_one(monkeypatch, script, oldest, newer, status, ran):
+    done = []
+
+    def run(title, command, environment, **variables):
+        done.append(environment.comfyui.name)
+        assert command[command.index("--dist") + 1] == "loadfile" and int(command[command.index("-n") + 1]) >= 1
+        assert ("tests/host" in command) == (environment.comfyui.name == "newer")
+        assert ("COMFYUI_FRONT_END" in variables) == (environment.comfyui.name == "oldest")
+        return {"oldest": oldest, "newer": newer}[environment.comfyui.name]
+
+    monkeypatch.setattr(script, "run", run)
+    assert script.run_in_both() == status and done == ran
+
+
+@pytest.mark.usefixtures("hosts")
+def test_named_tests_run_in_one_process(monkeypatch, script):
+    commands = []
+    monkeypatch.setattr(script, "run", lambda title, command, environment, **variables: commands.append(command) or 0)
+    assert script.run_all(["-k", "word"]) == 0 and "-n" not in commands[0]
+
+
+@pytest.mark.usefixtures("hosts")
 def test_nothing_runs_after_a_failed_lint(monkeypatch, script):
-    monkeypatch.setattr(script, "prepare_oldest", lambda: None)
-    monkeypatch.setattr(script, "prepare", lambda host: None)
     monkeypatch.setattr(script, "lint", lambda environment: 1)
-    monkeypatch.setattr(script, "run_tests", lambda environment, arguments: pytest.fail("ran"))
+    monkeypatch.setattr(script, "run", lambda *_, **__: pytest.fail("ran"))
     assert script.run_in_both() == 1
 
 
