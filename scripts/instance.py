@@ -9,8 +9,9 @@ import socket
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ START_SECONDS, RUN_SECONDS = 180, 900
 LOG = "server.log"
 
 Prompt = dict[str, dict[str, Any]]
+# of the host's history
+Entry = dict[str, Any]
 
 # The server is on this machine: a proxy that the environment names must not stand between.
 direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -31,21 +34,31 @@ class RunError(RuntimeError):
     """A prompt that was refused or failed; the message is the server's."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Instance:
-    """A running server."""
+    """A running server; `boot` is its log up to the moment it answered."""
 
     environment: Environment
     base: Path
     port: int
+    process: subprocess.Popen[bytes]
+    boot: str = ""
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def get(self, path: str) -> Any:
-        """The parsed answer of a GET request."""
-        return self._request(path)
+    def request(self, path: str, body: Any = None) -> Any:
+        """The parsed answer of a GET, or of a POST if there is a body; None if it is empty.
+
+        Raises:
+            OSError: no answer; HTTPError, which is one, for a refusal.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + urllib.parse.quote(path), data, {"Content-Type": "application/json"})
+        with direct.open(request, timeout=30) as answer:
+            content = answer.read()
+        return json.loads(content) if content else None
 
     def prompt_of(self, workflow: Path) -> Prompt:
         """A saved graph in the API's format, as the front end would send it."""
@@ -58,29 +71,40 @@ class Instance:
             raise RunError(f"{workflow.name} cannot be converted:\n{result.stdout[-2000:]}\n{result.stderr[-1000:]}")
         return json.loads(result.stdout)["data"]["prompt"]
 
-    def run(self, prompt: Prompt, seconds: float = RUN_SECONDS) -> dict[str, Any]:
-        """Queue a prompt and wait for its end.
-
-        Returns:
-            What its nodes show: node id -> lists of files, texts ...
+    def queue(self, prompt: Prompt) -> str:
+        """Queue a prompt; returns its id.
 
         Raises:
-            RunError: the server refuses the prompt, a node fails, or it takes longer than `seconds`.
+            RunError: the server refuses it.
         """
-        queued = self._request("/prompt", {"prompt": prompt})["prompt_id"]
-        deadline = time.monotonic() + seconds
-        while not (entry := self.get(f"/history/{queued}").get(queued)):
-            if time.monotonic() > deadline:
-                raise RunError(f"the prompt did not end within {seconds} s; the log ends with:\n{self.log_tail()}")
-            time.sleep(0.2)
-        for kind, details in entry["status"]["messages"]:
-            if kind == "execution_error":
-                raise RunError(f"{details['node_type']}: {details['exception_message'].strip()}")
-        return entry["outputs"]
+        try:
+            return self.request("/prompt", {"prompt": prompt})["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise RunError(_refusal(error.read().decode(errors="replace"))) from error
 
-    def saved(self, outputs: dict[str, Any]) -> list[Path]:
+    def wait(self, prompt_id: str, seconds: float = RUN_SECONDS) -> Entry:
+        """The history entry of a prompt, once it has ended, well or not.
+
+        Raises:
+            RunError: it takes longer than `seconds`, or the server ends.
+        """
+        deadline = time.monotonic() + seconds
+        try:
+            while not (entry := self.request(f"/history/{prompt_id}").get(prompt_id)):
+                if time.monotonic() > deadline:
+                    raise RunError(f"the prompt did not end within {seconds} s; the log ends with:\n{self.log_tail()}")
+                time.sleep(0.05)
+        except OSError as error:
+            raise RunError(f"{self.url} does not answer ({error}); the log ends with:\n{self.log_tail()}") from error
+        return entry
+
+    def run(self, prompt: Prompt, seconds: float = RUN_SECONDS) -> Entry:
+        """Queue a prompt and wait for its end."""
+        return self.wait(self.queue(prompt), seconds)
+
+    def saved(self, entry: Entry) -> list[Path]:
         """The files that a run saved."""
-        shown = [item for node in outputs.values() for items in node.values() for item in items]
+        shown = [item for node in outputs_of(entry).values() for items in node.values() for item in items]
         files = [item for item in shown if isinstance(item, dict) and "filename" in item]
         return [self.base / file["type"] / file["subfolder"] / file["filename"] for file in files]
 
@@ -90,16 +114,21 @@ class Instance:
     def log_tail(self, lines: int = 15) -> str:
         return "\n".join(self.log().splitlines()[-lines:])
 
-    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with direct.open(request, timeout=30) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise RunError(_refusal(error.read().decode(errors="replace"))) from error
-        except OSError as error:
-            raise RunError(f"{self.url} does not answer ({error}); the log ends with:\n{self.log_tail()}") from error
+
+def messages(entry: Entry) -> dict[str, Any]:
+    """Kind -> details of what the host said about a run."""
+    return dict(entry["status"]["messages"])
+
+
+def outputs_of(entry: Entry) -> dict[str, Any]:
+    """What the nodes of a run show: node id -> lists of files, texts ...
+
+    Raises:
+        RunError: a node failed.
+    """
+    if failed := messages(entry).get("execution_error"):
+        raise RunError(f"{failed['node_type']}: {failed['exception_message'].strip()}")
+    return entry["outputs"]
 
 
 def _refusal(body: str) -> str:
@@ -114,11 +143,11 @@ def _refusal(body: str) -> str:
         return body
 
 
-def make_base(base: Path) -> None:
+def make_base(base: Path, folder: str = PACK_FOLDER) -> None:
     """A base directory of ComfyUI with the pack in it; the host's own folder stays untouched."""
     for name in ("custom_nodes", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
-    pack = base / "custom_nodes" / PACK_FOLDER
+    pack = base / "custom_nodes" / folder
     if pack.is_symlink():
         pack.unlink()
     shutil.rmtree(pack, ignore_errors=True)
@@ -136,28 +165,32 @@ def make_models(environment: Environment, base: Path) -> None:
         raise SetupError(f"the small models could not be made:\n{made.stderr[-2000:]}")
 
 
-def server_command(environment: Environment, base: Path, port: int) -> list[str]:
+def server_command(environment: Environment, base: Path, port: int, arguments: Sequence[str] = ("--cpu",)) -> list[str]:
     return [
-        str(environment.python), str(environment.comfyui / "main.py"), "--cpu", "--port", str(port),
+        str(environment.python), str(environment.comfyui / "main.py"), "--port", str(port),
         "--base-directory", str(base), "--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}",
-        "--preview-method", "latent2rgb", "--disable-auto-launch",
+        "--preview-method", "latent2rgb", "--disable-auto-launch", *arguments,
     ]
 
 
 @contextlib.contextmanager
-def start(environment: Environment, base: Path) -> Iterator[Instance]:
+def start(environment: Environment, base: Path, arguments: Sequence[str] = ("--cpu",)) -> Iterator[Instance]:
     """A server that runs as long as the context.
+
+    Args:
+        arguments: what else the host is told.
 
     Raises:
         SetupError: it does not start, or cannot import the pack.
     """
-    instance = Instance(environment, base, free_port())
+    port = free_port()
+    command = server_command(environment, base, port, arguments)
     with (base / LOG).open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            server_command(environment, base, instance.port), env=environment.variables(), stdout=log, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, env=environment.variables(), stdout=log, stderr=subprocess.STDOUT, cwd=base)
     try:
-        wait_until_ready(instance, process)
+        instance = Instance(environment, base, port, process)
+        wait_until_ready(instance)
+        instance.boot = instance.log()
         yield instance
     finally:
         process.terminate()
@@ -168,15 +201,15 @@ def start(environment: Environment, base: Path) -> Iterator[Instance]:
             process.wait()
 
 
-def wait_until_ready(instance: Instance, process: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(instance: Instance) -> None:
     deadline = time.monotonic() + START_SECONDS
     while True:
-        with contextlib.suppress(RunError):
-            instance.get("/system_stats")
+        with contextlib.suppress(OSError):
+            instance.request("/system_stats")
             break
-        if process.poll() is not None or time.monotonic() > deadline:
+        if instance.process.poll() is not None or time.monotonic() > deadline:
             raise SetupError(f"ComfyUI did not start; its log ends with:\n{instance.log_tail()}")
-        time.sleep(0.5)
+        time.sleep(0.2)
     if "(IMPORT FAILED)" in instance.log():
         raise SetupError(f"ComfyUI could not import the pack:\n{instance.log_tail(60)}")
 

@@ -144,9 +144,9 @@ def render(page: Page) -> None:
 def main() -> None:
     wanted = set(sys.argv[1:])
     with tempfile.TemporaryDirectory() as base, sync_playwright() as running:
-        arguments = ("--preview-method", "latent2rgb", "--front-end-root", os.environ["COMFYUI_FRONT_END"])
+        arguments = ("--front-end-root", os.environ["COMFYUI_FRONT_END"])
         stand_in_for_files(Path(base))
-        with start_server(Path(base), extra_args=arguments, folder=FOLDER) as server:
+        with start_server(Path(base), *arguments, folder=FOLDER) as server:
             for key, value in SETTINGS.items():
                 server.request(f"/settings/{key}", value)
             page = Page(running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS), server, "pictures", nodes2=False)

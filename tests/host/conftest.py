@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from dcm_core.conditioning import save_conditioning
 
-from .server import DEVICE, HOST, ROOT, make_tiny_models, start_server
+from .server import DEVICE, HOST, ROOT, here, make_models, start_server
 from .small_models import make_wan
 from .training import SMALL, random_data
 
@@ -26,7 +26,7 @@ def server(tmp_path_factory):
     if HOST is None:
         pytest.skip(NEEDS_HOST)
     base = tmp_path_factory.mktemp("server")
-    make_tiny_models(base / "models")
+    make_models(here(), base)
     save_conditioning(base / "models" / "dcm_conditioning" / "narrow.safetensors", [[torch.zeros(1, 8, 768), {}]])
     with start_server(base) as running:
         yield running

@@ -56,7 +56,7 @@ def serve(tmp_path_factory):
             arguments = ["--front-end-root", NEWER] if front == "newer" else []
             base = tmp_path_factory.mktemp(f"{front}-front")
             add_unfit_files(base / "models")
-            context = start_server(base, extra_args=("--preview-method", "latent2rgb", *arguments), folder=FOLDER)
+            context = start_server(base, *arguments, folder=FOLDER)
             running[front] = context.__enter__()
             contexts.append(context)
         return running[front]

@@ -312,7 +312,7 @@ def test_a_real_server_that_listens_to_others_answers_their_requests_so(pack, tm
         errors = json.loads(refused.value.read())["node_errors"]["1"]["errors"]
         return [error["details"] for error in errors if error["type"] == "custom_validation_failed"]
 
-    with start_server(tmp_path / "server", extra_args=["--listen", "0.0.0.0"]) as server:
+    with start_server(tmp_path / "server", "--listen", "0.0.0.0") as server:
         real, absent = (refusals(server, str(tmp_path / name)) for name in ("secret", "nothing"))
         assert real == absent and "is outside the folders that this server may read" in real[0]
         assert "does not exist" in refusals(server, "nothing")[0], "in the input folder"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from .compare import relative
 from .graphs import id_of, read, to_prompt
-from .server import FOLDER, HOST, ROOT, start_server
+from .server import FOLDER, HOST, ROOT, saved, start_server
 
 PACKS = os.environ.get("COMFYUI_OTHER_PACKS")
 SMALL_WORLD = ROOT / "workflows" / "DCM small world (CPU).json"
@@ -55,7 +55,7 @@ def write_gguf(path):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    with start_server(tmp_path_factory.mktemp("alone"), extra_args=["--fp32-unet"]) as server:
+    with start_server(tmp_path_factory.mktemp("alone"), "--fp32-unet") as server:
         yield server
 
 
@@ -68,7 +68,7 @@ def beside(tmp_path_factory):
         (base / "custom_nodes" / path.name).symlink_to(path.resolve(), target_is_directory=True)
     if any("gguf" in path.name.lower() for path in packs()):
         write_gguf(base / "models" / "diffusion_models" / GGUF_MODEL)
-    with start_server(base, extra_args=["--fp32-unet"]) as server:
+    with start_server(base, "--fp32-unet") as server:
         yield server
 
 
@@ -112,7 +112,7 @@ def need(info):
 
 
 def latent(server, prompt):
-    return load_file(server.saved(server.run(prompt), "latent", "latents"))["latent_tensor"]
+    return load_file(saved(server, server.run(prompt), "latent", "latents"))["latent_tensor"]
 
 
 @pytest.fixture(scope="module")

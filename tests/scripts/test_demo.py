@@ -48,8 +48,9 @@ def test_refused_prompt_says_why(server, prompt):
 def test_failing_node_says_why(server, prompt):
     inputs_of(prompt, LATENT_NODE).update(width=64, height=48, length=5)
     inputs_of(prompt, "DCMSampler")["denoise"] = 0.0
+    entry = server.run(prompt)
     with pytest.raises(RunError, match=r"DCMSampler: denoise is 0"):
-        server.run(prompt)
+        server.saved(entry)
 
 
 def test_workflow_that_is_none_says_why(server, tmp_path):
