@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 from environment import ROOT
+from instance import outputs_of
 
 SMALL_WORLD = ROOT / "small_world"
 WORKFLOW = ROOT / "workflows" / "DCM small world training (CPU).json"
@@ -15,8 +16,8 @@ def test_training_workflow_trains_both_experts_and_renders(server):
     for node in graph.values():
         if node["class_type"] in TRAINERS:
             node["inputs"].update(steps=3, batch_size=2, save_every=2, sample_every=3)
-    outputs = server.run(graph)
-    by_type = {graph[number]["class_type"]: shown for number, shown in outputs.items()}
+    entry = server.run(graph)
+    by_type = {graph[number]["class_type"]: shown for number, shown in outputs_of(entry).items()}
     for kind, side in TRAINERS.items():
         text = by_type[kind]["text"][0]
         assert f"{side} expert: LoRA rank" in text and "3 steps" in text
@@ -26,7 +27,7 @@ def test_training_workflow_trains_both_experts_and_renders(server):
         assert (server.base / "models" / "loras" / "dcm" / f"small_world_{side}.safetensors").is_file()
     assert "step 1-3 semantic, 4-6 detail, boundary 0.76" in by_type["DCMSampler"]["text"][0]
     assert len(by_type["PreviewImage"]["images"]) == 6
-    assert [path.suffix for path in server.saved({"video": by_type["SaveVideo"]})] == [".mp4"]
+    assert ".mp4" in [path.suffix for path in server.saved(entry)]
 
 
 # The scripts as they are, but for how long they work.
