@@ -351,6 +351,9 @@ def test_the_output_is_no_input(sources, which):
     before = sources[which].read_bytes()
     with pytest.raises(CheckpointError, match="input"):
         extract_lora(*sources, sources[which], 2, overwrite=True, progress=never)
+    (link := sources[which].with_name("link.safetensors")).symlink_to(sources[which])
+    with pytest.raises(CheckpointError, match=r"link\.safetensors is an input"):
+        extract_lora(*sources, link, 2, overwrite=True, progress=never)
     assert sources[which].read_bytes() == before
 
 

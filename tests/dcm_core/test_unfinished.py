@@ -57,6 +57,14 @@ def test_it_needs_no_content(tmp_path):
     assert left_in(tmp_path) == ["x"]
 
 
+def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    seen, path = [], tmp_path / "a.bin"
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: seen.append((os.fstat(number).st_size, path.exists())) or real(number))
+    write_bytes(path, b"1234")
+    assert seen == [(4, False)] and path.read_bytes() == b"1234"
+
+
 def test_bytes_are_put_over_others(tmp_path):
     with unfinished_file(tmp_path / "x") as file:
         file.write(b"0123")

@@ -1,5 +1,7 @@
 """A batch follows from seed, step and place alone, however its videos are put together."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +28,11 @@ def test_each_place_has_its_own_randomness(one, other):
     drawn = [torch.rand(4, generator=generator_of(*place)).tolist() for place in (one, one, other)]
     assert drawn[0] == drawn[1]
     assert (drawn[0] == drawn[2]) == (one == other)
+
+
+def test_neighbouring_steps_and_elements_share_no_randomness():
+    drawn = {tuple(torch.rand(4, generator=generator_of(*place)).tolist()) for place in itertools.product(range(3), range(9), range(9))}
+    assert len(drawn) == 3 * 9 * 9
 
 
 def test_a_batch_is_its_videos_one_by_one():

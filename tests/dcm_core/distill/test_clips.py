@@ -1,5 +1,6 @@
 """Clips: what is refused and why, and which pixels come out."""
 
+import dataclasses
 import math
 import struct
 from fractions import Fraction
@@ -140,6 +141,9 @@ def test_what_is_unusual_is_noted(video, tmp_path):
     assert notes("variable.mkv", times=[0, 40, 100, 140, 300, 500, 540, 600]) == ("variable frame rate, frames taken by their time",)
     assert notes("slow.mkv", fps=8) == ("8 fps, so frames repeat at 16 fps",)
     assert notes("little.mkv", size=(60, 45)) == ("60x45 enlarged to 64x48",)
+    whole = dataclasses.replace(SMALL, buckets=False)
+    narrow = inspect_clip(Clip(video(tmp_path / "narrow.mkv", size=(60, 96)), "x"), whole)
+    assert narrow.notes == ("60x96 enlarged to 64x48",), "one side is enough"
 
 
 # Buckets

@@ -69,9 +69,10 @@ def test_guidance():
         asked.append(float(text.context))
         return torch.full_like(x, 3.0 if text is TEXT else 1.0)
 
-    assert (guided(teacher, batch.x0, PHASES.sigmas[batch.index], batch, 5.0) == 3 + 5 * (3 - 1)).all()
-    assert asked == [1.0, 0.0]
-    asked.clear()
+    for cfg in (5.0, 1.0, 0.5):
+        assert (guided(teacher, batch.x0, PHASES.sigmas[batch.index], batch, cfg) == 3 + cfg * (3 - 1)).all()
+        assert asked == [1.0, 0.0]
+        asked.clear()
     assert (guided(teacher, batch.x0, PHASES.sigmas[batch.index], batch, 0.0) == 3).all()
     assert asked == [1.0]
 

@@ -42,6 +42,13 @@ def test_what_is_written_comes_back(data, tmp_path):
     assert torch.equal(back.unconditional()[0][0], data.unconditional()[0][0])
 
 
+def test_texts_that_differ_in_a_number_alone_are_two(tmp_path):
+    texts = [text(0, guidance=6.0), text(0, guidance=3.0)]
+    write_data(tmp_path / "data.safetensors", TensorData([torch.ones(2, 1, 2, 2)] * 2, texts, [0, 1], text(9)))
+    back = read_data(tmp_path / "data.safetensors")
+    assert [back.conditioning(index)[0][1]["guidance"] for index in range(2)] == [6.0, 3.0]
+
+
 class Fresh(TensorData):
     """Data that is made when it is asked for; `most` is how many latents were there at once."""
 

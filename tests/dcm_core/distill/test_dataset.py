@@ -349,6 +349,11 @@ def test_fingerprints_tell_data_apart():
     assert len({data.fingerprint for data in (same, other_text, fewer)}) == 3
 
 
+def test_fingerprints_tell_shapes_apart():
+    wide, high = (TensorData([torch.ones(1, 1, *size)], [embed("a")], [0], embed("")) for size in ((2, 4), (4, 2)))
+    assert wide.fingerprint != high.fingerprint
+
+
 @pytest.mark.parametrize("which", [[0], [0, 2], [0, -1]])
 def test_texts_that_do_not_fit_the_latents_are_refused(which):
     with pytest.raises(DCMError, match="expected"):

@@ -84,6 +84,15 @@ def test_a_share_of_the_points_is_where_phases_are_entered(shared):
     assert torch.equal(*(generator.get_state() for generator in draws))
 
 
+def test_every_level_from_the_phase_s_end_to_the_top_is_drawn():
+    phases = Phases("detail", 0.9765, count=5)
+    for point in (0, 10, 34):
+        index = torch.full((2000,), point)
+        drawn = phases.draw_above_phase(index, torch.Generator().manual_seed(0))
+        first = int(phases.starts[point - int(phases.owned[0])])
+        assert drawn.unique().tolist() == list(range(first, int(phases.owned[-1]) + 1))
+
+
 def test_a_batch_has_the_end_of_each_element():
     phases = Phases("detail", 0.9765, count=5)
     index = torch.tensor([0, 6, 7, 34])
