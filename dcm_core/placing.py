@@ -75,17 +75,32 @@ def in_place(
         watch_bare: bare parameters note that they are read. Not under torch.compile: it would compile the noting in.
     """
     working = list(experts)
-    before: list[Placement] = []
-    try:
+
+    def placements() -> Iterator[Placement]:
         for expert, strength in working:
-            for names, name, value in (
+            # whole, before any is in place
+            yield from (
                 *_forwards(expert, root, strength, add, activations, watch),
                 *_bare_parameters(expert, root, strength, watch_bare),
-            ):
-                before.append((names, name, names.get(name)))
-                names[name] = value
+            )
+
+    with placed(placements()):
         for expert, _ in working:
             expert.called.clear()
+        yield
+
+
+@contextmanager
+def placed(placements: Iterable[Placement]) -> Iterator[None]:
+    """For the length of the block names mean something else; then they mean what they did, also if one of them fails.
+
+    Each is asked for when those ahead of it are in place.
+    """
+    before: list[Placement] = []
+    try:
+        for names, name, value in placements:
+            before.append((names, name, names.get(name)))
+            names[name] = value
         yield
     finally:
         for names, name, value in reversed(before):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapters import RoutedExpert, find_module
 from ..families import Family
-from ..placing import in_place
+from ..placing import Placement, in_place, placed
 from ..schedule import TIMESTEPS
 
 Working = Sequence[tuple[RoutedExpert, float]]
@@ -145,19 +145,12 @@ class Backbone:
             yield
             return
         blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
-
         # another pack may have put a forward of its own on a block
-        before = [block.__dict__.get("forward") for block in blocks]
-        try:
-            for block in blocks:
-                forward = _on_copies(block) if self.family.writes_in_place else block.forward
-                block.__dict__["forward"] = self._forgetful(forward, experts)
+        forwards = [_on_copies(block) if self.family.writes_in_place else block.forward for block in blocks]
+        with placed(
+            (block.__dict__, "forward", self._forgetful(forward, experts)) for block, forward in zip(blocks, forwards, strict=True)
+        ):
             yield
-        finally:
-            for block, own in zip(blocks, before, strict=True):
-                block.__dict__.pop("forward", None)
-                if own is not None:
-                    block.__dict__["forward"] = own
 
 
 def _on_copies(block: nn.Module) -> Callable[..., Any]:
@@ -199,17 +192,15 @@ def usable_weights(module: nn.Module) -> Iterator[None]:
 
     A plain tensor over the same memory stands in for each: nothing is copied or moved.
     """
-    before: list[tuple[dict[str, Any], str, Tensor]] = []
-    try:
-        for parameters in (owner._parameters for owner in module.modules()):
-            for name, weight in list(parameters.items()):
-                if weight is not None and not _can_be_saved(weight) and type(weight.data) is Tensor:
-                    plain = torch.empty(0, dtype=weight.dtype, device=weight.device)
-                    plain.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
-                    before.append((parameters, name, weight))
-                    # not an attribute that hides the parameter: it would hide an expert's, too
-                    parameters[name] = plain
+    with placed(_plain_weights(module)):
         yield
-    finally:
-        for parameters, name, weight in before:
-            parameters[name] = weight
+
+
+def _plain_weights(module: nn.Module) -> Iterator[Placement]:
+    for parameters in (owner._parameters for owner in module.modules()):
+        for name, weight in parameters.items():
+            if weight is not None and not _can_be_saved(weight) and type(weight.data) is Tensor:
+                plain = torch.empty(0, dtype=weight.dtype, device=weight.device)
+                plain.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
+                # not an attribute that hides the parameter: it would hide an expert's, too
+                yield parameters, name, plain

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dcm_core.distill.backbone import usable_weights
+from dcm_core.placing import placed
 
 
 @pytest.fixture
@@ -34,5 +35,17 @@ def test_weights_that_were_moved_since_inference_mode(moved):
 
 def test_other_weights_are_left_alone():
     layer = nn.Linear(4, 4)
+    weight, bias = layer.weight, layer.bias
     with usable_weights(layer):
+        assert layer.weight is weight and layer.bias is bias
         assert not {"weight", "bias"} & set(vars(layer))
+
+
+def test_what_is_placed_meanwhile_is_seen(moved):
+    """As an expert's bare parameter is."""
+    weight, mine = moved[0].weight, torch.zeros(4, 4)
+    with usable_weights(moved):
+        with placed([(moved[0]._parameters, "weight", mine)]):
+            assert moved[0].weight is mine
+        assert moved[0].weight is not weight
+    assert moved[0].weight is weight
