@@ -102,9 +102,11 @@ class Instance:
         """Queue a prompt and wait for its end."""
         return self.wait(self.queue(prompt), seconds)
 
-    def saved(self, entry: Entry) -> list[Path]:
-        """The files that a run saved."""
-        shown = [item for node in outputs_of(entry).values() for items in node.values() for item in items]
+    def saved(self, entry: Entry, number: str | None = None) -> list[Path]:
+        """The files that a good run saved, or one node of it."""
+        outputs = outputs_of(entry)
+        nodes = outputs.values() if number is None else [outputs[number]]
+        shown = [item for node in nodes for items in node.values() for item in items]
         files = [item for item in shown if isinstance(item, dict) and "filename" in item]
         return [self.base / file["type"] / file["subfolder"] / file["filename"] for file in files]
 
@@ -124,10 +126,13 @@ def outputs_of(entry: Entry) -> dict[str, Any]:
     """What the nodes of a run show: node id -> lists of files, texts ...
 
     Raises:
-        RunError: a node failed.
+        RunError: a node failed, or the run was interrupted.
     """
-    if failed := messages(entry).get("execution_error"):
+    said = messages(entry)
+    if failed := said.get("execution_error"):
         raise RunError(f"{failed['node_type']}: {failed['exception_message'].strip()}")
+    if "execution_success" not in said:
+        raise RunError(f"the run did not end well: {', '.join(said)}")
     return entry["outputs"]
 
 

@@ -22,7 +22,7 @@ if HOST:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A running host with small random models: see `server.Server`."""
+    """A running host with small random models: see `instance.Instance`."""
     if HOST is None:
         pytest.skip(NEEDS_HOST)
     base = tmp_path_factory.mktemp("server")

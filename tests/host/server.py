@@ -1,4 +1,4 @@
-"""The host as a server process, as the tests start it: `instance.Instance` and what they ask of a run."""
+"""The host as a server process, as the tests start it: see `instance.Instance`."""
 
 import contextlib
 import os
@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from environment import ROOT, Environment
-from instance import Instance, direct, make_base, make_models, messages, start
+from instance import direct, make_base, make_models, messages, start
 
-__all__ = ["DEVICE", "FOLDER", "HOST", "ROOT", "Instance", "direct", "failure", "here", "make_models", "messages", "saved", "start_server"]
+__all__ = ["DEVICE", "FOLDER", "HOST", "ROOT", "direct", "failure", "here", "make_models", "messages", "start_server"]
 
 HOST = os.environ.get("COMFYUI_PATH")
 # what tells the host where to run: on the CPU, or on the device that it takes by itself
@@ -28,13 +28,6 @@ def start_server(base, *arguments, folder=FOLDER):
     make_base(base, folder)
     with start(here(), base, [*DEVICE, "--disable-api-nodes", *arguments]) as running:
         yield running
-
-
-def saved(server, entry, number, kind="images"):
-    """The file that a node of a good run saved."""
-    assert "execution_success" in messages(entry), messages(entry).get("execution_error", {}).get("exception_message")
-    (file,) = entry["outputs"][number][kind]
-    return server.base / file["type"] / file["subfolder"] / file["filename"]
 
 
 def failure(entry):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from .compare import relative
 from .graphs import id_of, read, to_prompt
-from .server import FOLDER, HOST, ROOT, saved, start_server
+from .server import FOLDER, HOST, ROOT, start_server
 
 PACKS = os.environ.get("COMFYUI_OTHER_PACKS")
 SMALL_WORLD = ROOT / "workflows" / "DCM small world (CPU).json"
@@ -112,7 +112,8 @@ def need(info):
 
 
 def latent(server, prompt):
-    return load_file(saved(server, server.run(prompt), "latent", "latents"))["latent_tensor"]
+    (path,) = server.saved(server.run(prompt), "latent")
+    return load_file(path)["latent_tensor"]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ..test_house import NODE_IDS
 from .graphs import id_of, inputs_of, read, to_prompt
-from .server import FOLDER, ROOT, RUN_SECONDS, failure, messages, saved, start_server
+from .server import FOLDER, ROOT, RUN_SECONDS, failure, messages, start_server
 
 CACHED_PROMPT = ROOT / "workflows" / "DCM Wan 2.1 text to video (cached prompt).json"
 PLAN = "step 1-3 semantic, 4-6 detail, boundary 0.979"
@@ -40,7 +40,8 @@ def make_prompt(info):
 
 
 def latent_of(server, entry):
-    return load_file(saved(server, entry, LATENT, "latents"))["latent_tensor"]
+    (path,) = server.saved(entry, LATENT)
+    return load_file(path)["latent_tensor"]
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +86,7 @@ def test_every_node_is_found_by_other_words_where_the_host_knows_them(info):
 
 def test_the_shipped_workflow_renders_a_video(server, make_prompt, rendered):
     av = pytest.importorskip("av")
-    path = saved(server, rendered, id_of(make_prompt(), "SaveVideo"))
+    (path,) = server.saved(rendered, id_of(make_prompt(), "SaveVideo"))
     assert path.suffix == ".mp4"
     with av.open(str(path)) as container:
         video = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

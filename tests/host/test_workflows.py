@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dcm_core.conditioning import save_conditioning
 
 from .graphs import BYPASSED, FRONT_END_ONLY, WORKFLOWS, id_of, inputs_of, read, to_prompt, widget_values, widgets_of
-from .server import FOLDER, messages, saved
+from .server import FOLDER, messages
 from .small_models import native_wan
 
 GRAPHS = {path.stem: read(path) for path in WORKFLOWS}
@@ -193,7 +193,7 @@ def video(server, ran):
 
     def frames(title):
         prompt, entry = ran(title)
-        return frames_of(saved(server, entry, id_of(prompt, "SaveVideo")))
+        return frames_of(*server.saved(entry, id_of(prompt, "SaveVideo")))
 
     return frames
 
@@ -276,7 +276,7 @@ def test_the_four_step_loras_work_when_awake(server, info, files):
     said = len(server.log())
     entry = server.run(prompt)
     assert plans(prompt, entry) == ["step 1-2 semantic, 3-4 detail, boundary 0.875"]
-    assert frames_of(saved(server, entry, id_of(prompt, "SaveVideo"))).shape == (5, 64, 64, 3)
+    assert frames_of(*server.saved(entry, id_of(prompt, "SaveVideo"))).shape == (5, 64, 64, 3)
     assert "lora key not loaded" not in server.log()[said:]
 
 

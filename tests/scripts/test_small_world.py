@@ -27,7 +27,8 @@ def test_training_workflow_trains_both_experts_and_renders(server):
         assert (server.base / "models" / "loras" / "dcm" / f"small_world_{side}.safetensors").is_file()
     assert "step 1-3 semantic, 4-6 detail, boundary 0.76" in by_type["DCMSampler"]["text"][0]
     assert len(by_type["PreviewImage"]["images"]) == 6
-    assert ".mp4" in [path.suffix for path in server.saved(entry)]
+    (video,) = (number for number, node in graph.items() if node["class_type"] == "SaveVideo")
+    assert [path.suffix for path in server.saved(entry, video)] == [".mp4"]
 
 
 # The scripts as they are, but for how long they work.
