@@ -72,17 +72,12 @@ def test_paths_in_code_marks_exist(page):
         assert (ROOT / path).exists(), path
 
 
-README_ORDER = [
-    "Install", "Files to download", "Try it without a GPU, and run the tests", "The nodes", "Train your own experts", "Questions", "Limits",
-    "Does the distillation work?", "How exactness was checked", "Contribute", "Cite",
-]
 ASKED = ("boundary", "3 + 3", "KSampler", "Other samplers", "LoRA for each expert", "GGUF", "memory", "Other packs", "Seeds")
 
 
-def test_the_readme_leads_a_stranger_from_a_picture_to_the_paper():
+def test_the_readme_shows_a_picture_and_answers_what_is_asked():
     text = prose(ROOT / "README.md")
     assert re.search(r"!\[.+\]\(.+\)", "\n".join(text.splitlines()[:8]))
-    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == README_ORDER
     questions = re.findall(r"^\*\*(.+\?)\*\* \w", text, re.MULTILINE)
     assert [topic for topic in ASKED if not any(topic in question for question in questions)] == []
 

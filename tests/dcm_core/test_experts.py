@@ -17,12 +17,13 @@ from dcm_core.experts import (
     expert_from_release,
     expert_id,
     expert_to_state_dict,
+    place_low_rank,
     split_update,
     stack_updates,
     write_expert,
 )
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
-from dcm_core.keymap import fused_shape
+from dcm_core.keymap import fuse, fused_shape
 from dcm_core.match import guess_family, match_expert
 from dcm_core.storage import TensorFile
 
@@ -84,6 +85,16 @@ def test_fused_rows_start_where_their_part_starts():
     tensors, _ = release(HUNYUAN_VIDEO)
     updates = expert_from_release(HUNYUAN_VIDEO, tensors).low_rank["single_blocks.1.linear1"]
     assert [update.start for update in updates] == [0, 256, 512]
+
+
+def test_a_pair_s_rows_are_in_native_order():
+    """HunyuanVideo's last modulation has its halves the other way round, so that a LoRA on it has, too."""
+    down, up = torch.randn(2, 4), torch.randn(8, 2)
+    piece = HUNYUAN_VIDEO.key_map.find_module("norm_out.linear")
+    placed = place_low_rank(piece, down, up, 0.5)
+    whole = fuse([replace(piece, source="whole")], {"whole": up @ down})
+    torch.testing.assert_close(placed.up @ placed.down, whole)
+    assert not torch.equal(placed.up, up)
 
 
 def test_release_with_half_a_pair_or_a_stranger_is_refused(family):

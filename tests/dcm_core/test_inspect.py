@@ -42,6 +42,15 @@ def test_our_files(family, converted):
     assert (expert.problem, expert.unplaced) == (None, ())
 
 
+def test_a_damaged_file_of_ours_is_described(converted, tmp_path):
+    content = bytearray(converted[1].read_bytes())
+    content[-1] ^= 1
+    (path := tmp_path / "damaged.safetensors").write_bytes(content)
+    found = inspect_file(path)
+    assert "is damaged: its content does not match the checksum" in found.problem and found.checksum is None
+    assert "matches" in inspect_file(converted[1]).checksum
+
+
 def test_plain_diffusers(family, save, base):
     found = inspect_file(save(base))
     assert (found.family, found.experts, found.ranks, found.problem) == (family.title, (), (), None)

@@ -71,6 +71,7 @@ def test_a_fact_that_is_none_is_named_with_what_was_expected(key, value, expecte
     ("{", "thing is not valid JSON"),
     ("[NaN]", "NaN is not a number"),
     ("[" * 33 + "]" * 33, "thing is nested more than 32 levels deep"),
+    ('["]",' * 33 + "0" + "]" * 33, "nested more than 32"),
     ("[" * 10**6, "nested more than 32"),
     ('{"a":' * 10**5, "nested more than 32"),
     ('"' + "x" * LONGEST_TEXT + '"', "thing has .* characters; expected at most"),

@@ -57,6 +57,13 @@ def left_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def test_a_dtype_that_torch_has_not_is_named(tmp_path):
+    header = json.dumps({"a": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()
+    (path := tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(CheckpointError, match=r"^\S*x\.safetensors: a is stored as F4; expected one of F64, F32"):
+        TensorFile(path)
+
+
 @pytest.mark.parametrize("dtype", HELD, ids=str)
 def test_every_dtype_is_read_and_written_bit_for_bit(tmp_path, dtype):
     tensors = {"many": of_dtype(dtype), "one": of_dtype(dtype, ()), "none": of_dtype(dtype, (0, 4))}

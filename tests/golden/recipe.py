@@ -25,13 +25,13 @@ WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
            3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
 
-def training_inputs(case: str, shape: Sequence[int]) -> dict[str, Tensor]:
-    """Float32 inputs of a case of wan_train: x0, noise (like x0), context, uncond (1, 16, 4096)."""
+def training_inputs(case: str, shape: Sequence[int], text_width: int) -> dict[str, Tensor]:
+    """Float32 inputs of a case of wan_train: x0, noise (like x0), context, uncond (1, 16, text_width)."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (WAN_MEAN, WAN_STD))
     return {
         "x0": (normals(f"{case}.latents", shape).float() - mean) / std,
         "noise": normals(f"{case}.noise", shape).float(),
-        **{name: normals(f"{case}.{name}", (1, 16, 4096), 0.3).float() for name in ("context", "uncond")},
+        **{name: normals(f"{case}.{name}", (1, 16, text_width), 0.3).float() for name in ("context", "uncond")},
     }
 
 

@@ -124,7 +124,7 @@ def test_wrong_names_and_experts_are_refused(wan, node, data, output, module, mo
         with pytest.raises(errors.DCMError, match="name"):
             node("DCMTrainSemanticExpert", model=model, dataset=data, name=name, **SEMANTIC)
     save_file({"transformer.nothing.lora_A.weight": torch.zeros(2, 2)}, models / "loras" / "foreign.safetensors")
-    with pytest.raises(errors.DCMError):
+    with pytest.raises(errors.DCMError, match=r"continue_from is 'foreign\.safetensors'"):
         node("DCMTrainSemanticExpert", model=model, dataset=data, name="x", continue_from="foreign.safetensors", **SEMANTIC)
     (models / "loras" / "foreign.safetensors").unlink()
     assert not (output / "dcm_training").exists()

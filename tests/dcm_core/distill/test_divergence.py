@@ -39,7 +39,7 @@ def test_losses_that_grow():
     check_losses(history(*low, *high), config(divergence=40.0))
     check_losses(history(*low, *high), config(divergence=0.0))
     check_losses(history(*high, *low), config())
-    with pytest.raises(Diverged):
+    with pytest.raises(Diverged, match=r"has grown 30-fold"):
         check_losses(history(*high, *low, *high), config())
 
 
