@@ -258,25 +258,6 @@ def test_a_user_s_lora_reaches_the_experts_of_clones_on_further_gpus(attach, bas
     assert list(first) == list(second) != []
 
 
-def test_patches_that_change_have_an_identity_of_their_own(attach, base, random_expert, module):
-    """The host loads a model anew only if its patches have another identity than those that are loaded."""
-    stacked = attach.attach_experts(base, random_expert(base, "semantic"))
-    assert attach.detach_experts(stacked).patches_uuid not in (stacked.patches_uuid, base.patches_uuid)
-
-    prepare = module("nodes.host.prepare")
-    model = attach.attach_experts(base, detail=random_expert(base))
-    (patcher,) = model.get_additional_models_with_key("dcm")
-    known = [patcher.patches_uuid]
-    for strength in (0.8, 0.5):
-        clone = model.clone()
-        clone.add_patches({"diffusion_model.head.head.weight": ("diff", (torch.ones(64, 256),))}, strength)
-        prepare._hand_over(clone, patcher, clone.get_attachment("dcm"))
-        known.append(patcher.patches_uuid)
-        prepare._hand_over(clone, patcher, clone.get_attachment("dcm"))
-        assert patcher.patches_uuid == known[-1], "the same patches are not loaded again"
-    assert len(set(known)) == 3
-
-
 def test_last_attach_wins_and_detach_undoes(attach, base, random_expert, sample):
     first, second = random_expert(base, seed=1), random_expert(base, seed=2)
     twice = attach.attach_experts(attach.attach_experts(base, random_expert(base, "semantic", 3), first), detail=second)

@@ -168,3 +168,22 @@ def test_calls_between_the_steps_go_by_their_own_noise_level(attach, base, rando
     assert out.isfinite().all()
     assert len(called) == 12 and 0.95 < called[5] < 0.979 < called[4]
     assert sides == [sigma < 0.979 for sigma in called]
+
+
+def test_patches_that_change_have_an_identity_of_their_own(attach, base, random_expert, module):
+    """The host loads a model anew only if its patches have another identity than those that are loaded."""
+    stacked = attach.attach_experts(base, random_expert(base, "semantic"))
+    assert attach.detach_experts(stacked).patches_uuid not in (stacked.patches_uuid, base.patches_uuid)
+
+    prepare = module("nodes.host.prepare")
+    model = attach.attach_experts(base, detail=random_expert(base))
+    (patcher,) = model.get_additional_models_with_key("dcm")
+    known = [patcher.patches_uuid]
+    for strength in (0.8, 0.5):
+        clone = model.clone()
+        clone.add_patches({"diffusion_model.head.head.weight": ("diff", (torch.ones(64, 256),))}, strength)
+        prepare._hand_over(clone, patcher, clone.get_attachment("dcm"))
+        known.append(patcher.patches_uuid)
+        prepare._hand_over(clone, patcher, clone.get_attachment("dcm"))
+        assert patcher.patches_uuid == known[-1], "the same patches are not loaded again"
+    assert len(set(known)) == 3
