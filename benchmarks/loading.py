@@ -33,7 +33,7 @@ def write_files(folder: Path, layers: int, dtype: torch.dtype) -> dict[str, Path
 
     from dcm_core.convert import convert_release
     from dcm_core.families import WAN
-    from dcm_core.storage import write_stream
+    from dcm_core.files.storage import write_stream
 
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in wan_shapes(DIM, layers, FFN).items():
@@ -64,7 +64,7 @@ def load(kind: str, path: Path, clock: Callable[[], float]) -> tuple[float, floa
     pack = start_host()
     import comfy.sd
 
-    loader = pack("nodes.host.load")
+    loader = pack("nodes.host.experts.load")
     with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak begins anew
     began = clock()

@@ -43,7 +43,7 @@ Stage = tuple[Any, list, str]  # MODEL, positive conditioning, part of the sigma
 
 
 def start_host() -> Callable[[str], Any]:
-    """Import ComfyUI and the pack in this process; returns the pack's importer: pack("nodes.host.attach")."""
+    """Import ComfyUI and the pack in this process; returns the pack's importer: pack("nodes.host.experts.attach")."""
     if not os.environ.get("COMFYUI_PATH"):
         sys.exit("COMFYUI_PATH names no ComfyUI. Set it to a ComfyUI folder.")
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
@@ -78,7 +78,7 @@ def random_base(layers: int, dtype: torch.dtype) -> Any:
 
 def random_expert(pack: Callable[[str], Any], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Any:
     """A detail expert with the tensors of the release's."""
-    experts = pack("dcm_core.experts")
+    experts = pack("dcm_core.experts.expert")
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype) * 0.7 / shape[-1] ** 0.5
@@ -95,7 +95,7 @@ def make_workflows(pack: Callable[[str], Any], base: Any, dtype: torch.dtype) ->
     import comfy.hooks
     import comfy.sd
 
-    attach, experts = pack("nodes.host.attach"), pack("dcm_core.experts")
+    attach, experts = pack("nodes.host.experts.attach"), pack("dcm_core.experts.expert")
     shapes = attach.module_shapes(base)
     expert = random_expert(pack, shapes, dtype)
     tensors, _ = experts.expert_to_state_dict(expert, shapes)

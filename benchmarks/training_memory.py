@@ -69,12 +69,12 @@ def flash_attention(_: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: 
 def random_clip(pack: Callable[[str], Any], frames: int, extras: dict[str, Any]) -> Any:
     """One clip of so many frames with its text, as training data."""
     text = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM), extras]]
-    return pack("dcm_core.distill.dataset").TensorData([torch.randn(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text)
+    return pack("dcm_core.distill.data.dataset").TensorData([torch.randn(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text)
 
 
 def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
     """What the run is said to need."""
-    families, trainee = pack("dcm_core.families"), pack("dcm_core.distill.trainee")
+    families, trainee = pack("dcm_core.families"), pack("dcm_core.distill.student")
     family = families.WAN if name == WAN else families.HUNYUAN_VIDEO
     config = pack("dcm_core.distill.config").TrainingConfig(**settings).for_family(family)
     module = transformer(name, dtype).requires_grad_(False)
@@ -104,14 +104,14 @@ def measure(pack: Callable[[str], Any], frames: int, dtype: torch.dtype, setting
     gc.collect()
     torch.cuda.empty_cache()
     model = random_base(30, dtype)
-    attach, trainee = pack("nodes.host.attach"), pack("dcm_core.distill.trainee")
+    attach, trainee = pack("nodes.host.experts.attach"), pack("dcm_core.distill.student")
     config = pack("dcm_core.distill.config").TrainingConfig(**settings, steps=steps)
     family, modules = attach.require_family(model), dict(attach.diffusion_model(model).named_modules())
     below = trainee.new_semantic(family, modules, config.rank, config.alpha, torch.Generator()) if config.expert == "detail" else None
     data = random_clip(pack, frames, {})
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        result = pack("nodes.host.training").train_expert(model, data, config, Path(folder), below=below)
+        result = pack("nodes.host.training.run").train_expert(model, data, config, Path(folder), below=below)
     return torch.cuda.max_memory_allocated() / 2**30, result.seconds / steps
 
 

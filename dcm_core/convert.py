@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Contents, Layout, detail_expert, each_native, recognise
 from .errors import CheckpointError, counted
-from .experts import expert_entries, expert_metadata, write_expert
-from .storage import Entries, Progress, TensorFile, file_size, write_stream
-from .unfinished import check_room, unfinished_file
-from .values import cast
+from .experts.expert import expert_entries, expert_metadata, write_expert
+from .files.checkpoint import Contents, Layout, detail_expert, each_native, recognise
+from .files.storage import Entries, Progress, TensorFile, file_size, write_stream
+from .files.unfinished import check_room, unfinished_file
+from .files.values import cast
 
 KEEP = "keep"
 DTYPES: dict[str, torch.dtype | None] = {

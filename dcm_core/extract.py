@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Contents, Layout, check_finite, recognise, without_prefix
 from .errors import CheckpointError, counted, name_some
-from .experts import Expert, LowRank, write_expert
+from .experts.expert import Expert, LowRank, write_expert
 from .families import Family
-from .keymap import Piece, Shape, fuse, fused_shape
-from .storage import Progress, TensorFile
+from .families.keymap import Piece, Shape, fuse, fused_shape
+from .files.checkpoint import Contents, Layout, check_finite, recognise, without_prefix
+from .files.storage import Progress, TensorFile
+from .files.unfinished import check_room
 from .text import one_line
-from .unfinished import check_room
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4

@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import conditioning, convert, dataset, experts, load, sample, schedule, train, view
 from .host.compat import tell_newer_host
-from .host.plan_route import add_route
+from .host.sampling.plan_route import add_route
 
 NODES: list[type[io.ComfyNode]] = [
     node for module in (load, experts, sample, schedule, view, convert, conditioning, dataset, train) for node in module.NODES

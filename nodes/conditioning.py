@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dcm_core.conditioning import describe_conditioning, load_conditioning, save_conditioning
+from ..dcm_core.files.conditioning import describe_conditioning, load_conditioning, save_conditioning
 from .host.compat import newer
 from .host.folders import CONDITIONING, files, fingerprint, new_file, path_of, state_of
 from .host.report import report

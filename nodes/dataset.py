@@ -4,17 +4,17 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dcm_core.distill.clips import ClipSettings
-from ..dcm_core.distill.data_file import read_data, write_data
-from ..dcm_core.distill.encode import prepare
-from ..dcm_core.distill.sources import check_source, source_state
+from ..dcm_core.distill.data.clips import ClipSettings
+from ..dcm_core.distill.data.data_file import read_data, write_data
+from ..dcm_core.distill.data.encode import prepare
+from ..dcm_core.distill.data.sources import check_source, source_state
 from ..dcm_core.errors import DCMError, counted
 from .host.compat import newer
-from .host.encoders import host_encoders
 from .host.folders import DATASETS, data_cache, files, fingerprint, new_file, path_of, state_of
 from .host.progress import byte_progress
 from .host.reach import clip_source
 from .host.report import report
+from .host.training.encoders import host_encoders
 
 Dataset = io.Custom("DCM_DATASET")
 

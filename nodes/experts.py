@@ -6,9 +6,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..dcm_core.errors import ExpertError, check_choice
-from .host.attach import attach_experts, attached_experts
 from .host.compat import newer
-from .host.expert_files import expert_names, load_expert, state_of_expert, trained_expert
+from .host.experts.attach import attach_experts, attached_experts
+from .host.experts.expert_files import expert_names, load_expert, state_of_expert, trained_expert
 from .host.folders import fingerprint
 from .host.report import report
 

@@ -5,8 +5,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host.compat import newer
+from .host.experts.load import WEIGHT_DTYPES, load_model
 from .host.folders import MODELS, files, fingerprint, state_of
-from .host.load import WEIGHT_DTYPES, load_model
 from .host.report import report
 
 

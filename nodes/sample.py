@@ -8,12 +8,12 @@ from comfy_api.latest import io
 from ..dcm_core.errors import counted
 from ..dcm_core.schedule import AUTO
 from .host.compat import newer
-from .host.plan import announce
+from .host.experts.route import step_cache_note
 from .host.report import report, show
-from .host.route import step_cache_note
-from .host.sampling import choose_sampler, make_guider, prepare_model, run
-from .host.schedules import EULER, choose_sigmas, sampler_names, schedule_names, with_shift
-from .host.setup import describe_run, plan_run
+from .host.sampling.plan import announce
+from .host.sampling.run import choose_sampler, make_guider, prepare_model, run
+from .host.sampling.schedules import EULER, choose_sigmas, sampler_names, schedule_names, with_shift
+from .host.sampling.setup import describe_run, plan_run
 from .schedule import DENOISE_TIP, SCHEDULE_TIP, SHIFT_TIP, STEPS_TIP
 
 DETAIL_MODEL_TIP = "A second full model for the low-noise side (Wan 2.2 A14B low noise). It is loaded when its side begins."

@@ -8,7 +8,7 @@ from ..dcm_core.routing import split_sigmas
 from ..dcm_core.schedule import AUTO
 from .host.compat import newer
 from .host.report import report
-from .host.schedules import choose_sigmas, schedule_names
+from .host.sampling.schedules import choose_sigmas, schedule_names
 
 SCHEDULE_TIP = (
     "Noise levels. auto: the experts' own, or even with two full models. even: evenly spaced, for full models. DCM grid: levels that "

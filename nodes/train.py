@@ -8,10 +8,10 @@ from ..dcm_core.distill.config import SCHEDULERS, TrainingConfig
 from .dataset import Dataset
 from .experts import TrainedExpert
 from .host.compat import advanced, newer
-from .host.expert_files import expert_names, state_of_expert
+from .host.experts.expert_files import expert_names, state_of_expert
 from .host.folders import NONE, fingerprint
 from .host.report import report
-from .host.training import train_and_save
+from .host.training.run import train_and_save
 
 
 def first_inputs(side: str) -> list[io.Input]:

@@ -5,15 +5,15 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..dcm_core.errors import DCMError
-from ..dcm_core.plot import plot_schedule
+from ..dcm_core.inspection.plot import plot_schedule
 from ..dcm_core.routing import plan_steps
 from .host.compat import newer
-from .host.expert_files import last_written
+from .host.experts.expert_files import last_written
+from .host.experts.inspect import file_names, inspect, path_of_choice
 from .host.folders import NONE, fingerprint
-from .host.inspect import file_names, inspect, path_of_choice
 from .host.report import report_picture
-from .host.sampling import as_image, prepare_model
-from .host.setup import plan_run
+from .host.sampling.run import as_image, prepare_model
+from .host.sampling.setup import plan_run
 
 
 class DCMSchedulePlot(io.ComfyNode):

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from dcm_core.plot import TEXT, Canvas, Point
+from dcm_core.inspection.plot import TEXT, Canvas, Point
 
 # a line through the base's steps, a point for each pair of experts
 EXPERTS = {"one expert": "#b58cff", "two experts": "#f2a33c", "+ GAN and feature matching": "#4cb3ff"}

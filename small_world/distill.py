@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from world import CAPTIONS, LATENT, embed
 
-config_module, dataset = pack("dcm_core.distill.config"), pack("dcm_core.distill.dataset")
-storage, training = pack("dcm_core.storage"), pack("nodes.host.training")
-sampling, schedule = pack("nodes.host.sampling"), pack("dcm_core.schedule")
+config_module, dataset = pack("dcm_core.distill.config"), pack("dcm_core.distill.data.dataset")
+storage, training = pack("dcm_core.files.storage"), pack("nodes.host.training.run")
+sampling, schedule = pack("nodes.host.sampling.run"), pack("dcm_core.schedule")
 
 # Six steps of this schedule start at the solver points 1, .94, .86 | .75, .61, .40: each is a phase of its own, three for each
 # expert. The last step is the hardest: with a larger shift it is longer, and what is lost there is lost for good.
@@ -121,7 +121,7 @@ def expert_path(folder: Path, name: str) -> Path:
 
 def load_expert(folder: Path, name: str, model: Any) -> Any:
     """A trained expert."""
-    return pack("nodes.host.expert_files").read_expert_file(expert_path(folder, name), RUNS[name].config.expert, model)
+    return pack("nodes.host.experts.expert_files").read_expert_file(expert_path(folder, name), RUNS[name].config.expert, model)
 
 
 def train(folder: Path, name: str, seed: int, steps: int | None) -> None:

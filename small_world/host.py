@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from dcm_core.launch import find_comfyui, load_pack
+from cli.launch import find_comfyui, load_pack
 
-# pack("nodes.host.training") -> a module of the pack
+# pack("nodes.host.training.run") -> a module of the pack
 pack = load_pack(find_comfyui())

@@ -37,7 +37,7 @@ from torch import Tensor
 from train_base import load_vae
 from world import LATENT, NAMES, caption
 
-attach, read_expert_file = pack("nodes.host.attach"), pack("nodes.host.expert_files").read_expert_file
+attach, read_expert_file = pack("nodes.host.experts.attach"), pack("nodes.host.experts.expert_files").read_expert_file
 
 # A number, or one with its standard error.
 Measures = dict[str, float | tuple[float, float]]

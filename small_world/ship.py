@@ -25,9 +25,9 @@ SEMANTIC_VALUES, DETAIL_VALUES = 1_740_000, 1_480_000
 # The captions have a dozen words: the first layer that reads them is large, and has learned no more than these.
 TEXT_LAYER, TEXT_RANK = "text_embedding.0", 16
 
-storage, conditioning = host.pack("dcm_core.storage"), host.pack("dcm_core.conditioning")
-experts, extract = host.pack("dcm_core.experts"), host.pack("dcm_core.extract")
-attach = host.pack("nodes.host.attach")
+storage, conditioning = host.pack("dcm_core.files.storage"), host.pack("dcm_core.files.conditioning")
+experts, extract = host.pack("dcm_core.experts.expert"), host.pack("dcm_core.extract")
+attach = host.pack("nodes.host.experts.attach")
 
 
 def copy_in_half(source: Path, target: Path) -> None:
@@ -108,7 +108,7 @@ def main() -> None:
     data = load_data(args.folder, base, TRAINING_CLIPS)
     path = MODELS / "dcm_datasets" / "dcm_small_world.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    host.pack("dcm_core.distill.data_file").write_data(path, data, torch.bfloat16)
+    host.pack("dcm_core.distill.data.data_file").write_data(path, data, torch.bfloat16)
     sizes = {file.relative_to(MODELS).parts[0]: 0 for file in MODELS.rglob("*.safetensors")}
     for file in MODELS.rglob("*.safetensors"):
         sizes[file.relative_to(MODELS).parts[0]] += file.stat().st_size

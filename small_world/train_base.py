@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from train_vae import make_vae
 from world import CAPTIONS, TEXT_WIDTH, clips, embed, render
 
+from dcm_core.files.storage import TensorFile, write_tensors
 from dcm_core.schedule import TIMESTEPS, shift_sigma
-from dcm_core.storage import TensorFile, write_tensors
 
 WIDTH, LAYERS, HEADS = 128, 6, 1
 CLIPS, ENCODED_AT_ONCE, BATCH = 3600, 16, 16
@@ -74,7 +74,7 @@ def flow_matching_loss(model: WanModel, x0: Tensor, context: Tensor, generator: 
     sigma = shift_sigma(torch.rand(len(x0), generator=generator), SHIFT)
     noise = torch.randn(x0.shape, generator=generator)
     level = sigma.view(-1, 1, 1, 1, 1)
-    options = {"optimized_attention_override": pack("nodes.host.training_base").gradient_attention}
+    options = {"optimized_attention_override": pack("nodes.host.training.base").gradient_attention}
     velocity = model(torch.lerp(x0, noise, level), TIMESTEPS * sigma, context, transformer_options=options)
     return F.mse_loss(velocity, noise - x0)
 

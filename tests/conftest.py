@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,3 +28,15 @@ def recipe():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def save(tmp_path):
+    """save(tensors, name, metadata) -> path of a file that safetensors wrote."""
+
+    def write(tensors, name="model.safetensors", metadata=None):
+        path = tmp_path / name
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+        return path
+
+    return write

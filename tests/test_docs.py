@@ -105,7 +105,7 @@ def test_the_method_map_leads_from_every_equation_to_code_and_test():
 
 def test_every_equation_of_training_is_in_the_map():
     named = {name for _, name in PLACE.findall(METHOD_MAP.read_text(encoding="utf-8"))}
-    assert {name for name in names_in("dcm_core/distill/losses.py") if "." not in name} <= named
+    assert {name for name in names_in("dcm_core/distill/method/losses.py") if "." not in name} <= named
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// The experts' colours, everywhere the same (dcm_core/plot.py); the training nodes wear theirs.
+// The experts' colours, everywhere the same (dcm_core/inspection/plot.py); the training nodes wear theirs.
 
 import { app } from "../../scripts/app.js";
 

@@ -1,6 +1,6 @@
 // The plan of a DCMSampler as a bar on the node: one field a step, coloured by the active expert, filling while it runs.
 // Below it stands what the schedule does not use, and warnings.
-// Before a run the server foresees it from the widgets and files (nodes/host/plan.py); a run announces its own.
+// Before a run the server foresees it from the widgets and files (nodes/host/sampling/plan.py); a run announces its own.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..adapters import RoutedExpert, find_module
+from ..experts.modules import RoutedExpert, find_module
+from ..experts.placing import Placement, in_place, placed
 from ..families import Family
-from ..placing import Placement, in_place, placed
 from ..schedule import TIMESTEPS
 
 Working = Sequence[tuple[RoutedExpert, float]]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..conditioning import Conditioning
 from ..families import Family
+from ..files.conditioning import Conditioning
 from .backbone import Text
 from .config import TrainingError
-from .consistency import Batch
-from .phases import Phases
+from .method.consistency import Batch
+from .method.phases import Phases
 
 
 def generator_of(seed: int, step: int, element: int) -> torch.Generator:

@@ -10,7 +10,7 @@ from ..errors import DCMError
 from ..families import Family
 from ..routing import Side
 from ..schedule import DEFAULT_POINTS, DEFAULT_SHIFT, TIMESTEPS, generic_sigmas
-from .phases import Phases
+from .method.phases import Phases
 
 
 class TrainingError(DCMError):

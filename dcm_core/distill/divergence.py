@@ -4,8 +4,8 @@ import math
 from itertools import takewhile
 from statistics import mean
 
+from .checkpoints import History
 from .config import TrainingConfig, TrainingError
-from .state import History
 
 # Updates in a row that may be skipped because there is no number to learn from.
 PATIENCE = 5

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .checkpoints import load_optimizer, optimizer_tensors
 from .config import TrainingConfig
 from .parallel import Processes
-from .state import load_optimizer, optimizer_tensors
 
 Scheduler = torch.optim.lr_scheduler.LRScheduler
 

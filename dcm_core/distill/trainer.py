@@ -11,22 +11,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..experts import Expert
+from ..experts.expert import Expert
 from .backbone import Backbone, Working
 from .batches import Video, generator_of, stacked, text_of
+from .checkpoints import History, SavedState, check_folder, check_state, newest_state, save_state
 from .config import TrainingConfig
-from .consistency import Batch, Roles, predict
-from .dataset import BatchOrder, TrainingData
-from .discriminator import make_discriminator
+from .data.dataset import BatchOrder, TrainingData
 from .divergence import Diverged, check_losses, lowest_window
 from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, make_learner, make_schedule
-from .losses import pseudo_huber
 from .memory import Memory, step_size, total
+from .method.consistency import Batch, Roles, predict
+from .method.discriminator import make_discriminator
+from .method.losses import pseudo_huber
+from .method.stages import DetailStage, SemanticStage, Terms
 from .parallel import Processes
 from .signals import held_back
-from .stages import DetailStage, SemanticStage, Terms
-from .state import History, SavedState, check_folder, check_state, newest_state, save_state
-from .trainee import make_fixed, make_trainee
+from .student import make_fixed, make_trainee
 from .watcher import Quiet, Watcher
 
 logger = logging.getLogger("ComfyUI-DCM")

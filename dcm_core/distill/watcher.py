@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
-from ..experts import Expert
-from .state import History
+from ..experts.expert import Expert
+from .checkpoints import History
 
 
 class Watcher(Protocol):

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ..keymap import KeyMap, Rule
 from ..schedule import Preset
+from .keymap import KeyMap, Rule
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """HunyuanVideo."""
 
-from ..keymap import Rule
 from ..schedule import Preset
 from .family import Family
+from .keymap import Rule
 
 WHOLE = ("",)
 WEIGHT = ("weight",)

@@ -1,8 +1,8 @@
 """Wan 2.1 (and every model built on its transformer)."""
 
-from ..keymap import Rule
 from ..schedule import TIMESTEPS, Preset, shift_sigma
 from .family import Family
+from .keymap import Rule
 
 WEIGHT = ("weight",)
 WHOLE = ("",)

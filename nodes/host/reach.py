@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy.cli_args import args
 
-from ...dcm_core.distill.sources import is_within
+from ...dcm_core.distill.data.sources import is_within
 from ...dcm_core.errors import DCMError
 from .folders import source_path
 

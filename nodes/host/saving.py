@@ -5,7 +5,7 @@ from typing import Any
 from comfy.patcher_extension import CallbacksMP
 
 from ...dcm_core.errors import ExpertError
-from .route import KEY
+from .experts.route import KEY
 
 CALLBACKS = (CallbacksMP.ON_LOAD, CallbacksMP.ON_CLONE)
 # What newer hosts' save nodes ask a MODEL for.

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from dcm_core.convert import convert_release
 from dcm_core.families import FAMILIES
@@ -73,18 +72,6 @@ def release(family):
 @pytest.fixture
 def base(family, release):
     return without_experts(family, release)
-
-
-@pytest.fixture
-def save(tmp_path):
-    """save(tensors, name, metadata) -> path of a file that safetensors wrote."""
-
-    def write(tensors, name="model.safetensors", metadata=None):
-        path = tmp_path / name
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
-        return path
-
-    return write
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dcm_core import convert, storage, unfinished
-from dcm_core.checkpoint import Layout, detail_expert, recognise, semantic_state_dict
+from dcm_core import convert
 from dcm_core.convert import DTYPES, convert_release
 from dcm_core.errors import CheckpointError
-from dcm_core.expert_reader import read_expert
+from dcm_core.experts.reader import read_expert
 from dcm_core.families import HUNYUAN_VIDEO
-from dcm_core.storage import TensorFile
+from dcm_core.files import storage, unfinished
+from dcm_core.files.checkpoint import Layout, detail_expert, recognise, semantic_state_dict
+from dcm_core.files.storage import TensorFile
 
 from .conftest import make_release, release_shapes
 
@@ -265,7 +266,7 @@ MEASURE = """
 import sys
 import torch
 from dcm_core.convert import convert_release
-from dcm_core.storage import TensorFile
+from dcm_core.files.storage import TensorFile
 def peak():
     # not getrusage: its maximum is inherited from the process that started this one
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dcm_core.conditioning import describe_conditioning
 from dcm_core.convert import Conversion
-from dcm_core.distill.dataset import TensorData
+from dcm_core.distill.data.dataset import TensorData
 from dcm_core.errors import DCMError, ScheduleError, counted
 from dcm_core.extract import Extraction, LayerReport
-from dcm_core.magnitude import Profile
+from dcm_core.files.conditioning import describe_conditioning
+from dcm_core.inspection.magnitude import Profile
 from dcm_core.schedule import check_sigmas
 
 

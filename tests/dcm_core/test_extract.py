@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcm_core import extract, unfinished
-from dcm_core.checkpoint import PREFIXES, recognise, semantic_state_dict
+from dcm_core import extract
 from dcm_core.errors import CheckpointError, DCMError
-from dcm_core.expert_reader import read_expert
+from dcm_core.experts.reader import read_expert
 from dcm_core.extract import SMALL, extract_lora, truncate
 from dcm_core.families import HUNYUAN_VIDEO, WAN
-from dcm_core.storage import TensorFile
+from dcm_core.files import unfinished
+from dcm_core.files.checkpoint import PREFIXES, recognise, semantic_state_dict
+from dcm_core.files.storage import TensorFile
 
 from .conftest import make_release, without_experts
 

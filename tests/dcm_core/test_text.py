@@ -8,7 +8,7 @@ from hypothesis import given, strategies
 
 from dcm_core import text
 from dcm_core.errors import CheckpointError, DCMError, check_choice, name_some
-from dcm_core.inspect import in_lines
+from dcm_core.inspection.inspect import in_lines
 
 # a colour and a title for the terminal, C1's own escape, direction and zero-width marks, a line separator, half a surrogate pair
 HOSTILE = "\x1b[31m\x1b]0;title\x07\x9b1m\u202egnp\u2066\u200b\ufeff\u2028\x00\ud800\u00ad"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dcm_core.conditioning import save_conditioning
+from dcm_core.files.conditioning import save_conditioning
 
 from .server import DEVICE, HOST, ROOT, here, make_models, start_server
 from .small_models import make_wan
-from .training import SMALL, random_data
+from .training.small_runs import SMALL, random_data
 
 NEEDS_HOST = "COMFYUI_PATH names no ComfyUI; `python scripts/test.py` brings one"
 
@@ -72,7 +72,7 @@ def pack(models):
 
 @pytest.fixture(scope="session")
 def module(pack):
-    """Import a module of the pack: module("nodes.host.attach")."""
+    """Import a module of the pack: module("nodes.host.experts.attach")."""
     return lambda name: importlib.import_module(f"{pack.__name__}.{name}")
 
 
@@ -95,7 +95,7 @@ def gradients(module):
 @pytest.fixture(scope="session")
 def train(module):
     """Train as a node does: in the host's inference mode."""
-    training = module("nodes.host.training")
+    training = module("nodes.host.training.run")
 
     def run(*args, **keywords):
         with torch.inference_mode():
@@ -139,7 +139,7 @@ def wan(pack):
 @pytest.fixture(scope="session")
 def data(module):
     """Four random videos with captions to train a small Wan model on."""
-    return random_data(module("dcm_core.distill.dataset"))
+    return random_data(module("dcm_core.distill.data.dataset"))
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +157,8 @@ def config(module):
 @pytest.fixture(scope="session")
 def random_expert(module):
     """Make an expert for a MODEL: random_expert(model, role, seed, rank, replaced=True) -> Expert."""
-    attach = module("nodes.host.attach")
-    experts = module("dcm_core.experts")
+    attach = module("nodes.host.experts.attach")
+    experts = module("dcm_core.experts.expert")
 
     def make(model, role="detail", seed=0, rank=4, replaced=True):
         generator = torch.Generator().manual_seed(seed)

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from dcm_core.conditioning import save_conditioning
-from dcm_core.storage import write_tensors
+from dcm_core.files.conditioning import save_conditioning
+from dcm_core.files.storage import write_tensors
 
 from .browser import ARGUMENTS, CHROMIUM, FOLDER, NO_ELEMENTS, Page
 from .graphs import WORKFLOWS, read

@@ -97,7 +97,7 @@ def test_a_patched_weight_is_found_unpatched_with_its_patches(compat, load):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_s_name_is_that_of_its_weights_however_they_are_stored(module, load, kind):
-    name = module("nodes.host.encoders").weights_id
+    name = module("nodes.host.training.encoders").weights_id
     assert name(load(kind)) == name(load(kind)) != name(load(kind, seed=1))
 
 def test_errors_that_say_that_the_device_is_full(compat):

@@ -123,7 +123,7 @@ def test_a_file_is_not_written_through_a_link_to_a_file(module, tmp_path, monkey
     import folder_paths
     import torch
 
-    folders, storage = module("nodes.host.folders"), module("dcm_core.storage")
+    folders, storage = module("nodes.host.folders"), module("dcm_core.files.storage")
     mine, other = tmp_path / "loras", tmp_path / "other.safetensors"
     mine.mkdir()
     other.write_bytes(b"mine")

@@ -139,7 +139,7 @@ def test_loader_recognises_content_not_names(node, releases, folder, recipe, nam
 def test_a_release_is_read_without_a_copy_unless_the_host_is_told_so(node, releases, module, monkeypatch, name, unmapped):
     import comfy.utils
 
-    file = module("dcm_core.storage").TensorFile
+    file = module("dcm_core.files.storage").TensorFile
     read, original = [], file.read
     monkeypatch.setattr(file, "read", lambda self, key: read.append(key) or original(self, key))
     monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", unmapped)
@@ -269,7 +269,7 @@ def test_peft_folder_gives_the_alpha(node, module, releases, folder, recipe):
     peft.mkdir(exist_ok=True)
     save_file(lora, peft / "adapter_model.safetensors")
     (peft / "adapter_config.json").write_text(json.dumps({"lora_alpha": 24, "r": 8}))
-    files, attach = module("nodes.host.expert_files"), module("nodes.host.attach")
+    files, attach = module("nodes.host.experts.expert_files"), module("nodes.host.experts.attach")
     model = attach.detach_experts(node("DCMLoadModel", model_name=releases["wan_tiny"], weight_dtype="default").result[0])
     expert = files.load_expert("trained/adapter_model.safetensors", "semantic", model)
     assert {u.scale for updates in expert.low_rank.values() for u in updates} == {3.0}

@@ -10,7 +10,7 @@ SIGMAS = [1.0, 0.9, 0.0]
 
 @pytest.fixture(scope="module")
 def attach(module):
-    return module("nodes.host.attach")
+    return module("nodes.host.experts.attach")
 
 
 @pytest.fixture(scope="module")

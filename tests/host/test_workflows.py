@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dcm_core.conditioning import save_conditioning
+from dcm_core.files.conditioning import save_conditioning
 
 from .graphs import BYPASSED, FRONT_END_ONLY, WORKFLOWS, id_of, inputs_of, read, to_prompt, widget_values, widgets_of
 from .server import FOLDER, messages

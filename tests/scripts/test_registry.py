@@ -10,7 +10,7 @@ from environment import ROOT, node_tools
 from PIL import Image
 
 # What users need. The models are of the small world's workflows; the pack adds their folder to the host's.
-FOLDERS = ("dcm_core/", "nodes/", "web/", "workflows/", "locales/", "small_world/models/")
+FOLDERS = ("cli/", "dcm_core/", "nodes/", "web/", "workflows/", "locales/", "small_world/models/")
 FILES = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md", "small_world/README.md"}
 MAX_BYTES = 16e6
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dcm_core.distill.backbone import usable_weights
-from dcm_core.placing import placed
+from dcm_core.experts.placing import placed
 
 
 @pytest.fixture

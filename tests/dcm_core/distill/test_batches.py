@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dcm_core.distill.backbone import Text
 from dcm_core.distill.batches import Video, generator_of, make_batch, stacked, text_of
 from dcm_core.distill.config import TrainingError
-from dcm_core.distill.phases import Phases
+from dcm_core.distill.method.phases import Phases
 from dcm_core.families import HUNYUAN_VIDEO, WAN
 
 PHASES = Phases("semantic", 0.8, shift=5.0)

@@ -1,0 +1,173 @@
+"""`python -m dcm_core convert | extract | inspect | train`: the library on the command line."""
+
+import argparse
+import json
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cli.launch import find_comfyui, load_pack
+from dcm_core.convert import DTYPES, KEEP, convert_release
+from dcm_core.errors import DCMError
+from dcm_core.extract import extract_lora
+from dcm_core.files.storage import Progress
+from dcm_core.inspection.inspect import inspect_file
+from dcm_core.text import plain
+
+TRAINING_PAGE = "https://github.com/comfyui-dcm/ComfyUI-DCM/blob/main/docs/training.md"
+# of an answer, in characters: a table has a line a layer
+LONGEST = 10**7
+
+
+def progress_line(label: str) -> Progress:
+    """A progress bar on stderr, in percent; it appears with the first progress."""
+    bar = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal bar
+        percent = 100 * done // total if total else 100
+        bar = bar or tqdm(total=100, desc=label, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
+        bar.update(percent - bar.n)
+        if done >= total:
+            bar.close()
+
+    return update
+
+
+def convert(args: argparse.Namespace) -> str:
+    report = convert_release(
+        args.source, args.base, args.expert, DTYPES[args.dtype], progress_line("convert"), overwrite=args.overwrite
+    )
+    return str(report)
+
+
+def extract(args: argparse.Namespace) -> str:
+    report = extract_lora(
+        args.tuned,
+        args.base,
+        args.out,
+        args.rank,
+        dtype=DTYPES[args.dtype],
+        device=args.device,
+        seed=args.seed,
+        progress=progress_line("extract"),
+        overwrite=args.overwrite,
+    )
+    return f"{report.table()}\n{report}" if args.layers else str(report)
+
+
+def inspect(args: argparse.Namespace) -> str:
+    """All files that can be read are described, then the others are told of."""
+    reports, errors = [], []
+    for path in args.files:
+        try:
+            reports.append(inspect_file(path))
+        except DCMError as error:
+            errors.append(str(error))
+    if args.json and reports:
+        data = [asdict(report) for report in reports]
+        text = json.dumps(data if len(args.files) > 1 else data[0], indent=2)
+    else:
+        text = "\n\n".join(map(str, reports))
+    if errors:
+        print(plain(text, LONGEST), end="\n" if text else "")
+        raise DCMError("\n".join(errors))
+    return text
+
+
+def train(args: argparse.Namespace) -> str:
+    """The host does it: it has the models."""
+    settings = read_settings(args.config)
+    pack = load_pack(find_comfyui(args.comfyui))
+    try:
+        return pack("nodes.host.training.command").train(args.expert, settings, args.config.resolve().parent)
+    except pack("dcm_core.errors").DCMError as error:
+        raise DCMError(str(error)) from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON or TOML file.
+
+    Raises:
+        DCMError: a file that cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            import tomllib
+
+            return tomllib.loads(text)
+        settings = json.loads(text)
+    except ImportError as error:
+        raise DCMError(f"{path}: TOML needs Python 3.11. Write the settings as JSON.") from error
+    except (OSError, ValueError) as error:
+        raise DCMError(f"{path} cannot be read as settings ({error}). Write JSON or TOML as in {TRAINING_PAGE}.") from error
+    if not isinstance(settings, dict):
+        raise DCMError(f"{path} holds a {type(settings).__name__}; expected settings by name, as in {TRAINING_PAGE}.")
+    return settings
+
+
+def device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is no device; expected cpu, cuda, cuda:1, mps ...") from error
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m dcm_core", description="Dual-Expert Consistency Models: files.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser("convert", help="a released checkpoint -> a native base file and an expert file")
+    command.add_argument("source", type=Path, help="transformer/diffusion_pytorch_model.safetensors of the release")
+    command.add_argument("base", type=Path, help="where to write the native base (ComfyUI: models/diffusion_models/...)")
+    command.add_argument("expert", type=Path, help="where to write the detail expert (ComfyUI: models/loras/...)")
+    command.add_argument("--dtype", choices=DTYPES, default=KEEP, help="of the base; fp8 only for the blocks (default: %(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="write over existing files")
+    command.set_defaults(run=convert)
+
+    command = commands.add_parser("extract", help="a full fine-tune and its base -> a LoRA")
+    command.add_argument("tuned", type=Path, help="the fine-tune (native, diffusers or release file)")
+    command.add_argument("base", type=Path, help="the base it was made from")
+    command.add_argument("out", type=Path, help="where to write the LoRA")
+    command.add_argument("--rank", type=int, default=128, help="rank of every layer (default: %(default)s)")
+    floats = [name for name, dtype in DTYPES.items() if dtype is not None and dtype.itemsize > 1]
+    command.add_argument("--dtype", choices=floats, default="bfloat16", help="of the LoRA (default: %(default)s)")
+    command.add_argument("--device", type=device, default="cpu", help="where to decompose, e.g. cuda (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the decomposition (default: %(default)s)")
+    command.add_argument("--layers", action="store_true", help="print a line for each layer")
+    command.add_argument("--overwrite", action="store_true", help="write over an existing file")
+    command.set_defaults(run=extract)
+
+    command = commands.add_parser("inspect", help="what a file is")
+    command.add_argument("files", nargs="+", type=Path, help="safetensors files")
+    command.add_argument("--json", action="store_true", help="machine-readable")
+    command.set_defaults(run=inspect)
+
+    command = commands.add_parser("train", help="distil an expert, or go on with an interrupted run")
+    command.add_argument("expert", choices=["semantic", "detail"], help="which expert")
+    command.add_argument("--config", type=Path, required=True, help=f"settings, a .json or .toml file ({TRAINING_PAGE})")
+    command.add_argument("--comfyui", type=Path, help="ComfyUI's folder (default: COMFYUI_PATH, or where the pack is installed)")
+    command.set_defaults(run=train)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    # what launchers, batch systems and containers send before they kill: a training run is saved
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        print(plain(args.run(args), LONGEST))
+    except DCMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+

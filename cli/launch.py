@@ -1,0 +1,61 @@
+"""Start the host for a command that needs it: ComfyUI's model classes, without its server."""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from dcm_core.errors import DCMError
+
+ROOT = Path(__file__).resolve().parents[1]
+PACK = "dcm_pack"
+
+
+def find_comfyui(given: Path | None = None) -> Path:
+    """ComfyUI's folder: the given one, COMFYUI_PATH, or the one whose custom_nodes hold this pack.
+
+    Raises:
+        DCMError: none of them holds ComfyUI.
+    """
+    candidates = [given, os.environ.get("COMFYUI_PATH"), ROOT.parents[1] if len(ROOT.parents) > 1 else None]
+    named = [Path(candidate).expanduser() for candidate in candidates if candidate]
+    folder = next((path for path in named if (path / "comfy" / "sd.py").is_file()), None)
+    if folder is None:
+        raise DCMError(
+            f"No ComfyUI was found in {', '.join(str(path) for path in named)} (no comfy/sd.py). "
+            "Give its folder with --comfyui, or set COMFYUI_PATH."
+        )
+    return folder.resolve()
+
+
+def load_pack(comfyui: Path) -> Callable[[str], ModuleType]:
+    """Import ComfyUI and the pack in it; gives the pack's modules by name."""
+    # the pack's own folder comes last: its `nodes` would hide the host's module
+    paths = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
+    sys.path[:] = [str(comfyui), *paths, str(ROOT)]
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        # one of several processes: the host takes the current GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    arguments = sys.argv
+    sys.argv = ["main.py"] if _accelerated() else ["main.py", "--cpu"]
+    try:
+        importlib.import_module("comfy.options").enable_args_parsing()
+        importlib.import_module("comfy.cli_args")
+    finally:
+        sys.argv = arguments
+    spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.modules[PACK] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[PACK])
+    return lambda name: importlib.import_module(f"{PACK}.{name}")
+
+
+def _accelerated() -> bool:
+    """Whether there is a device that the host would take; it fails where there is none and nobody says so."""
+    if hasattr(torch, "accelerator"):
+        return torch.accelerator.is_available()
+    return torch.cuda.is_available() or torch.backends.mps.is_available()

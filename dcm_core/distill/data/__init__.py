@@ -1,0 +1,1 @@
+"""Training data: clips and captions found, read, encoded and cached."""

@@ -1,0 +1,235 @@
+"""Video clips with captions: checked, and read as pixels at one frame rate and size."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import DCMError, counted
+from ...files.storage import Progress
+from .captions import fault_of
+from .sources import Clip
+from .video_file import NO_TIMES, ClipError, Picture, probe, shown_frames, upright
+
+SIZE_STEP = 16  # 8 of the VAE times 2 of the transformer's patches
+MAX_ASPECT = 4.0
+MAX_ENLARGEMENT = 1.5
+STEADY = 0.2  # gaps between frames that differ by less, in medians, are rounding
+CHUNK = 1 << 20  # read at once
+MAX_NAME = 100  # characters of a name that are shown
+# A frame counts as shown this much of a gap before its time: files round times, some to milliseconds.
+EARLY = 0.25
+
+
+class Problem(NamedTuple):
+    """A clip that was left out, and why."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        text = f"{self.path.name[:MAX_NAME]}: {self.reason}"
+        # a name may hold characters that can be neither shown nor logged, or that act on a terminal
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """What every clip becomes.
+
+    Attributes:
+        frames: length, 1 more than a multiple of 4.
+        fps: frames per second.
+        width, height: size in pixels, multiples of 16.
+        buckets: keep each clip near its own aspect ratio, in a size of about the same area.
+
+    Raises:
+        DCMError: a value outside these bounds.
+    """
+
+    frames: int = 81
+    fps: float = 16.0
+    width: int = 832
+    height: int = 480
+    buckets: bool = True
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.frames % 4 != 1:
+            near = max(0, round((self.frames - 1) / 4)) * 4 + 1
+            raise DCMError(f"frames is {self.frames}; expected 1 more than a multiple of 4. Choose {near}.")
+        if not 0 < self.fps <= 1000:
+            raise DCMError(f"fps is {self.fps}; expected more than 0, at most 1000. Wan 2.1 is made for 16, HunyuanVideo for 24.")
+        for name, size in (("width", self.width), ("height", self.height)):
+            if size < SIZE_STEP or size % SIZE_STEP:
+                near = max(1, round(size / SIZE_STEP)) * SIZE_STEP
+                raise DCMError(f"{name} is {size}; expected a multiple of {SIZE_STEP}. Choose {near}.")
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """A clip that can be trained on.
+
+    Attributes:
+        width, height: size as shown in pixels, after rotation and with square pixels.
+        gap: time from frame to frame in seconds.
+        bucket: width and height it will be read at.
+        content: hash of the file.
+        changes: what makes its pictures others than those stored.
+        notes: what is worth knowing but no error.
+    """
+
+    clip: Clip
+    width: int
+    height: int
+    gap: float
+    bucket: tuple[int, int]
+    content: str
+    changes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def bucket_of(width: int, height: int, settings: ClipSettings) -> tuple[int, int]:
+    """The size, as width and height, that a clip of this size is read at: of the sizes of about the settings' area the one
+    whose aspect ratio is nearest (at most 4 to 1), or the settings' own without buckets."""
+    if not settings.buckets:
+        return settings.width, settings.height
+    own = settings.width // SIZE_STEP, settings.height // SIZE_STEP
+    area = own[0] * own[1]
+    narrowest, widest = math.ceil(math.sqrt(area / MAX_ASPECT)), math.floor(math.sqrt(area * MAX_ASPECT))
+    sizes = [own, *((columns, max(1, round(area / columns))) for columns in range(narrowest, widest + 1))]
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        columns, rows = size
+        return abs(math.log(columns / rows * height / width)), abs(columns * rows - area)
+
+    columns, rows = min(sizes, key=distance)
+    return columns * SIZE_STEP, rows * SIZE_STEP
+
+
+def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
+    """Check one clip: its caption, that its first frame decodes, its length and its size.
+
+    Raises:
+        ClipError: what is wrong.
+    """
+    _check_caption(clip)
+    look = probe(clip.path)
+    times, (width, height) = look.times, look.size
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    gap = median(gaps) if gaps else 1 / settings.fps
+    if gap <= 0:
+        raise ClipError(clip.path, NO_TIMES)
+    length = times[-1] - times[0] + gap
+    frames = math.ceil((length - EARLY * gap) * settings.fps)
+    if frames < settings.frames:
+        raise ClipError(
+            clip.path,
+            f"lasts {length:.3g} s, {counted(frames, 'frame')} at {settings.fps:g} per second; expected {settings.frames}. "
+            "Choose fewer frames, or leave the clip out.",
+        )
+    bucket = bucket_of(width, height, settings)
+    enlargement = max(bucket[0] / width, bucket[1] / height)
+    if enlargement > MAX_ENLARGEMENT:
+        raise ClipError(
+            clip.path, f"is {width}x{height}, too small for {bucket[0]}x{bucket[1]}. Choose a smaller size, or leave the clip out."
+        )
+    facts = {
+        "variable frame rate, frames taken by their time": gaps and max(gaps) - min(gaps) > STEADY * gap,
+        f"{1 / gap:.3g} fps, so frames repeat at {settings.fps:g} fps": gap * settings.fps > 1 + STEADY,
+        f"{width}x{height} enlarged to {bucket[0]}x{bucket[1]}": enlargement > 1,
+    }
+    # now, while the file is still in the system's cache
+    content = content_hash(clip.path)
+    notes = (*clip.notes, *look.notes, *(note for note, true in facts.items() if true))
+    return ClipFacts(clip, width, height, gap, bucket, content, look.changes, notes)
+
+
+def content_hash(path: Path) -> str:
+    """A hash of a file.
+
+    Raises:
+        ClipError: a file that cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+    except OSError as error:
+        raise ClipError(path, f"cannot be read ({error.strerror}). Check its permissions.") from error
+
+
+def _check_caption(clip: Clip) -> None:
+    if fault := clip.fault or fault_of(clip.caption):
+        raise ClipError(clip.path, fault)
+    if not clip.caption:
+        raise ClipError(clip.path, f"has no caption. Write one to {clip.path.stem}.txt beside it, or to a list.")
+
+
+def check_clips(
+    clips: Sequence[Clip], settings: ClipSettings, progress: Progress | None = None
+) -> tuple[list[ClipFacts], list[Problem]]:
+    """Inspect every clip; the good ones in order, and what is wrong with the others.
+
+    Raises:
+        DCMError: none is good.
+    """
+    good, problems = [], []
+    for done, clip in enumerate(clips, start=1):
+        try:
+            good.append(inspect_clip(clip, settings))
+        except ClipError as error:
+            problems.append(Problem(error.path, error.reason))
+        if progress is not None:
+            progress(done, len(clips))
+    if not good:
+        raise no_clip_left(problems)
+    return good, problems
+
+
+def no_clip_left(problems: Sequence[Problem]) -> DCMError:
+    """The error for data of which nothing can be used; it shows the first three reasons."""
+    more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
+    return DCMError("\n".join([f"No clip can be used: {counted(len(problems), 'clip')} left out.", *map(str, problems[:3]), *more]))
+
+
+def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
+    """The clip's pixels from its start, scaled to cover its bucket and cropped at the centre.
+
+    Returns:
+        float32 (frames, height, width, 3) from 0 to 1: at each i / fps the frame that is shown then.
+
+    Raises:
+        ClipError: a file that is damaged after its first frame; its later frames are first decoded here.
+    """
+    width, height = facts.bucket
+    pixels, filled = torch.empty(settings.frames, height, width, 3), 0
+    for picture, until in shown_frames(facts.clip.path, facts.gap):
+        image = None
+        while filled < settings.frames and filled / settings.fps + EARLY * facts.gap < until:
+            image = _fitted(picture, facts) if image is None else image
+            pixels[filled] = image
+            filled += 1
+        if filled == settings.frames:
+            return pixels
+    raise ClipError(facts.clip.path, f"ends after {filled} of {counted(settings.frames, 'frame')}. Encode or download it again.")
+
+
+def _fitted(picture: Picture, facts: ClipFacts) -> Tensor:
+    """One frame at the size of its bucket: (height, width, 3) from 0 to 1."""
+    width, height = facts.bucket
+    scale = max(width / facts.width, height / facts.height)
+    covering = max(height, round(scale * facts.height)), max(width, round(scale * facts.width))
+    image = upright(picture, facts.clip.path).permute(2, 0, 1)[None]
+    image = F.interpolate(image, covering, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    return image[:, top : top + height, left : left + width].permute(1, 2, 0)

@@ -1,0 +1,133 @@
+"""Training data in one safetensors file: latents and texts, to train where there is no VAE and no text encoder."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError, DCMError, ExpertError
+from ...files.conditioning import Conditioning, problem_of
+from ...files.mapped import views
+from ...files.metadata import parse_json
+from ...files.storage import MAX_HEADER, Progress, TensorFile, write_stream
+from ...files.values import bytes_of, cast, is_finite
+from .dataset import TensorData, TrainingData
+
+FORMAT = "dcm-dataset"
+
+
+def write_data(
+    path: str | os.PathLike, data: TrainingData, dtype: torch.dtype = torch.bfloat16, progress: Progress = lambda done, total: None
+) -> None:
+    """Write all of `data`, clip by clip; texts that are the same are written once.
+
+    Args:
+        progress: called with (done, total) for each clip; may raise to interrupt, which leaves no file.
+
+    Raises:
+        CheckpointError: too little room on the disk, or values that the dtype cannot hold.
+    """
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    texts: list[dict[str, float]] = []
+    sources: list[Callable[[], Conditioning]] = []
+    known: dict[str, int] = {}
+    which = []
+    for read in (*(partial(data.conditioning, index) for index in range(len(data))), data.unconditional):
+        tensors, numbers = _parts(read(), dtype)
+        hashes = [(name, tuple(value.shape), hashlib.sha256(bytes_of(value)).hexdigest()) for name, value in tensors.items()]
+        key = repr(hashes + sorted(numbers.items()))
+        if key not in known:
+            known[key] = len(texts)
+            entries |= {f"text.{known[key]}.{name}": (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+            texts.append(numbers)
+            sources.append(read)
+        which.append(known[key])
+    entries |= {f"latent.{index}": (dtype, data.shape(index)) for index in range(len(data))}
+    facts = {"which": which[:-1], "unconditional": which[-1], "texts": texts}
+
+    def each() -> Iterator[tuple[str, Tensor]]:
+        for number, read in enumerate(sources):
+            for name, value in _parts(read(), dtype)[0].items():
+                yield f"text.{number}.{name}", value
+        for index in range(len(data)):
+            yield f"latent.{index}", cast(f"latent.{index}", data.latent(index), dtype)
+            progress(index + 1, len(data))
+
+    write_stream(path, entries, each(), {"format": FORMAT, "version": "1", "facts": json.dumps(facts)})
+
+
+def _parts(text: Conditioning, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """A text's tensors as they are written, and its numbers."""
+    context, extras = text[0]
+    tensors = {"context": context, **{name: value for name, value in extras.items() if isinstance(value, Tensor)}}
+    numbers = {name: value for name, value in extras.items() if isinstance(value, (int, float))}
+    return {name: cast(name, value, dtype) if value.is_floating_point() else value for name, value in tensors.items()}, numbers
+
+
+def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: None) -> TensorData:
+    """Read the data back; its tensors are views of the file, which has been read once to verify it.
+
+    Args:
+        progress: as for `write_data`.
+
+    Raises:
+        DCMError: a file that holds none, or a damaged one.
+    """
+    file = TensorFile(path)
+    if file.metadata.get("format") != FORMAT:
+        raise DCMError(f"{path} holds no training data. Choose a file that DCM Save Dataset wrote.")
+    try:
+        facts = parse_json(file.metadata["facts"], "facts", MAX_HEADER)
+        which, unconditional = [_index(value) for value in facts["which"]], _index(facts["unconditional"])
+        if not which:
+            raise ValueError("no clips")
+        file.verify(lambda *_: progress(0, len(which)))
+        tensors = views(file)
+        latents = [tensors.pop(f"latent.{index}") for index in range(len(which))]
+        texts = _texts(facts["texts"], tensors)
+        for done, latent in enumerate(latents):
+            if problem := _problem_of_latent(latent, latents[0]):
+                raise ValueError(f"latent.{done} {problem}")
+            progress(done + 1, len(latents))
+        return TensorData(latents, texts, which, texts[unconditional])
+    except CheckpointError:
+        raise
+    except ExpertError as error:
+        raise DCMError(f"{path} is a damaged data file. Its {error}") from error
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise DCMError(f"{path} is a damaged data file ({error}). Save the dataset again.") from error
+
+
+def _index(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not the number of a text")
+    return value
+
+
+def _texts(numbers: list[dict[str, float]], tensors: Mapping[str, Tensor]) -> list[Conditioning]:
+    """The texts of their numbers and of all `tensors` together."""
+    if not isinstance(numbers, list) or not all(isinstance(values, dict) for values in numbers):
+        raise ValueError("its texts are not a list of entries")
+    texts: dict[str, dict[str, Any]] = {f"text.{index}": dict(values) for index, values in enumerate(numbers)}
+    for key, tensor in tensors.items():
+        kind, index, name = (*key.split(".", 2), "", "")[:3]
+        if f"{kind}.{index}" not in texts:
+            raise ValueError(f"{key} belongs to no text")
+        texts[f"{kind}.{index}"][name] = tensor
+    found = [[[extras.pop("context"), extras]] for extras in texts.values()]
+    if problem := problem_of([text[0] for text in found]):
+        raise ValueError(problem)
+    if len(widths := {text[0][0].shape[2] for text in found}) > 1:
+        raise ValueError(f"its texts have the widths {', '.join(map(str, sorted(widths)))}; expected one")
+    return found
+
+
+def _problem_of_latent(latent: Tensor, first: Tensor) -> str:
+    if not latent.is_floating_point() or latent.ndim != 4 or not latent.numel() or len(latent) != len(first):
+        return f"is {latent.dtype} of shape {tuple(latent.shape)}; expected numbers by channel, frame, row and column, as in latent.0"
+    return "" if is_finite(latent) else "has NaN or infinite values"

@@ -1,0 +1,272 @@
+"""Training data: latents with their texts, read from disk one by one or held in memory, and the order of batches."""
+
+import hashlib
+import itertools
+import random
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from ...errors import CheckpointError, DCMError, counted
+from ...files.conditioning import Conditioning, load_conditioning
+from ...files.storage import TensorFile
+from ...files.values import bytes_of
+from .clips import Problem
+
+LATENT = "latent"
+
+
+class TrainingData(ABC):
+    """Latents with their texts, by index.
+
+    Attributes:
+        fingerprint: names the data; two data sets that share it hold the same latents and texts in the same order.
+    """
+
+    fingerprint: str
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of clips."""
+
+    @abstractmethod
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Shape of a latent: channels, frames, height, width."""
+
+    @abstractmethod
+    def latent(self, index: int) -> Tensor:
+        """A latent in the VAE's own space, (channels, frames, height, width)."""
+
+    @abstractmethod
+    def conditioning(self, index: int) -> Conditioning:
+        """The text of a clip."""
+
+    @abstractmethod
+    def unconditional(self) -> Conditioning:
+        """The text of no clip: the negative prompt."""
+
+    @property
+    def buckets(self) -> list[list[int]]:
+        """All indices, those of one latent shape together."""
+        return self.buckets_of(range(len(self)))
+
+    def buckets_of(self, indices: Iterable[int]) -> list[list[int]]:
+        """These indices, those of one latent shape together."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for index in indices:
+            found.setdefault(self.shape(index), []).append(index)
+        return [found[shape] for shape in sorted(found)]
+
+    def split(self, held_out: int, seed: int) -> tuple[list[int], list[int]]:
+        """The indices to train on and `held_out` others, each rising; a seed always holds out the same.
+
+        Raises:
+            DCMError: nothing would be left to train on.
+        """
+        if not 0 <= held_out < len(self):
+            raise DCMError(
+                f"{held_out} of {counted(len(self), 'clip')} cannot be held out; expected 0 to {len(self) - 1}. "
+                "Hold out fewer, or add clips."
+            )
+        order = random.Random(f"split {seed}").sample(range(len(self)), len(self))
+        return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A clip in the cache.
+
+    Attributes:
+        latent, conditioning: its files.
+        size: width and height in pixels.
+        shape: of the latent.
+    """
+
+    clip: Path
+    caption: str
+    latent: Path
+    conditioning: Path
+    size: tuple[int, int]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dataset(TrainingData):
+    """Encoded clips on disk; nothing is kept in memory.
+
+    Attributes:
+        negative: file of the negative prompt's conditioning.
+        problems: the clips left out.
+        notes: what is worth knowing of the others.
+        others: the files that are no clips, in words.
+    """
+
+    entries: tuple[Entry, ...]
+    negative: Path
+    problems: tuple[Problem, ...] = ()
+    notes: tuple[Problem, ...] = ()
+    others: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        return self.entries[index].shape
+
+    def latent(self, index: int) -> Tensor:
+        """A latent from its file.
+
+        Raises:
+            DCMError: a file that is gone or damaged.
+        """
+        path = self.entries[index].latent
+        try:
+            return TensorFile(path).read_all()[LATENT]
+        except (CheckpointError, KeyError) as error:
+            raise _lost(path, error) from error
+
+    def conditioning(self, index: int) -> Conditioning:
+        """A text from its file.
+
+        Raises:
+            DCMError: a file that is gone or damaged.
+        """
+        return self._read_conditioning(self.entries[index].conditioning)
+
+    def unconditional(self) -> Conditioning:
+        """The negative prompt from its file.
+
+        Raises:
+            DCMError: a file that is gone or damaged.
+        """
+        return self._read_conditioning(self.negative)
+
+    def _read_conditioning(self, path: Path) -> Conditioning:
+        try:
+            return load_conditioning(path)
+        except DCMError as error:
+            raise _lost(path, error) from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The files' names are hashes of what is in them."""
+        names = [name for entry in self.entries for name in (entry.latent.name, entry.conditioning.name)]
+        return hashlib.sha256("\n".join([*names, self.negative.name]).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        """One line: `12 clips, 3 sizes, 2 files left out`."""
+        sizes = counted(len({entry.size for entry in self.entries}), "size")
+        left_out = f", {counted(len(self.problems), 'file')} left out" if self.problems else ""
+        return f"{counted(len(self), 'clip')}, {sizes}{left_out}"
+
+    def report(self) -> str:
+        """The line, then the number of clips of each size, each clip left out, each note and the other files, a line each."""
+        sizes = Counter(entry.size for entry in self.entries)
+        lines = [f"{width}x{height}: {count}" for (width, height), count in sorted(sizes.items())]
+        left_out, notes = (f"left out {problem}" for problem in self.problems), (f"note {note}" for note in self.notes)
+        return "\n".join([str(self), *lines, *left_out, *notes, *self.others])
+
+
+def _lost(path: Path, error: Exception) -> DCMError:
+    return DCMError(f"{path.name} of the encoded data cannot be read ({error}). Restart the host and run DCM Video Dataset again.")
+
+
+class TensorData(TrainingData):
+    """Data that is in memory already.
+
+    Args:
+        latents: (channels, frames, height, width) each.
+        conditionings: the texts.
+        which: for every latent the index of its text.
+        unconditional: the text of no clip.
+
+    Raises:
+        DCMError: no latents, or texts that do not fit them.
+    """
+
+    def __init__(
+        self, latents: Sequence[Tensor], conditionings: Sequence[Conditioning], which: Sequence[int], unconditional: Conditioning
+    ):
+        if not latents or len(latents) != len(which):
+            given = f"{counted(len(latents), 'latent')} with {counted(len(which), 'text')}"
+            raise DCMError(f"{given}; expected one text for every latent, at least one.")
+        if not all(0 <= index < len(conditionings) for index in which):
+            raise DCMError(f"`which` names text {max(which)}, or one below 0; expected 0 to {len(conditionings) - 1}.")
+        self._latents, self._conditionings = list(latents), list(conditionings)
+        self._which, self._unconditional = list(which), unconditional
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        return tuple(self._latents[index].shape)
+
+    def latent(self, index: int) -> Tensor:
+        return self._latents[index]
+
+    def conditioning(self, index: int) -> Conditioning:
+        return self._conditionings[self._which[index]]
+
+    def unconditional(self) -> Conditioning:
+        return self._unconditional
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all tensors."""
+        texts = [*(self._conditionings[index] for index in self._which), self._unconditional]
+        values = (value for text in texts for embedding, extras in text for value in (embedding, *extras.values()))
+        digest = hashlib.sha256()
+        for tensor in [*self._latents, *(value for value in values if isinstance(value, Tensor))]:
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(bytes_of(tensor))
+        return digest.hexdigest()
+
+
+class BatchOrder:
+    """Which clips each training step takes: a pure function of the step, so that resuming needs no state.
+
+    Every epoch takes every clip, in an order of its own. A batch holds clips of one bucket; the rest of a bucket that fills no
+    batch is filled up from that bucket again. `len` is the number of batches in an epoch.
+
+    Args:
+        buckets: indices that may share a batch.
+
+    Raises:
+        DCMError: a batch size below 1, or no clips.
+    """
+
+    def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, seed: int):
+        if batch_size < 1:
+            raise DCMError(f"batch_size is {batch_size}; expected 1 or more.")
+        self._buckets = [list(bucket) for bucket in buckets if bucket]
+        if not self._buckets:
+            raise DCMError("There are no clips to train on. Add clips, or hold out fewer.")
+        self._batch_size, self._seed = batch_size, seed
+        self._epoch, self._batches = -1, []
+
+    def __len__(self) -> int:
+        return sum(-(-len(bucket) // self._batch_size) for bucket in self._buckets)
+
+    def batch(self, step: int) -> list[int]:
+        """The clips of a step, counted from 0."""
+        epoch, place = divmod(step, len(self))
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._shuffled(epoch)
+        return self._batches[place]
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        # a text seeds the same numbers on every machine
+        generator = random.Random(f"epoch {self._seed} {epoch}")
+        batches = []
+        for bucket in self._buckets:
+            order = generator.sample(bucket, len(bucket))
+            missing = -len(order) % self._batch_size
+            order += itertools.islice(itertools.cycle(order.copy()), missing)
+            batches += (order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size))
+        generator.shuffle(batches)
+        return batches

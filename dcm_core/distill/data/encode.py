@@ -1,0 +1,164 @@
+"""Clips and captions -> latents and conditionings in a cache folder, each encoded once."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import CheckpointError, DCMError
+from ...files.conditioning import Conditioning, load_conditioning, save_conditioning
+from ...files.storage import Progress, TensorFile, write_tensors
+from ...files.values import is_finite
+from .clips import ClipFacts, ClipSettings, Problem, check_clips, no_clip_left, read_clip
+from .dataset import LATENT, Dataset, Entry
+from .sources import Roots, find_clips
+from .video_file import ClipError
+
+FORMAT = "dcm-latent"
+VERSION = "3"  # of what the cache holds; a change makes everything anew
+
+# Where each part of the work begins, in thousandths of the progress bar.
+CHECKING, VIDEOS, TEXTS, END = 0, 50, 900, 1000
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The VAE and the text encoder.
+
+    Attributes:
+        encode_video: pixels (frames, height, width, 3) from 0 to 1 -> latent (channels, latent frames, height, width).
+        encode_text: a caption -> its conditioning.
+        video_id, text_id: name the encoders' weights; what is cached under other names is not used.
+        free: called when the encoders are not needed any longer.
+    """
+
+    encode_video: Callable[[Tensor], Tensor]
+    encode_text: Callable[[str], Conditioning]
+    video_id: str
+    text_id: str
+    free: Callable[[], None]
+
+
+def prepare(
+    source: Path,
+    settings: ClipSettings,
+    encoders: Encoders,
+    cache: Path,
+    negative: str = "",
+    progress: Progress | None = None,
+    roots: Roots = None,
+) -> Dataset:
+    """Check the clips of `source`, encode what is not in the cache, and return the data set.
+
+    An entry of the cache depends on the clip's content, length, rate, size and the VAE, or on the text and its encoder: a change
+    makes that entry anew and no other. If everything is cached, no encoder is called. Clips that cannot be used are left out.
+
+    Args:
+        source: a folder or a list, as for `find_clips`.
+        cache: folder of the cache; made if it is missing.
+        negative: the text of `Dataset.unconditional`.
+        progress: called with (done, total) after every clip and text; may raise to interrupt, which loses only the clip in work.
+        roots: folders that all clips have to be in, as for `find_clips`.
+
+    Raises:
+        DCMError: no clip can be used, or an encoder that is not one of a video model.
+        CheckpointError: too little room on the disk.
+    """
+    report = progress or (lambda done, total: None)
+    clips, others = find_clips(source, roots)
+    cache.mkdir(parents=True, exist_ok=True)
+    good, problems = check_clips(clips, settings, _part(report, CHECKING, VIDEOS))
+    videos = [(facts, cache / _video_name(facts, settings, encoders.video_id)) for facts in good]
+    new_videos = {path: facts for facts, path in videos if _latent_shape(path) is None}
+    failed = _encode_videos(new_videos, settings, encoders, _part(report, VIDEOS, TEXTS))
+    problems += (Problem(facts.clip.path, failed[path]) for facts, path in videos if path in failed)
+    left = [(facts, path) for facts, path in videos if path not in failed]
+    if not left:
+        raise no_clip_left(problems)
+    texts = {text: cache / _name("text", text, encoders.text_id) for text in [*(facts.clip.caption for facts, _ in left), negative]}
+    new_texts = {text: path for text, path in texts.items() if not _holds_conditioning(path)}
+    _encode_texts(new_texts, encoders, _part(report, TEXTS, END))
+    if new_videos or new_texts:
+        encoders.free()
+    report(END, END)
+    entries = (_entry(facts, path, texts[facts.clip.caption]) for facts, path in left)
+    notes = (Problem(facts.clip.path, note) for facts, _ in left for note in facts.notes)
+    return Dataset(tuple(entries), texts[negative], tuple(problems), tuple(notes), others)
+
+
+def _part(progress: Progress, begin: int, end: int) -> Progress:
+    """Progress of one part of the work as progress of the whole."""
+    return lambda done, total: progress(begin + round((end - begin) * done / total), END)
+
+
+def _name(kind: str, *parts: Any) -> str:
+    """The file name of a cache entry: a hash of all it depends on."""
+    return hashlib.sha256(json.dumps([kind, VERSION, *parts]).encode()).hexdigest() + ".safetensors"
+
+
+def _video_name(facts: ClipFacts, settings: ClipSettings, video_id: str) -> str:
+    return _name("video", facts.content, settings.frames, float(settings.fps), facts.bucket, video_id, *facts.changes)
+
+
+def _encode_videos(
+    new: Mapping[Path, ClipFacts], settings: ClipSettings, encoders: Encoders, progress: Progress
+) -> dict[Path, str]:
+    """Write the latents; the paths that could not be made and why."""
+    failed = {}
+    for done, (path, facts) in enumerate(new.items(), start=1):
+        try:
+            latent = _checked(encoders.encode_video(read_clip(facts, settings)), facts)
+            write_tensors(path, {LATENT: latent}, {"format": FORMAT, "clip": facts.clip.path.name})
+        except ClipError as error:
+            failed[path] = error.reason
+        progress(done, len(new))
+    return failed
+
+
+def _checked(latent: Tensor, facts: ClipFacts) -> Tensor:
+    if latent.ndim != 4:
+        raise DCMError(
+            f"The VAE made a latent of shape {tuple(latent.shape)}; expected channels, frames, height, width. "
+            "Connect the VAE of Wan 2.1 or HunyuanVideo."
+        )
+    if not is_finite(latent):
+        raise ClipError(facts.clip.path, "has a latent with NaN or infinite values. Run the VAE in bfloat16 or float32.")
+    return latent
+
+
+def _encode_texts(new: Mapping[str, Path], encoders: Encoders, progress: Progress) -> None:
+    for done, (text, path) in enumerate(new.items(), start=1):
+        save_conditioning(path, _checked_text(encoders.encode_text(text), text), text)
+        progress(done, len(new))
+
+
+def _checked_text(conditioning: Conditioning, text: str) -> Conditioning:
+    if not all(is_finite(context) for context, _ in conditioning):
+        raise DCMError(f"The text encoder made NaN or infinite values of {text!r}. Run it in bfloat16 or float32, or choose another file.")
+    return conditioning
+
+
+def _latent_shape(path: Path) -> tuple[int, ...] | None:
+    """Shape of the cached latent, None if the file is missing or damaged."""
+    try:
+        file = TensorFile(path)
+        file.verify()
+    except CheckpointError:
+        return None
+    return file.shapes.get(LATENT) if file.metadata.get("format") == FORMAT else None
+
+
+def _holds_conditioning(path: Path) -> bool:
+    try:
+        load_conditioning(path)
+    except DCMError:
+        return False
+    return True
+
+
+def _entry(facts: ClipFacts, latent: Path, conditioning: Path) -> Entry:
+    return Entry(facts.clip.path, facts.clip.caption, latent, conditioning, facts.bucket, TensorFile(latent).shapes[LATENT])

@@ -1,0 +1,74 @@
+"""The discriminator: a small head on each of the frozen teacher's features (paper, section 3.4)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..backbone import Backbone
+from ..config import TrainingConfig
+from ..memory import total
+
+HIDDEN = 1024
+GROUPS = 32
+SLOPE = 0.01
+
+
+class Head(nn.Module):
+    """1x1 convolutions over the (height, width) grid of each latent frame, one score a token; any grid size."""
+
+    def __init__(self, width: int, hidden: int = HIDDEN):
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(width, hidden, 1), nn.GroupNorm(GROUPS, hidden))
+        self.conv2 = nn.Sequential(nn.Conv2d(hidden, hidden, 1), nn.GroupNorm(GROUPS, hidden))
+        self.conv_out = nn.Conv2d(hidden, 1, 1)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """feature: (batch x frames, width, height, width) -> scores (batch x frames, 1, height, width)."""
+        x = F.leaky_relu(self.conv1(feature), SLOPE)
+        x = x + F.leaky_relu(self.conv2(x), SLOPE)
+        return self.conv_out(x)
+
+
+class Discriminator(nn.Module):
+    """One head a feature.
+
+    Args:
+        checkpointing: keep only the features for the backward pass and compute one head at a time again.
+    """
+
+    def __init__(self, features: int, width: int, hidden: int = HIDDEN, checkpointing: bool = False):
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.heads = nn.ModuleList(Head(width, hidden) for _ in range(features))
+
+    def forward(self, features: Sequence[Tensor], grid: tuple[int, int, int]) -> list[Tensor]:
+        """Scores of each feature (batch, tokens, width) of a video of `grid` = (frames, height, width) tokens."""
+        frames, height, width = grid
+
+        def scores(head: Head, feature: Tensor) -> Tensor:
+            batch, _, channels = feature.shape
+            return head(feature.float().reshape(batch * frames, height, width, channels).permute(0, 3, 1, 2))
+
+        pairs = zip(self.heads, features, strict=True)
+        if self.checkpointing and torch.is_grad_enabled():
+            return [checkpoint(scores, head, feature, use_reentrant=False) for head, feature in pairs]
+        return [scores(head, feature) for head, feature in pairs]
+
+
+def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discriminator:
+    """One for the backbone's features; its first weights follow from the seed."""
+    width = backbone.module.get_submodule(backbone.family.text_module).out_features
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Discriminator(len(backbone.feature_blocks()), width, config.discriminator_width, config.checkpointing)
+
+
+def discriminator_size(backbone: Backbone, config: TrainingConfig) -> int:
+    """Bytes of the run's discriminator, 0 without one."""
+    if not config.adversarial:
+        return 0
+    with torch.device("meta"):
+        return total(make_discriminator(backbone, config).parameters())

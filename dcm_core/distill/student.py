@@ -1,0 +1,246 @@
+"""An expert under training: float32 tensors beside the frozen base."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import ExpertError, name_some
+from ..experts.expert import Expert, LowRank, merged
+from ..experts.modules import LAYER_PARAMS, RoutedExpert, find_module
+from ..families import Family
+from .backbone import Working
+
+# native tensor name -> its value, dequantised
+WeightOf = Callable[[str], Tensor]
+
+
+def _casting(kind: type[nn.Module]) -> type[nn.Module]:
+    """The layer, computing in its input's dtype while its weights stay float32."""
+
+    class Casting(kind):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype == self.weight.dtype:
+                return super().forward(x)
+            return functional_call(self, {name: value.to(x.dtype) for name, value in self.named_parameters()}, (x,))
+
+    return Casting
+
+
+CASTING = SimpleNamespace(**{
+    kind.__name__: _casting(kind) for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d, nn.Conv3d)
+})
+
+
+class PreciseExpert(RoutedExpert):
+    """Its bare parameters stay in its own dtype, as the base's may be too small to train in, and go in whole."""
+
+    def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        for name, replaced, tensor in zip(self.bare_names, self.bare_replaced, self.bare, strict=True):
+            module_name, _, attribute = name.rpartition(".")
+            module = find_module(root, module_name)
+            yield module, attribute, tensor if replaced else getattr(module, attribute).to(tensor) + tensor
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The modules of an expert under training.
+
+    Low-rank pairs work at `scale` = alpha / rank, which stays outside the weights as in the paper's training; what replaces
+    a layer works alone.
+
+    Attributes:
+        facts: the expert without its tensors.
+    """
+
+    facts: Expert
+    low_rank: PreciseExpert
+    replaced: PreciseExpert
+    scale: float
+
+    @property
+    def working(self) -> Working:
+        """For `Backbone.velocity`."""
+        return ((self.low_rank, self.scale), (self.replaced, 1.0))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every trained tensor, by a name that a resumed run finds again."""
+        for part in ("low_rank", "replaced"):
+            for name, parameter in getattr(self, part).named_parameters():
+                yield f"{part}.{name}", parameter
+
+    def copy(self) -> "Trainee":
+        """An independent one with the same values (for the moving average), without gradients."""
+        low_rank, replaced = copy.deepcopy(self.low_rank), copy.deepcopy(self.replaced)
+        return Trainee(self.facts, low_rank.requires_grad_(False), replaced.requires_grad_(False), self.scale)
+
+    @torch.no_grad()
+    def average(self, other: "Trainee", decay: float) -> None:
+        """self = decay self + (1 - decay) other."""
+        for (_, mine), (_, theirs) in zip(self.named_parameters(), other.named_parameters(), strict=True):
+            mine.lerp_(theirs, 1 - decay)
+
+    @torch.no_grad()
+    def result(self) -> Expert:
+        """What has been learned, as an expert of its own on the CPU."""
+        low_rank: dict[str, tuple[LowRank, ...]] = {}
+        for name, site in zip(self.low_rank.names, self.low_rank.sites, strict=True):
+            downs = site.branch.down.weight.split(site.branch.ranks)
+            low_rank[name] = tuple(
+                LowRank(_free(down), _free(up.weight), self.scale, start)
+                for down, up, start in zip(downs, site.branch.ups, site.branch.starts, strict=True)
+            )
+        replaced = {
+            name: _free(value) for name, value in zip(self.replaced.bare_names, self.replaced.bare, strict=True)
+        }
+        for name, site in zip(self.replaced.names, self.replaced.sites, strict=True):
+            replaced |= {f"{name}.{param}": _free(value) for param, value in site.replaced.named_parameters()}
+        return dataclasses.replace(self.facts, low_rank=low_rank, replaced=replaced)
+
+
+def _free(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def make_trainee(expert: Expert, modules: Mapping[str, nn.Module], device: torch.device) -> Trainee:
+    """Modules for the expert's tensors, in float32.
+
+    Args:
+        modules: native name -> module of the base.
+
+    Raises:
+        ExpertError: an expert that does not fit, or one whose pairs differ in alpha / rank, or that holds differences.
+    """
+    if expert.diff:
+        raise ExpertError(f"{name_some(expert.diff)} are differences to the base. Training starts from low-rank pairs and replaced layers.")
+    scales = sorted({update.scale for updates in expert.low_rank.values() for update in updates})
+    # files hold alphas in float32
+    if scales and not math.isclose(scales[0], scales[-1], rel_tol=1e-6):
+        raise ExpertError(f"The expert's alpha / rank differs between layers ({scales}). Training starts from one for all.")
+    unscaled = {
+        name: tuple(LowRank(update.down, update.up, 1.0, update.start) for update in updates)
+        for name, updates in expert.low_rank.items()
+    }
+
+    def build(**tensors: Any) -> PreciseExpert:
+        part = Expert(expert.family, expert.role, **tensors)
+        return PreciseExpert(part, modules, CASTING, torch.float32, device).requires_grad_()
+
+    facts = dataclasses.replace(expert, low_rank={}, replaced={})
+    return Trainee(facts, build(low_rank=unscaled), build(replaced=expert.replaced), scales[0] if scales else 1.0)
+
+
+def make_fixed(expert: Expert, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> Working:
+    """A finished expert that another is trained on top of, whatever it holds.
+
+    Raises:
+        ExpertError: one that does not fit.
+    """
+    return ((PreciseExpert(expert, modules, CASTING, dtype, device).requires_grad_(False), 1.0),)
+
+
+def new_semantic(
+    family: Family,
+    modules: Mapping[str, nn.Module],
+    rank: int,
+    alpha: float,
+    generator: torch.Generator,
+    weight_of: WeightOf | None = None,
+) -> Expert:
+    """A semantic expert that changes nothing yet: low-rank pairs on every linear of the blocks; rank 0 is a full fine-tune.
+
+    Args:
+        weight_of: the base's weights where they are not plain numbers in `modules`.
+    """
+    if rank == 0:
+        weight_of = weight_of or _own_weights(modules)
+        names = [name for module in modules for name in _parameter_names(module, modules[module])]
+        return Expert(family.name, "semantic", replaced={name: _free(weight_of(name)).float() for name in names})
+    names = _block_linears(family, modules)
+    return Expert(family.name, "semantic", {name: (_new_pair(modules[name], rank, alpha, generator),) for name in names})
+
+
+def new_detail(
+    family: Family,
+    modules: Mapping[str, nn.Module],
+    rank: int,
+    alpha: float,
+    generator: torch.Generator,
+    semantic: Expert | None = None,
+    weight_of: WeightOf | None = None,
+    every_linear: bool = False,
+) -> Expert:
+    """A detail expert that changes nothing yet: the release's low-rank sites, and its copies of embedders and head.
+
+    Args:
+        semantic: the expert it will work on top of; the copies start from that one's embedders and head.
+        weight_of: as for `new_semantic`.
+        every_linear: low-rank pairs on every linear of the blocks too, and on the rows of fused ones that the release leaves out.
+    """
+    weight_of = weight_of or _own_weights(modules)
+    low_rank: dict[str, tuple[LowRank, ...]] = {}
+    replaced: dict[str, Tensor] = {}
+    semantic = semantic or Expert(family.name, "semantic")
+    whole = _block_linears(family, modules) if every_linear else []
+    for name in [*whole, *(name for name in sorted(modules) if name not in whole)]:
+        pieces = family.key_map.sources_of(name)
+        rows = [_rows(modules[name], piece.part) for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)]
+        if name in whole:
+            rows += _rest(modules[name], rows)
+        if rows:
+            low_rank[name] = tuple(_new_pair(modules[name], rank, alpha, generator, part) for part in rows)
+        if any(piece.source.split(".")[0] in family.detail_modules for piece in pieces):
+            for key in _parameter_names(name, modules[name]):
+                replaced[key] = _free(merged(semantic, key, weight_of))
+    return Expert(family.name, "detail", low_rank, replaced)
+
+
+def _block_linears(family: Family, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The names of all linears of the blocks."""
+    lists = tuple(f"{name}." for name in family.block_lists)
+    return sorted(name for name, module in modules.items() if name.startswith(lists) and hasattr(module, "in_features"))
+
+
+def _rest(module: nn.Module, rows: list[slice]) -> list[slice]:
+    """The rows of a linear after those given, if there are any."""
+    start = sum(len(range(*part.indices(module.out_features))) for part in rows)
+    return [slice(start, None)] if start < module.out_features else []
+
+
+def _parameter_names(name: str, module: nn.Module) -> list[str]:
+    """Native names of a module's own parameters; of a linear not those that say how its weight is stored."""
+    own = [param for param, _ in module.named_parameters(recurse=False)]
+    if hasattr(module, "in_features"):
+        own = [param for param in LAYER_PARAMS if getattr(module, param) is not None]
+    return [f"{name}.{param}" if name else param for param in own]
+
+
+def _own_weights(modules: Mapping[str, nn.Module]) -> WeightOf:
+    def weight_of(name: str) -> Tensor:
+        module, _, param = name.rpartition(".")
+        return getattr(modules[module], param)
+
+    return weight_of
+
+
+def _rows(module: nn.Module, part: int | None) -> slice:
+    """The rows of a fused layer's q, k or v, all of another's."""
+    width = module.in_features
+    return slice(None) if part is None else slice(part * width, (part + 1) * width)
+
+
+def _new_pair(
+    module: nn.Module, rank: int, alpha: float, generator: torch.Generator, rows: slice = slice(None)
+) -> LowRank:
+    """A fresh pair that adds nothing: down uniform like nn.Linear's weight, up zero; on some `rows` of a fused layer's weight."""
+    bound = 1 / math.sqrt(module.in_features)
+    down = torch.empty(rank, module.in_features).uniform_(-bound, bound, generator=generator)
+    start, stop, _ = rows.indices(module.out_features)
+    return LowRank(down, torch.zeros(stop - start, rank), alpha / rank, start)

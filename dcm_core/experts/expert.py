@@ -1,0 +1,298 @@
+"""An expert as data: what it adds to or replaces in a base model, in the base's native names.
+
+Also our expert file: keys that ComfyUI's own LoRA loader applies exactly, plus metadata.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..errors import ExpertError, counted, name_some
+from ..families import Family
+from ..families.keymap import Piece, fuse
+from ..families.lora_names import split_key
+from ..files.metadata import FORMAT
+from ..files.storage import write_stream
+from ..files.unfinished import Unfinished
+from ..files.values import bytes_of, cast
+from ..routing import Side
+
+FILE_PREFIX = "diffusion_model."
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One low-rank update `scale * up @ down` of rows `start : start + up.shape[0]` of a linear's weight.
+
+    Attributes:
+        down: (rank, in).
+        up: (rows, rank).
+        scale: alpha / rank.
+        start: first output row; not 0 inside a fused qkv or linear1.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    start: int = 0
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert's tensors and facts.
+
+    Attributes:
+        low_rank: native module name -> its low-rank updates.
+        replaced: native tensor name -> the tensor that stands in its place.
+        diff: native tensor name -> a full difference that is added to it.
+        boundary: sigma where the detail expert takes over, if the file knows it.
+        timesteps: the schedule it was made for, if the file knows it.
+        notes: what the user has to know of how its file was read, a sentence each.
+    """
+
+    family: str
+    role: Side
+    low_rank: dict[str, tuple[LowRank, ...]] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    diff: dict[str, Tensor] = field(default_factory=dict)
+    boundary: float | None = None
+    timesteps: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that occur, smallest first."""
+        return tuple(sorted({update.rank for updates in self.low_rank.values() for update in updates}))
+
+    def __str__(self) -> str:
+        ranks = self.ranks
+        rank = f"LoRA rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else "no LoRA"
+        # norms and modulations count as layers, too
+        layers = {*self.low_rank, *(name.rpartition(".")[0] for name in (*self.replaced, *self.diff))}
+        return f"{self.role} expert: {rank}, {counted(len(layers), 'layer')} matched"
+
+
+def expert_tensor_list(expert: Expert) -> list[Tensor]:
+    """Every tensor of the expert, in the order of the names."""
+    pairs = [update for _, updates in sorted(expert.low_rank.items()) for update in updates]
+    named = [tensor for tensors in (expert.replaced, expert.diff) for _, tensor in sorted(tensors.items())]
+    return [tensor for update in pairs for tensor in (update.down, update.up)] + named
+
+
+def size_of(expert: Expert) -> int:
+    """Number of values."""
+    return sum(tensor.numel() for tensor in expert_tensor_list(expert))
+
+
+def expert_id(expert: Expert) -> str:
+    """A hash of all it does: its tensors, and where and how strongly they work."""
+    pairs = [(name, [(update.start, update.scale) for update in updates]) for name, updates in sorted(expert.low_rank.items())]
+    digest = hashlib.sha256(repr((_identity(expert), pairs, sorted(expert.replaced), sorted(expert.diff))).encode())
+    for tensor in expert_tensor_list(expert):
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _identity(expert: Expert) -> str:
+    """Training checkpoints hold ids that begin with this text: another wording would make them another run's."""
+    rank = "-".join(str(rank) for rank in (expert.ranks[:1] + expert.ranks[1:][-1:])) or "none"
+    held = {"low-rank sites": expert.low_rank, "replaced tensors": expert.replaced, "differences": expert.diff}
+    return f"{expert.role} expert, rank {rank}: {', '.join(f'{len(tensors)} {kind}' for kind, tensors in held.items() if tensors)}"
+
+
+def merged(expert: Expert, name: str, weight_of: Callable[[str], Tensor]) -> Tensor:
+    """The native tensor `name` with this expert in it, in float32; `weight_of` gives the base's."""
+    if name in expert.replaced:
+        return expert.replaced[name].float()
+    tensor = weight_of(name).to(torch.float32, copy=True)
+    if name in expert.diff:
+        tensor += expert.diff[name].to(tensor)
+    module, _, param = name.rpartition(".")
+    for update in expert.low_rank.get(module, ()) if param == "weight" else ():
+        rows = tensor[update.start : update.start + update.up.shape[0]]
+        rows += update.scale * (update.up.to(tensor) @ update.down.to(tensor))
+    return tensor
+
+
+def place_low_rank(piece: Piece, down: Tensor, up: Tensor, scale: float) -> LowRank:
+    """A source module's pair as an update of its native module's rows (see `keymap.Rule.part`)."""
+    return LowRank(down, piece.in_native_order(up), scale, start=(piece.part or 0) * down.shape[1])
+
+
+def expert_from_release(family: Family, tensors: Mapping[str, Tensor]) -> Expert:
+    """The detail expert inside a released checkpoint (diffusers names).
+
+    Args:
+        tensors: `<module>.lora_A.<name>.weight` (rank, in), `<module>.lora_B.<name>.weight` (out, rank) and the detail
+            copies `<module>_lora.*`.
+
+    Raises:
+        ExpertError: a key that is none of these, or half a pair.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, list[Piece]] = {}
+    for key, tensor in tensors.items():
+        source = family.detail_source(key)
+        piece = family.key_map.find(source) if source else None
+        name = split_key(key)
+        if piece is not None:
+            copies.setdefault(piece.target, []).append(Piece(key, piece.target, piece.part, piece.swap_halves))
+        elif name is not None and name.kind in ("down", "up") and family.lora_target_pattern.fullmatch(name.module):
+            pairs.setdefault(name.module, {})[name.kind] = tensor
+        else:
+            raise ExpertError(f"{key} is no part of a released {family.title} detail expert. Load the unchanged release file.")
+    halves = [module for module, pair in pairs.items() if len(pair) != 2]
+    if halves:
+        raise ExpertError(f"{name_some(halves)} has only one of lora_A and lora_B. Download the release file again.")
+    low_rank: dict[str, list[LowRank]] = {}
+    for module, pair in pairs.items():
+        piece = family.key_map.find_module(module)
+        low_rank.setdefault(piece.target, []).append(place_low_rank(piece, pair["down"], pair["up"], family.lora_scale))
+    return Expert(
+        family.name,
+        "detail",
+        low_rank={module: _in_row_order(updates) for module, updates in low_rank.items()},
+        replaced={target: fuse(pieces, tensors) for target, pieces in copies.items()},
+        boundary=family.preset.boundary,
+        timesteps=family.preset.timesteps,
+    )
+
+
+def _in_row_order(updates: Iterable[LowRank]) -> tuple[LowRank, ...]:
+    return tuple(sorted(updates, key=lambda update: update.start))
+
+
+def expert_to_state_dict(
+    expert: Expert, shapes: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of our expert file.
+
+    Args:
+        shapes: native tensor names -> shapes of the base: a fused module's pair covers all its rows.
+    """
+    tensors = dict(expert_tensors(expert, shapes))
+    return tensors, expert_metadata(expert, len(tensors))
+
+
+def write_expert(
+    target: str | os.PathLike | Unfinished,
+    expert: Expert,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype | None = None,
+    replaced_dtype: torch.dtype | None = None,
+) -> None:
+    """Write our expert file, one tensor in memory at a time beside the expert.
+
+    Args:
+        target: as for `write_stream`.
+        dtype: of the written tensors (alphas stay as they are), None to keep.
+        replaced_dtype: of what replaces the base's tensors, None for `dtype`.
+
+    Raises:
+        CheckpointError: too little room on the disk, or values that a dtype cannot hold.
+    """
+    entries = expert_entries(expert, shapes, dtype, replaced_dtype)
+    tensors = ((key, cast(key, tensor, entries[key][0])) for key, tensor in expert_tensors(expert, shapes))
+    write_stream(target, entries, tensors, expert_metadata(expert, len(entries)))
+
+
+def expert_entries(
+    expert: Expert, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype | None = None, replaced_dtype: torch.dtype | None = None
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """key -> (dtype, shape) of our expert file."""
+
+    def dtype_of(key: str, tensor: Tensor) -> torch.dtype:
+        wanted = (key.endswith(".set_weight") and replaced_dtype) or dtype
+        return tensor.dtype if wanted is None or key.endswith(".alpha") else wanted
+
+    return {key: (dtype_of(key, tensor), tuple(tensor.shape)) for key, tensor in expert_tensors(expert, shapes)}
+
+
+def expert_tensors(expert: Expert, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of our expert file.
+
+    Every module's updates become one pair (block-diagonal where it is fused), exact in any LoRA loader that knows
+    `lora_down`, `lora_up`, `alpha`, `set_weight`, `diff` and `diff_b`.
+    """
+    for module, updates in expert.low_rank.items():
+        down, up, alpha = stack_updates(updates, shapes[f"{module}.weight"][0])
+        yield f"{FILE_PREFIX}{module}.lora_down.weight", down
+        yield f"{FILE_PREFIX}{module}.lora_up.weight", up
+        yield f"{FILE_PREFIX}{module}.alpha", torch.tensor(alpha)
+    for name, tensor in expert.replaced.items():
+        yield f"{FILE_PREFIX}{name.removesuffix('.weight').removesuffix('.scale')}.set_weight", tensor
+    for name, tensor in expert.diff.items():
+        module, _, param = name.rpartition(".")
+        # a norm's `scale` is called `weight` in newer hosts
+        suffix = {"weight": "diff", "scale": "diff", "bias": "diff_b"}.get(param)
+        yield (f"{FILE_PREFIX}{module}.{suffix}" if suffix else f"{FILE_PREFIX}{name}.diff"), tensor
+
+
+def stack_updates(updates: Sequence[LowRank], rows: int) -> tuple[Tensor, Tensor, float]:
+    """One pair that equals all updates of a module: down (sum of ranks, in), up (rows, sum of ranks), alpha."""
+    first = updates[0]
+    rank = sum(update.rank for update in updates)
+    if len(updates) == 1 and first.start == 0 and first.up.shape[0] == rows:
+        return first.down, first.up, first.scale * rank
+    up = first.up.new_zeros(rows, rank)
+    column = 0
+    for update in updates:
+        value = update.up if update.scale == first.scale else update.up * (update.scale / first.scale)
+        up[update.start : update.start + value.shape[0], column : column + update.rank] = value
+        column += update.rank
+    return torch.cat([update.down for update in updates]), up, first.scale * rank
+
+
+def split_update(update: LowRank, parts: int) -> tuple[LowRank, ...]:
+    """Undo `stack_updates` for a fused module: one update a row block whose columns of `up` are its own.
+
+    Args:
+        parts: number of row blocks, each as high as the input is wide, the last one taking the rest.
+    """
+    height, rows = update.down.shape[1], update.up.shape[0]
+    if parts < 2 or update.start or rows < parts * height:
+        return (update,)
+    edges = [*(part * height for part in range(parts)), rows]
+    used = [(update.up[a:b].float() != 0).any(0) for a, b in pairwise(edges)]
+    owners = torch.stack(used).sum(0)
+    if int(owners.max()) != 1:
+        return (update,)
+    return tuple(
+        LowRank(update.down[columns], update.up[edges[part] : edges[part + 1], columns], update.scale, edges[part])
+        for part, columns in enumerate(used)
+        if bool(columns.any())
+    )
+
+
+def split_fused(module: str, updates: Iterable[LowRank], family: Family) -> tuple[LowRank, ...]:
+    """A module's updates in row order, one for each row block they were stacked from."""
+    parts = len(family.key_map.sources_of(module))
+    return tuple(piece for update in _in_row_order(updates) for piece in split_update(update, parts))
+
+
+def expert_metadata(expert: Expert, count: int) -> dict[str, str]:
+    """Facts of the file; the alpha is of one update, before any stacking, and only given where all agree."""
+    scales = {update.scale for updates in expert.low_rank.values() for update in updates}
+    metadata = {
+        "dcm.format": FORMAT,
+        "dcm.family": expert.family,
+        "dcm.expert": expert.role,
+        "dcm.tensors": str(count),
+    }
+    if len(expert.ranks) == 1 and len(scales) == 1:
+        metadata |= {"dcm.rank": str(expert.ranks[0]), "dcm.alpha": f"{expert.ranks[0] * scales.pop():g}"}
+    if expert.boundary is not None:
+        metadata["dcm.boundary"] = repr(expert.boundary)
+    if expert.timesteps is not None:
+        metadata["dcm.timesteps"] = json.dumps(expert.timesteps)
+    return metadata

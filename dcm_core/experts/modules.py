@@ -1,0 +1,292 @@
+"""An expert as modules: what runs beside, or instead of, the base model's linears while that expert owns the step.
+
+Holds only the expert's tensors; the base weights are neither read nor written.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ExpertError, name_some
+from ..routing import Side
+from .expert import Expert, LowRank
+
+# (linear, out (rows, features), x (rows, in), alpha): out += alpha linear(x), in place
+AddLinear = Callable[[nn.Linear, Tensor, Tensor, float], None]
+Forward = Callable[..., Tensor]
+# what a host may have a linear do to its input first, by name
+Activations = Mapping[str, Callable[[Tensor], Tensor]]
+NONE: Activations = {}
+
+
+def add_linear(linear: nn.Linear, out: Tensor, x: Tensor, alpha: float) -> None:
+    """Add `alpha linear(x)` to `out`, in the device and dtype of `x`; hosts with offloading bring their own."""
+    out.addmm_(x, linear.weight.to(x).t(), alpha=alpha)
+
+
+class LowRankBranch(nn.Module):
+    """All low-rank updates of one linear: one projection down, then each update into its own rows.
+
+    alpha / rank is folded into `up` when the weights are filled.
+    """
+
+    def __init__(self, updates: tuple[LowRank, ...], operations: Any, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        width = updates[0].down.shape[1]
+        self.ranks = [update.rank for update in updates]
+        self.starts = [update.start for update in updates]
+        self.down = operations.Linear(width, sum(self.ranks), bias=False, dtype=dtype, device=device)
+        self.ups = nn.ModuleList(
+            operations.Linear(update.rank, update.up.shape[0], bias=False, dtype=dtype, device=device) for update in updates
+        )
+        self.down.weight = _parameter(torch.cat([update.down for update in updates]), dtype, device, copy=False)
+        for up, update in zip(self.ups, updates, strict=True):
+            up.weight = _parameter(update.up.float() * update.scale, dtype, device, copy=False)
+
+    def add(self, out: Tensor, projected: Tensor, strength: float, add: AddLinear) -> None:
+        """Add `strength * up(projected)` to `out` (..., rows) in place."""
+        rows, hidden = out.view(-1, out.shape[-1]), projected.view(-1, projected.shape[-1])
+        for start, up, part in zip(self.starts, self.ups, hidden.split(self.ranks, dim=-1), strict=True):
+            add(up, rows[:, start : start + up.out_features], part, strength)
+
+
+class Offset(nn.Module):
+    """The difference of a linear's bias alone: what a layer with a weight of zeros would give, without the weight."""
+
+    def __init__(self, bias: nn.Parameter):
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (out,), to be added to (..., out)."""
+        return self.bias.to(x)
+
+
+class RoutedSite(nn.Module):
+    """What an expert does at one module of the base.
+
+    Attributes:
+        replaced: answers alone (strength 1) or interpolated with the base.
+        kept: a replaced weight goes with the base's bias ("bias"), or a replaced bias with its weight ("weight"); "" if neither.
+        branch: low-rank updates added to the base's output.
+        diff: a module of the base's kind holding differences, or an `Offset`; its output is added.
+    """
+
+    def __init__(self, replaced: nn.Module | None, branch: LowRankBranch | None, diff: nn.Module | None, kept: str = ""):
+        super().__init__()
+        self.replaced, self.branch, self.diff, self.kept = replaced, branch, diff, kept
+
+    def forward(
+        self, x: Tensor, base: Forward, strength: float, add: AddLinear, *args: Any, activations: Activations = NONE, **kwargs: Any
+    ) -> Tensor:
+        """Output of the module `base` with this expert's part in it; x: (..., in) -> (..., out).
+
+        Args:
+            activations: by name; the one that a host names in `input_act` is applied to x first, as the expert's part needs it, too.
+            args, kwargs: what else the host passes to its layers.
+
+        Raises:
+            ExpertError: an activation that is not among them.
+        """
+        if (activation := kwargs.pop("input_act", None)) is not None:
+            if activation not in activations:
+                raise ExpertError(f"This ComfyUI passes input_act={activation!r} to a layer, which ComfyUI-DCM does not know. Update it.")
+            x = activations[activation](x)
+        if self.replaced is not None:
+            out = self._replacement(x, base, add, *args, **kwargs)
+            return out if strength == 1 else torch.lerp(base(x, *args, **kwargs), out, strength)
+        # before the base runs: an fp8 linear may clamp its input in place
+        projected = self.branch.down(x) if self.branch is not None else None
+        difference = self.diff(x) if self.diff is not None else None
+        out = base(x, *args, **kwargs)
+        if projected is not None:
+            out = out.contiguous()
+            self.branch.add(out, projected, strength, add)
+        if difference is not None:
+            out = out.add_(difference, alpha=strength)
+        return out
+
+    def _replacement(self, x: Tensor, base: Forward, add: AddLinear, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the layer at full strength where a tensor of it is replaced: the other one is the base's, changed or not."""
+        projected = self.branch.down(x) if self.branch is not None else None
+        difference = self.diff(x) if self.diff is not None else None
+        out = self.replaced(x, *args, **kwargs)
+        if self.kept:
+            # what a layer gives for zeros is its bias, wherever the host keeps that
+            zeros = x.new_zeros(1, *(x.shape[1:] if hasattr(self.replaced, "kernel_size") else x.shape[-1:]))
+            bias = base(zeros, *args, **kwargs)
+            out = out + bias if self.kept == "bias" else base(x, *args, **kwargs) - bias + out
+        if projected is not None:
+            self.branch.add(out, projected, 1.0, add)
+        return out if difference is None else out + difference
+
+
+class RoutedExpert(nn.Module):
+    """An expert built for one base model: a site for every layer it touches, a value for every bare parameter.
+
+    Bare parameters are tensors that a block keeps itself instead of in a layer (Wan's `modulation`).
+
+    Args:
+        base: native module name -> the base's module, for the kinds and sizes of the sites.
+        operations: where Linear, LayerNorm and so on come from (`torch.nn`, or the host's casting ones).
+        dtype: of the expert's weights: what the base computes in.
+        sides: where it works, if not only on the side of its role.
+
+    Attributes:
+        places: for whoever puts the expert in place: what was made for a base, by module name.
+        called: the same one's note of names that were used in a watched call.
+        checked: the sides on which all names were found to be used, in the present run.
+
+    Raises:
+        ExpertError: an expert that does not fit the base's modules.
+    """
+
+    def __init__(
+        self,
+        expert: Expert,
+        base: Mapping[str, nn.Module],
+        operations: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        sides: tuple[Side, ...] = (),
+    ):
+        super().__init__()
+        self.role: Side = expert.role
+        self.sides: tuple[Side, ...] = sides or (expert.role,)
+        _check_fits(expert, base)
+        bare = bare_parameters(expert)
+        self.bare_names = list(bare)
+        self.bare_replaced = [name in expert.replaced for name in bare]
+        self.bare = nn.ParameterList(_parameter(tensor, dtype, device) for tensor in bare.values())
+        self.names: list[str] = sorted(_touched(expert))
+        factory = SimpleNamespace(operations=operations, dtype=dtype, device=device)
+        self.sites = nn.ModuleList(_make_site(name, expert, base[name], factory) for name in self.names)
+        self.places: dict[str, Any] = {}
+        self.called: set[str] = set()
+        self.checked: set[Side] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy serves another base: it starts without what was made for this one."""
+        return self.__dict__ | {"places": {}, "called": set(), "checked": set()}
+
+    def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """(module, attribute, value with this expert in it) of every bare parameter."""
+        for name, replaced, tensor in zip(self.bare_names, self.bare_replaced, self.bare, strict=True):
+            module_name, _, attribute = name.rpartition(".")
+            module = find_module(root, module_name)
+            base = getattr(module, attribute)
+            own = tensor.to(base)
+            yield module, attribute, torch.lerp(base, own, strength) if replaced else base + strength * own
+
+    def replaced_weights(self) -> dict[str, str]:
+        """Native tensor name -> name of the tensor here that stands in for it."""
+        found = {}
+        for index, (name, site) in enumerate(zip(self.names, self.sites, strict=True)):
+            if site.replaced is not None:
+                found |= {f"{name}.{p}": f"sites.{index}.replaced.{p}" for p, _ in site.replaced.named_parameters()}
+        return found
+
+
+LAYER_PARAMS = ("weight", "bias")
+
+# The layers that can be routed, and the settings that make another of the same kind. All are linear in their weights, so
+# that a layer of differences adds its output to the base's.
+KINDS: dict[str, tuple[str, ...]] = {
+    "Linear": ("in_features", "out_features"),
+    "LayerNorm": ("normalized_shape", "eps"),
+    "RMSNorm": ("eps",),
+    "Conv2d": ("in_channels", "out_channels", "kernel_size", "stride", "padding"),
+    "Conv3d": ("in_channels", "out_channels", "kernel_size", "stride", "padding"),
+}
+
+
+def bare_parameters(expert: Expert) -> dict[str, Tensor]:
+    """The expert's tensors that are no layer's weight or bias, by name."""
+    tensors = expert.replaced | expert.diff
+    return {name: tensor for name, tensor in sorted(tensors.items()) if name.rpartition(".")[2] not in LAYER_PARAMS}
+
+
+def _touched(expert: Expert) -> set[str]:
+    names = (name.rpartition(".") for name in (*expert.replaced, *expert.diff))
+    return set(expert.low_rank) | {module for module, _, param in names if param in LAYER_PARAMS}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def _kind(module: nn.Module) -> str:
+    return "Linear" if _is_linear(module) else type(module).__name__
+
+
+def _check_fits(expert: Expert, base: Mapping[str, nn.Module]) -> None:
+    names = _touched(expert)
+    absent = [name for name in names if name not in base]
+    absent += [name for name in bare_parameters(expert) if not hasattr(base.get(name.rpartition(".")[0]), name.rpartition(".")[2])]
+    if absent:
+        raise ExpertError(f"The model has no {name_some(absent)}. Use an expert made for a model of this size.")
+    other = [name for name in names if _kind(base[name]) not in KINDS or (name in expert.low_rank and not _is_linear(base[name]))]
+    if other:
+        raise ExpertError(f"{name_some(other)} cannot be switched during sampling. Leave these tensors out of the expert.")
+    changed = {*expert.diff, *(f"{name}.weight" for name in expert.low_rank)}
+    if twice := changed & expert.replaced.keys():
+        raise ExpertError(
+            f"{name_some(twice)} is both replaced and changed. An expert either replaces a tensor or adds to it. "
+            "Convert or train the expert again."
+        )
+
+
+def _make_site(name: str, expert: Expert, base: nn.Module, factory: SimpleNamespace) -> RoutedSite:
+    updates = expert.low_rank.get(name)
+    branch = LowRankBranch(updates, factory.operations, factory.dtype, factory.device) if updates else None
+    lacking = [p for p in LAYER_PARAMS if getattr(base, p, None) is not None and f"{name}.{p}" not in expert.replaced]
+    replaced = _filled(name, expert.replaced, base, factory)
+    return RoutedSite(replaced, branch, _filled(name, expert.diff, base, factory), lacking[0] if replaced is not None and lacking else "")
+
+
+def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: SimpleNamespace) -> nn.Module | None:
+    """A module like `base` holding `tensors[name.weight]` and `tensors[name.bias]`, zeros for the one that is absent."""
+    weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
+    if weight is None and bias is None:
+        return None
+    kind = _kind(base)
+    if kind == "Linear" and weight is None:
+        return Offset(_parameter(bias, factory.dtype, factory.device))
+    settings = {name: getattr(base, name) for name in KINDS[kind]}
+    if kind != "RMSNorm":
+        settings["bias"] = bias is not None
+    elif weight is not None:
+        settings["normalized_shape"] = weight.shape
+    module = getattr(factory.operations, kind)(**settings, dtype=factory.dtype, device=factory.device)
+    if weight is None:
+        weight = torch.zeros(module.weight.shape)
+    module.weight = _parameter(weight, factory.dtype, factory.device)
+    if bias is not None:
+        module.bias = _parameter(bias, factory.dtype, factory.device)
+    return module
+
+
+def _parameter(value: Tensor, dtype: torch.dtype, device: torch.device, copy: bool = True) -> nn.Parameter:
+    """A copy of the value, to be set on a layer and not copied into its own: newer hosts make a Linear without tensors.
+
+    Args:
+        copy: not needed for a value that was made here.
+    """
+    return nn.Parameter(value.detach().to(device=device, dtype=dtype, copy=copy), requires_grad=False)
+
+
+def inner_module(module: nn.Module) -> nn.Module:
+    """The module itself where torch.compile has wrapped it."""
+    return module._modules.get("_orig_mod") or module
+
+
+def find_module(root: nn.Module, name: str) -> nn.Module:
+    """The submodule called `name`, through every compiled wrapper on the way."""
+    module = inner_module(root)
+    for part in name.split("."):
+        # not getattr: it is ten times slower, and this runs for every site in every step
+        module = inner_module(module._modules[part])
+    return module

@@ -1,0 +1,258 @@
+"""Read an expert from LoRA files of any common naming: ours, ComfyUI, kohya, diffusers, PEFT, the release's own.
+
+Every tensor is placed, left out with a note where the model can do without it, or named in an error.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ExpertError, counted, name_some
+from ..families import FAMILIES, Family
+from ..families.keymap import Shape
+from ..families.lora_names import LOW_RANK, Kind, Shapes, count_known, is_release_part
+from ..files.metadata import FORMAT, Facts, read_facts
+from ..routing import Side
+from ..text import given
+from .expert import Expert, LowRank, split_fused
+from .match import HALF, NO_LAYER, ROWS, TEXT_ENCODER, Reasons, Site, find_sites, tensor_name, wrong_kinds
+from .updates import DefaultScale, Update, site_updates
+
+
+class WrongSideError(ExpertError):
+    """An expert of the other side; `side` is its own."""
+
+    def __init__(self, side: str, wanted: str):
+        super().__init__(f"This is a {side} expert, not a {wanted} expert. Use it as the {side} expert.")
+        self.side = side
+
+
+def read_expert(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    role: Side,
+    family: Family,
+    shapes: Shapes,
+    path: Path | None = None,
+) -> Expert:
+    """Read an expert for a model of `family`.
+
+    Args:
+        tensors: the file's content.
+        metadata: the file's metadata; `dcm.*` says what the file is, other entries may hold its trainer's settings.
+        role: the side it is to be used for.
+        shapes: native tensor name -> shape of the base model.
+        path: of the file; its trainer may have left settings beside it.
+
+    Raises:
+        ExpertError: wrong family or role; keys that fit no module, half a low-rank update, unsupported kinds (DoRA, LoHa, LoKr ...),
+            wrong shapes, NaN or infinite values, missing keys in a file of ours, settings or metadata that cannot be read.
+    """
+    facts = read_facts(metadata)
+    check_facts(facts, role, family)
+    sites, left_out = _places({key: tuple(tensor.shape) for key, tensor in tensors.items()}, family, shapes)
+    _check_values({key: tensors[key] for site in sites for key in site.keys.values()})
+    _check_reshapes(sites, tensors, shapes)
+    default_scale = DefaultScale(family, metadata, path, released=is_release_part(tensors, family))
+    low_rank: dict[str, list[LowRank]] = {}
+    replaced: dict[str, Tensor] = {}
+    diff: dict[str, Tensor] = {}
+    for site in sites:
+        held = {kind: tensors[key] for kind, key in site.keys.items()}
+        for update in site_updates(site.piece, held, family, shapes, default_scale):
+            _gather(update, shapes[update.name], low_rank, replaced, diff)
+    if facts.format is not None:
+        _check_complete(tensors, facts, shapes)
+    return Expert(
+        family.name,
+        role,
+        {module: split_fused(module, updates, family) for module, updates in low_rank.items()},
+        replaced,
+        diff,
+        boundary=facts.boundary,
+        timesteps=facts.timesteps,
+        notes=(*default_scale.notes, *(_left_out_note(why, keys) for why, keys in left_out.items())),
+    )
+
+
+def _left_out_note(why: str, keys: Sequence[str]) -> str:
+    what = f"{why} LoRA, which belongs on the text encoder" if why == TEXT_ENCODER else why
+    return f"left out {counted(len(keys), 'tensor')}: {what} ({name_some(keys)})"
+
+
+def check_facts(facts: Facts, role: Side, family: Family) -> None:
+    """Refuse a file of ours that says it is something else.
+
+    Raises:
+        ExpertError: another family, another role, or a newer format.
+    """
+    if facts.family not in (None, family.name):
+        title = FAMILIES[facts.family].title if facts.family in FAMILIES else given(facts.family)
+        raise ExpertError(f"This expert is for {title}, the model is {family.title}. Load the expert made for {family.title}.")
+    if facts.side not in (None, role):
+        raise WrongSideError(facts.side, role)
+    if facts.format not in (None, FORMAT):
+        raise ExpertError(f"This expert file has format {given(facts.format)}; this version reads {FORMAT}. Update the node pack.")
+
+
+def check_sizes(expert: Expert, shapes: Shapes) -> None:
+    """Refuse an expert that was made for a model of another size.
+
+    Raises:
+        ExpertError: a tensor that the model does not have, or has in another shape.
+    """
+    for module, updates in expert.low_rank.items():
+        shape = tuple(shapes.get(f"{module}.weight", ()))
+        for update in updates:
+            # a fused tensor's row blocks are as high as its input is wide, but for the last
+            heights = (*shape[1:], shape[0] - update.start) if shape else ()
+            if tuple(update.down.shape[1:]) != shape[1:] or update.up.shape[0] not in heights:
+                raise _other_size(f"{module}'s pair has shapes {tuple(update.down.shape)} and {tuple(update.up.shape)}", module, shape)
+    for name, tensor in (*expert.replaced.items(), *expert.diff.items()):
+        if tuple(tensor.shape) != (shape := tuple(shapes.get(name, ()))):
+            raise _other_size(f"{name} has shape {tuple(tensor.shape)}", name, shape)
+
+
+def _other_size(given: str, name: str, shape: Sequence[int]) -> ExpertError:
+    says = f"the model's {name} is {tuple(shape) or 'absent'}"
+    return ExpertError(f"{given}; {says}. Use an expert made for a model of this size.")
+
+
+def _places(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> tuple[list[Site], Reasons]:
+    """Where every tensor belongs, and what the model can do without."""
+    sites, left_out, strangers = find_sites(keys, family, shapes)
+    unplaced = strangers.pop(NO_LAYER, [])
+    if strangers:
+        raise ExpertError(_unroutable_message(strangers))
+    if collided := _collided(sites, shapes):
+        raise ExpertError(f"{name_some(collided)} are for the same tensor. Expected one name for each; merge the adapters first.")
+    if unplaced:
+        raise ExpertError(_unplaced_message(unplaced, len(keys), family))
+    if not sites and left_out:
+        why, found = next(iter(left_out.items()))
+        raise ExpertError(f"The file has nothing for this {family.title} model, only {why} ({name_some(found)}). Choose another file.")
+    if not sites:
+        raise ExpertError("The file holds no tensor. Expected the LoRA of an expert.")
+    for site in sites:
+        if wrong := wrong_kinds(site, keys, shapes):
+            raise _refusal(site, wrong, keys, shapes)
+    return sites, left_out
+
+
+def _collided(sites: Sequence[Site], shapes: Shapes) -> set[str]:
+    """Keys of which only one can be for its tensor, under whatever name."""
+    collided = {name for site in sites for kind, key in site.again for name in (key, site.keys[kind])}
+    first: dict[tuple[str, int | None], str] = {}
+    for site in sites:
+        for kind, key in site.keys.items():
+            tensor = tensor_name(site.piece, kind, shapes), site.piece.part
+            if kind not in LOW_RANK and (other := first.setdefault(tensor, key)) != key:
+                collided |= {other, key}
+    return collided
+
+
+def _unroutable_message(strangers: Reasons) -> str:
+    kinds = " and ".join(f"{counted(len(keys), f'{method} tensor')} ({name_some(keys)})" for method, keys in sorted(strangers.items()))
+    return (
+        f"The file has {kinds}. Experts are made of plain LoRA, .diff, .diff_b and .set_weight; {', '.join(sorted(strangers))} "
+        "cannot be switched during sampling. Convert the file to plain LoRA, or load it with LoraLoaderModelOnly for all steps."
+    )
+
+
+def _unplaced_message(unplaced: list[str], count: int, family: Family) -> str:
+    for other in FAMILIES.values():
+        if other is not family and count_known(other, unplaced) > len(unplaced) // 2:
+            return (
+                f"This expert is for {other.title} ({name_some(unplaced)}), the model is {family.title}. "
+                f"Load the expert made for {family.title}."
+            )
+    return (
+        f"{len(unplaced)} of {counted(count, 'tensor')} fit nothing in this {family.title} model: {name_some(unplaced)}. "
+        "Expected LoRA keys in ComfyUI, kohya, diffusers or PEFT naming, made for a model of the same size."
+    )
+
+
+def _refusal(site: Site, wrong: Mapping[Kind, str], keys: Mapping[str, Shape], shapes: Shapes) -> ExpertError:
+    """What is wrong with a site's tensors."""
+    held, target = site.keys, site.piece.target
+    parts = [kind for kind in LOW_RANK if kind in held]
+    if HALF in wrong.values():
+        names = name_some(held[kind] for kind in parts)
+        sizes = " and ".join(str(tuple(keys[held[kind]])) for kind in ("down", "up") if kind in held)
+        return ExpertError(
+            f"{names} is half of a LoRA layer" + (f", or its halves do not fit each other: {sizes}" if sizes else "")
+            + ". Save or download the file again."
+        )
+    kind = next(kind for kind in held if kind in wrong)
+    name = tensor_name(site.piece, kind, shapes)
+    if kind in ("down", "mid", "up"):
+        sizes = " and ".join(str(tuple(keys[held[k]])) for k in ("down", "mid", "up") if k in held)
+        return _other_size(f"{name_some(held[k] for k in parts)} have shapes {sizes}", target, shapes[name])
+    if kind == "alpha":
+        return ExpertError(f"{held[kind]} has shape {tuple(keys[held[kind]])}; an alpha is one number. Save the expert again.")
+    if wrong[kind] == ROWS:
+        return ExpertError(f"{held[kind]} replaces only some rows of the fused {name}. Convert the expert to native names first.")
+    return _other_size(f"{held[kind]} has shape {tuple(keys[held[kind]])}", name, shapes[name])
+
+
+def _check_reshapes(sites: Sequence[Site], tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
+    """`reshape_weight` names the shape that the layer gets; an expert cannot change it."""
+    for site in sites:
+        key = site.keys.get("reshape")
+        name = tensor_name(site.piece, "diff", shapes)
+        if key is not None and tensors[key].tolist() != list(shapes[name]):
+            raise ExpertError(
+                f"{key} gives {name} the shape {tensors[key].tolist()}, the model's is {list(shapes[name])}. "
+                "An expert cannot change the size of a layer; use one made for this model."
+            )
+
+
+def _gather(
+    update: Update, shape: Shape, low_rank: dict[str, list[LowRank]], replaced: dict[str, Tensor], diff: dict[str, Tensor]
+) -> None:
+    """Put what a file does to the tensor of this shape with the rest."""
+    name, pair = update.name, update.low_rank
+    if update.replaced is not None:
+        replaced[name] = update.replaced
+    if pair is not None and len(shape) == 2 and name.endswith(".weight"):
+        low_rank.setdefault(name.removesuffix(".weight"), []).append(pair)
+    elif pair is not None:
+        full = pair.scale * pair.up.float() @ pair.down.float()
+        diff[name] = full.reshape(tuple(shape))
+    if update.diff is not None and name not in diff and update.rows == shape[0]:
+        diff[name] = update.diff
+    elif update.diff is not None:
+        whole = diff.setdefault(name, update.diff.new_zeros(tuple(shape)))
+        whole[update.start : update.start + update.rows] += update.diff
+
+
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    whole = [key for key, tensor in tensors.items() if not tensor.is_floating_point() and not key.endswith((".alpha", ".reshape_weight"))]
+    if whole:
+        raise ExpertError(
+            f"{counted(len(whole), 'tensor')} stored as {tensors[whole[0]].dtype}, not as floating-point numbers: {name_some(whole)}. "
+            "Quantised LoRAs cannot be read; use the float16 or bfloat16 version."
+        )
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    if broken:
+        raise ExpertError(
+            f"NaN or infinite values in {counted(len(broken), 'tensor')}: {name_some(broken)}. Download or train the file again."
+        )
+
+
+def _check_complete(tensors: Mapping[str, Tensor], facts: Facts, shapes: Shapes) -> None:
+    """A file of ours has the same keys in every block it touches; name what a cut-down one lacks."""
+    expected = len(tensors) if facts.tensors is None else facts.tensors
+    if len(tensors) == expected:
+        return
+    templates = {re.sub(r"\.\d+\.", ".{n}.", key, count=1) for key in tensors}
+    numbered = {template for template in templates if "{n}" in template}
+    depth = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"(?:double_|single_)?blocks\.(\d+)\.", name))), default=-1)
+    missing = {t.replace("{n}", str(i)) for t in numbered for i in range(depth)} - set(tensors)
+    hint = f", among them probably {name_some(missing)}" if missing and len(tensors) < expected else ""
+    raise ExpertError(
+        f"The file holds {counted(len(tensors), 'tensor')} but says it was written with {expected}{hint}. Convert or download it again."
+    )

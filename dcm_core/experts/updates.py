@@ -1,0 +1,184 @@
+"""What an expert does to each tensor of its base, read from its file or from the modules it was made into, a layer at a time."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..families import Family
+from ..families.keymap import Piece
+from ..families.lora_names import LOW_RANK, Kind, Shapes, is_release_part
+from ..files.checkpoint import Contents
+from ..files.metadata import LoraSettings, lora_settings
+from ..files.storage import Progress, TensorFile
+from .expert import LowRank, place_low_rank, split_fused, stack_updates
+from .match import AnyModel, expert_part, match_expert, tensor_name
+from .modules import RoutedExpert
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an expert does to one tensor of its base, or to the rows of it that begin at `start`.
+
+    Attributes:
+        name: native tensor name.
+        replaced: stands in the tensor's place; the others are added to it.
+    """
+
+    name: str
+    low_rank: LowRank | None = None
+    diff: Tensor | None = None
+    replaced: Tensor | None = None
+    start: int = 0
+
+    @property
+    def rows(self) -> int:
+        tensor = next(t for t in (self.replaced, self.diff, self.low_rank and self.low_rank.up) if t is not None)
+        return tensor.shape[0] if tensor.ndim else 1
+
+
+def file_updates(
+    file: TensorFile, contents: Contents, shapes: Shapes | None = None, progress: Progress | None = None
+) -> Iterator[Update]:
+    """The updates of the expert in a file, the tensors of one layer in memory at a time; misfits are left out.
+
+    Args:
+        shapes: native tensor names and shapes of the model it goes on, if there is one.
+
+    Raises:
+        ExpertError: settings of its trainer that cannot be read.
+    """
+    family, expert = expert_part(file, contents)
+    if family is None:
+        return
+    keys = {name: file.shapes[key] for name, key in expert.items()}
+    shapes = shapes or AnyModel(family)
+    default_scale = DefaultScale(family, file.metadata, file.path, released=is_release_part(keys, family))
+    sites = match_expert(keys, family, shapes).sites
+    for done, site in enumerate(sites, start=1):
+        tensors = {kind: file.read(expert[key]) for kind, key in site.keys.items()}
+        yield from site_updates(site.piece, tensors, family, shapes, default_scale)
+        if progress is not None:
+            progress(done, len(sites))
+
+
+class DefaultScale:
+    """alpha / rank of layers that store no alpha: what the trainer wrote in the file or beside it, else the release's, else 1.
+
+    Args:
+        path: of the file, for what is beside it.
+        released: the file follows the release's conventions.
+    """
+
+    def __init__(self, family: Family, metadata: Mapping[str, str], path: Path | None, released: bool):
+        self.metadata, self.path = metadata, path
+        self.fallback, self.whence = (family.lora_scale, "as released") if released else (1.0, "")
+        self.found: dict[float, None] = {}
+        self.assumed: dict[float, None] = {}
+
+    @cached_property
+    def settings(self) -> LoraSettings | None:
+        """Read when first asked for: a file with its alphas needs none."""
+        return lora_settings(self.metadata, self.path)
+
+    def __call__(self, module: str, rank: int) -> float:
+        scale = self.settings.scale(module, rank) if self.settings is not None else None
+        if scale is None:
+            self.assumed[self.fallback] = None
+            return self.fallback
+        self.found[scale] = None
+        return scale
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to tell of the scales that were asked for."""
+        notes = []
+        if self.found:
+            lowest, highest = min(self.found), max(self.found)
+            span = f"{lowest:g}" if lowest == highest else f"{lowest:g} to {highest:g}"
+            notes.append(f"scale {span} from {self.settings.source}")
+        elif self.settings is not None and self.assumed:
+            notes.append(f"{self.settings.source} is for another rank and was not used")
+        if self.assumed:
+            notes.append(f"no alpha: scale {self.fallback:g}" + (f" ({self.whence})" if self.whence else ""))
+        return tuple(notes)
+
+
+def site_updates(
+    piece: Piece, tensors: Mapping[Kind, Tensor], family: Family, shapes: Shapes, default_scale: DefaultScale
+) -> Iterator[Update]:
+    """What a site's tensors, which fit the model, do to it."""
+    # fp8 has no arithmetic; bfloat16 holds each of its values
+    small = {kind: tensor.bfloat16() for kind, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype.itemsize == 1}
+    tensors = {**tensors, **small}
+    weight, bias = (tensor_name(piece, kind, shapes) for kind in ("diff", "diff_b"))
+    known = (shapes.get(weight, ()), *(tensors[kind].shape for kind in ("down", "diff") if kind in tensors))
+    start = (piece.part or 0) * next((shape[1] for shape in known if len(shape) > 1), 0)
+    whole = {kind: piece.in_native_order(tensor) for kind, tensor in tensors.items() if kind not in LOW_RANK}
+    diff, bias_diff = whole.get("diff"), whole.get("diff_b")
+    if "down" in tensors:
+        down, up = _matrices(tensors)
+        rank = tensors["down"].shape[0]
+        scale = tensors["alpha"].item() / rank if "alpha" in tensors else default_scale(piece.source, rank)
+        updates = split_fused(piece.target, [place_low_rank(piece, down, up, scale)], family)
+        together = diff is not None and diff.shape[0] == up.shape[0] and math.prod(diff.shape[1:]) == down.shape[1]
+        yield from low_rank_updates(weight, updates, diff if together else None, start)
+        diff = None if together else diff
+        if "up_bias" in tensors:
+            scaled = piece.in_native_order(tensors["up_bias"]).float() * scale
+            bias_diff = scaled if bias_diff is None else bias_diff + scaled
+    if diff is not None:
+        yield Update(weight, diff=diff, start=start)
+    if bias_diff is not None:
+        yield Update(bias, diff=bias_diff, start=start)
+    if "diff_m" in whole:
+        yield Update(tensor_name(piece, "diff_m", shapes), diff=whole["diff_m"])
+    for kind, name in (("set_weight", weight), ("set_bias", bias)):
+        if kind in whole:
+            yield Update(name, replaced=whole[kind])
+
+
+def _matrices(tensors: Mapping[Kind, Tensor]) -> tuple[Tensor, Tensor]:
+    """down (rank, in) and up (rows, rank) of a low-rank update, kernels flattened; a Tucker core goes into `down`."""
+    down, up = tensors["down"].flatten(1), tensors["up"].flatten(1)
+    if "mid" in tensors:
+        down = torch.einsum("ji...,ik->jk...", tensors["mid"].float(), down.float()).flatten(1)
+    return down, up
+
+
+def low_rank_updates(name: str, updates: Sequence[LowRank], diff: Tensor | None = None, start: int = 0) -> Iterator[Update]:
+    """Each low-rank update of a tensor; with a difference of the rows from `start`, the sum of all."""
+    if diff is None:
+        yield from (Update(name, update, start=update.start) for update in updates)
+    else:
+        down, up, alpha = stack_updates([replace(update, start=update.start - start) for update in updates], diff.shape[0])
+        yield Update(name, LowRank(down, up, alpha / down.shape[0], start), diff, start=start)
+
+
+def routed_updates(expert: RoutedExpert, tensors: Mapping[str, Tensor]) -> Iterator[Update]:
+    """The updates of an expert that is attached.
+
+    Args:
+        tensors: parameter name -> value; a host may keep the unpatched ones aside.
+    """
+    for index, (name, site) in enumerate(zip(expert.names, expert.sites, strict=True)):
+        stem = f"sites.{index}"
+        diff = tensors.get(f"{stem}.diff.weight")
+        if site.branch is not None:
+            downs = tensors[f"{stem}.branch.down.weight"].split(site.branch.ranks)
+            ups = (tensors[f"{stem}.branch.ups.{number}.weight"] for number in range(len(downs)))
+            pairs = [LowRank(down, up, 1.0, start) for start, down, up in zip(site.branch.starts, downs, ups, strict=True)]
+            yield from low_rank_updates(f"{name}.weight", pairs, diff)
+        elif diff is not None:
+            yield Update(f"{name}.weight", diff=diff)
+        if f"{stem}.diff.bias" in tensors:
+            yield Update(f"{name}.bias", diff=tensors[f"{stem}.diff.bias"])
+        for param in ("weight", "bias"):
+            if (replaced := tensors.get(f"{stem}.replaced.{param}")) is not None:
+                yield Update(f"{name}.{param}", replaced=replaced)
+    for index, (name, replaced) in enumerate(zip(expert.bare_names, expert.bare_replaced, strict=True)):
+        yield Update(name, **{"replaced" if replaced else "diff": tensors[f"bare.{index}"]})

@@ -1,0 +1,241 @@
+"""Apply and invert a table that says what a tensor of one layout is called in another.
+
+A table is a tuple of `Rule`s. A rule maps a module's tensors; `{n}` stands for a block index. Several modules may be
+rows of one target (`part`): a fused qkv, or `linear1` with its q, k, v and mlp rows.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, name_some
+
+Shape = Sequence[int]
+
+# No model has a thousand blocks; a file that names more would have us look for all of them.
+BLOCK_INDEX = r"\d{1,3}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table: module `source` is `target`, or the rows `part` of it.
+
+    Attributes:
+        params: the tensor names behind the module; ("",) where the rule names a whole key.
+        target_params: their names in the target, same order; empty if equal.
+        part: index among the row blocks of a fused target, each as high as the target's input is wide
+            (the last one takes what remains); None if the source is the whole target.
+        swap_halves: the two halves of the rows change places.
+        optional: what the layer is for, if only some models of the family have it; "" if all do.
+    """
+
+    source: str
+    target: str
+    params: tuple[str, ...] = ("weight", "bias")
+    target_params: tuple[str, ...] = ()
+    part: int | None = None
+    swap_halves: bool = False
+    optional: str = ""
+
+    def key_pairs(self) -> Iterable[tuple[str, str]]:
+        """(source, target) key templates."""
+        for param, target_param in zip(self.params, self.target_params or self.params, strict=True):
+            yield _join(self.source, param), _join(self.target, target_param)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A source tensor's place in its target; the last three fields as in `Rule`."""
+
+    source: str
+    target: str
+    part: int | None = None
+    swap_halves: bool = False
+    optional: str = ""
+
+    def in_native_order(self, tensor: Tensor) -> Tensor:
+        """The source's rows in the order of the target's."""
+        return torch.cat(tensor.chunk(2)[::-1]) if self.swap_halves else tensor
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """Every key of a file, accounted for."""
+
+    matched: dict[str, list[Piece]]
+    unmatched: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        return not self.unmatched and not self.missing
+
+
+def _join(module: str, param: str) -> str:
+    return f"{module}.{param}" if param else module
+
+
+def _fill(template: str, index: str | None) -> str:
+    return template if index is None else template.replace("{n}", index)
+
+
+def _stem(template: str) -> str | None:
+    """`blocks` of `blocks.{n}.ffn.0`; None where no block is numbered."""
+    head, mark, _ = template.partition(".{n}")
+    return head if mark else None
+
+
+class Templates:
+    """Takes names apart into a template and a block index, with one separator between their parts (`.` or `_`)."""
+
+    def __init__(self, templates: Iterable[str], separator: str = "."):
+        stems = {stem.replace(".", separator) for template in templates if (stem := _stem(template))}
+        # the longest first: one stem may begin another
+        either = "|".join(map(re.escape, sorted(stems, key=len, reverse=True))) or r"(?!)"
+        gap = re.escape(separator)
+        self._numbered = re.compile(rf"({either}){gap}({BLOCK_INDEX})(?={gap}|$)")
+        self._separator = separator
+
+    def split(self, name: str) -> tuple[str, str | None]:
+        """(template, index): `blocks.7.ffn.0` -> (`blocks.{n}.ffn.0`, `7`); a name without a block is its own template."""
+        match = self._numbered.match(name)
+        if match is None:
+            return name, None
+        return f"{match[1]}{self._separator}{{n}}{name[match.end():]}", match[2]
+
+
+class KeyMap:
+    """A table of rules, usable from both ends; the first rule for a name counts."""
+
+    def __init__(self, rules: Sequence[Rule]):
+        self.rules = tuple(rules)
+
+    @cached_property
+    def _by_key(self) -> dict[str, tuple[str, Rule]]:
+        pairs = [(source, (target, rule)) for rule in self.rules for source, target in rule.key_pairs()]
+        return dict(reversed(pairs))
+
+    @cached_property
+    def _by_module(self) -> dict[str, Rule]:
+        return {rule.source: rule for rule in reversed(self.rules)}
+
+    @cached_property
+    def _by_flat_name(self) -> dict[str, Rule]:
+        return {source.replace(".", "_"): rule for source, rule in self._by_module.items()}
+
+    @cached_property
+    def _sources(self) -> Templates:
+        return Templates(rule.source for rule in self.rules)
+
+    @cached_property
+    def _flat_sources(self) -> Templates:
+        return Templates((rule.source for rule in self.rules), "_")
+
+    @cached_property
+    def _targets(self) -> Templates:
+        return Templates(rule.target for rule in self.rules)
+
+    def find(self, key: str) -> Piece | None:
+        """The place of a source key, None if the table does not know it."""
+        template, index = self._sources.split(key)
+        found = self._by_key.get(template)
+        return found and _piece(key, found[0], index, found[1])
+
+    def find_module(self, module: str) -> Piece | None:
+        """The place of a source module (no `.weight`), None if the table does not know it."""
+        template, index = self._sources.split(module)
+        rule = self._by_module.get(template)
+        return rule and _piece(module, rule.target, index, rule)
+
+    def find_flat(self, name: str) -> Piece | None:
+        """The same for a module with `_` in place of every dot, as kohya writes it."""
+        template, index = self._flat_sources.split(name)
+        rule = self._by_flat_name.get(template)
+        return rule and _piece(_fill(rule.source, index), rule.target, index, rule)
+
+    def sources_of(self, module: str) -> list[Piece]:
+        """The source modules that make up a target module, in row order."""
+        template, index = self._targets.split(module)
+        pieces = [_piece(_fill(rule.source, index), module, None, rule) for rule in self.rules if rule.target == template]
+        return sorted(pieces, key=lambda piece: piece.part or 0)
+
+    def match(self, keys: Iterable[str]) -> MatchReport:
+        """Account for every key: what it becomes, which are unknown, which are missing.
+
+        A key is missing if its rule is not optional (or another key of the rule is there) and the file has the block.
+
+        Raises:
+            CheckpointError: two keys that would land in one place.
+        """
+        keys = set(keys)
+        matched: dict[str, list[Piece]] = {}
+        unmatched = []
+        for key in sorted(keys):
+            piece = self.find(key)
+            if piece is None:
+                unmatched.append(key)
+            else:
+                matched.setdefault(piece.target, []).append(piece)
+        for target, pieces in matched.items():
+            pieces.sort(key=lambda piece: piece.part or 0)
+            if len({piece.part for piece in pieces}) < len(pieces):
+                raise CheckpointError(f"{name_some(p.source for p in pieces)} would all become {target}; expected one of them.")
+        return MatchReport(matched, tuple(unmatched), tuple(sorted(self._expected(keys) - keys)))
+
+    def _expected(self, keys: set[str]) -> set[str]:
+        blocks = self._blocks(keys)
+        expected = set()
+        for rule in self.rules:
+            stem = _stem(rule.source)
+            for index in blocks[stem] if stem else [None]:
+                wanted = {_fill(source, index) for source, _ in rule.key_pairs()}
+                if not rule.optional or wanted & keys:
+                    expected |= wanted
+        return expected
+
+    def _blocks(self, keys: set[str]) -> dict[str, list[str]]:
+        """The block indices of each numbered stem: all up to the highest, unless most of these would be gaps."""
+        found: dict[str, set[int]] = {stem: set() for rule in self.rules if (stem := _stem(rule.source))}
+        for key in keys:
+            template, index = self._sources.split(key)
+            if index is not None:
+                found[_stem(template)].add(int(index))
+        return {stem: list(map(str, _with_gaps(indices))) for stem, indices in found.items()}
+
+
+def _with_gaps(indices: set[int]) -> Iterable[int]:
+    depth = max(indices, default=-1) + 1
+    # one index far beyond the others is no block of the model
+    return range(depth) if depth <= 2 * len(indices) else sorted(indices)
+
+
+def _piece(source: str, target: str, index: str | None, rule: Rule) -> Piece:
+    return Piece(source, _fill(target, index), rule.part, rule.swap_halves, rule.optional)
+
+
+def fused_shape(shapes: Sequence[Shape]) -> tuple[int, ...]:
+    """Shape of the target made of sources stacked along the rows."""
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def fuse(pieces: Sequence[Piece], tensors: Mapping[str, Tensor]) -> Tensor:
+    """The target tensor of one match: its sources stacked along the rows, halves swapped where the rule says so.
+
+    Raises:
+        CheckpointError: parts of a fused tensor that are missing or whose inputs differ in width.
+    """
+    parts = [piece.part for piece in pieces]
+    if parts != [None] and parts != list(range(len(parts))):
+        raise CheckpointError(f"{pieces[0].target} needs all its parts; found only {name_some(p.source for p in pieces)}.")
+    values = [tensors[piece.source] for piece in pieces]
+    if len({value.shape[1:] for value in values}) > 1:
+        raise CheckpointError(
+            f"{name_some(p.source for p in pieces)} become one tensor and need equal widths, "
+            f"but have shapes {', '.join(str(tuple(value.shape)) for value in values)}."
+        )
+    value = values[0] if len(values) == 1 else torch.cat(values)
+    return pieces[0].in_native_order(value)

@@ -1,0 +1,279 @@
+"""What files say of themselves: our `dcm.*` facts, and the LoRA scales that trainers write in a file or beside it.
+
+All of it is text from strangers: limited in size and depth, typed and finite, or refused. No pattern from a file is run.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..errors import ExpertError
+from ..text import given, one_line
+
+FORMAT = "1"
+SIDES = ("semantic", "detail")
+
+# Of a text that is parsed, in characters and levels.
+LONGEST_TEXT, DEEPEST = 1 << 20, 32
+MOST_TIMESTEPS, MOST_LAYERS = 1000, 5000
+
+# What trainers call the settings they keep beside a file: PEFT (and who uses it), FastVideo and DCM's own trainer.
+SETTINGS_FILES = ("adapter_config.json", "lora_config.json")
+# (metadata key, prefix of its entries) of settings inside a file: diffusers, finetrainers.
+INNER_SETTINGS = (("lora_adapter_metadata", "transformer."), ("lora_config", ""))
+ALPHAS, RANKS = ("lora_alpha", "alpha"), ("r", "lora_rank", "rank")
+
+TOKENS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The `dcm.*` entries of a file's metadata; None where one is absent.
+
+    Attributes:
+        family, format: as written; whoever compares them says what is wrong.
+        side: "semantic" or "detail".
+        tensors: how many the file was written with.
+        rank, alpha: of one low-rank update, before any stacking.
+        boundary: a sigma.
+        timesteps: falling, within 0 to 1000.
+    """
+
+    family: str | None = None
+    side: str | None = None
+    format: str | None = None
+    tensors: int | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    boundary: float | None = None
+    timesteps: tuple[float, ...] | None = None
+
+
+def read_facts(metadata: Mapping[str, str]) -> Facts:
+    """Our facts in a file's metadata.
+
+    Raises:
+        ExpertError: an entry that is not what it has to be.
+    """
+    side = metadata.get("dcm.expert")
+    if side not in (None, *SIDES):
+        raise _bad_fact("dcm.expert", side, "semantic or detail")
+    boundary = _number(metadata, "dcm.boundary", "a number between 0 and 1")
+    if boundary is not None and not 0 < boundary < 1:
+        raise _bad_fact("dcm.boundary", metadata["dcm.boundary"], "a number between 0 and 1")
+    return Facts(
+        said_family(metadata),
+        side,
+        metadata.get("dcm.format"),
+        _count(metadata, "dcm.tensors"),
+        _count(metadata, "dcm.rank"),
+        _number(metadata, "dcm.alpha", "a number"),
+        boundary,
+        _timesteps(metadata),
+    )
+
+
+def said_family(metadata: Mapping[str, str]) -> str | None:
+    """The family alone, whatever is wrong with the rest."""
+    return metadata.get("dcm.family")
+
+
+def _bad_fact(key: str, value: object, expected: str) -> ExpertError:
+    return ExpertError(f"Its metadata says {key} = {given(value)}; expected {expected}. Save or download the file again.")
+
+
+def _number(metadata: Mapping[str, str], key: str, expected: str) -> float | None:
+    if key not in metadata:
+        return None
+    try:
+        number = float(metadata[key])
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise _bad_fact(key, metadata[key], expected)
+    return number
+
+
+def _count(metadata: Mapping[str, str], key: str) -> int | None:
+    text = metadata.get(key)
+    if text is None:
+        return None
+    if not (len(text) < 10 and text.isascii() and text.isdecimal()):
+        raise _bad_fact(key, text, "a whole number")
+    return int(text)
+
+
+def _timesteps(metadata: Mapping[str, str]) -> tuple[float, ...] | None:
+    text = metadata.get("dcm.timesteps")
+    if text is None or text.strip() == "null":
+        return None
+    try:
+        values = parse_json(text, "dcm.timesteps")
+    except ExpertError:
+        values = None
+    steps = values if isinstance(values, list) and 0 < len(values) <= MOST_TIMESTEPS else [None]
+    if not all(_is_number(step) and 0 < step <= 1000 for step in steps) or any(low >= high for high, low in pairwise(steps)):
+        raise _bad_fact("dcm.timesteps", text, "falling numbers within 0 to 1000, such as [1000.0, 912.4]")
+    return tuple(map(float, steps))
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def parse_json(text: str, what: str, longest: int = LONGEST_TEXT) -> Any:
+    """JSON of a sane size and depth, without NaN and infinities.
+
+    Raises:
+        ExpertError: anything else; `what` says where the text is.
+    """
+    if len(text) > longest:
+        raise ExpertError(f"{what} has {len(text):,} characters; expected at most {longest:,}. Save or download it again.")
+    if _is_too_deep(text):
+        raise ExpertError(f"{what} is nested more than {DEEPEST} levels deep. Save or download it again.")
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise ExpertError(f"{what} is not valid JSON ({error}). Save or download it again.") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def _is_too_deep(text: str) -> bool:
+    """Found before anything is parsed: a parser's stack may end first."""
+    depth = 0
+    in_string = False
+    for token in TOKENS.finditer(text):
+        if token[0] == '"':
+            in_string = not in_string
+        elif not in_string and token[0] in "[{":
+            depth += 1
+            if depth > DEEPEST:
+                return True
+        elif not in_string and token[0] in "]}":
+            depth -= 1
+    return False
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The scale of layers that store no alpha, as a trainer wrote it.
+
+    Attributes:
+        source: where it was found.
+        alpha: for every layer that is not in `alphas`.
+        alphas: (name of a layer or the end of one, alpha); the first that fits counts. A name that begins with ^ is whole.
+        rank: None if it differs by layer, or is not known.
+        root: alpha is divided by the root of the rank (rsLoRA).
+    """
+
+    source: str
+    alpha: float | None
+    alphas: tuple[tuple[str, float], ...] = ()
+    rank: int | None = None
+    root: bool = False
+
+    def scale(self, module: str, rank: int) -> float | None:
+        """alpha / rank of a layer; None where these settings say nothing of it, as they are of a file of another rank."""
+        alpha = next((alpha for name, alpha in self.alphas if _is_for(name, module)), self.alpha)
+        if alpha is None or self.rank not in (None, rank):
+            return None
+        return alpha / (math.sqrt(rank) if self.root else rank)
+
+
+def _is_for(name: str, module: str) -> bool:
+    return module == name.removeprefix("^") or (not name.startswith("^") and module.endswith(f".{name}"))
+
+
+def lora_settings(metadata: Mapping[str, str], path: Path | None = None) -> LoraSettings | None:
+    """A trainer's settings in a file's metadata, else beside the file; None where there are none.
+
+    kohya's `ss_network_alpha` is none of them: converters leave it in files whose weights already have the scale in them.
+
+    Raises:
+        ExpertError: settings that cannot be read, or are not what they have to be.
+    """
+    for key, prefix in INNER_SETTINGS:
+        if key in metadata:
+            found = _settings(parse_json(metadata[key], f"Its metadata {key}"), f"its metadata {key}", prefix)
+            if found.alpha is not None or found.alphas:
+                return found
+    for file in settings_beside(path) if path is not None else ():
+        found = _settings(parse_json(_text_of(file), f"{file} beside the expert"), file.name, "")
+        if found.alpha is not None or found.alphas:
+            return found
+    return None
+
+
+def settings_beside(path: Path) -> list[Path]:
+    """The settings files there are beside a LoRA file."""
+    return [file for name in SETTINGS_FILES if (file := path.with_name(name)).is_file()]
+
+
+def _text_of(file: Path) -> str:
+    try:
+        with file.open(encoding="utf-8") as stream:
+            return stream.read(LONGEST_TEXT + 1)
+    except (OSError, ValueError) as error:
+        raise ExpertError(f"{file} beside the expert cannot be read ({error}). Save or download it again.") from error
+
+
+def _settings(values: Any, source: str, prefix: str) -> LoraSettings:
+    if not isinstance(values, dict):
+        raise ExpertError(f"{source} is not a table of settings. Save or download it again.")
+    # without a pipeline's prefix where the layers were saved alone
+    values = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)} or values
+    inner = values.get("lora_params")
+    values |= inner if isinstance(inner, dict) else {}
+    patterns = values.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or len(patterns) > MOST_LAYERS:
+        raise ExpertError(
+            f"{source}: alpha_pattern is {given(patterns)}; expected at most {MOST_LAYERS:,} layers with a number each. "
+            "Save the LoRA again."
+        )
+    rank = _first_number(values, RANKS, source)
+    return LoraSettings(
+        source,
+        _first_number(values, ALPHAS, source),
+        tuple((_layer_name(name, source), _alpha(name, value, source)) for name, value in patterns.items()),
+        None if values.get("rank_pattern") or rank is None else int(rank),
+        values.get("use_rslora") is True,
+    )
+
+
+def _first_number(values: Mapping[str, Any], names: tuple[str, ...], source: str) -> float | None:
+    name = next((name for name in names if values.get(name) is not None), None)
+    return None if name is None else _alpha(name, values[name], source)
+
+
+def _alpha(name: str, value: Any, source: str) -> float:
+    if not _is_number(value):
+        raise ExpertError(f"{source}: {one_line(name)} is {given(value)}; expected a number. Correct it, or save the LoRA again.")
+    return value
+
+
+def _layer_name(pattern: str, source: str) -> str:
+    """A PEFT pattern as the plain name that it is in practice.
+
+    Raises:
+        ExpertError: a regular expression; it is not run, as it may take forever.
+    """
+    name = pattern.removesuffix("$").replace("\\.", ".")
+    name = next((name[len(start):] for start in (".*.", "(.*.)?") if name.startswith(start)), name)
+    if not LAYER_NAME.fullmatch(name.removeprefix("^")):
+        raise ExpertError(
+            f"{source}: alpha_pattern has {given(pattern)}, a regular expression; expected a plain layer name such as "
+            "'blocks.0.self_attn.q'. Write one entry for each layer."
+        )
+    return name

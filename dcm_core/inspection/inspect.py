@@ -1,0 +1,172 @@
+"""Say what a file is: layout, family, experts, rank, dtype, boundary, and keys that are missing or odd."""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import CheckpointError, ExpertError, name_some
+from ..experts.match import AnyModel, Target, expert_part, match_expert
+from ..experts.updates import DefaultScale
+from ..families import Family
+from ..families.keymap import Shape
+from ..families.lora_names import LoraKey, is_release_part, split_key
+from ..files.checkpoint import Contents, Layout, recognise
+from ..files.metadata import Facts, read_facts
+from ..files.storage import Progress, TensorFile
+from ..text import LINE_LENGTH, given, one_line
+
+# Alphas that are read, and different ones that are listed.
+MOST_READ, MOST_ALPHAS = 2000, 6
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file is.
+
+    Attributes:
+        unplaced: keys of a LoRA that follow no known naming.
+        known: how many of a LoRA's keys its family has a layer for.
+        fits: how many of the expert's keys have a place in the model it was compared with.
+        checksum: of a file of ours, once its content was found to match.
+        problem: None for a sound file.
+    """
+
+    path: str
+    layout: str
+    family: str | None
+    experts: tuple[str, ...]
+    tensors: int
+    gigabytes: float
+    dtypes: dict[str, int]
+    ranks: tuple[int, ...]
+    alpha: str | None
+    boundary: str | None
+    timesteps: str | None
+    unplaced: tuple[str, ...]
+    known: str | None
+    fits: str | None
+    checksum: str | None
+    problem: str | None
+
+    def __str__(self) -> str:
+        facts = {
+            "file": self.path,
+            "layout": self.layout,
+            "family": self.family or "unknown",
+            "experts": ", ".join(self.experts) or "none",
+            "tensors": f"{self.tensors} ({self.gigabytes:.3f} GB)",
+            "dtypes": ", ".join(f"{name} x {count}" for name, count in self.dtypes.items()),
+            "rank": ", ".join(map(str, self.ranks)) or "none",
+            "alpha": self.alpha,
+            "boundary": self.boundary,
+            "timesteps": self.timesteps,
+            "odd keys": name_some(self.unplaced) if self.unplaced else None,
+            "known keys": self.known,
+            "fit model": self.fits,
+            "checksum": self.checksum,
+            "problem": self.problem,
+        }
+        return in_lines(facts)
+
+
+def in_lines(facts: Mapping[str, str | None]) -> str:
+    """A line for each fact that is known."""
+    return "\n".join(f"{name:>10}: {one_line(value, LINE_LENGTH)}" for name, value in facts.items() if value is not None)
+
+
+def inspect_file(path: str | os.PathLike, target: Target | None = None, progress: Progress | None = None) -> Inspection:
+    """Look at a safetensors file; an incomplete or damaged model is described, with what is wrong in `problem`.
+
+    A file with a checksum is read from end to end.
+
+    Args:
+        target: the model its expert is to go on.
+        progress: called with (bytes done, bytes in all); may raise to interrupt.
+
+    Raises:
+        CheckpointError: a file that cannot be read at all.
+    """
+    file = TensorFile(path)
+    problem = None
+    try:
+        contents = recognise(file)
+    except CheckpointError as error:
+        contents, problem = Contents(Layout.OTHER), str(error)
+    checksum = f"{file.checksum}, matches" if file.checksum else None
+    try:
+        file.verify(progress)
+    except CheckpointError as error:
+        checksum, problem = None, problem or str(error)
+    names = {key: split_key(key) for key in file.shapes}
+    facts = Facts()
+    family, expert = expert_part(file, contents)
+    shapes = {key: file.shapes[source] for key, source in expert.items()}
+    preset = family.preset if family and contents.layout is Layout.RELEASE else None
+    is_lora = contents.layout is Layout.EXPERT
+    scales: tuple[str, ...] = (f"{family.lora_scale:g} x rank, as released",) if preset else ()
+    try:
+        facts = read_facts(file.metadata)
+        scales = _default_scales(file, shapes, family) if is_lora and family else scales
+    except ExpertError as error:
+        problem = problem or str(error)
+    said = facts.family and given(facts.family)
+    return Inspection(
+        path=str(file.path),
+        layout=contents.layout.value,
+        family=family.title if family else said,
+        experts=_experts(facts, contents),
+        tensors=len(file),
+        gigabytes=sum(map(file.nbytes, file.shapes)) / 1e9,
+        dtypes=dict(Counter(str(dtype).removeprefix("torch.") for dtype in file.dtypes.values()).most_common()),
+        ranks=_ranks(file, facts, names),
+        alpha="; ".join(filter(None, (_alpha(file, facts, names), *scales))) or None,
+        boundary=repr(facts.boundary) if facts.boundary else f"{preset.boundary:g}" if preset else None,
+        timesteps=json.dumps(timesteps) if (timesteps := facts.timesteps or (preset and preset.timesteps)) else None,
+        unplaced=tuple(key for key, name in names.items() if name is None) if is_lora else (),
+        known=str(match_expert(shapes, family, AnyModel(family))) if is_lora and family else None,
+        fits=target.say(shapes, family) if target and expert else None,
+        checksum=checksum,
+        problem=problem,
+    )
+
+
+def _ranks(file: TensorFile, facts: Facts, names: Mapping[str, LoraKey | None]) -> tuple[int, ...]:
+    """Of our files the rank of one update, not of the stacked ones of fused modules."""
+    if facts.rank is not None:
+        return (facts.rank,)
+    downs = (file.shapes[key] for key, name in names.items() if name and name.kind == "down")
+    return tuple(sorted({shape[0] for shape in downs if shape}))
+
+
+def _alpha(file: TensorFile, facts: Facts, names: Mapping[str, LoraKey | None]) -> str | None:
+    """As the file says it, else the alphas it stores."""
+    if facts.alpha is not None:
+        return f"{facts.alpha:g}"
+    keys = [key for key, name in names.items() if name and name.kind == "alpha" and math.prod(file.shapes[key]) == 1]
+    values = sorted({float(file.read(key).float().item()) for key in keys[:MOST_READ]})
+    shown = [f"{value:g}" for value in values[:MOST_ALPHAS]]
+    return ", ".join(shown) + (f" and {len(values) - MOST_ALPHAS} more" if len(values) > MOST_ALPHAS else "") or None
+
+
+def _default_scales(file: TensorFile, shapes: Mapping[str, Shape], family: Family) -> tuple[str, ...]:
+    """What is taken for the layers of a LoRA that store no alpha.
+
+    Raises:
+        ExpertError: a trainer's settings that cannot be read.
+    """
+    scale = DefaultScale(family, file.metadata, file.path, released=is_release_part(shapes, family))
+    for site in match_expert(shapes, family, AnyModel(family)).sites:
+        if "down" in site.keys and "alpha" not in site.keys:
+            scale(site.piece.source, shapes[site.keys["down"]][0])
+    return scale.notes
+
+
+def _experts(facts: Facts, contents: Contents) -> tuple[str, ...]:
+    if contents.layout is Layout.RELEASE:
+        return ("semantic", "detail")
+    if facts.side:
+        return (facts.side,)
+    return ("not said",) if contents.layout is Layout.EXPERT else ()

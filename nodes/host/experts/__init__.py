@@ -1,0 +1,1 @@
+"""Experts in the host: files, loading, attaching, routing."""

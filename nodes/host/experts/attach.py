@@ -1,0 +1,272 @@
+"""Attach experts to a MODEL.
+
+The experts' weights live in their own ModelPatchers, registered as additional models, so that the host loads, offloads
+and counts them; `route` runs them. The base weights are neither read nor written.
+"""
+
+import copy
+import dataclasses
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.lora
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import nn
+
+from ....dcm_core.errors import ExpertError, name_some
+from ....dcm_core.experts.expert import FILE_PREFIX, Expert, expert_to_state_dict
+from ....dcm_core.experts.modules import RoutedExpert, bare_parameters, inner_module
+from ....dcm_core.families import FAMILIES, Family
+from ....dcm_core.routing import Side, check_boundary
+from ..saving import allow_saving, refuse_saving
+from .prepare import is_own, prepare_run
+from .route import KEY, AttachedExperts, attached_experts, route_call
+
+# Boundaries go through text in files and widgets.
+SAME_BOUNDARY = 1e-6
+# What newer hosts hang on a loaded module: its places in memory.
+HOST_STATE = {
+    "_v", "_v_signature", "_v_weight", "_v_bias", "_pins", "_pin_state", "_prefetch", "dynamic_vbars", "dynamic_pins",
+    "dynamic_patchers", "weight_lowvram_function", "bias_lowvram_function",
+}
+
+
+def diffusion_model(model: Any) -> nn.Module:
+    """The transformer inside a MODEL, without a compile wrapper."""
+    return inner_module(model.get_model_object("diffusion_model"))
+
+
+def model_family(model: Any) -> Family | None:
+    """The family of a MODEL, by its tensors; None for any other model."""
+    names = {name for name, _ in diffusion_model(model).named_parameters()}
+    names = {name.replace("_orig_mod.", "") for name in names}
+    return next((family for family in FAMILIES.values() if family.is_native(names)), None)
+
+
+def require_family(model: Any) -> Family:
+    """The family of a MODEL.
+
+    Raises:
+        ExpertError: a model that is of no known family.
+    """
+    family = model_family(model)
+    if family is None:
+        titles = " and ".join(family.title for family in FAMILIES.values())
+        raise ExpertError(
+            f"The model is a {type(diffusion_model(model)).__name__}; DCM experts exist for {titles}. Load one of these models."
+        )
+    return family
+
+
+def module_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Native tensor name -> shape, whatever the weights are stored as (fp8, GGUF, packed)."""
+    shapes = {}
+    for name, module in diffusion_model(model).named_modules():
+        name = name.replace("_orig_mod.", "").removesuffix("_orig_mod")
+        for param, tensor in module.named_parameters(recurse=False):
+            shapes[f"{name}.{param}" if name else param] = tuple(tensor.shape)
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+            shapes[f"{name}.weight"] = (module.out_features, module.in_features)
+    return shapes
+
+
+def attach_experts(
+    model: Any,
+    semantic: Expert | None = None,
+    detail: Expert | None = None,
+    *,
+    semantic_strength: float = 1.0,
+    detail_strength: float = 1.0,
+    boundary: float | None = None,
+    stacked: bool = True,
+) -> Any:
+    """A clone of MODEL with the experts on it; experts attached before are replaced.
+
+    Args:
+        boundary: sigma where the detail side begins; None for the experts' own, else the family's.
+        stacked: the semantic expert is an ordinary LoRA on the base, always on; otherwise each works on its side only.
+
+    Raises:
+        ExpertError: an expert that does not fit. The given MODEL is never changed.
+    """
+    family = require_family(model)
+    experts = [expert for expert in (detail, semantic) if expert is not None]
+    own = boundary if boundary is not None else own_boundary([expert.boundary for expert in experts])
+    clone = detach_experts(model)
+    own_patches: dict[str, tuple[Any, ...]] = {}
+    routed: list[tuple[Expert, float, tuple[Side, ...]]] = []
+    if semantic is not None and not stacked:
+        routed.append((dataclasses.replace(semantic, role="semantic"), semantic_strength, ("semantic",)))
+    elif semantic is not None:
+        patched, routed_part = _split_routed(semantic, semantic_strength)
+        own_patches = _patch_base(clone, patched, semantic_strength)
+        if routed_part is not None:
+            routed.append((routed_part, semantic_strength, ("semantic", "detail")))
+    if detail is not None:
+        routed.append((dataclasses.replace(detail, role="detail"), detail_strength, ("detail",)))
+    routed = [entry for entry in routed if entry[1] != 0]
+    clone.set_additional_models(KEY, [_expert_patcher(clone, expert, sides) for expert, _, sides in routed])
+    clone.set_attachments(
+        KEY,
+        AttachedExperts(
+            family=family.name,
+            boundary=check_boundary(family.preset.boundary if own is None else own),
+            own_boundary=own is not None,
+            timesteps=next((expert.timesteps for expert in experts if expert.timesteps), None),
+            stacked=stacked,
+            semantic=str(semantic) if semantic else None,
+            detail=str(detail) if detail else None,
+            strengths={expert.role: strength for expert, strength, _ in routed},
+            own_patches=own_patches,
+        ),
+    )
+    if routed:
+        refuse_saving(clone)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, route_call)
+    clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare_run)
+    return clone
+
+
+def own_boundary(known: Iterable[float | None]) -> float | None:
+    """The boundary that experts were made for, None where no file says it.
+
+    Raises:
+        ExpertError: experts that were made for different ones.
+    """
+    found = sorted({boundary for boundary in known if boundary})
+    if found and found[-1] - found[0] > SAME_BOUNDARY:
+        raise ExpertError(
+            f"The experts were made for different boundaries ({found[0]:g} and {found[-1]:g}), so that between these one of them is "
+            "wrong. Choose experts of one pair, or set `boundary` here."
+        )
+    return found[0] if found else None
+
+
+def detach_experts(model: Any) -> Any:
+    """A clone of MODEL without experts (a stacked semantic expert's patches are taken off, the user's stay)."""
+    clone = model.clone()
+    facts = attached_experts(model)
+    if facts is not None:
+        for key, own in facts.own_patches.items():
+            clone.patches[key] = [patch for patch in clone.patches[key] if not is_own(patch, own)]
+            if not clone.patches[key]:
+                del clone.patches[key]
+        if facts.own_patches:
+            clone.patches_uuid = uuid.uuid4()
+    allow_saving(clone)
+    clone.remove_additional_models(KEY)
+    clone.remove_attachments(KEY)
+    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.PREPARE_SAMPLING):
+        clone.remove_wrappers_with_key(kind, KEY)
+    return clone
+
+
+def with_boundary(model: Any, boundary: float | None) -> Any:
+    """A clone of MODEL whose experts change over at another sigma; MODEL itself if it has none, or they do so already."""
+    facts = attached_experts(model)
+    if facts is None or facts.boundary == boundary:
+        return model
+    clone = model.clone()
+    clone.set_attachments(KEY, dataclasses.replace(facts, boundary=check_boundary(boundary), own_boundary=True))
+    return clone
+
+
+def _split_routed(expert: Expert, strength: float) -> tuple[Expert, Expert | None]:
+    """The part the host can patch, and what has to be routed: bare parameters, which its patching passes over in silence, and
+    replaced tensors at another strength than 1, which it knows none for."""
+    routed = {*bare_parameters(expert), *(expert.replaced if strength != 1 else ())}
+
+    def part(chosen: bool, tensors: dict) -> dict:
+        return {name: tensor for name, tensor in tensors.items() if (name in routed) is chosen}
+
+    patched = dataclasses.replace(expert, replaced=part(False, expert.replaced), diff=part(False, expert.diff))
+    rest = dataclasses.replace(
+        expert, role="semantic", low_rank={}, replaced=part(True, expert.replaced), diff=part(True, expert.diff)
+    )
+    return patched, rest if routed else None
+
+
+def _patch_base(clone: Any, expert: Expert, strength: float) -> dict[str, tuple[Any, ...]]:
+    """Add the expert as an ordinary LoRA; returns what was added, by base tensor."""
+    shapes = module_shapes(clone)
+    tensors, _ = expert_to_state_dict(expert, shapes)
+    key_map = {FILE_PREFIX + name.removesuffix(".weight"): FILE_PREFIX + name for name in shapes}
+    patches = comfy.lora.load_lora(tensors, key_map, log_missing=False)
+    with own_objects(clone):
+        added = set(clone.add_patches(patches, strength))
+    lost = {name for name in _targets(expert) if FILE_PREFIX + name not in added}
+    # the host keeps one patch of a LoRA file for each tensor
+    lost |= {f"{module}.weight" for module in expert.low_rank} & (set(expert.diff) | set(expert.replaced))
+    if lost:
+        raise ExpertError(
+            f"The host could not place {len(lost)} of the semantic expert's tensors: {name_some(lost)}. "
+            "Attach the experts as independent, or use an expert made for this model."
+        )
+    return {key: (value,) for key, value in patches.items()}
+
+
+@contextmanager
+def own_objects(model: Any) -> Iterator[None]:
+    """For the length of the block the model is without the object patches of whichever clone of it was loaded last.
+
+    A compiled block among them would give the host other tensor names.
+    """
+    patched = [(name, comfy.utils.set_attr(model.model, name, own)) for name, own in model.object_patches_backup.items()]
+    try:
+        yield
+    finally:
+        for name, patch in reversed(patched):
+            comfy.utils.set_attr(model.model, name, patch)
+
+
+def _targets(expert: Expert) -> set[str]:
+    return {f"{module}.weight" for module in expert.low_rank} | set(expert.replaced) | set(expert.diff)
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """What the base computes in: never a storage-only dtype such as fp8."""
+    dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+    if dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return dtype
+    return model.model.model_config.supported_inference_dtypes[0]
+
+
+def _expert_patcher(model: Any, expert: Expert, sides: tuple[Side, ...]) -> Any:
+    """The expert as a model of its own, on the base's devices."""
+    base = {name.replace("_orig_mod.", "").removesuffix("._orig_mod"): inner_module(module)
+            for name, module in diffusion_model(model).named_modules()}
+    module = RoutedExpert(expert, base, comfy.ops.manual_cast, compute_dtype(model), model.offload_device, sides)
+    return make_patcher(module, model.load_device, model.offload_device)
+
+
+def make_patcher(module: RoutedExpert, load_device: torch.device, offload_device: torch.device, **newer: bool) -> Any:
+    """The host's ModelPatcher around an expert.
+
+    Args:
+        newer: what newer hosts pass when they need the model a second time (`disable_dynamic`).
+    """
+    # looked up late: the host's start-up may rebind it
+    patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    if newer.get("disable_dynamic"):
+        patcher_class = comfy.model_patcher.ModelPatcher
+    patcher = patcher_class(module, load_device=load_device, offload_device=offload_device)
+    patcher.cached_patcher_init = (copy_patcher, (module, load_device, offload_device))
+    return patcher
+
+
+def copy_patcher(module: RoutedExpert, *devices: torch.device, **newer: bool) -> Any:
+    """An independent second expert, for newer hosts (several GPUs)."""
+    # two owners would both free the places of the first
+    states = [(part, {name: part.__dict__.pop(name) for name in HOST_STATE & part.__dict__.keys()}) for part in module.modules()]
+    try:
+        duplicate = copy.deepcopy(module)
+    finally:
+        for part, state in states:
+            part.__dict__.update(state)
+    return make_patcher(duplicate, *devices, **newer)

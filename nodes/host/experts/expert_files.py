@@ -1,0 +1,89 @@
+"""Read expert files of the host's `loras` folders."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from ....dcm_core.errors import DCMError, ExpertError
+from ....dcm_core.experts.expert import Expert
+from ....dcm_core.experts.reader import WrongSideError, check_facts, check_sizes, read_expert
+from ....dcm_core.files.metadata import Facts, settings_beside
+from ....dcm_core.files.storage import TensorFile
+from ....dcm_core.routing import Side
+from ..folders import LORAS, NONE, files, path_of
+from .attach import module_shapes, require_family
+
+logger = logging.getLogger("ComfyUI-DCM")
+
+ANOTHER = "Choose another file."
+
+
+def expert_names() -> list[str]:
+    """What the user may choose from, "none" first."""
+    return [NONE, *files(LORAS)]
+
+
+def load_expert(name: str, role: Side, model: Any, widget: str | None = None) -> Expert | None:
+    """Read an expert for MODEL; None for "none".
+
+    Args:
+        widget: where the user chose it, if not as the side's LoRA.
+
+    Raises:
+        DCMError: a file that cannot be read, or an expert that does not fit; names the widget and the file.
+    """
+    if name == NONE:
+        return None
+    fix = f"Select it under {other_side(role)}_lora instead." if widget is None else ANOTHER
+    return read_expert_file(path_of(LORAS, name), role, model, f"{widget or f'{role}_lora'} is {name!r}", fix)
+
+
+def read_expert_file(path: Path, role: Side, model: Any, given: str | None = None, fix: str = ANOTHER) -> Expert:
+    """The same for a file anywhere.
+
+    Args:
+        given: what the user chose, and where; errors begin with it.
+        fix: what to do with an expert of the other side.
+    """
+    given = given or f"The {role} expert is {path.name!r}"
+    try:
+        file = TensorFile(path)
+        expert = read_expert(file.read_all(), file.metadata, role, require_family(model), module_shapes(model), path)
+    except WrongSideError as error:
+        raise ExpertError(f"{given}, which is a {error.side} expert. {fix}") from error
+    except DCMError as error:
+        raise type(error)(f"{given}. {error}") from error
+    for note in expert.notes:
+        logger.warning("%s: %s", path.name, note)
+    return expert
+
+
+def other_side(role: Side) -> Side:
+    return "detail" if role == "semantic" else "semantic"
+
+
+def trained_expert(expert: Expert | None, role: Side, model: Any) -> Expert | None:
+    """An expert straight from its training, checked as a file is.
+
+    Raises:
+        ExpertError: another family or role, or made for a model of another size.
+    """
+    if expert is not None:
+        try:
+            check_facts(Facts(family=expert.family, side=expert.role), role, require_family(model))
+            check_sizes(expert, module_shapes(model))
+        except WrongSideError as error:
+            raise ExpertError(f"{role}_expert is a {error.side} expert. Connect a {role} expert there.") from error
+        except ExpertError as error:
+            raise ExpertError(f"{role}_expert does not fit. {error}") from error
+    return expert
+
+
+def state_of_expert(name: str | None) -> tuple[int, ...]:
+    """When a chosen expert, and its trainer's settings beside it, were last written."""
+    return () if name in (None, NONE) else last_written(path_of(LORAS, name))
+
+
+def last_written(path: Path) -> tuple[int, ...]:
+    """The same for a file anywhere."""
+    return tuple(file.stat().st_mtime_ns for file in (path, *settings_beside(path)) if file.exists())

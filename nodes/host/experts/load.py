@@ -1,0 +1,156 @@
+"""Load a model file of any layout; a released checkpoint comes with its detail expert attached."""
+
+import json
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import torch
+
+from ....dcm_core.errors import CheckpointError, check_choice
+from ....dcm_core.files.checkpoint import Layout, check_base, detail_expert, recognise, semantic_state_dict
+from ....dcm_core.files.storage import Progress, TensorFile
+from ....dcm_core.text import one_line
+from ..compat import LAYER_FORMATS, host_version
+from ..folders import MODELS, path_of
+from ..progress import byte_progress
+from .attach import attach_experts
+
+# What the host's own loader offers.
+WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+
+# `model-00001-of-00006.safetensors`
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+# No note on a quantised layer needs as much; what lies beyond makes it no JSON.
+LONGEST_NOTE = 4096
+OTHER_USES = (
+    ("text encoder", "Load CLIP", re.compile(r"(^|\.)(encoder\.block|text_model|embed_tokens|token_embedding|shared)\.")),
+    ("CLIP vision model", "Load CLIP Vision", re.compile(r"(^|\.)(vision_model|visual)\.")),
+    ("VAE", "Load VAE", re.compile(r"(^|\.)(decoder|post_quant_conv|first_stage_model)\.")),
+)
+
+
+def load_model(name: str, weight_dtype: str, node_id: str | None = None) -> tuple[Any, str]:
+    """Load a model and say what it was.
+
+    Returns:
+        The MODEL and a line about the file.
+
+    Raises:
+        CheckpointError: a file that cannot be read, is incomplete, or is no model.
+    """
+    return load_file(path_of(MODELS, name, "model_name"), weight_dtype, node_id)
+
+
+def load_file(path: Path, weight_dtype: str, node_id: str | None = None) -> tuple[Any, str]:
+    """The same for a file anywhere."""
+    check_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES, CheckpointError)
+    name = path.name
+    file = TensorFile(path)
+    contents = recognise(file)
+    if contents.layout is Layout.EXPERT:
+        raise CheckpointError(
+            f"{name} holds an expert (a LoRA), not a model. Load the base model here and give this file to DCM Attach Experts."
+        )
+    if contents.layout in (Layout.NATIVE, Layout.OTHER):
+        model = load_native(file, weight_dtype)
+        return model, f"{name}: {type(model.model).__name__}, loaded by the host as it is"
+    model = load_base(path, weight_dtype, byte_progress(node_id))
+    if contents.layout is Layout.DIFFUSERS:
+        return model, f"{name}: {contents.family.title} in diffusers layout, no experts inside"
+    # attaching makes a copy
+    expert = detail_expert(file, contents, copied=comfy.utils.DISABLE_MMAP)
+    return attach_experts(model, detail=expert), f"{name}: {contents.family.title} release, semantic base with {expert}"
+
+
+def load_native(file: TensorFile, weight_dtype: str) -> Any:
+    """A file that the host reads itself.
+
+    Raises:
+        CheckpointError: a file that this host cannot read, or would read wrongly.
+    """
+    name = file.path.name
+    if (shard := SHARD.search(name)) and int(shard[1]) > 1:
+        raise CheckpointError(
+            f"{name} is one of the {int(shard[1])} shards of a model. Merge all shards into one file first, and select that here."
+        )
+    if unknown := sorted(layer_formats(file) - LAYER_FORMATS):
+        raise CheckpointError(
+            f"{name} has layers quantised as {', '.join(unknown)} (comfy_quant), which ComfyUI {host_version()} cannot read: it would "
+            "load them as noise. Update ComfyUI, or select an fp16, bf16 or fp8 version of the model."
+        )
+    try:
+        return comfy.sd.load_diffusion_model(str(file.path), model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+    except RuntimeError as error:
+        # what else the host says in this way (no memory, an interrupt) is not about the file
+        if "detect model type" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{name} is not a diffusion model that ComfyUI {host_version()} knows.{other_use(file.shapes)} Select a video model in "
+            "model_name."
+        ) from error
+
+
+def layer_formats(file: TensorFile) -> set[str]:
+    """How the layers of a file are quantised, by the notes that newer hosts put beside them."""
+    found = set()
+    for key in file.shapes:
+        if key.endswith(".comfy_quant"):
+            try:
+                note = json.loads(bytes(file.read(key).flatten()[:LONGEST_NOTE].to(torch.uint8).tolist()))
+                found.add(str(note["format"])[:40] if isinstance(note, dict) else "something unknown")
+            except (ValueError, KeyError, RecursionError):
+                found.add("something unknown")
+    return found
+
+
+def other_use(keys: Iterable[str]) -> str:
+    """What a file that is no diffusion model may be, and where it belongs; "" for anything else."""
+    for what, node, mark in OTHER_USES:
+        if any(mark.search(key) for key in keys):
+            return f" It looks like a {what}: load it with {node}."
+    return ""
+
+
+def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, **newer: bool) -> Any:
+    """The base (semantic) model of a diffusers-layout file.
+
+    Args:
+        newer: what newer hosts pass when they need the model a second time (`disable_dynamic`).
+
+    Raises:
+        CheckpointError: sizes this ComfyUI has no model for.
+    """
+    file = TensorFile(path)
+    contents = recognise(file)
+    # the host's own loader takes views, too, unless told otherwise
+    mapped = not comfy.utils.DISABLE_MMAP
+    weights = semantic_state_dict(file, contents, progress, copied=not mapped)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        # both wait for memory and disk most of the time
+        checked = beside.submit(check_base, file, contents) if mapped else None
+        try:
+            model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer)
+        except (RuntimeError, AssertionError, ZeroDivisionError) as error:
+            # what else the host says in this way (no memory, an interrupt) is not about the file
+            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+                raise
+            raise CheckpointError(
+                f"{path} cannot be loaded: no {contents.family.title} model has its sizes ({one_line(error, 400)}). Download it again."
+            ) from error
+    if checked is not None:
+        checked.result()
+    if model is None:
+        raise CheckpointError(f"{path} is a {contents.family.title} file, but this ComfyUI cannot build a model of its sizes.")
+    # newer hosts make a second, independent model with it (several GPUs, hooks under dynamic VRAM)
+    model.cached_patcher_init = (load_base, (path, weight_dtype))
+    return model

@@ -1,0 +1,156 @@
+"""Route each model call to the expert that owns its noise level.
+
+An APPLY_MODEL wrapper puts the expert's forwards in place for the length of one call.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from ....dcm_core.errors import ExpertError, name_some
+from ....dcm_core.experts.modules import RoutedExpert
+from ....dcm_core.experts.placing import in_place, unanswered
+from ....dcm_core.families import FAMILIES
+from ....dcm_core.routing import Side, is_detail
+from ..compat import ACTIVATIONS, NEWEST_TRIED, host_version
+
+logger = logging.getLogger("ComfyUI-DCM")
+
+KEY = "dcm"
+
+# Of each base: a call puts forwards on it and takes them off, so that two threads must not do so at once.
+LOCKS: MutableMapping[Any, Any] = WeakKeyDictionary()
+
+CACHE_NOTE = (
+    "A step cache (EasyCache, TeaCache or the like) is on this model. It may carry the semantic expert's result over the boundary: "
+    "leave it out, a run has few steps."
+)
+
+
+@dataclass(frozen=True)
+class AttachedExperts:
+    """What a MODEL carries.
+
+    Attributes:
+        own_boundary: the boundary is the experts' or the user's; otherwise the family's usual one.
+        semantic, detail: a line about each expert, None without it.
+        stacked: the detail expert works on top of the semantic one (as released), not beside it.
+        strengths: side -> strength of the experts that are routed.
+        own_patches: base tensor -> the semantic expert's patches on it, to tell them from the user's.
+    """
+
+    family: str
+    boundary: float
+    own_boundary: bool
+    timesteps: tuple[float, ...] | None
+    stacked: bool
+    semantic: str | None
+    detail: str | None
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    own_patches: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+def attached_experts(model: Any) -> AttachedExperts | None:
+    """The experts a MODEL carries, None without any."""
+    return model.get_attachment(KEY)
+
+
+def step_cache_note(model: Any) -> str:
+    """What to tell the user of a step cache on a MODEL with experts, "" where there is none.
+
+    Nodes that answer a call with an earlier one's result leave a wrapper or an option with "cache" in its name; some only the
+    threshold of TeaCache.
+    """
+    names = {name for wrappers in model.wrappers.values() for name in wrappers} | set(model.model_options["transformer_options"])
+    cached = any("cache" in str(name).lower() or name == "rel_l1_thresh" for name in names)
+    return CACHE_NOTE if cached and attached_experts(model) is not None else ""
+
+
+def add_linear(linear: nn.Module, out: Tensor, x: Tensor, alpha: float) -> None:
+    """Add `alpha linear(x)` to `out` with the weight as the host casts it: from wherever it was offloaded, with its patches."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
+    out.addmm_(x, weight.t(), alpha=alpha)
+    # the host may give its place to others again
+    comfy.ops.uncast_bias_weight(linear, weight, bias, stream)
+
+
+def route_call(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """APPLY_MODEL wrapper: run one model call with the expert that owns its sigma `t` (batch,)."""
+    patcher = executor.class_obj.current_patcher
+    facts = attached_experts(patcher) if patcher is not None else None
+    if facts is None:
+        raise ExpertError(
+            "The DCM experts of this MODEL are gone: another node took it apart after they were attached. "
+            "Put DCM Attach Experts (or DCM Load Model) after that node."
+        )
+
+    def run(side: Side) -> Any:
+        with expert_in_place(patcher, facts, side):
+            return executor(x, t, *args, **kwargs)
+
+    detail = is_detail(t, facts.boundary)
+    rows = int(detail.sum())  # one wait for the device, not one for each question
+    if rows in (0, len(t)):
+        return run("detail" if rows else "semantic")
+    semantic, out = run("semantic"), run("detail")
+    return torch.where(detail.view(-1, *[1] * (out.ndim - 1)), out, semantic)
+
+
+@contextmanager
+def expert_in_place(patcher: Any, facts: AttachedExperts, side: Side) -> Iterator[None]:
+    """For the length of the block the side's experts answer in the base's place; the first time in a run all of them have to."""
+    experts = [p.model for p in patcher.get_additional_models_with_key(KEY)]
+    present = {expert.role for expert in experts}
+    if missing := sorted(set(facts.strengths) - present):
+        raise ExpertError(f"The {missing[0]} expert of this MODEL is missing. Attach it again with DCM Attach Experts.")
+    working = [(expert, facts.strengths[expert.role]) for expert in experts if side in expert.sides]
+    root = patcher.model.diffusion_model
+    with LOCKS.setdefault(patcher.model, RLock()):
+        watch = any(side not in expert.checked for expert, _ in working)
+        bare = watch and not is_compiled(patcher)
+        with in_place(root, working, add_linear, ACTIVATIONS, watch, bare):
+            yield
+        if watch:
+            check_answers(patcher, facts, side, [expert for expert, _ in working], bare)
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether torch.compile is on a MODEL: by the host's wrapper, or around or in a module."""
+    return any("compile" in str(key) for wrappers in model.wrappers.values() for key in wrappers) or any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.model.diffusion_model.modules()
+    )
+
+
+def check_answers(patcher: Any, facts: AttachedExperts, side: Side, experts: list[RoutedExpert], bare: bool) -> None:
+    """Stop a run whose first call on a side left out a layer of the experts.
+
+    Raises:
+        ExpertError: with the layers and the ComfyUI version in it.
+    """
+    family = FAMILIES[facts.family]
+    required = {rule.target.partition(".")[0] for rule in family.DIFFUSERS_TO_NATIVE if not rule.optional}
+    lost, resting = unanswered(patcher.model.diffusion_model, experts, required, bare)
+    if (lost or resting) and step_cache_note(patcher):
+        return  # the cache may have answered this call; the next one is checked instead
+    if lost:
+        raise ExpertError(
+            f"ComfyUI {host_version()} did not use {len(lost)} of the layers that the {side} side's experts change: {name_some(lost)}. "
+            f"The experts would have no effect there. Update ComfyUI-DCM. If that does not help, use ComfyUI {NEWEST_TRIED}, or remove "
+            "nodes that replace or skip layers of this model."
+        )
+    if resting:
+        logger.info("The model did not use %s in this run, so the %s side's experts have no effect there.", name_some(resting), side)
+    unknown = set() if bare else {name for expert in experts for name in expert.bare_names}
+    if unknown:
+        logger.info("With torch.compile on, ComfyUI-DCM cannot check whether the model uses %s.", name_some(unknown))
+    for expert in experts:
+        expert.checked.add(side)

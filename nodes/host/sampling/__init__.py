@@ -1,0 +1,1 @@
+"""Sampling in the host: schedules, plans, two models in one trajectory, runs."""

@@ -1,0 +1,120 @@
+"""Who runs which step, for the step bar of the front end: before a run as far as files and widgets tell, at its start as it is."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import comfy.samplers
+from torch import Tensor
+
+from ....dcm_core.errors import ScheduleError, check_choice
+from ....dcm_core.families import FAMILIES
+from ....dcm_core.files.checkpoint import Layout, recognise, without_prefix
+from ....dcm_core.files.metadata import read_facts
+from ....dcm_core.files.storage import TensorFile
+from ....dcm_core.routing import Plan, Setup
+from ....dcm_core.schedule import AUTO
+from ..experts.attach import own_boundary
+from ..folders import LORAS, MODELS, SUFFIX, path_of
+from ..report import server
+from .run import other_cfg
+from .schedules import EULER, flow_sampling, sampler_names, schedule_names, sigmas_of
+
+EVENT = "dcm.plan"
+
+
+def as_message(sigmas: Tensor, plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """A plan as the step bar takes it: {"boundary", "steps": [{"sigma", "expert"}, ...], "notes"}; expert is a `routing.Owner`."""
+    steps = [{"sigma": sigma, "expert": plan.side(step)} for step, sigma in enumerate(sigmas[:-1].tolist())]
+    return {"boundary": plan.boundary, "steps": steps, "notes": list(notes)}
+
+
+def announce(sigmas: Tensor, plan: Plan, notes: Sequence[str], node_id: str | None) -> None:
+    """Tell the front end the plan of the run that begins."""
+    if server() is not None and node_id is not None:
+        server().send_sync(EVENT, {"node": node_id, **as_message(sigmas, plan, notes)}, server().client_id)
+
+
+def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The plan of a run that is not begun; None where widgets and files do not tell it.
+
+    Args:
+        asked: the sampler's `schedule`, `steps`, `shift`, `denoise`, `boundary`, `two_models` (bool), `sampler_name`, `cfg`,
+            `detail_cfg`, and of the nodes before it the files `model`, `semantic`, `detail` and `attached_boundary`,
+            `semantic_strength`, `detail_strength`, `stacked` (bool). Files of other kinds tell nothing.
+
+    Raises:
+        DCMError: settings or files that give no plan.
+    """
+    chosen = check_choice("schedule", asked["schedule"], schedule_names(), ScheduleError)
+    setup = _setup(asked)
+    if setup is None:
+        return None
+    known = setup.family is not None
+    if chosen == AUTO and not (known or setup.timesteps or setup.two_models):
+        return None  # auto is then the model's own, and which that is no file says
+    schedule = setup.schedule(chosen)
+    if not known and isinstance(schedule, str) and schedule in comfy.samplers.SCHEDULER_NAMES:
+        return None
+    two_cfgs = other_cfg(asked.get("cfg", 1.0), asked.get("detail_cfg", 0.0)) is not None
+    boundary = setup.boundary_for(asked["boundary"])
+    if boundary is None and setup.changes(two_cfgs):
+        return None
+    shift = asked["shift"]
+    sampler = check_choice("sampler_name", asked.get("sampler_name", EULER), sampler_names(), ScheduleError)
+    sigmas = sigmas_of(setup, chosen, asked["steps"], shift, asked["denoise"], lambda: flow_sampling(shift), sampler)
+    return as_message(sigmas, setup.plan(sigmas, boundary, two_cfgs), setup.notes(chosen))
+
+
+def _setup(asked: Mapping[str, Any]) -> Setup | None:
+    """The models and experts that the files are; None where these do not tell it."""
+    base = _look(MODELS, asked.get("model"))
+    detail, semantic = (_look(LORAS, asked.get(side)) for side in ("detail", "semantic"))
+    experts = [found for found in (detail, semantic) if found]
+    two_models = bool(asked["two_models"])
+    if "semantic" in asked and not experts:
+        return None  # DCM Attach Experts refuses that
+    if base and base["layout"] is Layout.RELEASE and not experts:
+        preset = base["family"].preset
+        detail = {**base, "boundary": preset.boundary, "timesteps": preset.timesteps}
+        experts = [detail]
+    family = next((found["family"] for found in (*experts, base) if found and found["family"]), None)
+    if not (experts or two_models or family):
+        return None
+    return Setup(
+        family=family,
+        two_models=two_models,
+        two_sides=two_models,
+        takes_image=base and base["takes_image"],
+        semantic=semantic and asked.get("semantic_strength", 1.0) != 0,
+        detail=detail and asked.get("detail_strength", 1.0) != 0,
+        stacked=asked.get("stacked", True),
+        timesteps=next((found["timesteps"] for found in experts if found["timesteps"]), None),
+        boundary=asked.get("attached_boundary") or own_boundary(found["boundary"] for found in experts),
+    )
+
+
+def _look(category: str, name: str | None) -> Mapping[str, Any] | None:
+    """What the header of a file says; None without a file that has one."""
+    if not name or not name.endswith(SUFFIX):
+        return None
+    path = path_of(category, name)
+    return _header(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _header(path: Path, changed: int) -> Mapping[str, Any]:
+    file = TensorFile(path)
+    contents, facts = recognise(file), read_facts(file.metadata)
+    shapes = contents.native_shapes(file) if contents.matched else {without_prefix(key): shape for key, shape in file.shapes.items()}
+    taken, given = (shapes.get(f"{layer}.weight", ()) for layer in ("patch_embedding", "head.head"))
+    return {
+        "layout": contents.layout,
+        "family": contents.family or FAMILIES.get(facts.family or ""),
+        # more channels than it gives
+        "takes_image": bool(taken and given) and math.prod(taken[1:]) > given[0],
+        "boundary": facts.boundary,
+        "timesteps": facts.timesteps,
+    }

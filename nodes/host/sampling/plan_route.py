@@ -1,0 +1,81 @@
+"""The step bar's question, POST /dcm/plan: read typed, answered by `plan.foresee`."""
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+from ....dcm_core.errors import DCMError, name_some
+from ....dcm_core.text import LOGGER, given
+from ..report import server
+from .plan import foresee
+
+ROUTE = "/dcm/plan"
+logger = logging.getLogger(LOGGER)
+
+# What a client has to say, and what it may leave out: name -> type. `foresee` judges what the values mean.
+REQUIRED: dict[str, type] = {"schedule": str, "steps": int, "shift": float, "denoise": float, "boundary": float, "two_models": bool}
+OPTIONAL: dict[str, type] = {
+    "cfg": float, "detail_cfg": float, "sampler_name": str, "model": str, "semantic": str, "detail": str, "semantic_strength": float,
+    "detail_strength": float, "stacked": bool, "attached_boundary": float,
+}
+FIELDS = {**REQUIRED, **OPTIONAL}
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+# No widget has larger numbers; steps by the million would fill the memory.
+LARGEST = 10_000
+MAX_BODY = 32 * 1024
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """What a client asks; what it may leave out may also be null.
+
+    Raises:
+        DCMError: anything else.
+    """
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise DCMError(f"The body is not JSON ({error}).") from error
+    if not isinstance(asked, dict):
+        raise DCMError(f"The body is {given(asked)}; expected an object with {', '.join(REQUIRED)}.")
+    if unknown := asked.keys() - FIELDS.keys():
+        raise DCMError(f"Unknown names: {name_some(unknown)}. Expected: {', '.join(FIELDS)}.")
+    left_out = {name for name in OPTIONAL if asked.get(name) is None}
+    return {name: _typed(name, asked.get(name), kind) for name, kind in FIELDS.items() if name not in left_out}
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    # true is an int in Python, and 1 is a number whatever its form
+    typed = type(value) is kind or (kind is float and type(value) is int)
+    limited = kind in (int, float)
+    # NaN is not small
+    if not typed or (limited and not abs(value) <= LARGEST):
+        raise DCMError(f"{name} is {given(value)}; expected {KINDS[kind]}{f' up to {LARGEST}' if limited else ''}.")
+    return value
+
+
+def add_route() -> None:
+    """Let the front end ask for plans."""
+    # a second copy of the pack in another folder would end the host's start with a route that is there already
+    if server() is None or any(getattr(route, "path", None) == ROUTE for route in server().routes):
+        return
+    from aiohttp import web
+
+    @server().routes.post(ROUTE)
+    async def plan(request: web.Request) -> web.Response:
+        body = bytearray()
+        async for chunk in request.content.iter_chunked(MAX_BODY):
+            body += chunk
+            if len(body) > MAX_BODY:
+                return web.json_response({"error": f"The body is larger than {MAX_BODY} bytes."}, status=413)
+        try:
+            asked = parse(bytes(body))
+        except DCMError as error:
+            return web.json_response({"error": str(error)}, status=400)
+        try:
+            # files may lie on a slow disk, and the server answers everyone from one thread
+            return web.json_response(await asyncio.to_thread(foresee, asked))
+        except Exception as error:
+            # what cannot be foreseen, whatever the files hold, is shown as nothing; the run itself names the fault
+            logger.debug("no plan: %s", error)
+            return web.json_response(None)

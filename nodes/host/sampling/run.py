@@ -1,0 +1,177 @@
+"""What the sampling nodes ask of the host: a MODEL that switches, checks before a run, and the run."""
+
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ....dcm_core.errors import DCMError, ScheduleError, check_choice, counted
+from ....dcm_core.experts.modules import find_module
+from ..experts.attach import diffusion_model, model_family, with_boundary
+from .schedules import sampler_names
+from .setup import setup_of
+from .switch import Sides, SidesGuider, with_sides
+
+
+def prepare_model(
+    model: Any, boundary: float = 0.0, detail_model: Any = None, cfg: float = 1.0, detail_cfg: float = 0.0
+) -> tuple[Any, float | None]:
+    """A MODEL that switches as asked, and its boundary (None if nothing switches at one).
+
+    Args:
+        boundary: 0 for the model's own.
+        detail_cfg: 0 for the same as `cfg`.
+
+    Raises:
+        DCMError: two models that do not fit together; two sides asked of a model without a boundary.
+    """
+    setup = setup_of(model, detail_model)
+    if not setup.two_sides:
+        detail_model = None
+    sigma = setup.boundary_for(boundary)
+    model = with_boundary(model, sigma)
+    low_cfg = other_cfg(cfg, detail_cfg)
+    if detail_model is not None or low_cfg is not None:
+        if sigma is None:
+            raise DCMError("This model has no usual boundary, and boundary is 0. Set boundary to the sigma where the sides change.")
+        low = None if detail_model is None else with_boundary(detail_model, sigma)
+        model = with_sides(model, Sides(sigma, low, low_cfg))
+    return model, sigma
+
+
+def other_cfg(cfg: float, detail_cfg: float) -> float | None:
+    """The cfg of the detail side, None where it is the same; detail_cfg 0 means as cfg."""
+    return detail_cfg if detail_cfg and detail_cfg != cfg else None
+
+
+def make_guider(model: Any, positive: list, negative: list | None, cfg: float, detail_cfg: float = 0.0) -> Any:
+    """A guider over a prepared MODEL.
+
+    Raises:
+        DCMError: a cfg other than 1 without a negative, or text embeddings of another model.
+    """
+    if negative is None and (cfg != 1 or (detail_cfg or 1) != 1):
+        raise DCMError(
+            f"cfg is {cfg:g}{f' and detail_cfg {detail_cfg:g}' if detail_cfg else ''}, but no negative is connected. "
+            "DCM samples at cfg 1; for any other cfg connect a negative prompt."
+        )
+    check_text(model, positive, "positive")
+    conds = {"positive": positive}
+    if negative is not None:
+        check_text(model, negative, "negative")
+        conds["negative"] = negative
+    guider = SidesGuider(model)
+    guider.inner_set_conds(conds)
+    guider.set_cfg(cfg)
+    return guider
+
+
+def check_text(model: Any, conditioning: list, name: str) -> None:
+    """Refuse the output of another model's text encoder.
+
+    Raises:
+        DCMError: embeddings of another width than the model takes.
+    """
+    family = model_family(model)
+    if family is None:
+        return
+    expected = find_module(diffusion_model(model), family.text_module).in_features
+    for embedding, _ in conditioning:
+        if embedding is not None and embedding.shape[-1] != expected:
+            raise DCMError(
+                f"{name} has text embeddings of width {embedding.shape[-1]} (shape {tuple(embedding.shape)}); {family.title} takes "
+                f"{expected}. Load the text encoder with type `{family.clip_type}` in CLIPLoader / DualCLIPLoader."
+            )
+
+
+def check_latent(model: Any, samples: Tensor) -> None:
+    """Refuse a latent of another model.
+
+    Raises:
+        DCMError: other channels or dimensions than the model's latent format.
+    """
+    expected = model.get_model_object("latent_format")
+    dimensions = getattr(expected, "latent_dimensions", 2) + 2
+    if samples.is_nested or (samples.ndim == dimensions and samples.shape[1] == expected.latent_channels):
+        return
+    raise DCMError(
+        f"latent_image has shape {tuple(samples.shape)}; the model takes {dimensions} dimensions with "
+        f"{counted(expected.latent_channels, 'channel')}. Make it with the empty latent node of this model (Wan and HunyuanVideo: "
+        "EmptyHunyuanLatentVideo)."
+    )
+
+
+def empty_noise_like(model: Any, latent: dict) -> Tensor:
+    """The latent's samples as the host prepares them (channels of an empty latent), checked."""
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *_downscale_ratio(latent))
+    check_latent(model, samples)
+    # older hosts draw the noise and take the steps in the latent's own number format
+    half = not samples.is_nested and samples.dtype in (torch.float16, torch.bfloat16)
+    return samples.float() if half else samples
+
+
+def _downscale_ratio(latent: dict) -> tuple:
+    """What newer hosts want to know of an empty latent, nothing for older ones."""
+    count = comfy.sample.fix_empty_latent_channels.__code__.co_argcount
+    return tuple(latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")[: count - 2])
+
+
+def choose_sampler(sampler: Any, name: str) -> Any:
+    """The SAMPLER that is connected, else the host's by name.
+
+    Raises:
+        ScheduleError: a name that the host does not know.
+    """
+    check_choice("sampler_name", name, sampler_names(), ScheduleError)
+    return comfy.samplers.sampler_object(name) if sampler is None else sampler
+
+
+def run(guider: Any, latent: dict, sampler: Any, sigmas: Tensor, seed: int, node_id: str | None) -> tuple[dict, dict]:
+    """One continuous trajectory over all sigmas.
+
+    Returns:
+        The sampled latent and the last denoised estimate, each with the given latent's other entries.
+    """
+    model = guider.model_patcher
+    samples = empty_noise_like(model, latent)
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    last: dict[str, Tensor] = {}
+    out = guider.sample(
+        noise,
+        samples,
+        sampler or comfy.samplers.sampler_object("euler"),
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=_callback(model, len(sigmas) - 1, node_id, last),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    result = {**latent, "samples": out.to(comfy.model_management.intermediate_device())}
+    result.pop("downscale_ratio_spacial", None)
+    result.pop("downscale_ratio_temporal", None)
+    denoised = model.model.process_latent_out(last["denoised"].cpu()) if last else result["samples"]
+    return result, {**result, "samples": denoised}
+
+
+def _callback(model: Any, steps: int, node_id: str | None, last: dict[str, Tensor]) -> Any:
+    """One progress bar over both sides, with the host's previews."""
+    bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+    previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+
+    def callback(step: int, denoised: Tensor, x: Tensor, total_steps: int) -> None:
+        last["denoised"] = denoised
+        preview = previewer.decode_latent_to_preview_image("JPEG", denoised) if previewer else None
+        bar.update_absolute(step + 1, total_steps, preview)
+
+    return callback
+
+
+def as_image(pixels: Any) -> Tensor:
+    """A PIL image as the host's IMAGE, shape (1, height, width, 3), values 0 .. 1."""
+    data = torch.frombuffer(bytearray(pixels.convert("RGB").tobytes()), dtype=torch.uint8)
+    return data.reshape(1, pixels.height, pixels.width, 3).float() / 255

@@ -1,0 +1,138 @@
+"""Schedules by name: ours, the host's own, and the flow shift that a MODEL is sampled with."""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ....dcm_core.errors import ScheduleError, check_choice
+from ....dcm_core.families import PRESETS
+from ....dcm_core.routing import Setup
+from ....dcm_core.schedule import AUTO, DCM_GRID, EVEN, GENERIC, check_shift, levels_for, make_sigmas
+from .setup import setup_of
+from .switch import KEY as SIDES_KEY
+
+EULER = "euler"
+
+
+def schedule_names() -> list[str]:
+    """The schedules to choose from: ours, the host's own, and last what graphs of earlier versions hold."""
+    ours = [AUTO, *PRESETS, EVEN, DCM_GRID]
+    return [*ours, *(name for name in comfy.samplers.SCHEDULER_NAMES if name not in (*ours, GENERIC)), GENERIC]
+
+
+def sampler_names() -> list[str]:
+    return list(comfy.samplers.SAMPLER_NAMES)
+
+
+def choose_sigmas(
+    chosen: str,
+    steps: int,
+    shift: float,
+    denoise: float,
+    model: Any = None,
+    sampler_name: str = EULER,
+    *,
+    detail_model: Any = None,
+    widget: str = "schedule",
+) -> tuple[Tensor, list[str]]:
+    """The sigmas of a schedule by name, and what the user has to know of them.
+
+    Args:
+        model: a MODEL, prepared or with the detail_model it is to be prepared with.
+        widget: what the node calls `chosen`.
+
+    Raises:
+        ScheduleError: settings that give no schedule.
+    """
+    check_choice(widget, chosen, schedule_names(), ScheduleError)
+    if model is None:
+        if chosen == AUTO:
+            raise ScheduleError(f"{widget} is auto, but no model is connected to read it from. Connect model, or choose another {widget}.")
+        # whose levels they will be is not known
+        chosen = DCM_GRID if chosen == GENERIC else chosen
+        return sigmas_of(Setup(), chosen, steps, shift, denoise), Setup().notes(chosen)
+    setup = setup_of(model, detail_model)
+    sigmas = sigmas_of(setup, chosen, steps, shift, denoise, lambda: shifted(model, shift), sampler_name)
+    notes = setup.notes(chosen)
+    if chosen in comfy.samplers.SCHEDULER_NAMES and not has_shift(model):
+        notes.append("This model has no flow shift: shift is not used")
+    return sigmas, notes
+
+
+def sigmas_of(
+    setup: Setup,
+    chosen: str,
+    steps: int,
+    shift: float,
+    denoise: float,
+    sampling: Callable[[], Any] | None = None,
+    sampler_name: str = EULER,
+) -> Tensor:
+    """The sigmas of a setup.
+
+    Args:
+        sampling: gives the model's shifted `model_sampling`, which the host's own schedulers need.
+    """
+    schedule = setup.schedule(chosen)
+    if not isinstance(schedule, str) or schedule in (EVEN, DCM_GRID):
+        return make_sigmas(schedule, steps, shift, denoise)
+    if sampling is None:
+        raise ScheduleError(f"{schedule} is one of ComfyUI's own schedulers, which need a model. Connect model, or choose {EVEN}.")
+    return host_sigmas(sampling(), schedule, steps, denoise, sampler_name)
+
+
+def host_sigmas(sampling: Any, scheduler: str, steps: int, denoise: float, sampler_name: str = EULER) -> Tensor:
+    """The sigmas that KSampler takes for a `model_sampling`, a scheduler and a sampler."""
+    discard = sampler_name in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, levels_for(steps, denoise) + discard).cpu()
+    if discard:
+        sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
+    return sigmas[-(steps + 1):]
+
+
+def flow_sampling(shift: float) -> Any:
+    """What the host's Wan and HunyuanVideo models have as `model_sampling`."""
+    sampling = comfy.model_sampling.ModelSamplingDiscreteFlow()
+    sampling.set_parameters(shift=check_shift(shift))
+    return sampling
+
+
+def has_shift(model: Any) -> bool:
+    return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.ModelSamplingDiscreteFlow)
+
+
+def shifted(model: Any, shift: float) -> Any:
+    """A MODEL's `model_sampling` with another flow shift; its own for models without one."""
+    sampling = model.get_model_object("model_sampling")
+    if not has_shift(model):
+        return sampling
+    sampling = copy.deepcopy(sampling)
+    sampling.set_parameters(shift=check_shift(shift), multiplier=sampling.multiplier)
+    return sampling
+
+
+def with_shift(model: Any, chosen: str, shift: float) -> Any:
+    """A clone of a prepared MODEL whose flow is shifted on both sides as by ModelSamplingSD3, for schedules that are shifted so.
+
+    Not the noise levels alone depend on it: prompts that begin or end at a share of the run, and some samplers' first step, too.
+
+    Returns:
+        The MODEL itself for the schedules of DCM experts.
+    """
+    schedule = setup_of(model).schedule(chosen)
+    return model if not isinstance(schedule, str) or schedule == DCM_GRID else _shift_both(model, shift)
+
+
+def _shift_both(model: Any, shift: float) -> Any:
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", shifted(model, shift))
+    sides = clone.get_attachment(SIDES_KEY)
+    if sides is not None and sides.detail_model is not None:
+        clone.set_attachments(SIDES_KEY, dataclasses.replace(sides, detail_model=_shift_both(sides.detail_model, shift)))
+    return clone

@@ -1,0 +1,86 @@
+"""What takes part in a run: one MODEL or two, their experts, and who runs which step."""
+
+import dataclasses
+import uuid
+from typing import Any
+
+from torch import Tensor
+
+from ....dcm_core.errors import counted
+from ....dcm_core.routing import Plan, Setup
+from ..experts.attach import attached_experts, diffusion_model, is_own, model_family
+from .switch import KEY as SIDES_KEY
+
+# What a MODEL has beside its weights.
+EXTRAS = ("patches_uuid", "object_patches", "model_options", "attachments", "wrappers", "callbacks", "injections", "hook_patches")
+
+
+def setup_of(model: Any, detail_model: Any = None) -> Setup:
+    """What takes part in a run of a MODEL, prepared or with the detail_model it is to be prepared with."""
+    sides = model.get_attachment(SIDES_KEY)
+    if detail_model is None and sides is not None:
+        detail_model = sides.detail_model
+    facts = attached_experts(model)
+    if facts is None and detail_model is not None:
+        facts = attached_experts(detail_model)
+    family = model_family(model)
+    setup = Setup(
+        family=family,
+        two_models=are_two(model, detail_model),
+        two_sides=detail_model is not None and not are_alike(model, detail_model),
+        takes_image=getattr(diffusion_model(model), "in_dim", 0) > model.get_model_object("latent_format").latent_channels,
+    )
+    if facts is None:
+        return setup
+    patched = any(
+        patch[0] for key, own in facts.own_patches.items() for patch in model.patches.get(key, ()) if is_own(patch, own)
+    )
+    return dataclasses.replace(
+        setup,
+        semantic=None if facts.semantic is None else patched or "semantic" in facts.strengths,
+        detail=None if facts.detail is None else "detail" in facts.strengths,
+        stacked=facts.stacked,
+        timesteps=facts.timesteps,
+        boundary=facts.boundary if facts.own_boundary else None,
+    )
+
+
+def are_two(model: Any, detail_model: Any) -> bool:
+    """Whether a second MODEL has weights of its own, and is not the first one with other LoRAs."""
+    if detail_model is None:
+        return False
+    # newer hosts' clones for torch.compile have a copy of the base's weights, and know whose
+    first, second = (getattr(each, "clone_base_uuid", each.model) for each in (model, detail_model))
+    return first != second
+
+
+def are_alike(model: Any, detail_model: Any) -> bool:
+    """Whether two MODELs are the same in everything: one model connected twice."""
+    return not are_two(model, detail_model) and all(is_same(getattr(model, name), getattr(detail_model, name)) for name in EXTRAS)
+
+
+def is_same(first: Any, second: Any) -> bool:
+    """Equal, where containers are looked into and everything in them but plain values has to be the very same object."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(is_same(value, second[key]) for key, value in first.items())
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(is_same, first, second))
+    return first is second or (isinstance(first, str | float | int | uuid.UUID) and first == second)
+
+
+def plan_run(model: Any, sigmas: Tensor, boundary: float | None) -> Plan:
+    """Who runs which step of a prepared MODEL."""
+    sides = model.get_attachment(SIDES_KEY)
+    return setup_of(model).plan(sigmas, boundary, two_cfgs=sides is not None and sides.detail_cfg is not None)
+
+
+def describe_run(model: Any, plan: Plan) -> str:
+    """The plan in words: `step 1-3 semantic, 4-6 detail, boundary 0.979`."""
+    sides, facts = model.get_attachment(SIDES_KEY), attached_experts(model)
+    if plan.boundary is None:
+        if plan.owners[0] != "base":
+            return str(plan)
+        return f"{counted(plan.steps, 'step')}, {'no experts attached' if facts is None else 'experts at strength 0'}"
+    words = str(plan) if sides is None or sides.detail_cfg is None else f"{plan}, cfg {sides.detail_cfg:g} below it"
+    empty = None if plan.semantic and plan.detail else plan.owners[bool(plan.semantic)]
+    return f"{words} (the {empty} side has no step)" if empty else words

@@ -1,0 +1,244 @@
+"""The host's MODEL as the base of a training run: its weights, its place in memory, what can be trained on it."""
+
+import atexit
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from torch import Tensor
+
+from ....dcm_core.distill.backbone import Backbone
+from ....dcm_core.distill.config import TrainingConfig, TrainingError
+from ....dcm_core.distill.data.dataset import TrainingData
+from ....dcm_core.distill.memory import Memory
+from ....dcm_core.distill.signals import held_back
+from ....dcm_core.distill.student import WeightOf
+from ....dcm_core.distill.trainer import Trainer
+from ....dcm_core.errors import counted
+from ....dcm_core.experts.expert import FILE_PREFIX
+from ....dcm_core.families import Family
+from ..compat import is_oom, key_patches
+from ..experts.attach import compute_dtype, detach_experts, diffusion_model, module_shapes, require_family
+from ..report import tell
+from ..sampling.run import check_text
+from .encoders import unload
+
+logger = logging.getLogger("ComfyUI-DCM")
+
+# What a step may take to end, and a checkpoint to be written, when the process is about to.
+EXIT_SECONDS = 120.0
+
+
+def gradient_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The host's attention that has a gradient, whichever it samples with."""
+    return attention_pytorch(*args, **kwargs)
+
+
+def make_backbone(model: Any, family: Family, config: TrainingConfig) -> Backbone:
+    """The transformer of a loaded MODEL."""
+    return Backbone(
+        diffusion_model(model).requires_grad_(False),
+        family,
+        compute_dtype(model),
+        lambda: {"optimized_attention_override": gradient_attention},
+        config.checkpointing,
+    )
+
+
+@contextmanager
+def differentiable(base: Any) -> Iterator[None]:
+    """For the length of the block, the base's layers have a gradient however they are stored, wherever they are.
+
+    The host's fp8 products, which it uses where the device has them, have none; and it brings offloaded weights to the device in
+    buffers that it uses again, while a backward pass still needs them.
+    """
+    quantised = [module for module in diffusion_model(base).modules() if hasattr(module, "_full_precision_mm")]
+    changes = [(module, "_full_precision_mm", True) for module in quantised]
+    changes += [(comfy.ops, "fp8_linear", _nothing), (comfy.model_management, "get_offload_stream", _nothing)]
+    before = [getattr(owner, name) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(changes, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _nothing(*_: Any) -> None:
+    """Makes the host go its plain way."""
+
+
+@contextmanager
+def interrupted_at_exit() -> Iterator[None]:
+    """Ends a run, which then saves itself, before the process: on Ctrl+C the host's server waits for nothing that its worker does."""
+    over = threading.Event()
+
+    def leave() -> None:
+        # pressed again, it would end the process in the middle of the writing
+        with held_back():
+            comfy.model_management.interrupt_current_processing(True)
+            logger.info("Saving the training run before ComfyUI ends. This takes at most %.0f s.", EXIT_SECONDS)
+            over.wait(EXIT_SECONDS)
+
+    atexit.register(leave)
+    try:
+        yield
+    finally:
+        over.set()
+        atexit.unregister(leave)
+
+
+def training_base(model: Any) -> Any:
+    """A clone of MODEL with nothing on it but patches on its weights (LoRAs), which the teacher has too.
+
+    Raises:
+        TrainingError: weights that the host may take away, and cannot load in another way.
+    """
+    base = detach_experts(model)
+    if hasattr(base, "get_non_dynamic_delegate"):
+        # newer hosts take the memory of weights away when they need it, and load the file again for this
+        try:
+            base = base.get_non_dynamic_delegate()
+        except RuntimeError as error:
+            raise TrainingError(
+                f"This ComfyUI may unload the model's weights during training and cannot keep them loaded ({error}). "
+                "Load the model with DCM Load Model or Load Diffusion Model, or start ComfyUI with --disable-dynamic-vram."
+            ) from error
+    # compiled blocks and the like: they hide the layers that are trained beside
+    base.object_patches = {}
+    return base
+
+
+def clear_device(base: Any) -> None:
+    """Take every other model off the base's device, as far as the host can: a run has it for hours."""
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models if entry.device == base.load_device]
+    unload([patcher for patcher in loaded if patcher is not None and not base.is_clone(patcher)])
+
+
+def hold(base: Any, needed: int) -> None:
+    """Have the base loaded with its own patches and `needed` bytes free beside it, as far as it can be offloaded for them."""
+    comfy.model_management.load_models_gpu([base], memory_required=needed)
+    missing = needed - comfy.model_management.get_free_memory(base.load_device)
+    if missing > 0 and offloadable(base):
+        base.partially_unload(base.offload_device, missing)
+
+
+def offloadable(base: Any) -> int:
+    """Bytes of the base that could go elsewhere."""
+    return base.loaded_size() if base.load_device != base.offload_device else 0
+
+
+def check_fits(base: Any, config: TrainingConfig, trained: int, beside: int) -> int:
+    """Refuse a run whose own tensors cannot fit, before they are on the device; what a step makes is not known yet.
+
+    Args:
+        trained: bytes of the trained tensors; an average, two moments and a gradient of each will join them.
+        beside: bytes of what else stays there: discriminator, an expert under the trained one.
+
+    Returns:
+        Bytes that will be there before the first step.
+
+    Raises:
+        TrainingError: with what to change.
+    """
+    present = (1 + (config.ema_decay > 0)) * trained + beside
+    available = comfy.model_management.get_free_memory(base.load_device) + offloadable(base)
+    Memory(base=0, present=0, moments=2 * trained, step=present + trained).check(available, config)
+    return present
+
+
+def make_room(trainer: Trainer, base: Any, config: TrainingConfig, node_id: str | None = None) -> Memory:
+    """Tell how much memory the run takes, refuse what cannot fit, and offload what of the base is in the way.
+
+    Raises:
+        TrainingError: too little memory even with the base offloaded, or a base that has no gradient.
+    """
+    while True:
+        memory = _measure(trainer, base)
+        free, loaded = comfy.model_management.get_free_memory(trainer.device), offloadable(base)
+        memory.check(free + loaded, config)
+        hold(base, memory.coming)
+        # offloaded weights are brought back for each step, and may make it larger
+        if offloadable(base) >= loaded:
+            break
+    logger.info("%s", memory)
+    tell(str(memory), node_id)
+    return memory
+
+
+def _measure(trainer: Trainer, base: Any) -> Memory:
+    """What the run needs, with the base out of the way if a step does not fit beside it."""
+    memory = _try(trainer)
+    if memory is None and offloadable(base):
+        base.partially_unload(base.offload_device, offloadable(base))
+        memory = _try(trainer)
+    if memory is None:
+        raise TrainingError(
+            "Not enough memory for even a small training step. Turn gradient_checkpointing on, lower rank, or load the base in fp8."
+        )
+    return memory
+
+
+def _try(trainer: Trainer) -> Memory | None:
+    """What the run needs; None if there is too little memory to find out."""
+    try:
+        return trainer.memory()
+    except RuntimeError as error:
+        if is_oom(error):
+            return None
+        raise TrainingError(
+            f"The model cannot be trained the way it is loaded ({error}). Load a text-to-video model with weight_dtype default or "
+            "fp8_e4m3fn; fp8_e4m3fn_fast has no gradient."
+        ) from error
+
+
+def own_weights(base: Any) -> WeightOf:
+    """Native tensor name -> its value in float32 on the CPU: dequantised, with the MODEL's own patches, whatever is loaded now."""
+    patches, shapes = key_patches(base), module_shapes(base)
+
+    def weight_of(name: str) -> Tensor:
+        (stored, convert), *patched = patches[FILE_PREFIX + name]
+        plain = convert(stored.detach()).to(device="cpu", dtype=torch.float32, copy=True)
+        if tuple(plain.shape) != shapes[name]:
+            raise TrainingError(
+                f"{name} is stored in a format that training cannot read ({type(stored.data).__name__}). "
+                "Load the base in float32, float16, bfloat16 or fp8."
+            )
+        return comfy.lora.calculate_weight(patched, plain, FILE_PREFIX + name)
+
+    return weight_of
+
+
+def check_data(model: Any, data: TrainingData, vae: Any = None) -> None:
+    """Refuse data of another model, and a VAE that cannot decode its samples.
+
+    Raises:
+        DCMError: latents or texts that the model cannot take, or a VAE of other latents.
+    """
+    channels = model.model.latent_format.latent_channels
+    decoded = getattr(vae, "latent_channels", channels)
+    if decoded != channels:
+        raise TrainingError(f"The VAE's latents have {counted(decoded, 'channel')}, the model's {channels}. Connect the model's own VAE.")
+    for bucket in data.buckets:
+        shape = data.shape(bucket[0])
+        if shape[0] != channels:
+            raise TrainingError(
+                f"The dataset's latents have {counted(shape[0], 'channel')}, the model takes {channels}. "
+                "Encode the clips with the model's own VAE."
+            )
+    family = require_family(model)
+    for text in (data.conditioning(0), data.unconditional()):
+        check_text(model, text, "dataset")
+        if not family.text_extras and isinstance(text[0][1].get("pooled_output"), Tensor):
+            raise TrainingError(
+                f"The dataset was encoded for another model: its captions have pooled embeddings, which {family.title} does not use. "
+                f"Encode the clips with the VAE and the text encoder of {family.title}."
+            )

@@ -1,0 +1,154 @@
+"""`python -m dcm_core train`: training from a settings file, in the host but without its server."""
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+
+from ....dcm_core.distill.config import TrainingConfig, TrainingError
+from ....dcm_core.distill.data.clips import ClipSettings
+from ....dcm_core.distill.data.data_file import read_data
+from ....dcm_core.distill.data.dataset import TrainingData
+from ....dcm_core.distill.data.encode import prepare
+from ....dcm_core.distill.parallel import join
+from ....dcm_core.errors import counted
+from ....dcm_core.files.storage import Progress, TensorFile
+from ....dcm_core.files.unfinished import write_bytes
+from ....dcm_core.routing import Side
+from ..experts.attach import require_family
+from ..experts.expert_files import read_expert_file
+from ..experts.load import load_file
+from ..folders import data_cache
+from .encoders import host_encoders
+from .run import check_not_output, plots_of, save_expert, train_expert
+
+logger = logging.getLogger("ComfyUI-DCM")
+
+SETTINGS = {"model", "weight_dtype", "vae", "text_encoders", "dataset", "output", "states", "semantic", "continue_from", "training"}
+
+
+def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
+    """Run or resume what the settings say; relative paths are looked up in `folder`.
+
+    Returns:
+        What was trained, from where it was resumed, and where it is saved.
+
+    Raises:
+        DCMError: settings, files or data that do not fit, before any training.
+    """
+    # without its server the host shows no log
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    unknown = sorted(set(settings) - SETTINGS)
+    if unknown:
+        raise TrainingError(f"Unknown setting {', '.join(unknown)}. Valid settings: {', '.join(sorted(SETTINGS))}.")
+
+    def path(name: str) -> Path:
+        return path_in(folder, name, settings.get(name))
+
+    training = settings.get("training", {})
+    if not isinstance(training, dict):
+        raise TrainingError(f"`training` is {training!r}; expected a table of settings.")
+    config = TrainingConfig.from_dict({**training, "expert": side})
+    output = path("output")
+    if output.is_dir():
+        raise TrainingError(f"`output` is {output}, which is a folder; expected the name of the file to write.")
+    inputs = [(name, settings.get(name)) for name in ("model", "vae", "dataset", "semantic", "continue_from")]
+    inputs += [("text_encoders", file) for file in settings.get("text_encoders") or ()]
+    for name, given in inputs:
+        # what is no path is said where it is read
+        if isinstance(given, str) and given:
+            check_not_output(f"{name} is {given}", path_in(folder, name, given), output)
+    # not beside the output: among the host's LoRAs every checkpoint would be offered as one
+    states = path("states") if "states" in settings else folder / f"{output.stem}_states"
+    model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
+    below = read_expert_file(path("semantic"), "semantic", model, f"semantic is {path('semantic')}") if "semantic" in settings else None
+    start = path("continue_from") if "continue_from" in settings else None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    processes = join(comfy.model_management.get_torch_device())
+    with processes.first_alone():
+        # the others find everything encoded
+        data, vae = load_data(settings, folder, model)
+    # not kept here: a full fine-tune is as large as the model
+    result = train_expert(
+        model, data, config, states, below=below, vae=vae,
+        start=read_expert_file(start, side, model, f"continue_from is {start}") if start is not None else None,
+    )
+    if processes.first:
+        save_expert(output, result.expert, model)
+        for term, plot in plots_of(result).items():
+            picture = io.BytesIO()
+            plot.save(picture, "PNG")
+            write_bytes(states / f"loss_{term}.png", picture.getvalue())
+    lines = [f"{result.expert}, {counted(len(result.history), 'step')}.", result.resumed, f"Saved to {output}"]
+    return "\n".join(filter(None, lines))
+
+
+def path_in(folder: Path, name: str, given: Any) -> Path:
+    """A path that the settings give under `name`.
+
+    Raises:
+        TrainingError: none, or something else.
+    """
+    if not isinstance(given, str) or not given:
+        raise TrainingError(f"`{name}` is {given!r}; expected a path.")
+    return folder / Path(given).expanduser()
+
+
+def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[TrainingData, Any]:
+    """The data, and the VAE where there is one."""
+    given = settings.get("dataset")
+    if isinstance(given, str):
+        vae = load_vae(path_in(folder, "vae", settings["vae"])) if "vae" in settings else None
+        return read_data(path_in(folder, "dataset", given)), vae
+    if not isinstance(given, dict) or "folder" not in given:
+        raise TrainingError(f"`dataset` is {given!r}; expected a file from DCM Save Dataset, or settings with a `folder` of clips.")
+    values = dict(given)
+    source, negative = path_in(folder, "folder", values.pop("folder")), values.pop("negative", "")
+    try:
+        clip_settings = ClipSettings(**values)
+    except TypeError as error:
+        raise TrainingError(
+            f"Unknown or missing setting in `dataset` ({error}). Valid settings: folder, negative, frames, fps, width, height, buckets."
+        ) from error
+    vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
+    return prepare(source, clip_settings, host_encoders(vae, clip), data_cache(), negative, logged_progress("dataset")), vae
+
+
+def logged_progress(label: str) -> Progress:
+    """A line in the log for every tenth part."""
+    told = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal told
+        if (part := 10 * done // total) > told:
+            told = part
+            logger.info("%s %d%%", label, 10 * part)
+
+    return update
+
+
+def load_vae(path: Path) -> Any:
+    """The host's VAE of a safetensors file.
+
+    Raises:
+        TrainingError: a file that holds none.
+    """
+    vae = comfy.sd.VAE(sd=TensorFile(path).read_all())
+    if vae.first_stage_model is None:
+        raise TrainingError(f"`vae` is {path}, which is not a VAE that this ComfyUI can load. Choose the model's VAE.")
+    return vae
+
+
+def load_clip(settings: dict[str, Any], folder: Path, model: Any) -> Any:
+    """The host's text encoder of the model's family."""
+    names = settings.get("text_encoders")
+    if not names or not isinstance(names, list):
+        raise TrainingError(f"`text_encoders` is {names!r}; expected a list of the model's text encoder files.")
+    paths = [path_in(folder, "text_encoders", name) for name in names]
+    for path in paths:
+        TensorFile(path)  # only safetensors are read
+    kind = require_family(model).clip_type.upper()
+    return comfy.sd.load_clip(ckpt_paths=[str(path) for path in paths], clip_type=comfy.sd.CLIPType[kind])

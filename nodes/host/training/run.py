@@ -1,0 +1,264 @@
+"""Train an expert on the host's model."""
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ....dcm_core.distill.batches import generator_of
+from ....dcm_core.distill.checkpoints import check_state
+from ....dcm_core.distill.config import TrainingConfig, TrainingError
+from ....dcm_core.distill.data.dataset import TrainingData
+from ....dcm_core.distill.method.discriminator import discriminator_size
+from ....dcm_core.distill.parallel import join
+from ....dcm_core.distill.student import new_detail, new_semantic
+from ....dcm_core.distill.trainer import Result, Trainer
+from ....dcm_core.distill.watcher import Quiet
+from ....dcm_core.errors import ScheduleError, counted
+from ....dcm_core.experts.expert import Expert, expert_id, size_of, write_expert
+from ....dcm_core.families import Family
+from ....dcm_core.inspection.loss_plot import plot_losses
+from ....dcm_core.routing import split_sigmas
+from ....dcm_core.schedule import sigmas_from_timesteps
+from ..compat import gradients
+from ..experts.attach import SAME_BOUNDARY, diffusion_model, module_shapes, own_boundary, require_family
+from ..experts.expert_files import load_expert, trained_expert
+from ..experts.route import attached_experts
+from ..folders import LORAS, NONE, new_file, path_of, run_folder
+from ..sampling.run import as_image
+from .base import (
+    check_data,
+    check_fits,
+    clear_device,
+    differentiable,
+    hold,
+    interrupted_at_exit,
+    make_backbone,
+    make_room,
+    own_weights,
+    training_base,
+)
+from .encoders import weights_id
+from .show import Show, in_words, with_experts
+
+logger = logging.getLogger("ComfyUI-DCM")
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        plots: a picture of each loss, (losses, height, width, 3).
+    """
+
+    model: Any
+    result: Result
+    file: Path
+    plots: Tensor
+
+    @property
+    def expert(self) -> Expert:
+        return self.result.expert
+
+    def __str__(self) -> str:
+        last = self.result.history[-1]
+        steps = f"{counted(int(last['step']), 'step')} in all, {self.result.seconds:.0f} s in this run"
+        lines = [str(self.expert), self.result.resumed, f"{steps}: {in_words(last)}", f"Saved to {self.file}"]
+        return "\n".join(filter(None, lines))
+
+
+def train_and_save(
+    model: Any,
+    data: TrainingData,
+    config: TrainingConfig,
+    name: str,
+    continue_from: str = NONE,
+    semantic_lora: str = NONE,
+    semantic_expert: Expert | None = None,
+    *,
+    vae: Any = None,
+    node_id: str | None = None,
+) -> Run:
+    """Train under a name: checkpoints in the output folder, the expert among the host's LoRAs.
+
+    Raises:
+        DCMError: before any training, for whatever does not fit.
+    """
+    folder = run_folder(name)
+    file = new_file(LORAS, f"dcm/{name.strip()}", overwrite=True)
+    for given, chosen in (("continue_from", continue_from), ("semantic_lora", semantic_lora)):
+        if chosen != NONE:
+            check_not_output(f"{given} is {chosen}", path_of(LORAS, chosen), file)
+    below = trained_expert(semantic_expert, "semantic", model) or load_expert(
+        semantic_lora, "semantic", model, "semantic_lora"
+    )
+    start = load_expert(continue_from, config.expert, model, "continue_from")
+    result = train_expert(model, data, config, folder, start=start, below=below, vae=vae, node_id=node_id)
+    save_expert(file, result.expert, model)
+    plots = torch.cat([as_image(plot) for plot in plots_of(result).values()])
+    return Run(with_experts(model, result.expert, below), result, file, plots)
+
+
+def plots_of(result: Result) -> dict[str, Image.Image]:
+    """A plot of each loss, by its name."""
+    return {term: plot_losses(result.history, term) for term in result.history[-1] if term != "step"}
+
+
+def train_expert(
+    model: Any,
+    data: TrainingData,
+    config: TrainingConfig,
+    folder: Path,
+    *,
+    start: Expert | None = None,
+    below: Expert | None = None,
+    vae: Any = None,
+    node_id: str | None = None,
+) -> Result:
+    """Train, or resume what `folder` holds; the MODEL is afterwards as it was.
+
+    Args:
+        start: an expert to start from, instead of one that changes nothing.
+        below: the semantic expert under a detail expert.
+
+    Raises:
+        DCMError: data, settings or a checkpoint that do not fit.
+    """
+    family = require_family(model)
+    config = config.for_family(family, shared_boundary(config, start, below))
+    check_form(model, config, family, start, below)
+    check_data(model, data, vae)
+    # refuses what cannot be held out
+    data.split(config.held_out, config.seed)
+    base = training_base(model)
+    processes = join(base.load_device)
+    facts = facts_of(base, data, start, below, processes.count)
+    check_state(folder, config, facts)
+    with torch.inference_mode(False), torch.enable_grad(), gradients(), differentiable(base):
+        clear_device(base)
+        # first: what other clones have patched into the shared model is taken out again
+        hold(base, 0)
+        backbone = make_backbone(base, family, config)
+        beside = discriminator_size(backbone, config) + (FLOAT32 * size_of(below) if below else 0)
+        if config.rank == 0:
+            # as large as the model: refused before it is made
+            check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
+        expert = first_expert(base, family, config, start, below)
+        hold(base, check_fits(base, config, FLOAT32 * size_of(expert), beside))
+        show = Show(base, below, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
+        trainer = Trainer(
+            backbone,
+            data,
+            config,
+            expert,
+            folder,
+            base.load_device,
+            below=below,
+            # cloned: what the host made in inference mode has no place in a backward pass
+            latent_in=lambda latent: base.model.process_latent_in(latent.clone().float()),
+            facts=facts,
+            watcher=show if processes.first else Quiet(),
+            processes=processes,
+        )
+        # the trainer has its own
+        del expert, start
+        memory = make_room(trainer, base, config, node_id)
+        with interrupted_at_exit():
+            return trainer.run()
+
+
+def facts_of(base: Any, data: TrainingData, start: Expert | None, below: Expert | None, processes: int) -> dict[str, str]:
+    """What a resumed run has to share beside its settings."""
+    names = {"data": data.fingerprint, "model": weights_id(base)}
+    if processes > 1:
+        names["processes"] = str(processes)
+    return names | {name: expert_id(expert) for name, expert in (("start", start), ("semantic expert", below)) if expert}
+
+
+def shared_boundary(config: TrainingConfig, start: Expert | None, below: Expert | None) -> float | None:
+    """The boundary of the experts that are given: one pair has one.
+
+    Raises:
+        DCMError: experts for different boundaries.
+    """
+    if below is not None and below.boundary and config.boundary and abs(below.boundary - config.boundary) > SAME_BOUNDARY:
+        raise TrainingError(
+            f"boundary is {config.boundary:g}, but the semantic expert was made for {below.boundary:g}, and both experts need the same. "
+            "Set boundary to 0 to use the semantic expert's."
+        )
+    return None if config.boundary else own_boundary(expert.boundary for expert in (below, start) if expert is not None)
+
+
+def check_form(model: Any, config: TrainingConfig, family: Family, start: Expert | None, below: Expert | None) -> None:
+    """Refuse experts that do not fit, settings that a run would pass over, and those whose expert would never run.
+
+    Raises:
+        TrainingError: an expert of another family, a semantic expert that is only on the MODEL, a form that the expert to start
+            from does not have, or a schedule without a step on either side of the boundary.
+    """
+    for given in (start, below):
+        if given is not None and given.family != family.name:
+            raise TrainingError(f"The expert is for {given.family}, but the model is {family.title}. Choose an expert made for this model.")
+    attached = attached_experts(model)
+    if attached is not None and attached.semantic and config.expert == "detail" and below is None:
+        raise TrainingError(
+            "model has a semantic expert attached. Training removes it, so the detail expert would be trained for the base alone. "
+            "Connect that expert to semantic_expert or choose its file as semantic_lora, and connect the base to model."
+        )
+    if start is not None and len(start.ranks) < 2:
+        rank = max(start.ranks, default=0)
+        scale = next((update.scale for updates in start.low_rank.values() for update in updates), 0.0)
+        if rank != config.rank or (rank and not math.isclose(scale, config.alpha / rank, rel_tol=1e-3)):
+            has = f"has rank {rank} and alpha {rank * scale:g}" if rank else "is no LoRA: all its weights were trained"
+            wanted = f"rank to {rank}" + (f" and alpha to {rank * scale:g}" if rank else "")
+            raise TrainingError(
+                f"rank is {config.rank} and alpha is {config.alpha:g}, but the expert in continue_from {has}. Set {wanted}."
+            )
+    if not config.shared:
+        try:
+            split_sigmas(sigmas_from_timesteps(config.timesteps(family)), config.boundary)
+        except ScheduleError as error:
+            raise TrainingError(f"{error} The steps follow from shift, sample_steps and boundary, the same for both experts.") from error
+
+
+def check_not_output(what: str, given: Path, file: Path) -> None:
+    """Refuse an input (`what`: its setting and value) that the run would write over.
+
+    Raises:
+        TrainingError: the same file.
+    """
+    if given.resolve() == file.resolve():
+        raise TrainingError(f"{what}, the file that this run writes. Choose another name for the run.")
+
+
+def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expert | None, below: Expert | None) -> Expert:
+    """What training begins with: the given expert, or one that changes nothing yet."""
+    modules = dict(diffusion_model(model).named_modules())
+    generator = generator_of(config.seed, 0, 0)
+    if config.expert == "semantic":
+        expert = start or new_semantic(family, modules, config.rank, config.alpha, generator, own_weights(model))
+    elif start is not None and start.replaced:
+        expert = start
+    else:
+        expert = new_detail(family, modules, config.rank, config.alpha, generator, below, own_weights(model), config.every_linear)
+        # a plain LoRA has no embedders and head of its own
+        expert = expert if start is None else replace(start, replaced=expert.replaced)
+    return replace(expert, role=config.expert, boundary=config.boundary, timesteps=config.timesteps(family))
+
+
+def save_expert(path: Path, expert: Expert, model: Any) -> None:
+    """Write the expert as a LoRA file that the host, and DCM Attach Experts, load.
+
+    Pairs in bfloat16; what replaces the base's tensors in the base's own dtype, as it is a small change of them.
+    """
+    own = model.model_dtype() if model.model_dtype() in (torch.float32, torch.float16) else torch.bfloat16
+    write_expert(path, expert, module_shapes(model), torch.bfloat16, own)
+    logger.info("Saved %s to %s", expert, path)

@@ -1,0 +1,159 @@
+"""What a training run shows while it works: progress, losses, samples."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ....dcm_core.distill.checkpoints import History
+from ....dcm_core.distill.config import TrainingConfig
+from ....dcm_core.distill.data.dataset import TrainingData
+from ....dcm_core.errors import DCMError
+from ....dcm_core.experts.expert import Expert
+from ....dcm_core.families import FAMILIES
+from ....dcm_core.inspection.loss_plot import plot_losses
+from ....dcm_core.schedule import sigmas_from_timesteps
+from ..experts.attach import attach_experts
+from ..report import tell
+from ..sampling.run import make_guider
+from ..video import save_video
+
+logger = logging.getLogger("ComfyUI-DCM")
+
+# between two plots on the node, and between two lines in the log
+SHOW_SECONDS, LOG_SECONDS = 1.0, 30.0
+# of a long run's plot on the node
+PLOT_POINTS = 4000
+
+
+def in_words(terms: dict[str, float]) -> str:
+    """The losses of a step in a line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in terms.items() if name != "step")
+
+
+@dataclass
+class Show:
+    """Tells the user how a run goes: a bar, the losses in words and as a plot, samples.
+
+    Attributes:
+        model: the base.
+        below: the semantic expert under a detail expert.
+        folder: where sample videos are written, if there is a VAE to decode them.
+        reload: called after a sample, which leaves its experts' patches in the shared weights.
+    """
+
+    model: Any
+    below: Expert | None
+    config: TrainingConfig
+    data: TrainingData
+    folder: Path
+    node_id: str | None
+    reload: Callable[[], None]
+    vae: Any = None
+    picture: Image.Image | None = None
+    resumed_in_words: str = ""
+    shown: float = 0.0
+    logged: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.bar = comfy.utils.ProgressBar(self.config.steps, node_id=self.node_id)
+
+    def resumed(self, words: str) -> None:
+        """Say it for as long as the run works."""
+        self.resumed_in_words = words
+        tell(words, self.node_id)
+
+    def stopped(self, saved: int, steps: int, error: BaseException) -> None:
+        """Say what is kept: the host shows nothing of a run that was interrupted."""
+        text = f"Saved at step {saved} of {steps}." if saved else "Stopped before the first step was done. Nothing was saved."
+        if not isinstance(error, DCMError):
+            # an error of ours says itself what to do first
+            text += " Queue again to continue." if self.node_id else " Run the same command again to continue."
+        logger.info(text)
+        tell(text, self.node_id)
+
+    def step(self, history: History, steps: int) -> None:
+        """Update bar, text and plot; raises where the user has interrupted."""
+        done, now = len(history), time.monotonic()
+        text = f"Step {done} of {steps}: {in_words(history[-1])}"
+        tell("\n".join(filter(None, (text, self.resumed_in_words))), self.node_id)
+        if now - self.logged > LOG_SECONDS or done == steps:
+            logger.info(text)
+            self.logged = now
+        preview = None
+        if now - self.shown > SHOW_SECONDS or done == steps:
+            # the newest is always among those that are drawn
+            preview = ("JPEG", self._preview(history[:: -(1 + done // PLOT_POINTS)][::-1]), 768)
+            self.shown = time.monotonic()
+        self.bar.update_absolute(done, steps, preview)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def sample(self, done: int, expert: Expert) -> None:
+        """A video of the first caption, by the sampling code of the sampler nodes. One that fails does not end the run."""
+        try:
+            self._sample(done, expert)
+        except comfy.model_management.InterruptProcessingException:
+            raise
+        except Exception as error:
+            logger.warning("No sample video at step %d: %s", done, error)
+        self.reload()
+
+    def _sample(self, done: int, expert: Expert) -> None:
+        with torch.inference_mode():
+            model = with_experts(self.model, expert, self.below)
+            extras = {"guidance": self.config.guidance}
+            conditioning = [[context.clone(), {**extras, **more}] for context, more in self.data.conditioning(0)]
+            latent = sample_latent(model, conditioning, self.data.shape(0), expert, self.config.seed)
+            self.picture = preview_strip(model, latent)
+            if self.vae is not None:
+                latent = model.model.process_latent_out(latent)
+                save_video(self.vae, latent, FAMILIES[expert.family].fps, self.folder / f"sample_{done:08d}.mp4")
+
+    def _preview(self, history: History) -> Image.Image:
+        plot = plot_losses(history, "loss")
+        if self.picture is None:
+            return plot
+        strip = self.picture.resize((plot.width, max(1, self.picture.height * plot.width // self.picture.width)))
+        both = Image.new("RGB", (plot.width, plot.height + strip.height))
+        both.paste(plot, (0, 0))
+        both.paste(strip, (0, plot.height))
+        return both
+
+
+def with_experts(model: Any, expert: Expert, other: Expert | None) -> Any:
+    """The base with the trained expert and the one it belongs with."""
+    if expert.role == "detail":
+        return attach_experts(model, other, expert)
+    return attach_experts(model, expert, other)
+
+
+def sample_latent(model: Any, conditioning: Any, shape: tuple[int, ...], expert: Expert, seed: int) -> Tensor:
+    """One video by the host's Euler sampler on the expert's own schedule, as the transformer sees it."""
+    guider = make_guider(model, conditioning, None, cfg=1.0)
+    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))
+    sampler = comfy.samplers.sampler_object("euler")
+    out = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas_from_timesteps(expert.timesteps), disable_pbar=True, seed=seed)
+    return model.model.process_latent_in(out.float().cpu())
+
+
+def preview_strip(model: Any, latent: Tensor) -> Image.Image:
+    """First, middle and last frame side by side, as the host previews latents."""
+    previewer = latent_preview.Latent2RGBPreviewer(
+        model.model.latent_format.latent_rgb_factors, model.model.latent_format.latent_rgb_factors_bias
+    )
+    frames = latent.shape[2]
+    pictures = [previewer.decode_latent_to_preview(latent[:, :, [frame]]) for frame in (0, frames // 2, frames - 1)]
+    strip = Image.new("RGB", (sum(picture.width for picture in pictures), pictures[0].height))
+    for place, picture in enumerate(pictures):
+        strip.paste(picture, (place * picture.width, 0))
+    return strip

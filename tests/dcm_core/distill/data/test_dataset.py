@@ -1,0 +1,428 @@
+"""Encoding: each clip and text once, again only what changed. Data sets: what comes back. Batches: every clip in every epoch."""
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcm_core.distill.data import clips
+from dcm_core.distill.data.clips import ClipSettings, check_clips
+from dcm_core.distill.data.dataset import BatchOrder, TensorData
+from dcm_core.distill.data.encode import Encoders, prepare
+from dcm_core.distill.data.sources import find_clips
+from dcm_core.errors import CheckpointError, DCMError
+from dcm_core.files.storage import TensorFile, write_tensors
+
+SMALL = ClipSettings(frames=5, fps=16, width=64, height=48)
+
+
+def shrink(pixels):
+    """A latent that still tells the clips apart: every 4th frame, every 8th pixel."""
+    return pixels.permute(3, 0, 1, 2)[:, ::4, ::8, ::8].contiguous()
+
+
+def embed(text):
+    return [[torch.full((1, 3, 4), float(len(text))), {"pooled_output": torch.ones(1, 2)}]]
+
+
+class Recorder:
+    """Encoders that write down what they are given."""
+
+    def __init__(self):
+        self.videos, self.texts, self.freed = [], [], 0
+
+    def encoders(self, **changes):
+        return dataclasses.replace(Encoders(self.video, self.text, "vae", "t5", self.free), **changes)
+
+    def video(self, pixels):
+        self.videos.append(tuple(pixels.shape[2:0:-1]))
+        return shrink(pixels)
+
+    def text(self, text):
+        self.texts.append(text)
+        return embed(text)
+
+    def free(self):
+        self.freed += 1
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(settings=..., negative=..., **changed encoders) -> the data set, what was encoded for it: videos, texts, times freed."""
+
+    def prepared(settings=SMALL, negative="", progress=None, **changes):
+        record = Recorder()
+        data = prepare(tmp_path, settings, record.encoders(**changes), tmp_path / ".cache", negative, progress)
+        return data, (len(record.videos), record.texts, record.freed)
+
+    return prepared
+
+
+@pytest.fixture
+def three(clip):
+    """Three clips of two sizes; two share a caption."""
+    clip("a.mkv", "a cat")
+    clip("b.mkv", "a big dog", paint=lambda i: 100 + i, size=(48, 64))
+    clip("c.mkv", "a cat", paint=lambda i: 200 - i)
+
+
+def test_everything_is_encoded_once(three, run):
+    data, done = run(negative="bad")
+    assert done == (3, ["a cat", "a big dog", "bad"], 1)
+    assert str(data) == "3 clips, 2 sizes"
+    again, done = run(negative="bad")
+    assert done == (0, [], 0), "no encoder is called"
+    assert again == data
+
+
+def test_what_comes_back_is_what_was_encoded(three, run):
+    data, _ = run(negative="bad")
+    assert [data.shape(i) for i in range(3)] == [(3, 2, 6, 8), (3, 2, 8, 6), (3, 2, 6, 8)]
+    assert all(data.latent(i).shape == data.shape(i) for i in range(3))
+    assert [round(data.latent(i)[0, 1, 0, 0].item() * 255) for i in range(3)] == [16, 104, 196]
+    texts = [data.conditioning(0), data.conditioning(1), data.conditioning(2), data.unconditional()]
+    assert [text[0][0].unique().tolist() for text in texts] == [[5.0], [9.0], [5.0], [3.0]]
+    assert texts[0][0][1]["pooled_output"].tolist() == [[1, 1]]
+    assert data.buckets == [[0, 2], [1]]
+    assert data.buckets_of([2, 1]) == [[2], [1]]
+
+
+def test_a_changed_clip_is_encoded_again_alone(three, run, clip):
+    before, _ = run()
+    clip("c.mkv", "a cat", paint=lambda i: 50)
+    after, done = run()
+    assert done == (1, [], 1)
+    assert round(after.latent(2).mean().item() * 255) == 50
+    assert after.fingerprint != before.fingerprint
+
+
+def test_a_changed_caption_is_encoded_again_alone(three, run, tmp_path):
+    before, _ = run()
+    (tmp_path / "b.txt").write_text("a fox")
+    after, done = run()
+    assert done == (0, ["a fox"], 1)
+    assert after.conditioning(1)[0][0].unique().tolist() == [5.0]
+    assert after.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change", [{"width": 48}, {"frames": 9}, {"fps": 8.0}, {"buckets": False}], ids=lambda change: next(iter(change))
+)
+def test_other_settings_encode_the_clips_they_change_again(three, run, change):
+    run()
+    _, done = run(dataclasses.replace(SMALL, **change))
+    # without buckets only the portrait clip changes its size
+    assert done == (1 if "buckets" in change else 3, [], 1)
+    assert run()[1] == (0, [], 0), "what was there stays"
+
+
+def test_another_encoder_encodes_its_part_again(three, run):
+    run()
+    assert run(video_id="other")[1] == (3, [], 1)
+    assert run(text_id="other")[1] == (0, ["a cat", "a big dog", ""], 1)
+    assert run()[1] == (0, [], 0)
+
+
+def test_another_negative_prompt_is_encoded_alone(three, run):
+    run()
+    assert run(negative="worse")[1] == (0, ["worse"], 1)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "of another kind", "flipped"])
+def test_damaged_files_of_the_cache_are_made_again(three, run, damage):
+    data, _ = run()
+    for path in (data.entries[0].latent, data.entries[1].conditioning):
+        if damage == "gone":
+            path.unlink()
+        elif damage == "of another kind":
+            path.unlink()
+            write_tensors(path, {"latent": torch.ones(3, 2, 6, 8)}, {})
+        elif damage == "flipped":
+            path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+        else:
+            path.write_bytes(path.read_bytes()[:-7] if damage == "cut" else b"")
+    after, done = run()
+    assert done == (1, ["a big dog"], 1)
+    assert torch.equal(after.latent(0), data.latent(0)) and after.fingerprint == data.fingerprint
+
+
+def test_equal_files_are_encoded_once(clip, run):
+    one, two = clip("a.mkv", "one"), clip("b.mkv", "two")
+    two.write_bytes(one.read_bytes())
+    data, done = run()
+    assert done == (1, ["one", "two", ""], 1)
+    assert len(data) == 2 and torch.equal(data.latent(0), data.latent(1))
+
+
+def test_clips_that_cannot_be_used_are_left_out_and_named(three, run, clip):
+    clip("b.mkv", frames=2)
+    clip("d.mkv", caption="")
+    clip("e.mkv", times=[0, 10, 100, 300, 310, 320])
+    data, done = run()
+    assert done[0] == 3 and [entry.clip.name for entry in data.entries] == ["a.mkv", "c.mkv", "e.mkv"]
+    assert str(data) == "3 clips, 1 size, 2 files left out"
+    lines = data.report().split("\n")
+    assert lines[1] == "64x48: 3"
+    assert [line[:21] for line in lines[2:]] == ["left out b.mkv: lasts", "left out d.mkv: has n", "note e.mkv: variable "]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs names that are bytes")
+def test_a_name_that_is_no_text(three, run, clip, tmp_path):
+    """It is no reason to leave a clip out; what is said of it can be shown."""
+    for name, caption in (("\udcff", "a mouse"), ("\udcfe", "")):
+        clip("d.mkv", caption).rename(tmp_path / f"{name}.mkv")
+        (tmp_path / "d.txt").rename(tmp_path / f"{name}.txt")
+    data, _ = run()
+    assert len(data) == 4 and all(data.latent(index).isfinite().all() for index in range(4))
+    assert r"left out \udcfe.mkv: has no caption" in data.report()
+    data.report().encode()
+    assert run()[1] == (0, [], 0), "the cache holds it"
+
+
+def test_a_caption_of_half_a_surrogate_is_left_out(clip, tmp_path, run):
+    clip("a.mkv", "a cat")
+    (tmp_path / "list.jsonl").write_text('{"video": "a.mkv", "caption": "a cat"}\n{"video": "a.mkv", "caption": "a \\ud83d cat"}')
+    record = Recorder()
+    data = prepare(tmp_path / "list.jsonl", SMALL, record.encoders(), tmp_path / ".cache")
+    assert len(data) == 1 and "a.mkv: has a caption that is not UTF-8" in str(data.problems[0])
+
+
+def test_the_report_names_what_is_no_clip_and_what_the_list_says(three, run, tmp_path):
+    (tmp_path / "cover.jpg").write_bytes(b"")
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "captions.json").write_text(json.dumps({"a.mkv": ["a cat", "a small cat"]}))
+    data, _ = run()
+    lines = data.report().split("\n")
+    assert lines[0] == "3 clips, 2 sizes" and [entry.caption for entry in data.entries] == ["a cat", "a big dog", "a cat"]
+    assert lines[-2:] == ["note a.mkv: 2 captions, the first is used", "ignored 1 .jpg file: cover.jpg"]
+
+
+def test_pictures_that_were_read_in_another_way_are_encoded_again(three, run, monkeypatch):
+    """A cache of a version that showed some kind of picture otherwise; other clips stay as they are."""
+    probe = clips.probe
+    mirrored = {"b.mkv": ("mirrored",)}
+    run()
+    monkeypatch.setattr(clips, "probe", lambda path: probe(path)._replace(changes=mirrored.get(path.name, ())))
+    assert run()[1] == (1, [], 1)
+
+
+def test_a_clip_that_fails_while_it_is_encoded_is_left_out(three, run):
+    def some_nan(pixels):
+        return shrink(pixels) * (float("nan") if pixels.mean() > 0.7 else 1)
+
+    data, _ = run(encode_video=some_nan)
+    assert [entry.clip.name for entry in data.entries] == ["a.mkv", "b.mkv"]
+    assert "c.mkv: has a latent with NaN" in data.report()
+    with pytest.raises(DCMError, match=r"No clip can be used: 3 clips left out(?s:.*)a\.mkv: has a latent with NaN"):
+        run(encode_video=lambda pixels: shrink(pixels) * float("nan"), video_id="broken")
+
+
+def test_a_clip_that_is_damaged_after_its_first_frame_is_left_out(three, run, clip, tmp_path):
+    """The check decodes one frame; the others are first looked at when they are encoded."""
+    noise = np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3))
+    path = clip("d.mp4", "noise", paint=lambda i: noise[i])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 4)
+    path.write_bytes(data)
+    whole, broken = check_clips(find_clips(tmp_path).clips, SMALL)
+    assert len(whole) == 4 and not broken, "its times are as they were"
+    data, done = run()
+    assert [entry.clip.name for entry in data.entries] == ["a.mkv", "b.mkv", "c.mkv"] and done[0] == 3
+    assert "left out d.mp4: cannot be read" in data.report()
+
+
+def test_a_file_is_hashed_once_right_after_its_check(three, run, monkeypatch):
+    order, probe, content_hash = [], clips.probe, clips.content_hash
+    monkeypatch.setattr(clips, "probe", lambda path: order.append(path.name) or probe(path))
+    monkeypatch.setattr(clips, "content_hash", lambda path: order.append(path.name) or content_hash(path))
+    run()
+    assert order == ["a.mkv", "a.mkv", "b.mkv", "b.mkv", "c.mkv", "c.mkv"]
+
+
+def test_the_vae_of_another_kind_of_model_is_refused(three, run):
+    with pytest.raises(DCMError, match=r"latent of shape \(1, 3, 2, 6, 8\); expected channels, frames"):
+        run(encode_video=lambda pixels: shrink(pixels)[None])
+
+
+def test_a_text_without_finite_values_is_named_and_not_kept(three, run):
+    with pytest.raises(DCMError, match=r"NaN or infinite values of 'a [a-z]+'\. Run it in bfloat16"):
+        run(encode_text=lambda text: [[torch.full((1, 3, 4), torch.nan), {}]])
+    _, (videos, texts, _) = run()
+    assert videos == 0 and len(texts) == 3
+
+
+def test_an_interrupt_loses_only_the_clip_in_work(three, run):
+    class Interrupt(Exception):
+        pass
+
+    videos = []
+
+    def two_then_stop(pixels):
+        if len(videos) == 2:
+            raise Interrupt
+        videos.append(1)
+        return shrink(pixels)
+
+    with pytest.raises(Interrupt):
+        run(encode_video=two_then_stop)
+    assert run()[1][0] == 1
+
+
+def test_progress_rises_to_its_end_and_can_interrupt(three, run):
+    calls = []
+    run(progress=lambda *done: calls.append(done))
+    done = [value for value, _ in calls]
+    assert done == sorted(done) and {total for _, total in calls} == {done[-1]}
+    assert len(calls) >= 3 + 3 + 3, "each check, each clip, each text"
+    calls.clear()
+    run(progress=lambda *done: calls.append(done))
+    assert calls[-1] == (1000, 1000), "with everything cached as well"
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=stop)
+
+
+def test_a_full_disk_is_an_error_that_leaves_no_file(three, run, monkeypatch, tmp_path):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(CheckpointError, match="Make room"):
+        run()
+    assert list((tmp_path / ".cache").iterdir()) == []
+
+
+def test_lost_cache_files_are_named_when_they_are_read(three, run):
+    data, _ = run()
+    data.entries[0].latent.unlink()
+    data.negative.write_bytes(b"")
+    with pytest.raises(DCMError, match=r"does not exist.*run DCM Video Dataset again"):
+        data.latent(0)
+    with pytest.raises(DCMError, match="run DCM Video Dataset again"):
+        data.unconditional()
+
+
+def test_a_jsonl_gives_one_file_several_captions(clip, tmp_path):
+    clip("a.mkv")
+    lines = [{"video": "a.mkv", "caption": text} for text in ("one", "two")]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    record = Recorder()
+    data = prepare(tmp_path / "data.jsonl", SMALL, record.encoders(), tmp_path / ".cache")
+    assert [entry.caption for entry in data.entries] == ["one", "two"] and len(record.videos) == 1
+
+
+def test_latents_are_written_as_the_encoder_made_them(three, run):
+    """Also a view of an inference tensor, as the host's VAE makes."""
+    with torch.inference_mode():
+        data, _ = run(encode_video=lambda pixels: shrink(pixels).bfloat16().transpose(2, 3))
+    file = TensorFile(data.entries[0].latent)
+    assert file.dtypes == {"latent": torch.bfloat16} and file.shapes == {"latent": (3, 2, 8, 6)}
+    assert not data.latent(0).is_inference()
+
+
+# Data in memory
+
+
+def in_memory(count=5, which=None):
+    latents = [torch.full((2, 1, 4, 4 + 2 * (i % 2)), float(i)) for i in range(count)]
+    return TensorData(latents, [embed("a"), embed("bb")], which or [i % 2 for i in range(count)], embed(""))
+
+
+def test_data_in_memory_has_the_same_interface():
+    data = in_memory()
+    assert len(data) == 5 and data.buckets == [[0, 2, 4], [1, 3]]
+    assert data.latent(3).unique().tolist() == [3.0] and data.shape(3) == (2, 1, 4, 6)
+    assert data.conditioning(3)[0][0].unique().tolist() == [2.0]
+    assert data.unconditional()[0][0].unique().tolist() == [0.0]
+
+
+def test_fingerprints_tell_data_apart():
+    same, other_text, fewer = in_memory(), in_memory(which=[0, 0, 0, 0, 0]), in_memory(4)
+    assert same.fingerprint == in_memory().fingerprint
+    assert len({data.fingerprint for data in (same, other_text, fewer)}) == 3
+
+
+def test_fingerprints_tell_shapes_apart():
+    wide, high = (TensorData([torch.ones(1, 1, *size)], [embed("a")], [0], embed("")) for size in ((2, 4), (4, 2)))
+    assert wide.fingerprint != high.fingerprint
+
+
+@pytest.mark.parametrize("which", [[0], [0, 2], [0, -1]])
+def test_texts_that_do_not_fit_the_latents_are_refused(which):
+    with pytest.raises(DCMError, match="expected"):
+        TensorData([torch.ones(1)] * 2, [embed("a"), embed("b")], which, embed(""))
+
+
+@given(count=st.integers(1, 30), held_out=st.integers(0, 29), seed=st.integers(0, 5))
+def test_split_parts_all_clips_and_repeats_itself(count, held_out, seed):
+    data = in_memory(count)
+    if held_out >= count:
+        with pytest.raises(DCMError, match="cannot be held out"):
+            data.split(held_out, seed)
+        return
+    train, held = data.split(held_out, seed)
+    assert len(held) == held_out and sorted(train + held) == list(range(count))
+    assert (train, held) == data.split(held_out, seed)
+
+
+def test_split_depends_on_the_seed():
+    assert len({tuple(in_memory(30).split(5, seed)[1]) for seed in range(5)}) == 5
+
+
+# Batches
+
+buckets = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(
+    lambda counts: [[100 * place + i for i in range(count)] for place, count in enumerate(counts)]
+)
+
+
+@given(buckets=buckets, batch_size=st.integers(1, 5), seed=st.integers(0, 3), epoch=st.integers(0, 3))
+def test_every_epoch_has_every_clip_in_batches_of_one_size(buckets, batch_size, seed, epoch):
+    order = BatchOrder(buckets, batch_size, seed)
+    batches = [order.batch(step) for step in range(epoch * len(order), (epoch + 1) * len(order))]
+    seen = Counter(index for batch in batches for index in batch)
+    assert set(seen) == {index for bucket in buckets for index in bucket}
+    assert all(len(batch) == batch_size and len({index // 100 for index in batch}) == 1 for batch in batches)
+    for bucket in buckets:
+        counts = [seen[index] for index in bucket]
+        assert max(counts) - min(counts) <= 1, "what fills up is spread evenly"
+        assert sum(counts) - len(bucket) < max(batch_size, 2), "no more is filled up than one batch needs"
+
+
+@given(buckets=buckets, batch_size=st.integers(1, 5), seed=st.integers(0, 3), steps=st.lists(st.integers(0, 60), max_size=8))
+def test_a_batch_depends_on_its_step_alone(buckets, batch_size, seed, steps):
+    straight = BatchOrder(buckets, batch_size, seed)
+    expected = [straight.batch(step) for step in range(61)]
+    order = BatchOrder(buckets, batch_size, seed)
+    assert [order.batch(step) for step in steps] == [expected[step] for step in steps]
+
+
+@given(sizes=st.lists(st.integers(5, 12), min_size=1, max_size=3), batch_size=st.integers(1, 5))
+def test_no_batch_holds_a_clip_twice_if_its_bucket_is_large_enough(sizes, batch_size):
+    order = BatchOrder([[100 * place + i for i in range(size)] for place, size in enumerate(sizes)], batch_size, 0)
+    assert all(len(set(order.batch(step))) == batch_size for step in range(len(order)))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [BatchOrder([list(range(40))], 4, seed) for seed in (0, 1)]
+    epochs = {tuple(map(tuple, (order.batch(10 * epoch + step) for step in range(10)))) for order in orders for epoch in range(3)}
+    assert len(epochs) == 6
+
+
+def test_the_order_is_the_same_on_every_machine():
+    order = BatchOrder([[0, 1, 2, 3, 4], [5, 6]], 2, 7)
+    assert [order.batch(step) for step in range(8)] == [[0, 4], [5, 6], [3, 1], [1, 2], [1, 2], [6, 5], [0, 3], [4, 1]]
+
+
+def test_batches_of_nothing_are_refused():
+    with pytest.raises(DCMError, match="batch_size is 0"):
+        BatchOrder([[1]], 0, 0)
+    with pytest.raises(DCMError, match="no clips to train on"):
+        BatchOrder([[]], 1, 0)

@@ -1,0 +1,106 @@
+"""Key tables: complete on real key lists, invertible, free of collisions, loud about anything unknown."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcm_core.errors import CheckpointError
+from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
+from dcm_core.families.keymap import KeyMap, Piece, Rule, fuse
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+RELEASES = {"wan": "wan_tiny", "hunyuan_video": "hy_tiny"}
+
+
+def semantic_keys(family):
+    keys = json.loads((GOLDEN / f"{RELEASES[family.name]}.keys.json").read_text())
+    return {k.replace(".base_layer", "") for k in keys if ".lora_" not in k and not family.detail_source(k)}
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
+def family(request):
+    return request.param
+
+
+def test_real_key_list_is_matched_whole(family):
+    report = family.key_map.match(semantic_keys(family))
+    assert report.complete
+    assert family.is_native(report.matched)
+    assert sum(len(pieces) for pieces in report.matched.values()) == len(semantic_keys(family))
+
+
+def test_table_inverts(family):
+    for key in semantic_keys(family):
+        piece = family.key_map.find(key)
+        module = key.rpartition(".")[0]
+        native = piece.target.rpartition(".")[0]
+        sources = family.key_map.sources_of(native) or family.key_map.sources_of(piece.target)
+        assert {module, key} & {source.source for source in sources}
+
+
+def test_no_two_keys_become_one(family):
+    places = [(p.target, p.part) for key in semantic_keys(family) if (p := family.key_map.find(key))]
+    assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "target", "part"),
+    [
+        (WAN, "blocks.29.attn2.to_out.0.bias", "blocks.29.cross_attn.o.bias", None),
+        (WAN, "scale_shift_table", "head.modulation", None),
+        (HUNYUAN_VIDEO, "transformer_blocks.7.attn.add_v_proj.weight", "double_blocks.7.txt_attn.qkv.weight", 2),
+        (HUNYUAN_VIDEO, "single_transformer_blocks.39.proj_mlp.bias", "single_blocks.39.linear1.bias", 3),
+        (HUNYUAN_VIDEO, "transformer_blocks.0.attn.norm_added_q.weight", "double_blocks.0.txt_attn.norm.query_norm.scale", None),
+    ],
+)
+def test_known_places(family, key, target, part):
+    assert family.key_map.find(key) == Piece(key, target, part)
+
+
+def test_patterns_are_anchored(family):
+    for key in semantic_keys(family):
+        assert family.key_map.find(f"x.{key}") is None
+        assert family.key_map.find(f"{key}.x") is None
+
+
+@given(data=st.data())
+def test_mangled_key_lists_are_reported(data):
+    family = data.draw(st.sampled_from(list(FAMILIES.values())))
+    keys = sorted(semantic_keys(family))
+    dropped = data.draw(st.sets(st.sampled_from(keys), max_size=3))
+    added = data.draw(st.sets(st.text(min_size=1, max_size=20).filter(lambda k: family.key_map.find(k) is None), max_size=3))
+    report = family.key_map.match(set(keys) - dropped | added)
+    assert set(report.unmatched) == added
+    # HunyuanVideo's guidance embedder is not in every model
+    required = {key for key in dropped if "guidance_embedder" not in key}
+    assert required <= set(report.missing) <= dropped
+    assert report.complete == (not report.missing and not added)
+
+
+def test_missing_key_is_named(family):
+    key = sorted(semantic_keys(family))[0]
+    assert key in family.key_map.match(semantic_keys(family) - {key}).missing
+
+
+def test_collision_is_an_error():
+    key_map = KeyMap([Rule("a", "x"), Rule("b", "x")])
+    with pytest.raises(CheckpointError, match=r"a\.weight, b\.weight would all become x\.weight"):
+        key_map.match(["a.weight", "b.weight"])
+
+
+def test_fuse_stacks_rows_and_swaps_halves():
+    tensors = {"q": torch.zeros(2, 2), "k": torch.ones(2, 2), "s": torch.arange(4.0)}
+    fused = fuse([Piece("q", "qkv", 0), Piece("k", "qkv", 1)], tensors)
+    assert fused.tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    assert fuse([Piece("s", "t", swap_halves=True)], tensors).tolist() == [2, 3, 0, 1]
+
+
+def test_fuse_needs_every_part():
+    with pytest.raises(CheckpointError, match="qkv needs all its parts; found only k"):
+        fuse([Piece("k", "qkv", 1)], {"k": torch.ones(2, 2)})
+    with pytest.raises(CheckpointError, match="equal widths"):
+        fuse([Piece("q", "qkv", 0), Piece("k", "qkv", 1)], {"q": torch.ones(2, 3), "k": torch.ones(2, 2)})

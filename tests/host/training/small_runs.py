@@ -1,0 +1,40 @@
+"""What the tests of training share: small settings, random videos, a Trainer, comparisons."""
+
+import torch
+
+from dcm_core.experts.expert import expert_id
+
+SMALL = {
+    "steps": 3, "batch_size": 2, "rank": 4, "alpha": 8.0, "discriminator_width": 64, "checkpointing": False, "warmup_steps": 2,
+    "boundary": 0.9, "shift": 5.0,
+}
+
+
+def random_data(dataset, count=4, channels=16, size=(2, 4, 6), words=3):
+    """Training data for a small Wan model; `dataset` is the pack's module."""
+    generator = torch.Generator().manual_seed(5)
+    latents = [torch.randn(channels, *size, generator=generator) for _ in range(count)]
+    texts = [[[torch.randn(1, words, 4096, generator=generator), {}]] for _ in range(count)]
+    return dataset.TensorData(latents, texts, list(range(count)), [[torch.zeros(1, words, 4096), {}]])
+
+
+def make_trainer(module, model, data, config, folder):
+    """A Trainer for a MODEL that has not begun."""
+    training, places = module("nodes.host.training.run"), module("nodes.host.training.base")
+    family = module("nodes.host.experts.attach").require_family(model)
+    config = config.for_family(family)
+    places.hold(model, 0)
+    return module("dcm_core.distill.trainer").Trainer(
+        places.make_backbone(model, family, config), data, config, training.first_expert(model, family, config, None, None),
+        folder, model.load_device,
+    )
+
+
+def same(a, b):
+    """Whether two experts are equal to the last bit."""
+    return expert_id(a) == expert_id(b)
+
+
+def weights(model):
+    """A copy of a MODEL's weights."""
+    return {name: value.cpu().clone() for name, value in model.model.diffusion_model.state_dict().items()}

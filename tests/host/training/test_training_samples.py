@@ -1,0 +1,96 @@
+"""Samples during training: they show the expert and leave the run alone."""
+
+import pytest
+import torch
+
+from .small_runs import same, weights
+
+
+@pytest.fixture
+def train(train, model, data, config):
+    """train(side, folder, ...) -> the result of three steps."""
+
+    def run(side, folder, vae=None, **values):
+        return train(model, data, config(side, **{"learning_rate": 1e-2, **values}), folder, vae=vae)
+
+    return run
+
+
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_they_do_not_change_the_training(side, train, model, tmp_path):
+    """A stacked semantic expert is patched into the weights that teacher and student share."""
+    before = weights(model)
+    plain = train(side, tmp_path / "without")
+    sampled = train(side, tmp_path / "with", sample_every=1)
+    assert plain.history == sampled.history and same(plain.expert, sampled.expert)
+    after = weights(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_they_are_what_the_sampler_node_makes(train, module, node, model, data, tmp_path, monkeypatch):
+    show, seen = module("nodes.host.training.show"), []
+    strip = show.preview_strip
+    monkeypatch.setattr(show, "preview_strip", lambda *args: seen.append(args) or strip(*args))
+    expert = train("semantic", tmp_path, steps=1, sample_every=1, seed=3).expert
+    (_, latent), = seen
+    sampled = node(
+        "DCMSampler", model=show.with_experts(model, expert, None), positive=data.conditioning(0), seed=3,
+        latent_image={"samples": torch.zeros(1, *data.shape(0))}, schedule="auto", steps=9, cfg=1.0, denoise=1.0,
+    ).result[0]["samples"]
+    assert torch.equal(latent, model.model.process_latent_in(sampled))
+
+
+class Vae:
+    """Decodes a latent to grey frames."""
+
+    def decode(self, latent):
+        return torch.full((1, latent.shape[2], 16, 16, 3), 0.5)
+
+
+def test_losses_and_samples_are_shown_while_it_works(train, module, every_update, tmp_path, monkeypatch):
+    import comfy.utils
+
+    shown = []
+    monkeypatch.setattr(module("nodes.host.training.show"), "SHOW_SECONDS", 0.0)
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", None)
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, preview, **_: shown.append((value, total, preview)))
+    train("semantic", tmp_path, vae=Vae(), steps=4, sample_every=2)
+    # a sample has a bar of its own
+    steps = [entry for entry in shown if entry[1] == 4 and entry[2] is not None]
+    assert [value for value, _, _ in steps] == [1, 2, 3, 4]
+    pictures = [preview[1] for _, _, preview in steps]
+    assert pictures[0].size == (pictures[1].width, 432), "the losses alone"
+    assert pictures[1].height > 432 and pictures[3].height > 432, "with a sample below"
+    assert pictures[3].tobytes() != pictures[1].tobytes()
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["sample_00000002.mp4", "sample_00000004.mp4"]
+
+
+def test_a_sample_that_fails_does_not_end_the_run(train, tmp_path, caplog):
+    class Small(Vae):
+        def decode(self, latent):
+            raise torch.OutOfMemoryError("too little memory")
+
+    plain = train("semantic", tmp_path / "without")
+    assert train("semantic", tmp_path / "with", vae=Small(), sample_every=2).history == plain.history
+    assert "No sample video at step 2: too little memory" in caplog.text
+
+
+def test_an_interrupt_during_a_sample_ends_the_run(train, tmp_path):
+    import comfy.model_management as management
+
+    class Pressed(Vae):
+        def decode(self, latent):
+            raise management.InterruptProcessingException
+
+    with pytest.raises(management.InterruptProcessingException):
+        train("semantic", tmp_path, vae=Pressed(), sample_every=2)
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000002.safetensors"]
+
+
+def test_a_resumed_run_shows_the_losses_from_its_start(train, module, tmp_path, monkeypatch):
+    show, seen = module("nodes.host.training.show"), []
+    train("semantic", tmp_path, steps=2)
+    plot = show.plot_losses
+    monkeypatch.setattr(show, "plot_losses", lambda history, term: seen.append(len(history)) or plot(history, term))
+    train("semantic", tmp_path, steps=3)
+    assert seen == [3]
