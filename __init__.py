@@ -13,4 +13,5 @@ if __package__ and importlib.util.find_spec("comfy_api"):
 
         return DCMExtension()
 
+
 __all__ = ["WEB_DIRECTORY"]

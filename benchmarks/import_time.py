@@ -56,7 +56,13 @@ def once() -> dict[str, Any]:
     nodes = import_pack()
     done, added = time.perf_counter(), set(sys.modules) - before
     own = {name for name in added if name.partition(".")[0] == PACK}
-    return {"host": ready - started, "pack": done - ready, "nodes": nodes, "own": len(own), "others": sorted(added - own)}
+    return {
+        "host": ready - started,
+        "pack": done - ready,
+        "nodes": nodes,
+        "own": len(own),
+        "others": sorted(added - own),
+    }
 
 
 def main() -> None:
@@ -80,7 +86,9 @@ def main() -> None:
         print(f"{name}: {median(seconds):.3f} s [{min(seconds):.3f}, {max(seconds):.3f}]")
     last = found[-1]
     print(f"{last['nodes']} nodes, {last['own']} modules of the pack, {len(last['others'])} of others {last['others']}")
-    print(f"{platform.machine()}; Python {platform.python_version()}; median [least, most] of {options.repeats} processes")
+    print(
+        f"{platform.machine()}; Python {platform.python_version()}; median [least, most] of {options.repeats} processes"
+    )
 
 
 if __name__ == "__main__":

@@ -43,11 +43,16 @@ def write_files(folder: Path, layers: int, dtype: torch.dtype) -> dict[str, Path
         else:
             shapes[f"{module}.base_layer.{param}"] = shape
             if param == "weight":
-                shapes |= {f"{module}.lora_A.lora1.weight": (RANK, shape[1]), f"{module}.lora_B.lora1.weight": (shape[0], RANK)}
+                shapes |= {
+                    f"{module}.lora_A.lora1.weight": (RANK, shape[1]),
+                    f"{module}.lora_B.lora1.weight": (shape[0], RANK),
+                }
         for copied in WAN.detail_modules:
             if name.startswith(f"{copied}."):
                 shapes[name.replace(copied, f"{copied}_lora", 1)] = shape
-    random = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values()), generator=torch.Generator().manual_seed(0)).to(dtype)
+    random = torch.randn(
+        max(torch.Size(shape).numel() for shape in shapes.values()), generator=torch.Generator().manual_seed(0)
+    ).to(dtype)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, shape in shapes.items():
@@ -82,8 +87,12 @@ def main() -> None:
     dtypes = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", default="float32", choices=dtypes, help="of the files (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="loads of each kind (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="where the files are made and removed again (default: a temporary folder)")
-    parser.add_argument("--cpu-time", action="store_true", help="count the processor's seconds, where others use the machine too")
+    parser.add_argument(
+        "--folder", type=Path, help="where the files are made and removed again (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count the processor's seconds, where others use the machine too"
+    )
     parser.add_argument("--load", nargs=2, metavar=("KIND", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
@@ -97,11 +106,20 @@ def main() -> None:
         sizes = {kind: paths[kind].stat().st_size / 1e9 for kind in found}
         for _ in range(args.repeats):
             for kind, loads in found.items():
-                command = [sys.executable, __file__, "--load", kind, str(paths[kind]), *(["--cpu-time"] if args.cpu_time else [])]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--load",
+                    kind,
+                    str(paths[kind]),
+                    *(["--cpu-time"] if args.cpu_time else []),
+                ]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 seconds, peak = map(float, output.splitlines()[-1].split())
                 loads.append((seconds, peak))
-    print(f"{args.layers} layers, {args.dtype}, {os.cpu_count()} cores, {'processor' if args.cpu_time else 'clock'} seconds")
+    print(
+        f"{args.layers} layers, {args.dtype}, {os.cpu_count()} cores, {'processor' if args.cpu_time else 'clock'} seconds"
+    )
     for kind, loads in found.items():
         times, peaks = zip(*loads, strict=True)
         spread = f"{median(times):.2f} s [{min(times):.2f}, {max(times):.2f}]"

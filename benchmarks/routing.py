@@ -56,7 +56,9 @@ def start_host() -> Callable[[str], Any]:
     sys.argv = argv
     logging.disable(logging.INFO)
     root = Path(__file__).parents[1]
-    spec = importlib.util.spec_from_file_location("dcm_pack", root / "__init__.py", submodule_search_locations=[str(root)])
+    spec = importlib.util.spec_from_file_location(
+        "dcm_pack", root / "__init__.py", submodule_search_locations=[str(root)]
+    )
     sys.modules["dcm_pack"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return lambda name: importlib.import_module(f"dcm_pack.{name}")
@@ -69,10 +71,18 @@ def random_base(layers: int, dtype: torch.dtype) -> Any:
     from comfy.ldm.wan.model import WanModel
 
     shapes = WanModel(
-        dim=DIM, ffn_dim=FFN, num_heads=HEADS, num_layers=layers, text_dim=TEXT_DIM,
-        operations=comfy.ops.disable_weight_init, device="meta", dtype=dtype,
+        dim=DIM,
+        ffn_dim=FFN,
+        num_heads=HEADS,
+        num_layers=layers,
+        text_dim=TEXT_DIM,
+        operations=comfy.ops.disable_weight_init,
+        device="meta",
+        dtype=dtype,
     ).state_dict()
-    weights = {name: (torch.randn(tensor.shape) * 0.7 / tensor[0].numel() ** 0.5).to(dtype) for name, tensor in shapes.items()}
+    weights = {
+        name: (torch.randn(tensor.shape) * 0.7 / tensor[0].numel() ** 0.5).to(dtype) for name, tensor in shapes.items()
+    }
     return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
 
 
@@ -83,10 +93,16 @@ def random_expert(pack: Callable[[str], Any], shapes: dict[str, tuple[int, ...]]
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype) * 0.7 / shape[-1] ** 0.5
 
-    sites = [name.removesuffix(".weight") for name in shapes if name.endswith(tuple(f"attn.{p}.weight" for p in "qkvo"))]
+    sites = [
+        name.removesuffix(".weight") for name in shapes if name.endswith(tuple(f"attn.{p}.weight" for p in "qkvo"))
+    ]
     pairs = {site: (experts.LowRank(random(RANK, DIM), 0.2 * random(DIM, RANK), SCALE),) for site in sites}
     return experts.Expert(
-        "wan", "detail", pairs, {name: random(*shape) for name, shape in shapes.items() if name.startswith(REPLACED)}, boundary=BOUNDARY
+        "wan",
+        "detail",
+        pairs,
+        {name: random(*shape) for name, shape in shapes.items() if name.startswith(REPLACED)},
+        boundary=BOUNDARY,
     )
 
 
@@ -153,7 +169,17 @@ def run(
     latent, sampler = torch.zeros_like(noise), comfy.samplers.sampler_object("euler")
     for model, positive, part in stages:
         latent = comfy.sample.sample_custom(
-            model, noise, 1.0, sampler, parts[part], positive, positive, latent, callback=callback, disable_pbar=True, seed=1
+            model,
+            noise,
+            1.0,
+            sampler,
+            parts[part],
+            positive,
+            positive,
+            latent,
+            callback=callback,
+            disable_pbar=True,
+            seed=1,
         )
         noise = torch.zeros_like(noise)
     comfy.model_management.load_models_gpu([stages[0][0]])
@@ -207,7 +233,13 @@ def measure(
     names, found = list(workflows), {}
     for name, stages in workflows.items():  # warm-up: one step of each side
         held: list[int] = []
-        run(stages, sigmas[[0, -2, -1]], noise, clock, lambda held=held, stages=stages: held.append(weight_bytes(stages)))
+        run(
+            stages,
+            sigmas[[0, -2, -1]],
+            noise,
+            clock,
+            lambda held=held, stages=stages: held.append(weight_bytes(stages)),
+        )
         found[name] = (max(held), [], None)
     for repeat in range(repeats):
         print(f"{tokens} tokens, repeat {repeat + 1} of {repeats}", file=sys.stderr)
@@ -223,20 +255,29 @@ def report(found: dict[str, tuple[int, list, Tensor]], sigmas: Tensor, tokens: i
     ideal = arithmetic(tokens, layers)
     base_bytes, base_runs, _ = found[BASE]
     reference = found["routed"][2]
-    print(f"\n{tokens} tokens, {layers} layers, {first} + {steps - first} steps; median [least, most] of {len(base_runs)} repeats")
+    print(
+        f"\n{tokens} tokens, {layers} layers, {first} + {steps - first} steps; median [least, most] of {len(base_runs)} repeats"
+    )
     print(f"by arithmetic: detail step {ideal:.3f}, run {1 + (ideal - 1) * (steps - first) / steps:.3f}")
-    print("{:14}{:>7}{:>23}{:>23}{:>10}{:>12}{:>8}{:>11}".format(
-        "workflow", "run s", "run / plain", "detail step / plain", "switch s", "weights MB", "/ base", "vs routed"))
+    print(
+        "{:14}{:>7}{:>23}{:>23}{:>10}{:>12}{:>8}{:>11}".format(
+            "workflow", "run s", "run / plain", "detail step / plain", "switch s", "weights MB", "/ base", "vs routed"
+        )
+    )
     for name, (size, runs, latent) in found.items():
         pairs = list(zip(runs, base_runs, strict=True))
         totals = [own / base for (own, _), (base, _) in pairs]
         # without the first detail step, which holds the switch
-        details = [o / b for (_, own), (_, base) in pairs for o, b in zip(own[first + 1 :], base[first + 1 :], strict=True)]
+        details = [
+            o / b for (_, own), (_, base) in pairs for o, b in zip(own[first + 1 :], base[first + 1 :], strict=True)
+        ]
         switch = median(own[first] - median(own[first + 1 :]) for _, own in runs)
         error = "" if name == BASE else f"{(latent - reference).norm() / reference.norm():.0e}"
         cells = [f"{median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]" for ratios in (totals, details)]
-        print(f"{name:14}{median(s for s, _ in runs):7.2f}{cells[0]:>23}{cells[1]:>23}{switch:10.2f}{size / 1e6:12.1f}"
-              f"{size / base_bytes:8.3f}{error:>11}")
+        print(
+            f"{name:14}{median(s for s, _ in runs):7.2f}{cells[0]:>23}{cells[1]:>23}{switch:10.2f}{size / 1e6:12.1f}"
+            f"{size / base_bytes:8.3f}{error:>11}"
+        )
 
 
 def main() -> None:
@@ -244,7 +285,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[480, 2000])
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6, help="6: the release's timesteps; others (4 or more): its schedule's generic form")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=6,
+        help="6: the release's timesteps; others (4 or more): its schedule's generic form",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="CPU only: count the CPU seconds of one thread")
     options = parser.parse_args()
@@ -259,14 +305,20 @@ def main() -> None:
         torch.set_num_threads(1)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     preset = pack("dcm_core.families").WAN.preset
-    sigmas = preset.sigmas if options.steps == len(preset.timesteps) else pack("dcm_core.schedule").generic_sigmas(options.steps)
+    sigmas = (
+        preset.sigmas
+        if options.steps == len(preset.timesteps)
+        else pack("dcm_core.schedule").generic_sigmas(options.steps)
+    )
     with torch.inference_mode():
         workflows = make_workflows(pack, random_base(options.layers, dtype), dtype)
         for tokens in options.tokens:
             report(measure(workflows, sigmas, tokens, options.repeats, clock), sigmas, tokens, options.layers)
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    print(f"\n{device}; {str(dtype).removeprefix('torch.')}; torch {torch.__version__}; ComfyUI {host}; Python {platform.python_version()}")
+    print(
+        f"\n{device}; {str(dtype).removeprefix('torch.')}; torch {torch.__version__}; ComfyUI {host}; Python {platform.python_version()}"
+    )
 
 
 if __name__ == "__main__":

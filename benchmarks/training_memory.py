@@ -52,13 +52,32 @@ def transformer(name: str, dtype: torch.dtype) -> nn.Module:
     if name == WAN:
         return WanModel(dim=DIM, ffn_dim=FFN, num_heads=HEADS, num_layers=30, text_dim=TEXT_DIM, **place)
     return HunyuanVideo(
-        in_channels=16, out_channels=16, vec_in_dim=768, context_in_dim=4096, hidden_size=3072, mlp_ratio=4.0, num_heads=24, depth=20,
-        depth_single_blocks=40, axes_dim=[16, 56, 56], theta=256, patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=True, byt5=False,
-        meanflow=False, use_cond_type_embedding=False, vision_in_dim=None, image_model="hunyuan_video", **place,
+        in_channels=16,
+        out_channels=16,
+        vec_in_dim=768,
+        context_in_dim=4096,
+        hidden_size=3072,
+        mlp_ratio=4.0,
+        num_heads=24,
+        depth=20,
+        depth_single_blocks=40,
+        axes_dim=[16, 56, 56],
+        theta=256,
+        patch_size=[1, 2, 2],
+        qkv_bias=True,
+        guidance_embed=True,
+        byt5=False,
+        meanflow=False,
+        use_cond_type_embedding=False,
+        vision_in_dim=None,
+        image_model="hunyuan_video",
+        **place,
     )
 
 
-def flash_attention(_: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, skip_reshape: bool = False, **__: Any) -> Tensor:
+def flash_attention(
+    _: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, skip_reshape: bool = False, **__: Any
+) -> Tensor:
     """Attention with what a flash kernel keeps: the output, and one number for each row of each head."""
     if not skip_reshape:
         q, k, v = (value.unflatten(-1, (heads, -1)).transpose(1, 2) for value in (q, k, v))
@@ -69,7 +88,9 @@ def flash_attention(_: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: 
 def random_clip(pack: Callable[[str], Any], frames: int, extras: dict[str, Any]) -> Any:
     """One clip of so many frames with its text, as training data."""
     text = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM), extras]]
-    return pack("dcm_core.distill.data.dataset").TensorData([torch.randn(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text)
+    return pack("dcm_core.distill.data.dataset").TensorData(
+        [torch.randn(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text
+    )
 
 
 def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
@@ -82,7 +103,9 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
     shapes = {key: value.shape for key, value in module.state_dict().items()}
 
     def new(make: Callable[..., Any]) -> Any:
-        return make(family, modules, config.rank, config.alpha, generator, weight_of=lambda key: torch.empty(shapes[key]))
+        return make(
+            family, modules, config.rank, config.alpha, generator, weight_of=lambda key: torch.empty(shapes[key])
+        )
 
     expert = new(trainee.new_semantic if config.expert == "semantic" else trainee.new_detail)
     below = new(trainee.new_semantic) if config.expert == "detail" else None
@@ -99,7 +122,9 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
         return trainer.memory()
 
 
-def measure(pack: Callable[[str], Any], frames: int, dtype: torch.dtype, settings: dict[str, Any], steps: int = 3) -> tuple[float, float]:
+def measure(
+    pack: Callable[[str], Any], frames: int, dtype: torch.dtype, settings: dict[str, Any], steps: int = 3
+) -> tuple[float, float]:
     """(GiB at the peak, seconds a step) of a run on a Wan base of random weights."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -107,7 +132,11 @@ def measure(pack: Callable[[str], Any], frames: int, dtype: torch.dtype, setting
     attach, trainee = pack("nodes.host.experts.attach"), pack("dcm_core.distill.student")
     config = pack("dcm_core.distill.config").TrainingConfig(**settings, steps=steps)
     family, modules = attach.require_family(model), dict(attach.diffusion_model(model).named_modules())
-    below = trainee.new_semantic(family, modules, config.rank, config.alpha, torch.Generator()) if config.expert == "detail" else None
+    below = (
+        trainee.new_semantic(family, modules, config.rank, config.alpha, torch.Generator())
+        if config.expert == "detail"
+        else None
+    )
     data = random_clip(pack, frames, {})
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:

@@ -106,7 +106,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise DCMError(f"{path}: TOML needs Python 3.11. Write the settings as JSON.") from error
     except (OSError, ValueError) as error:
-        raise DCMError(f"{path} cannot be read as settings ({error}). Write JSON or TOML as in {TRAINING_PAGE}.") from error
+        raise DCMError(
+            f"{path} cannot be read as settings ({error}). Write JSON or TOML as in {TRAINING_PAGE}."
+        ) from error
     if not isinstance(settings, dict):
         raise DCMError(f"{path} holds a {type(settings).__name__}; expected settings by name, as in {TRAINING_PAGE}.")
     return settings
@@ -125,9 +127,13 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("convert", help="a released checkpoint -> a native base file and an expert file")
     command.add_argument("source", type=Path, help="transformer/diffusion_pytorch_model.safetensors of the release")
-    command.add_argument("base", type=Path, help="where to write the native base (ComfyUI: models/diffusion_models/...)")
+    command.add_argument(
+        "base", type=Path, help="where to write the native base (ComfyUI: models/diffusion_models/...)"
+    )
     command.add_argument("expert", type=Path, help="where to write the detail expert (ComfyUI: models/loras/...)")
-    command.add_argument("--dtype", choices=DTYPES, default=KEEP, help="of the base; fp8 only for the blocks (default: %(default)s)")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default=KEEP, help="of the base; fp8 only for the blocks (default: %(default)s)"
+    )
     command.add_argument("--overwrite", action="store_true", help="write over existing files")
     command.set_defaults(run=convert)
 
@@ -138,7 +144,9 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--rank", type=int, default=128, help="rank of every layer (default: %(default)s)")
     floats = [name for name, dtype in DTYPES.items() if dtype is not None and dtype.itemsize > 1]
     command.add_argument("--dtype", choices=floats, default="bfloat16", help="of the LoRA (default: %(default)s)")
-    command.add_argument("--device", type=device, default="cpu", help="where to decompose, e.g. cuda (default: %(default)s)")
+    command.add_argument(
+        "--device", type=device, default="cpu", help="where to decompose, e.g. cuda (default: %(default)s)"
+    )
     command.add_argument("--seed", type=int, default=0, help="of the decomposition (default: %(default)s)")
     command.add_argument("--layers", action="store_true", help="print a line for each layer")
     command.add_argument("--overwrite", action="store_true", help="write over an existing file")
@@ -151,8 +159,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("train", help="distil an expert, or go on with an interrupted run")
     command.add_argument("expert", choices=["semantic", "detail"], help="which expert")
-    command.add_argument("--config", type=Path, required=True, help=f"settings, a .json or .toml file ({TRAINING_PAGE})")
-    command.add_argument("--comfyui", type=Path, help="ComfyUI's folder (default: COMFYUI_PATH, or where the pack is installed)")
+    command.add_argument(
+        "--config", type=Path, required=True, help=f"settings, a .json or .toml file ({TRAINING_PAGE})"
+    )
+    command.add_argument(
+        "--comfyui", type=Path, help="ComfyUI's folder (default: COMFYUI_PATH, or where the pack is installed)"
+    )
     command.set_defaults(run=train)
     return parser
 
@@ -170,4 +182,3 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
-

@@ -98,7 +98,9 @@ def convert_release(
 def _check_targets(source: Path, targets: list[Path], overwrite: bool) -> None:
     resolved = [target.resolve() for target in targets]
     if source.resolve() in resolved or len(set(resolved)) < len(resolved):
-        raise CheckpointError(f"The outputs {', '.join(map(str, targets))} must be different files, and not the input {source}.")
+        raise CheckpointError(
+            f"The outputs {', '.join(map(str, targets))} must be different files, and not the input {source}."
+        )
     existing = [str(target) for target in targets if target.exists()]
     if existing and not overwrite:
         verb = "exists" if len(existing) == 1 else "exist"

@@ -67,7 +67,9 @@ class Extraction:
 
     def table(self) -> str:
         """A line a layer: name, rank, energy kept, relative error."""
-        return "\n".join(f"{one_line(n)}\t{r.rank}\t{r.energy:.4%}\t{r.error:.4f}" for n, r in sorted(self.layers.items()))
+        return "\n".join(
+            f"{one_line(n)}\t{r.rank}\t{r.energy:.4%}\t{r.error:.4f}" for n, r in sorted(self.layers.items())
+        )
 
 
 class NativeView:
@@ -102,7 +104,9 @@ class NativeView:
             pieces.setdefault(name, []).append(Piece(key, name))
         double = [piece.source for found in pieces.values() if len(found) > 1 for piece in found]
         if double:
-            raise CheckpointError(f"{self.file.path} holds the same tensors under two names ({name_some(double)}). Load a clean file.")
+            raise CheckpointError(
+                f"{self.file.path} holds the same tensors under two names ({name_some(double)}). Load a clean file."
+            )
         return pieces
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -165,7 +169,9 @@ def extract_lora(
         else:
             diff[name] = difference.to(dtype)
     if not low_rank and not diff:
-        raise CheckpointError(f"{tuned} and {base} hold the same weights: there is nothing to extract. Check which files you chose.")
+        raise CheckpointError(
+            f"{tuned} and {base} hold the same weights: there is nothing to extract. Check which files you chose."
+        )
     expert = Expert(new.family.name, "semantic", low_rank, diff=diff, boundary=new.family.preset.boundary)
     write_expert(out, expert, {name: new.shape(name) for name in new.pieces})
     return Extraction(out, layers, tuple(sorted(diff)), len(new.pieces) - len(low_rank) - len(diff))
@@ -183,12 +189,16 @@ def _check_device(device: torch.device | str) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"The device {device} cannot be used ({reason}). Choose cpu, or a device this machine has.") from error
+        raise CheckpointError(
+            f"The device {device} cannot be used ({reason}). Choose cpu, or a device this machine has."
+        ) from error
 
 
 def _check_same(new: NativeView, old: NativeView) -> None:
     if new.family is not old.family:
-        raise CheckpointError(f"The tuned model is {new.family.title}, the base {old.family.title}; expected two files of one model.")
+        raise CheckpointError(
+            f"The tuned model is {new.family.title}, the base {old.family.title}; expected two files of one model."
+        )
     odd = set(new.pieces) ^ set(old.pieces)
     odd |= {name for name in set(new.pieces) & set(old.pieces) if new.shape(name) != old.shape(name)}
     if odd:

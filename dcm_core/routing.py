@@ -191,4 +191,4 @@ def split_sigmas(sigmas: Tensor, boundary: float) -> tuple[Tensor, Tensor]:
             f"The {empty} side is empty: the steps start at sigma {sigmas[0]:.4g} .. {sigmas[-2]:.4g} and the boundary is "
             f"{boundary:g}. Choose a boundary between them, or sample without splitting."
         )
-    return sigmas[: plan.semantic + 1], sigmas[plan.semantic:]
+    return sigmas[: plan.semantic + 1], sigmas[plan.semantic :]

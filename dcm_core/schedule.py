@@ -59,7 +59,9 @@ def check_shift(shift: float) -> float:
         ScheduleError: not finite, or below 1e-3.
     """
     if not (math.isfinite(shift) and shift >= 1e-3):
-        raise ScheduleError(f"shift is {shift}; it has to be a positive number (DCM: {DEFAULT_SHIFT:g}, Wan 2.2: 5 to 12).")
+        raise ScheduleError(
+            f"shift is {shift}; it has to be a positive number (DCM: {DEFAULT_SHIFT:g}, Wan 2.2: 5 to 12)."
+        )
     return shift
 
 
@@ -73,7 +75,9 @@ def solver_sigmas(shift: float = DEFAULT_SHIFT, points: int = DEFAULT_POINTS) ->
     """
     check_shift(shift)
     if not 1 <= points <= TIMESTEPS:
-        raise ScheduleError(f"points is {points}; it has to lie in 1 .. {TIMESTEPS} (the released models use {DEFAULT_POINTS}).")
+        raise ScheduleError(
+            f"points is {points}; it has to lie in 1 .. {TIMESTEPS} (the released models use {DEFAULT_POINTS})."
+        )
     stride = TIMESTEPS // points
     index = stride * torch.arange(points, 0, -1, dtype=torch.float64) + (TIMESTEPS - stride * points)
     return shift_sigma(index / TIMESTEPS, shift).float()
@@ -119,7 +123,9 @@ def levels_for(steps: int, denoise: float) -> int:
     # KSampler's own tolerance
     levels = steps if denoise > 0.9999 else int(steps / denoise)
     if levels > MOST_LEVELS:
-        raise ScheduleError(f"denoise is {denoise}, too small for {counted(steps, 'step')}. Raise it to {steps / MOST_LEVELS:g} or more.")
+        raise ScheduleError(
+            f"denoise is {denoise}, too small for {counted(steps, 'step')}. Raise it to {steps / MOST_LEVELS:g} or more."
+        )
     return levels
 
 
@@ -141,7 +147,7 @@ def last_part(sigmas: Tensor, denoise: float) -> Tensor:
         ScheduleError: denoise outside (0, 1].
     """
     steps = len(sigmas) - 1
-    return sigmas[steps - max(1, round(steps * check_denoise(denoise))):]
+    return sigmas[steps - max(1, round(steps * check_denoise(denoise))) :]
 
 
 def make_sigmas(schedule: str | Sequence[float], steps: int, shift: float, denoise: float) -> Tensor:

@@ -47,7 +47,9 @@ def _visible(text: str, kept: str = "") -> str:
     if not has_hidden(text):
         return text
     return "".join(
-        character.encode("unicode_escape").decode() if unicodedata.category(character) in HIDDEN and character not in kept else character
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in HIDDEN and character not in kept
+        else character
         for character in text
     )
 

@@ -7,7 +7,9 @@ from .host.compat import tell_newer_host
 from .host.sampling.plan_route import add_route
 
 NODES: list[type[io.ComfyNode]] = [
-    node for module in (load, experts, sample, schedule, view, convert, conditioning, dataset, train) for node in module.NODES
+    node
+    for module in (load, experts, sample, schedule, view, convert, conditioning, dataset, train)
+    for node in module.NODES
 ]
 
 

@@ -63,7 +63,9 @@ class DCMLoadConditioning(io.ComfyNode):
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
         conditioning = load_conditioning(path_of(CONDITIONING, name, "name"))
-        return io.NodeOutput(conditioning, ui=report(f"{name}: {describe_conditioning(conditioning)}", cls.hidden.unique_id))
+        return io.NodeOutput(
+            conditioning, ui=report(f"{name}: {describe_conditioning(conditioning)}", cls.hidden.unique_id)
+        )
 
 
 NODES = [DCMSaveConditioning, DCMLoadConditioning]

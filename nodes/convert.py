@@ -30,9 +30,17 @@ class DCMConvertCheckpoint(io.ComfyNode):
                 "detail expert (models/loras). Works tensor by tensor in under 2 GB of memory."
             ),
             inputs=[
-                io.Combo.Input("model_name", options=files(MODELS), tooltip="A released checkpoint, or any diffusers-layout file."),
-                io.String.Input("base_name", default="dcm_semantic_base", tooltip="Name of the base file in models/diffusion_models."),
-                io.String.Input("expert_name", default="dcm_detail_expert", tooltip="Name of the expert file in models/loras."),
+                io.Combo.Input(
+                    "model_name", options=files(MODELS), tooltip="A released checkpoint, or any diffusers-layout file."
+                ),
+                io.String.Input(
+                    "base_name",
+                    default="dcm_semantic_base",
+                    tooltip="Name of the base file in models/diffusion_models.",
+                ),
+                io.String.Input(
+                    "expert_name", default="dcm_detail_expert", tooltip="Name of the expert file in models/loras."
+                ),
                 io.Combo.Input(
                     "dtype",
                     options=list(DTYPES),
@@ -43,7 +51,9 @@ class DCMConvertCheckpoint(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output(display_name="base_file", tooltip="Path of the written base."),
-                io.String.Output(display_name="expert_file", tooltip="Path of the written expert, empty if the file had none."),
+                io.String.Output(
+                    display_name="expert_file", tooltip="Path of the written expert, empty if the file had none."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -84,8 +94,16 @@ class DCMExtractLoRA(io.ComfyNode):
             inputs=[
                 io.Combo.Input("tuned_model", options=files(MODELS), tooltip="The full fine-tune, e.g. a DCM release."),
                 io.Combo.Input("base_model", options=files(MODELS), tooltip="The model it was made from."),
-                io.Int.Input("rank", default=128, min=1, max=4096, tooltip="Rank of every layer. More keeps more and weighs more."),
-                io.String.Input("name", default="dcm_semantic_expert", tooltip="Name of the LoRA file in models/loras."),
+                io.Int.Input(
+                    "rank",
+                    default=128,
+                    min=1,
+                    max=4096,
+                    tooltip="Rank of every layer. More keeps more and weighs more.",
+                ),
+                io.String.Input(
+                    "name", default="dcm_semantic_expert", tooltip="Name of the LoRA file in models/loras."
+                ),
                 io.Boolean.Input("overwrite", default=False, tooltip=OVERWRITE_TIP),
             ],
             outputs=[
@@ -99,7 +117,9 @@ class DCMExtractLoRA(io.ComfyNode):
 
     @classmethod
     @fingerprint
-    def fingerprint_inputs(cls, tuned_model: str | None = NONE, base_model: str | None = NONE, **inputs: Any) -> list[int]:
+    def fingerprint_inputs(
+        cls, tuned_model: str | None = NONE, base_model: str | None = NONE, **inputs: Any
+    ) -> list[int]:
         return [state_of(MODELS, tuned_model), state_of(MODELS, base_model)]
 
     @classmethod

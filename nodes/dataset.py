@@ -41,10 +41,19 @@ class DCMVideoDataset(io.ComfyNode):
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the model to train."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model to train."),
-                io.Int.Input("width", default=832, min=16, max=4096, step=16, tooltip="Width of the training clips in pixels."),
-                io.Int.Input("height", default=480, min=16, max=4096, step=16, tooltip="Height of the training clips in pixels."),
                 io.Int.Input(
-                    "frames", default=81, min=1, max=1001, step=4, tooltip="Length of the training clips: 1 more than a multiple of 4."
+                    "width", default=832, min=16, max=4096, step=16, tooltip="Width of the training clips in pixels."
+                ),
+                io.Int.Input(
+                    "height", default=480, min=16, max=4096, step=16, tooltip="Height of the training clips in pixels."
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=81,
+                    min=1,
+                    max=1001,
+                    step=4,
+                    tooltip="Length of the training clips: 1 more than a multiple of 4.",
                 ),
                 io.Float.Input(
                     "fps",
@@ -60,7 +69,11 @@ class DCMVideoDataset(io.ComfyNode):
                     tooltip="Keep each clip near its own aspect ratio, at about the same area. Off: crop all to width x height.",
                 ),
                 io.String.Input(
-                    "negative", default="", multiline=True, optional=True, tooltip="Negative prompt: what guidance moves away from."
+                    "negative",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Negative prompt: what guidance moves away from.",
                 ),
             ],
             outputs=[Dataset.Output(display_name="dataset", tooltip="Encoded clips for a training node.")],
@@ -86,7 +99,16 @@ class DCMVideoDataset(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, folder: str, vae: Any, clip: Any, width: int, height: int, frames: int, fps: float, buckets: bool, negative: str = ""
+        cls,
+        folder: str,
+        vae: Any,
+        clip: Any,
+        width: int,
+        height: int,
+        frames: int,
+        fps: float,
+        buckets: bool,
+        negative: str = "",
     ) -> io.NodeOutput:
         source, roots = clip_source(folder)
         dataset = prepare(
@@ -113,7 +135,9 @@ class DCMSaveDataset(io.ComfyNode):
             description="Writes encoded training data to one file, to train where there is no VAE and no text encoder.",
             inputs=[
                 Dataset.Input("dataset", tooltip="Encoded clips from DCM Video Dataset."),
-                io.String.Input("file_name", default="dataset", tooltip="Name of the file, written to models/dcm_datasets."),
+                io.String.Input(
+                    "file_name", default="dataset", tooltip="Name of the file, written to models/dcm_datasets."
+                ),
                 io.Boolean.Input("overwrite", default=False, tooltip="Write over an existing file."),
             ],
             outputs=[],

@@ -33,21 +33,27 @@ class DCMAttachExperts(io.ComfyNode):
                 "with its expert; the base weights are shared and stay as they are."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A Wan or HunyuanVideo model: native, fp8, GGUF, with LoRAs or without."),
+                io.Model.Input(
+                    "model", tooltip="A Wan or HunyuanVideo model: native, fp8, GGUF, with LoRAs or without."
+                ),
                 io.Combo.Input(
                     "semantic_lora",
                     options=expert_names(),
                     default="none",
                     tooltip="The expert for layout and motion, a file in models/loras. none: the base itself is the semantic expert.",
                 ),
-                io.Float.Input("semantic_strength", tooltip="Strength of the semantic expert; 0 leaves it out.", **strength),
+                io.Float.Input(
+                    "semantic_strength", tooltip="Strength of the semantic expert; 0 leaves it out.", **strength
+                ),
                 io.Combo.Input(
                     "detail_lora",
                     options=expert_names(),
                     default="none",
                     tooltip="The expert for detail, a file in models/loras: low-rank pairs and the layers it replaces.",
                 ),
-                io.Float.Input("detail_strength", tooltip="Strength of the detail expert; 0 leaves it out.", **strength),
+                io.Float.Input(
+                    "detail_strength", tooltip="Strength of the detail expert; 0 leaves it out.", **strength
+                ),
                 io.Float.Input(
                     "boundary",
                     default=0.0,
@@ -67,20 +73,34 @@ class DCMAttachExperts(io.ComfyNode):
                     "own. Pairs trained apart are independent: each works only on its side of the boundary.",
                 ),
                 TrainedExpert.Input(
-                    "semantic_expert", optional=True, tooltip="A semantic expert straight from its training; goes before semantic_lora."
+                    "semantic_expert",
+                    optional=True,
+                    tooltip="A semantic expert straight from its training; goes before semantic_lora.",
                 ),
                 TrainedExpert.Input(
-                    "detail_expert", optional=True, tooltip="A detail expert straight from its training; goes before detail_lora."
+                    "detail_expert",
+                    optional=True,
+                    tooltip="A detail expert straight from its training; goes before detail_lora.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with its experts, for any sampler.")],
             hidden=[io.Hidden.unique_id],
-            **newer(search_aliases=["dual expert", "high noise low noise lora", "apply dcm", "semantic expert", "detail expert"]),
+            **newer(
+                search_aliases=[
+                    "dual expert",
+                    "high noise low noise lora",
+                    "apply dcm",
+                    "semantic expert",
+                    "detail expert",
+                ]
+            ),
         )
 
     @classmethod
     @fingerprint
-    def fingerprint_inputs(cls, semantic_lora: str | None, detail_lora: str | None, **inputs: Any) -> list[tuple[int, ...]]:
+    def fingerprint_inputs(
+        cls, semantic_lora: str | None, detail_lora: str | None, **inputs: Any
+    ) -> list[tuple[int, ...]]:
         return [state_of_expert(semantic_lora), state_of_expert(detail_lora)]
 
     @classmethod

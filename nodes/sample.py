@@ -16,7 +16,9 @@ from .host.sampling.schedules import EULER, choose_sigmas, sampler_names, schedu
 from .host.sampling.setup import describe_run, plan_run
 from .schedule import DENOISE_TIP, SCHEDULE_TIP, SHIFT_TIP, STEPS_TIP
 
-DETAIL_MODEL_TIP = "A second full model for the low-noise side (Wan 2.2 A14B low noise). It is loaded when its side begins."
+DETAIL_MODEL_TIP = (
+    "A second full model for the low-noise side (Wan 2.2 A14B low noise). It is loaded when its side begins."
+)
 BOUNDARY_TIP = (
     "Sigma below which the detail side works. 0 takes the experts' own; with a detail_model 0.875 (text to video) or 0.9 (image "
     "to video)."
@@ -28,7 +30,13 @@ def side_inputs() -> list[io.Input]:
     return [
         io.Model.Input("detail_model", optional=True, tooltip=DETAIL_MODEL_TIP),
         io.Float.Input(
-            "detail_cfg", default=0.0, min=0.0, max=100.0, step=0.1, optional=True, tooltip="cfg of the detail side. 0 means as cfg."
+            "detail_cfg",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            optional=True,
+            tooltip="cfg of the detail side. 0 means as cfg.",
         ),
         io.Float.Input(
             "boundary", default=0.0, min=0.0, max=1.0, step=0.001, round=False, optional=True, tooltip=BOUNDARY_TIP
@@ -38,7 +46,12 @@ def side_inputs() -> list[io.Input]:
 
 def cfg_input() -> io.Input:
     return io.Float.Input(
-        "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance. DCM is distilled for 1: one model call a step, no negative."
+        "cfg",
+        default=1.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        tooltip="Guidance. DCM is distilled for 1: one model call a step, no negative.",
     )
 
 
@@ -56,9 +69,14 @@ class DCMSampler(io.ComfyNode):
                 "expert, one trajectory. The text on the node says which step runs with which expert."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A model with experts (DCM Load Model, DCM Attach Experts), or the high-noise model."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A model with experts (DCM Load Model, DCM Attach Experts), or the high-noise model.",
+                ),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
-                io.Latent.Input("latent_image", tooltip="An empty video latent, or a video to start from (denoise below 1)."),
+                io.Latent.Input(
+                    "latent_image", tooltip="An empty video latent, or a video to start from (denoise below 1)."
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -95,9 +113,13 @@ class DCMSampler(io.ComfyNode):
                     tooltip=SHIFT_TIP,
                 ),
                 io.Sigmas.Input(
-                    "sigmas", optional=True, tooltip="Noise levels from another node. Overrides schedule, steps, shift and denoise."
+                    "sigmas",
+                    optional=True,
+                    tooltip="Noise levels from another node. Overrides schedule, steps, shift and denoise.",
                 ),
-                io.Sampler.Input("sampler", optional=True, tooltip="A sampler from another node. Overrides sampler_name."),
+                io.Sampler.Input(
+                    "sampler", optional=True, tooltip="A sampler from another node. Overrides sampler_name."
+                ),
                 io.Combo.Input(
                     "sampler_name",
                     options=sampler_names(),
@@ -111,7 +133,15 @@ class DCMSampler(io.ComfyNode):
                 io.Latent.Output(display_name="denoised", tooltip="The last denoised estimate."),
             ],
             hidden=[io.Hidden.unique_id],
-            **newer(search_aliases=["dual expert sampler", "high noise low noise", "wan 2.2 sampler", "few step video", "moe sampler"]),
+            **newer(
+                search_aliases=[
+                    "dual expert sampler",
+                    "high noise low noise",
+                    "wan 2.2 sampler",
+                    "few step video",
+                    "moe sampler",
+                ]
+            ),
         )
 
     @classmethod
@@ -139,7 +169,9 @@ class DCMSampler(io.ComfyNode):
         notes: list[str] = []
         if sigmas is None:
             # what a connected sampler is called is not known
-            sigmas, notes = choose_sigmas(schedule, steps, shift, denoise, model, EULER if sampler is not None else sampler_name)
+            sigmas, notes = choose_sigmas(
+                schedule, steps, shift, denoise, model, EULER if sampler is not None else sampler_name
+            )
             model = with_shift(model, schedule, shift)
         plan = plan_run(model, sigmas, sigma)
         guider = make_guider(model, positive, negative, cfg, detail_cfg)

@@ -14,7 +14,9 @@ SCHEDULE_TIP = (
     "Noise levels. auto: the experts' own, or even with two full models. even: evenly spaced, for full models. DCM grid: levels that "
     "DCM experts are trained on. generic: DCM grid with experts, even without. The rest are KSampler's schedulers."
 )
-STEPS_TIP = "Number of steps. Not used by auto, unless there are two full models, nor by schedules named after their steps."
+STEPS_TIP = (
+    "Number of steps. Not used by auto, unless there are two full models, nor by schedules named after their steps."
+)
 SHIFT_TIP = "Flow shift, instead of the model's own: 17 for DCM, 5 to 12 for Wan 2.2. Not used where steps is not."
 DENOISE_TIP = (
     "With even and KSampler's schedulers: `steps` steps from a lower noise level, as in KSampler. With the others: the last part of "
@@ -41,10 +43,16 @@ class DCMScheduler(io.ComfyNode):
                 ),
                 io.Int.Input("steps", default=6, min=1, max=100, tooltip=STEPS_TIP),
                 io.Float.Input("shift", default=17.0, min=0.01, max=100.0, step=0.1, tooltip=SHIFT_TIP),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=f"1: the whole schedule. {DENOISE_TIP}"),
-                io.Model.Input("model", optional=True, tooltip="The model to sample. Needed by auto and KSampler's schedulers."),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=f"1: the whole schedule. {DENOISE_TIP}"
+                ),
                 io.Model.Input(
-                    "detail_model", optional=True, tooltip="The second full model, if there is one (Wan 2.2). auto is then even."
+                    "model", optional=True, tooltip="The model to sample. Needed by auto and KSampler's schedulers."
+                ),
+                io.Model.Input(
+                    "detail_model",
+                    optional=True,
+                    tooltip="The second full model, if there is one (Wan 2.2). auto is then even.",
                 ),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="Falling noise levels, the last 0.")],

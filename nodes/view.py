@@ -40,9 +40,13 @@ class DCMSchedulePlot(io.ComfyNode):
                 io.Int.Input("width", default=768, min=256, max=4096, step=8, tooltip="Width of the image."),
                 io.Int.Input("height", default=432, min=144, max=4096, step=8, tooltip="Height of the image."),
                 io.Model.Input(
-                    "model", optional=True, tooltip="The model to sample. Only its active experts are drawn. Needed if boundary is 0."
+                    "model",
+                    optional=True,
+                    tooltip="The model to sample. Only its active experts are drawn. Needed if boundary is 0.",
                 ),
-                io.Model.Input("detail_model", optional=True, tooltip="The second full model, if DCM Sampler has one (Wan 2.2)."),
+                io.Model.Input(
+                    "detail_model", optional=True, tooltip="The second full model, if DCM Sampler has one (Wan 2.2)."
+                ),
             ],
             outputs=[io.Image.Output(display_name="plot", tooltip="For Preview Image or Save Image.")],
             **newer(search_aliases=["plot sigmas", "sigma graph", "show schedule"]),
@@ -54,7 +58,9 @@ class DCMSchedulePlot(io.ComfyNode):
     ) -> io.NodeOutput:
         if model is None:
             if not boundary:
-                raise DCMError("boundary is 0 and no model is connected. Set boundary, or connect the model with its experts.")
+                raise DCMError(
+                    "boundary is 0 and no model is connected. Set boundary, or connect the model with its experts."
+                )
             plan = plan_steps(sigmas, boundary)
         else:
             prepared, sigma = prepare_model(model, boundary, detail_model)
@@ -90,11 +96,23 @@ class DCMInspectModel(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output(display_name="text", tooltip="What was found, a line for each fact."),
-                io.Image.Output(display_name="plot", tooltip="How much each expert changes each block, for Preview Image or Save Image."),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="How much each expert changes each block, for Preview Image or Save Image.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **newer(search_aliases=["what is this file", "model info", "lora info", "check lora", "matched keys", "expert magnitude"]),
+            **newer(
+                search_aliases=[
+                    "what is this file",
+                    "model info",
+                    "lora info",
+                    "check lora",
+                    "matched keys",
+                    "expert magnitude",
+                ]
+            ),
         )
 
     @classmethod

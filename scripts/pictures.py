@@ -42,12 +42,22 @@ RELEASE = {"model_name": "dcm_wan2.1_t2v_1.3B.safetensors"}
 # Graphs for nodes that no shipped workflow shows: [(type, column, row, widgets)], [(from, output, to, input)].
 GRAPHS = {
     "DCMSchedulePlot": (
-        [("DCMLoadModel", 0, 0, RELEASE), ("DCMScheduler", 1, 0, {}), ("DCMSchedulePlot", 2, 0, {}), ("PreviewImage", 3, 0, {})],
+        [
+            ("DCMLoadModel", 0, 0, RELEASE),
+            ("DCMScheduler", 1, 0, {}),
+            ("DCMSchedulePlot", 2, 0, {}),
+            ("PreviewImage", 3, 0, {}),
+        ],
         [(0, 0, 1, "model"), (0, 0, 2, "model"), (1, 0, 2, "sigmas"), (2, 0, 3, "images")],
     ),
     "DCMSplitSigmas": (
-        [("DCMLoadModel", 0, 0, RELEASE), ("DCMScheduler", 1, 0, {}), ("DCMSplitSigmas", 2, 0, {}),
-         ("SamplerCustomAdvanced", 3, 0, {}), ("SamplerCustomAdvanced", 3, 1, {})],
+        [
+            ("DCMLoadModel", 0, 0, RELEASE),
+            ("DCMScheduler", 1, 0, {}),
+            ("DCMSplitSigmas", 2, 0, {}),
+            ("SamplerCustomAdvanced", 3, 0, {}),
+            ("SamplerCustomAdvanced", 3, 1, {}),
+        ],
         [(0, 0, 1, "model"), (0, 0, 2, "model"), (1, 0, 2, "sigmas"), (2, 0, 3, "sigmas"), (2, 1, 4, "sigmas")],
     ),
     "DCMSaveConditioning": (
@@ -55,8 +65,12 @@ GRAPHS = {
         [(0, 0, 1, "clip"), (1, 0, 2, "conditioning")],
     ),
     "DCMVideoDataset": (
-        [("VAELoader", 0, 0, {"vae_name": "wan_2.1_vae.safetensors"}), ("CLIPLoader", 0, 1, ENCODER), ("DCMVideoDataset", 1, 0, {}),
-         ("DCMTrainSemanticExpert", 2, 0, {})],
+        [
+            ("VAELoader", 0, 0, {"vae_name": "wan_2.1_vae.safetensors"}),
+            ("CLIPLoader", 0, 1, ENCODER),
+            ("DCMVideoDataset", 1, 0, {}),
+            ("DCMTrainSemanticExpert", 2, 0, {}),
+        ],
         [(0, 0, 2, "vae"), (1, 0, 2, "clip"), (2, 0, 3, "dataset")],
     ),
     "DCMSaveDataset": ([("DCMVideoDataset", 0, 0, {}), ("DCMSaveDataset", 1, 0, {})], [(0, 0, 1, "dataset")]),
@@ -84,13 +98,17 @@ BOX = """const nodes = ids ? ids.map(id => app.graph.getNodeById(id)) : app.grap
   const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + 40, bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + 40;
 """
 EXTENT = f"ids => {{ {BOX} return [right - left, bottom - top]; }}"
-FRAME = "([ids, width, height]) => { const canvas = app.canvas; " + BOX + """
+FRAME = (
+    "([ids, width, height]) => { const canvas = app.canvas; "
+    + BOX
+    + """
   const scale = Math.min(width / (right - left), height / (bottom - top), 1.2);
   canvas.deselectAll?.();
   canvas.ds.scale = scale;
   canvas.ds.offset = [(width / scale - right - left) / 2, (height / scale - bottom - top) / 2];
   canvas.setDirty(true, true);
 }"""
+)
 
 NEIGHBOURS = """kind => {
   const node = app.graph._nodes.find(other => other.type === kind), found = new Set([node.id]);
@@ -103,12 +121,20 @@ NEIGHBOURS = """kind => {
 
 def stand_in_for_files(base: Path) -> None:
     """Empty files under the names that the graphs load: what is missing is drawn in red."""
-    made_by_the_user = {"DCMLoadConditioning": "models/dcm_conditioning", "DCMAttachExperts": "models/loras", "LoadImage": "input"}
+    made_by_the_user = {
+        "DCMLoadConditioning": "models/dcm_conditioning",
+        "DCMAttachExperts": "models/loras",
+        "LoadImage": "input",
+    }
     for path in WORKFLOWS:
         for node in read(path)["nodes"]:
             files = {f"models/{model['directory']}/{model['name']}" for model in node["properties"].get("models", [])}
             if folder := made_by_the_user.get(node["type"]):
-                files |= {f"{folder}/{name}" for name in node["widgets_values"] if str(name).endswith((".safetensors", ".png"))}
+                files |= {
+                    f"{folder}/{name}"
+                    for name in node["widgets_values"]
+                    if str(name).endswith((".safetensors", ".png"))
+                }
             # what comes with the pack is there
             files = {file for file in files if "dcm_small_world" not in file}
             for file in files:
@@ -149,7 +175,9 @@ def main() -> None:
         with start_server(Path(base), *arguments, folder=FOLDER) as server:
             for key, value in SETTINGS.items():
                 server.request(f"/settings/{key}", value)
-            page = Page(running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS), server, "pictures", nodes2=False)
+            page = Page(
+                running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS), server, "pictures", nodes2=False
+            )
             page.command("Workspace.ToggleFocusMode")
             page.page.add_style_tag(content=STYLE)
             # what a run leaves on the node is part of these pictures

@@ -1,6 +1,6 @@
 """Pass the tests: lint, the registry's rules, and the test suite in a real ComfyUI; what runs in the host also in a newer one.
 
-    python scripts/test.py [--newer] [pytest arguments]
+python scripts/test.py [--newer] [pytest arguments]
 """
 
 from __future__ import annotations
@@ -46,7 +46,12 @@ def prepare_oldest() -> Environment:
 
 def lint(environment: Environment) -> int:
     """The checks that run no code of the pack."""
-    return run("ruff", [str(environment.python), "-m", "ruff", "check", "."], environment) or validate(environment)
+    ruff = [str(environment.python), "-m", "ruff"]
+    return (
+        run("ruff check", [*ruff, "check", "."], environment)
+        or run("ruff format", [*ruff, "format", "--check", "."], environment)
+        or validate(environment)
+    )
 
 
 def run_tests(environment: Environment, arguments: list[str], **variables: str) -> int:
@@ -83,7 +88,9 @@ def run_in_both() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--newer", action="store_true", help=f"only in ComfyUI {NEWER.version}; tests/host, or what the arguments name")
+    parser.add_argument(
+        "--newer", action="store_true", help=f"only in ComfyUI {NEWER.version}; tests/host, or what the arguments name"
+    )
     add_options(parser)
     options, arguments = parser.parse_known_args()
     if options.newer:

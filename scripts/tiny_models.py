@@ -84,7 +84,9 @@ def wan_release(seed: int = 0) -> dict[str, Tensor]:
             release[name] = random_weight(name, shape, generator)
         copied = next((m for m in WAN.detail_modules if name.startswith(f"{m}.")), None)
         if copied:
-            release[name.replace(copied, f"{copied}_lora", 1)] = release[name] + 0.1 * random_weight(name, shape, generator)
+            release[name.replace(copied, f"{copied}_lora", 1)] = release[name] + 0.1 * random_weight(
+                name, shape, generator
+            )
     return release
 
 
@@ -110,8 +112,13 @@ def wan_vae(seed: int = 0, width: int = 8) -> dict[str, Tensor]:
     from comfy.ldm.wan.vae import WanVAE
 
     vae = WanVAE(
-        dim=width, z_dim=LATENT, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
-        temperal_downsample=[False, True, True], dropout=0.0,
+        dim=width,
+        z_dim=LATENT,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+        dropout=0.0,
     )
     generator = torch.Generator().manual_seed(seed)
     return {name: vae_weight(name, tuple(tensor.shape), generator) for name, tensor in vae.state_dict().items()}
@@ -123,7 +130,9 @@ def write(models: Path) -> None:
         RELEASE: lambda path: write_tensors(path, wan_release(), {}),
         VAE: lambda path: write_tensors(path, wan_vae(), {}),
         PROMPT: lambda path: save_conditioning(
-            path, [[torch.randn(1, 24, TEXT, generator=torch.Generator().manual_seed(1)).bfloat16(), {}]], "a random prompt"
+            path,
+            [[torch.randn(1, 24, TEXT, generator=torch.Generator().manual_seed(1)).bfloat16(), {}]],
+            "a random prompt",
         ),
     }
     for name, make in makers.items():

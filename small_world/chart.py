@@ -21,14 +21,21 @@ def chart(table: Mapping[str, Mapping[str, Any]], measure: str, size: tuple[int,
     Args:
         table: method -> its measures, each a number or (number, standard error), and its `calls`.
     """
-    rows = {title: (_value(row["calls"])[0], *_value(row[measure])) for title, row in table.items() if _value(row[measure])[0] > NOTHING}
+    rows = {
+        title: (_value(row["calls"])[0], *_value(row[measure]))
+        for title, row in table.items()
+        if _value(row[measure])[0] > NOTHING
+    }
     base = sorted(point for title, point in rows.items() if title.startswith("base"))
     points = {title: rows[title] for title in EXPERTS if title in rows}
     canvas = Canvas(*size, (17, 12, 5, 14))
     unit = canvas.unit
     shown = [*base, *points.values()]
     across = min(calls for calls, _, _ in shown) / 1.3, max(calls for calls, _, _ in shown) * 1.3
-    up = 10 ** math.floor(math.log10(min(value for _, value, _ in shown))), 10 ** math.ceil(math.log10(max(value for _, value, _ in shown)))
+    up = (
+        10 ** math.floor(math.log10(min(value for _, value, _ in shown))),
+        10 ** math.ceil(math.log10(max(value for _, value, _ in shown))),
+    )
 
     def at(calls: float, value: float) -> Point:
         return canvas.at(_share(calls, across), _share(max(value, up[0]), up))
@@ -41,7 +48,10 @@ def chart(table: Mapping[str, Mapping[str, Any]], measure: str, size: tuple[int,
     canvas.text((canvas.at(0.5, 0)[0], canvas.bottom + 7 * unit), "calls of the model", "ma")
     canvas.line([at(calls, value) for calls, value, _ in base], TEXT, 0.7)
     legend = canvas.top + 2 * unit
-    for title, colour, marks in (("base", TEXT, base), *((title, EXPERTS[title], [point]) for title, point in points.items())):
+    for title, colour, marks in (
+        ("base", TEXT, base),
+        *((title, EXPERTS[title], [point]) for title, point in points.items()),
+    ):
         for calls, value, error in marks:
             canvas.line([at(calls, value - error), at(calls, value + error)], colour, 0.5)
             canvas.dot(at(calls, value), colour, 1.3)
@@ -51,7 +61,9 @@ def chart(table: Mapping[str, Mapping[str, Any]], measure: str, size: tuple[int,
     return canvas.finished()
 
 
-def charts(table: Mapping[str, Mapping[str, Any]], measures: tuple[str, ...] = ("latent distance", "spectrum error")) -> Image.Image:
+def charts(
+    table: Mapping[str, Mapping[str, Any]], measures: tuple[str, ...] = ("latent distance", "spectrum error")
+) -> Image.Image:
     """Charts side by side."""
     parts = [chart(table, measure) for measure in measures]
     whole = Image.new("RGB", (sum(part.width for part in parts), parts[0].height))

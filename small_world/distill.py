@@ -38,14 +38,37 @@ PHASES = 3
 # expert, brings the spectrum closer and latents further away (docs/small-world-trials.md).
 # No guidance: a base of this size needs little, and an expert of this size learns it badly (docs/small-world-trials.md).
 SEMANTIC = config_module.TrainingConfig(
-    "semantic", steps=4500, batch_size=8, rank=0, learning_rate=2e-4, scheduler="cosine", warmup_steps=50, ema_decay=0.95,
-    boundary=BOUNDARY, shift=SHIFT, phases=PHASES, entry_share=0.5, cfg=0.0, checkpointing=False, save_every=400, keep=1,
+    "semantic",
+    steps=4500,
+    batch_size=8,
+    rank=0,
+    learning_rate=2e-4,
+    scheduler="cosine",
+    warmup_steps=50,
+    ema_decay=0.95,
+    boundary=BOUNDARY,
+    shift=SHIFT,
+    phases=PHASES,
+    entry_share=0.5,
+    cfg=0.0,
+    checkpointing=False,
+    save_every=400,
+    keep=1,
 )
 # The semantic expert below is trained whole, its feed-forward layers for high noise: here they need pairs too.
 # The paper's adversarial weight of 0.1 brings the spectrum closer, but pixels and latents further away (docs/small-world-trials.md).
 DETAIL = replace(
-    SEMANTIC, expert="detail", entry_share=0.0, steps=4500, rank=64, alpha=128.0, every_linear=True, learning_rate=3e-4,
-    adversarial_weight=0.06, discriminator_learning_rate=1e-4, discriminator_width=256,
+    SEMANTIC,
+    expert="detail",
+    entry_share=0.0,
+    steps=4500,
+    rank=64,
+    alpha=128.0,
+    every_linear=True,
+    learning_rate=3e-4,
+    adversarial_weight=0.06,
+    discriminator_learning_rate=1e-4,
+    discriminator_width=256,
 )
 
 
@@ -121,7 +144,9 @@ def expert_path(folder: Path, name: str) -> Path:
 
 def load_expert(folder: Path, name: str, model: Any) -> Any:
     """A trained expert."""
-    return pack("nodes.host.experts.expert_files").read_expert_file(expert_path(folder, name), RUNS[name].config.expert, model)
+    return pack("nodes.host.experts.expert_files").read_expert_file(
+        expert_path(folder, name), RUNS[name].config.expert, model
+    )
 
 
 def train(folder: Path, name: str, seed: int, steps: int | None) -> None:
@@ -153,7 +178,9 @@ def train_side_by_side(folder: Path, names: list[str], at_once: int, options: li
                 if process.poll() is not None:
                     del working[name]
                     if process.returncode:
-                        raise SystemExit(f"{name} ended with {process.returncode}; the runs that were at work can be gone on with.")
+                        raise SystemExit(
+                            f"{name} ended with {process.returncode}; the runs that were at work can be gone on with."
+                        )
     finally:
         # they save themselves
         for process in working.values():

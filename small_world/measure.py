@@ -47,7 +47,9 @@ def sample_all(model: Any, steps: int, cfg: float, videos: int, seed: int) -> Te
     """So many videos of each caption, (captions x videos, 16, frames, height, width), from the same noise for every model."""
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(NAMES))]
     noises = [torch.randn((videos, *LATENT), generator=generator) for generator in generators]
-    return torch.cat([sample(model, caption(*name), noise, steps, cfg) for name, noise in zip(NAMES, noises, strict=True)])
+    return torch.cat(
+        [sample(model, caption(*name), noise, steps, cfg) for name, noise in zip(NAMES, noises, strict=True)]
+    )
 
 
 @torch.no_grad()
@@ -77,7 +79,9 @@ def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
     return found
 
 
-def judge(latents: Tensor, videos: Tensor, reference: dict[str, Tensor], names: Sequence[tuple[str, str, str]]) -> Measures:
+def judge(
+    latents: Tensor, videos: Tensor, reference: dict[str, Tensor], names: Sequence[tuple[str, str, str]]
+) -> Measures:
     """All measures of one method: of the set of its videos, of what each shows, and against the reference's video of the same noise."""
     seen, wanted = [look(video) for video in videos], [look(video) for video in reference["videos"]]
     matches = torch.tensor([one.matches(name) for one, name in zip(seen, names, strict=True)]).float()
@@ -151,8 +155,11 @@ def measure(folder: Path, seed: int, videos: int) -> dict[str, Measures]:
         shown_videos[title] = found
         # guidance asks the model twice a step
         table[title] = {"calls": steps * (1 + (cfg > 1)), **judge(latents, found, reference, names)}
-        print(f"{seed}, {title} ({time.monotonic() - started:.0f} s): "
-              + ", ".join(f"{name} {shown(value)}" for name, value in table[title].items()), flush=True)
+        print(
+            f"{seed}, {title} ({time.monotonic() - started:.0f} s): "
+            + ", ".join(f"{name} {shown(value)}" for name, value in table[title].items()),
+            flush=True,
+        )
     contact_sheet(shown_videos, folder / f"frames_{seed}.png")
     write(table, path)
     return table
@@ -168,7 +175,8 @@ def write(table: dict[str, Measures], path: Path) -> None:
 def read(path: Path) -> dict[str, Measures]:
     table = json.loads(path.with_suffix(".json").read_text())
     return {
-        title: {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()} for title, row in table.items()
+        title: {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
+        for title, row in table.items()
     }
 
 
@@ -180,7 +188,10 @@ def main() -> None:
     args = parser.parse_args()
     tables = [measure(args.folder, seed, args.videos) for seed in args.seeds]
     if len(tables) > 1:
-        means = {title: {name: mean_of([table[title][name] for table in tables]) for name in row} for title, row in tables[0].items()}
+        means = {
+            title: {name: mean_of([table[title][name] for table in tables]) for name in row}
+            for title, row in tables[0].items()
+        }
         write(means, args.folder / "measured")
         charts(means).save(args.folder / "measured.png")
 

@@ -49,8 +49,12 @@ def compact(expert: Any, values: int) -> Any:
     pairs = {name: extract.truncate(value, min(value.shape), generator)[:2] for name, value in added.items()}
     text = f"{TEXT_LAYER}.weight"
     gains = [(math.inf, text)] * TEXT_RANK + sorted(
-        ((float(energy) / sum(added[name].shape), name) for name, (down, up) in pairs.items() if name != text
-         for energy in down.square().sum(1) * up.square().sum(0)),
+        (
+            (float(energy) / sum(added[name].shape), name)
+            for name, (down, up) in pairs.items()
+            if name != text
+            for energy in down.square().sum(1) * up.square().sum(0)
+        ),
         reverse=True,
     )
     left = values - sum(value.numel() for value in (*others.values(), *expert.replaced.values()))
@@ -64,7 +68,8 @@ def compact(expert: Any, values: int) -> Any:
     whole = {name: value for name, value in added.items() if sizes[name] == value.numel()}
     low_rank = {
         name.removesuffix(".weight"): (experts.LowRank(down[: ranks[name]], up[:, : ranks[name]], scale=1.0),)
-        for name, (down, up) in pairs.items() if ranks[name] and name not in whole
+        for name, (down, up) in pairs.items()
+        if ranks[name] and name not in whole
     }
     return dataclasses.replace(expert, low_rank=low_rank, diff=others | whole)
 
@@ -81,12 +86,20 @@ def write_experts(folder: Path, base: Any, target: Path) -> None:
     small = compact(dataclasses.replace(semantic, replaced={}, diff=diff), SEMANTIC_VALUES)
     # to the semantic expert as it is shipped: what that one lost is in it too
     names = [f"{TEXT_LAYER}.weight", f"{TEXT_LAYER}.bias", *(f"{module}.weight" for module in detail.low_rank)]
-    diff = {name: experts.merged(detail, name, of_semantic) - experts.merged(small, name, weights.__getitem__) for name in names}
+    diff = {
+        name: experts.merged(detail, name, of_semantic) - experts.merged(small, name, weights.__getitem__)
+        for name in names
+    }
     own = {name: value for name, value in detail.replaced.items() if name not in names}
-    found = {"semantic": small, "detail": compact(dataclasses.replace(detail, low_rank={}, replaced=own, diff=diff), DETAIL_VALUES)}
+    found = {
+        "semantic": small,
+        "detail": compact(dataclasses.replace(detail, low_rank={}, replaced=own, diff=diff), DETAIL_VALUES),
+    }
     target.mkdir(parents=True, exist_ok=True)
     for side, expert in found.items():
-        experts.write_expert(target / f"dcm_small_world_{side}.safetensors", expert, attach.module_shapes(base), torch.bfloat16)
+        experts.write_expert(
+            target / f"dcm_small_world_{side}.safetensors", expert, attach.module_shapes(base), torch.bfloat16
+        )
 
 
 def write_captions(folder: Path) -> None:

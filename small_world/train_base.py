@@ -33,7 +33,9 @@ LEARNING_RATE, DECAY, SHIFT, NO_CAPTION = 2e-3, 0.999, 4.0, 0.1
 
 def make_transformer() -> WanModel:
     """The host's class with Wan's own initial weights."""
-    model = WanModel(dim=WIDTH, ffn_dim=4 * WIDTH, num_heads=HEADS, num_layers=LAYERS, text_dim=TEXT_WIDTH, operations=nn)
+    model = WanModel(
+        dim=WIDTH, ffn_dim=4 * WIDTH, num_heads=HEADS, num_layers=LAYERS, text_dim=TEXT_WIDTH, operations=nn
+    )
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -64,7 +66,9 @@ def encode_clips(folder: Path, count: int, seed: int) -> Tensor:
         vae = load_vae(folder)
         scenes = clips(count, seed)
         parts = [scenes[start : start + ENCODED_AT_ONCE] for start in range(0, count, ENCODED_AT_ONCE)]
-        latents = torch.cat([Wan21().process_in(vae.encode(torch.stack([render(scene) for scene in part]))) for part in parts])
+        latents = torch.cat(
+            [Wan21().process_in(vae.encode(torch.stack([render(scene) for scene in part]))) for part in parts]
+        )
         write_tensors(path, {"latents": latents.half()}, {})
     return TensorFile(path).read("latents").float()
 

@@ -44,8 +44,13 @@ class Stage:
 def make_vae() -> WanVAE:
     """The architecture that the host's loader recognises, with torch's own initial weights."""
     vae = WanVAE(
-        dim=WIDTH, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
-        temperal_downsample=[False, True, True], dropout=0.0,
+        dim=WIDTH,
+        z_dim=16,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+        dropout=0.0,
     )
     for module in vae.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -76,8 +81,10 @@ def crops(stage: Stage, generator: torch.Generator) -> Tensor:
     pieces = []
     for _ in range(stage.batch):
         video = render(draw_scene(generator))
-        start, top, left = (int(torch.randint(whole - part + 1, (), generator=generator))
-                            for whole, part in zip(video.shape[1:], (stage.frames, stage.size, stage.size), strict=True))
+        start, top, left = (
+            int(torch.randint(whole - part + 1, (), generator=generator))
+            for whole, part in zip(video.shape[1:], (stage.frames, stage.size, stage.size), strict=True)
+        )
         pieces.append(video[:, start : start + stage.frames, top : top + stage.size, left : left + stage.size])
     return torch.stack(pieces)
 
@@ -122,7 +129,9 @@ def train(seed: int) -> WanVAE:
     generator = torch.Generator().manual_seed(seed)
     for stage in STAGES:
         optimizer = torch.optim.AdamW(vae.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, stage.learning_rate, total_steps=stage.steps, pct_start=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, stage.learning_rate, total_steps=stage.steps, pct_start=0.05
+        )
         started, mean = time.monotonic(), 0.0
         for step in range(1, stage.steps + 1):
             video = crops(stage, generator)
@@ -138,7 +147,9 @@ def train(seed: int) -> WanVAE:
             average.update_parameters(vae)
             mean += (F.l1_loss(decoded, video).item() - mean) * max(0.02, 1 / step)
             if step % 50 == 0:
-                print(f"vae {stage.name} step {step} mean L1 {mean:.4f}, {time.monotonic() - started:.0f} s", flush=True)
+                print(
+                    f"vae {stage.name} step {step} mean L1 {mean:.4f}, {time.monotonic() - started:.0f} s", flush=True
+                )
     trained = average.module
     give_latents_the_host_s_scale(trained, seed + 1)
     return trained

@@ -121,5 +121,8 @@ def clips(count: int, seed: int) -> list[Scene]:
 
 def embed(text: str) -> Tensor:
     """Stand-in for a text encoder: a fixed random vector for each word, (words, TEXT_WIDTH) bfloat16; one zero for no text."""
-    words = [torch.randn(TEXT_WIDTH, generator=torch.Generator().manual_seed(zlib.crc32(word.encode()))) for word in text.split()]
+    words = [
+        torch.randn(TEXT_WIDTH, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
+        for word in text.split()
+    ]
     return (torch.stack(words) if words else torch.zeros(1, TEXT_WIDTH)).bfloat16()

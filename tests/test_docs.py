@@ -15,7 +15,10 @@ from dcm_core.distill.config import TrainingConfig
 ROOT = Path(__file__).parents[1]
 METHOD_MAP = ROOT / "docs" / "method-map.md"
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "small_world/README.md", "benchmarks/README.md")),
+    *(
+        ROOT / name
+        for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "small_world/README.md", "benchmarks/README.md")
+    ),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 # [text](target), ![text](target), [text](<target>) and <img src="target">
@@ -48,7 +51,9 @@ def names_in(path):
     for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found.add(node.name)
-            found |= {f"{node.name}.{part.name}" for part in getattr(node, "body", []) if isinstance(part, ast.FunctionDef)}
+            found |= {
+                f"{node.name}.{part.name}" for part in getattr(node, "body", []) if isinstance(part, ast.FunctionDef)
+            }
     return found
 
 
@@ -72,7 +77,17 @@ def test_paths_in_code_marks_exist(page):
         assert (ROOT / path).exists(), path
 
 
-ASKED = ("boundary", "3 + 3", "KSampler", "Other samplers", "LoRA for each expert", "GGUF", "memory", "Other packs", "Seeds")
+ASKED = (
+    "boundary",
+    "3 + 3",
+    "KSampler",
+    "Other samplers",
+    "LoRA for each expert",
+    "GGUF",
+    "memory",
+    "Other packs",
+    "Seeds",
+)
 
 
 def test_the_readme_shows_a_picture_and_answers_what_is_asked():
@@ -84,8 +99,17 @@ def test_the_readme_shows_a_picture_and_answers_what_is_asked():
 
 def test_the_readme_names_every_node():
     table = (ROOT / "README.md").read_text(encoding="utf-8").split("## The nodes")[1].split("\n## ")[0]
-    named = {name for cell in re.findall(r"^\| (\*\*.+?) \|", table, re.MULTILINE) for name in re.findall(r"\*\*DCM (.+?)\*\*", cell)}
-    named |= {f"{verb} {what}" for pair in named for verbs, what in re.findall(r"^(Save / Load) (.+)", pair) for verb in verbs.split(" / ")}
+    named = {
+        name
+        for cell in re.findall(r"^\| (\*\*.+?) \|", table, re.MULTILINE)
+        for name in re.findall(r"\*\*DCM (.+?)\*\*", cell)
+    }
+    named |= {
+        f"{verb} {what}"
+        for pair in named
+        for verbs, what in re.findall(r"^(Save / Load) (.+)", pair)
+        for verb in verbs.split(" / ")
+    }
     nodes = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
     assert {node["display_name"].removeprefix("DCM ") for node in nodes.values()} <= named
 
@@ -110,8 +134,12 @@ def test_every_equation_of_training_is_in_the_map():
 
 @pytest.mark.parametrize(
     ("text", "test"),
-    [("[a](no-such.md)", test_links_lead_somewhere), ("![a](<no such.png>)", test_links_lead_somewhere),
-     ("[a](#no-such)", test_links_lead_somewhere), ("`tests/no_such.py`", test_paths_in_code_marks_exist)],
+    [
+        ("[a](no-such.md)", test_links_lead_somewhere),
+        ("![a](<no such.png>)", test_links_lead_somewhere),
+        ("[a](#no-such)", test_links_lead_somewhere),
+        ("`tests/no_such.py`", test_paths_in_code_marks_exist),
+    ],
 )
 def test_a_page_that_names_what_is_not_there_fails(tmp_path, monkeypatch, text, test):
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
@@ -125,8 +153,10 @@ def test_a_page_that_names_what_is_not_there_fails(tmp_path, monkeypatch, text, 
 
 def test_every_training_setting_is_documented_with_its_default():
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    table = text[text.index("| in `training` |"):].partition("\n\n")[0]
+    table = text[text.index("| in `training` |") :].partition("\n\n")[0]
     found = {}
     for names, defaults, _ in ROW.findall(table.partition("\n")[2]):
         found |= dict(zip(re.findall(r"`(\w+)`", names), map(json.loads, defaults.split(", ")), strict=True))
-    assert found == {field.name: field.default for field in dataclasses.fields(TrainingConfig) if field.name != "expert"}
+    assert found == {
+        field.name: field.default for field in dataclasses.fields(TrainingConfig) if field.name != "expert"
+    }

@@ -22,14 +22,38 @@ NODE_FILES = sorted((ROOT / "nodes").glob("*.py"))
 CODE = [ROOT / "__init__.py", *CORE, *CLI, *NODES, *sorted((ROOT / "scripts").rglob("*.py"))]
 SHIPPED = ROOT / "small_world" / "models"
 
-HOST_MODULES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "latent_preview", "nodes", "server", "execution"}
+HOST_MODULES = {
+    "comfy",
+    "comfy_api",
+    "comfy_extras",
+    "comfy_execution",
+    "folder_paths",
+    "latent_preview",
+    "nodes",
+    "server",
+    "execution",
+}
 # IDs that saved graphs hold; they never change.
 NODE_IDS = {
-    "DCMLoadModel", "DCMAttachExperts", "DCMSampler", "DCMScheduler", "DCMGuider", "DCMSplitSigmas", "DCMConvertCheckpoint",
-    "DCMExtractLoRA", "DCMSchedulePlot", "DCMSaveConditioning", "DCMLoadConditioning", "DCMVideoDataset", "DCMSaveDataset",
-    "DCMLoadDataset", "DCMTrainSemanticExpert", "DCMTrainDetailExpert", "DCMInspectModel",
+    "DCMLoadModel",
+    "DCMAttachExperts",
+    "DCMSampler",
+    "DCMScheduler",
+    "DCMGuider",
+    "DCMSplitSigmas",
+    "DCMConvertCheckpoint",
+    "DCMExtractLoRA",
+    "DCMSchedulePlot",
+    "DCMSaveConditioning",
+    "DCMLoadConditioning",
+    "DCMVideoDataset",
+    "DCMSaveDataset",
+    "DCMLoadDataset",
+    "DCMTrainSemanticExpert",
+    "DCMTrainDetailExpert",
+    "DCMInspectModel",
 }
-MAX_LINES = 330
+MAX_LINES = 400
 PACK = "pack"  # the name of the checkout as a package: anything
 
 
@@ -97,9 +121,32 @@ def test_the_pack_imports_itself_by_relative_names_only():
 
 
 NOUNS = {
-    "steps", "clips", "sizes", "tensors", "layers", "files", "keys", "sites", "frames", "channels", "videos", "prompts", "tokens",
+    "steps",
+    "clips",
+    "sizes",
+    "tensors",
+    "layers",
+    "files",
+    "keys",
+    "sites",
+    "frames",
+    "channels",
+    "videos",
+    "prompts",
+    "tokens",
     "patches",
-    "differences", "checkpoints", "states", "values", "blocks", "shards", "captions", "models", "experts", "times", "losses", "texts",
+    "differences",
+    "checkpoints",
+    "states",
+    "values",
+    "blocks",
+    "shards",
+    "captions",
+    "models",
+    "experts",
+    "times",
+    "losses",
+    "texts",
 }
 
 # what stands before such a noun and is no number, or one above 1
@@ -127,14 +174,19 @@ def test_numbers_and_their_nouns_agree():
 
 def test_the_search_for_nouns_without_their_number_finds_them(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    (path := tmp_path / "x.py").write_text("f'{len(x)} steps, {n} low-rank layers and {LIMIT} clips, {counted(n, \"key\")} of {n}'")
+    (path := tmp_path / "x.py").write_text(
+        "f'{len(x)} steps, {n} low-rank layers and {LIMIT} clips, {counted(n, \"key\")} of {n}'"
+    )
     assert list(uncounted(path)) == ["len(x) steps", "n low-rank layers"]
 
 
 def forbidden(path):
     """Code that runs what a file says."""
     for name in imports(path):
-        if name.split(".")[0] in {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"} or name == "torch.load":
+        if (
+            name.split(".")[0] in {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
+            or name == "torch.load"
+        ):
             yield name
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Name) and node.id in {"eval", "exec", "NODE_CLASS_MAPPINGS"}:
@@ -150,7 +202,14 @@ def test_no_code_from_files_and_no_old_node_registry():
 
 @pytest.mark.parametrize(
     "line",
-    ["import pickle", "from torch import load", "x = torch.load('a')", "eval('1')", "exec('1')", "NODE_CLASS_MAPPINGS = {}"],
+    [
+        "import pickle",
+        "from torch import load",
+        "x = torch.load('a')",
+        "eval('1')",
+        "exec('1')",
+        "NODE_CLASS_MAPPINGS = {}",
+    ],
 )
 def test_the_search_for_forbidden_code_finds_it(tmp_path, monkeypatch, line):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
@@ -161,7 +220,11 @@ def test_the_search_for_forbidden_code_finds_it(tmp_path, monkeypatch, line):
 
 
 def test_no_file_is_long():
-    long = {short(path): count for path in [*CORE, *NODES] if (count := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES}
+    long = {
+        short(path): count
+        for path in [*CORE, *NODES]
+        if (count := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    }
     assert long == {}
 
 
@@ -177,7 +240,11 @@ def node_classes(path):
     for node in ast.walk(module):
         if isinstance(node, ast.ClassDef):
             methods = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
-            if node.name in listed or "define_schema" in methods or any("ComfyNode" in ast.unparse(base) for base in node.bases):
+            if (
+                node.name in listed
+                or "define_schema" in methods
+                or any("ComfyNode" in ast.unparse(base) for base in node.bases)
+            ):
                 yield node
 
 
@@ -210,8 +277,10 @@ def test_requirements_are_those_of_the_project():
 
 def test_the_shipped_models_are_small_and_have_a_card():
     files = list(SHIPPED.rglob("*.safetensors"))
-    sizes = {kind: sum(path.stat().st_size for path in files if path.relative_to(SHIPPED).parts[0] == kind)
-             for kind in ("diffusion_models", "vae", "loras", "dcm_conditioning", "dcm_datasets")}
+    sizes = {
+        kind: sum(path.stat().st_size for path in files if path.relative_to(SHIPPED).parts[0] == kind)
+        for kind in ("diffusion_models", "vae", "loras", "dcm_conditioning", "dcm_datasets")
+    }
     assert all(sizes.values())
     assert sum(sizes.values()) - sizes["dcm_datasets"] < 15e6
     assert (ROOT / "small_world" / "README.md").is_file()

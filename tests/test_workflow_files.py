@@ -130,7 +130,9 @@ def test_every_link_has_two_ends_of_its_type(path):
         assert number in out["links"] and into["link"] == number
         assert out["type"] == kind and into["type"] in (kind, "*")
     for node in graph["nodes"]:
-        ends = [slot["link"] for slot in node["inputs"]] + [link for slot in node["outputs"] for link in slot["links"] or []]
+        ends = [slot["link"] for slot in node["inputs"]] + [
+            link for slot in node["outputs"] for link in slot["links"] or []
+        ]
         assert {link for link in ends if link is not None} <= set(links), f"node {node['id']} has a link to nowhere"
 
 
@@ -156,7 +158,10 @@ def test_models_can_be_downloaded_and_are_listed_in_the_note(path):
     assert len(notes) == 1
     text = notes[0]["widgets_values"][0]
     # these come with the pack
-    shipped = {path.relative_to(SHIPPED / path.relative_to(SHIPPED).parts[0]).as_posix() for path in SHIPPED.rglob(f"*{SUFFIX}")}
+    shipped = {
+        path.relative_to(SHIPPED / path.relative_to(SHIPPED).parts[0]).as_posix()
+        for path in SHIPPED.rglob(f"*{SUFFIX}")
+    }
     made = made_files()
     for node in graph["nodes"]:
         models = node["properties"].get("models", [])

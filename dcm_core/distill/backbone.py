@@ -114,7 +114,11 @@ class Backbone:
     def _call(self, x: Tensor, sigma: Tensor, text: Text) -> Tensor:
         extras = {name: value.to(self.dtype) for name, value in text.extras.items()}
         out = self.module(
-            x.to(self.dtype), TIMESTEPS * sigma, context=text.context.to(self.dtype), transformer_options=self.options(), **extras
+            x.to(self.dtype),
+            TIMESTEPS * sigma,
+            context=text.context.to(self.dtype),
+            transformer_options=self.options(),
+            **extras,
         )
         return out.float()
 
@@ -148,7 +152,8 @@ class Backbone:
         # another pack may have put a forward of its own on a block
         forwards = [_on_copies(block) if self.family.writes_in_place else block.forward for block in blocks]
         with placed(
-            (block.__dict__, "forward", self._forgetful(forward, experts)) for block, forward in zip(blocks, forwards, strict=True)
+            (block.__dict__, "forward", self._forgetful(forward, experts))
+            for block, forward in zip(blocks, forwards, strict=True)
         ):
             yield
 

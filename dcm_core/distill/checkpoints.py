@@ -58,7 +58,9 @@ class SavedState:
         found = config.differences(self.config)
         names = {**self.facts, **facts}
         found += [
-            f"{name}: {self.facts.get(name)} -> {facts.get(name)}" for name in names if self.facts.get(name) != facts.get(name)
+            f"{name}: {self.facts.get(name)} -> {facts.get(name)}"
+            for name in names
+            if self.facts.get(name) != facts.get(name)
         ]
         if found:
             raise TrainingError(
@@ -83,10 +85,16 @@ class SavedState:
         if config.steps == self.steps:
             return f"Already at step {self.steps} of {config.steps}: nothing was trained. Raise steps to train further."
         changes = config.changes(self.config)
-        return f"Resumed from step {self.steps} of {config.steps}" + (f", changed: {'; '.join(changes)}" if changes else "") + "."
+        return (
+            f"Resumed from step {self.steps} of {config.steps}"
+            + (f", changed: {'; '.join(changes)}" if changes else "")
+            + "."
+        )
 
 
-def optimizer_tensors(prefix: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(
+    prefix: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     """AdamW's state by the names of its parameters; without a step yet, what the first step begins with."""
     found = {}
     for name, parameter in parameters.items():
@@ -101,7 +109,7 @@ def load_optimizer(prefix: str, names: list[str], optimizer: torch.optim.Optimiz
     state: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(names):
         start = f"{prefix}.{name}."
-        found = {key[len(start):]: value for key, value in tensors.items() if key.startswith(start)}
+        found = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
         if found:
             state[index] = found
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -121,7 +129,9 @@ def check_folder(folder: Path, size: int, count: int) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written to ({error}). Choose another place for the run's states.") from error
+        raise CheckpointError(
+            f"{folder} cannot be written to ({error}). Choose another place for the run's states."
+        ) from error
     missing = max(0, count - len(list(saved_states(folder))))
     check_room({folder / STATES: missing * size})
 
@@ -194,7 +204,9 @@ def check_state(folder: Path, config: TrainingConfig, facts: dict[str, str]) -> 
         saved.check(config, facts, path)
 
 
-def newest_state(folder: Path, shapes: Mapping[str, Shape] | None = None, weights: bool = True) -> tuple[Path, SavedState] | None:
+def newest_state(
+    folder: Path, shapes: Mapping[str, Shape] | None = None, weights: bool = True
+) -> tuple[Path, SavedState] | None:
     """The newest state that a run could go on from, None without any; one that it could not is passed over for the one before.
 
     Args:
@@ -237,14 +249,20 @@ def read_state(path: Path, shapes: Mapping[str, Shape] | None = None, weights: b
         unknown = sorted(set(dict(settings)) - {field.name for field in dataclasses.fields(TrainingConfig)})
         # version 0.1.0 had the history in the header
         history = tensors.pop(HISTORY).numpy().tobytes() if HISTORY in tensors else file.metadata[HISTORY]
-        steps, facts, history = int(file.metadata["steps"]), parse_json(file.metadata["facts"], "facts"), json.loads(history)
+        steps, facts, history = (
+            int(file.metadata["steps"]),
+            parse_json(file.metadata["facts"], "facts"),
+            json.loads(history),
+        )
         config = None if unknown else TrainingConfig.from_dict(settings)
     except ExpertError as error:
         raise CheckpointError(f"{path} is a damaged training checkpoint. Its {error}") from error
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise _damaged(path, error) from error
     if config is None:
-        raise CheckpointError(f"{path} is of a newer version: {', '.join(unknown)} is no setting here. Update ComfyUI-DCM.")
+        raise CheckpointError(
+            f"{path} is of a newer version: {', '.join(unknown)} is no setting here. Update ComfyUI-DCM."
+        )
     problem = _no_facts(facts) or _no_history(history, steps) or _incomplete(file, config)
     if problem := problem or _compared(_shapes_of(file), shapes or _shapes_of(file)):
         raise _damaged(path, problem)
@@ -282,7 +300,11 @@ def _incomplete(file: TensorFile, config: TrainingConfig) -> str:
     for key, shape in shapes.items():
         part, _, name = key.partition(".")
         if part in parts:
-            wanted |= {key: shape, f"{part}_optimizer.{name}.step": (), **{f"{part}_optimizer.{name}.{m}": shape for m in MOMENTS}}
+            wanted |= {
+                key: shape,
+                f"{part}_optimizer.{name}.step": (),
+                **{f"{part}_optimizer.{name}.{m}": shape for m in MOMENTS},
+            }
         if part == "expert" and config.ema_decay:
             wanted[f"average.{name}"] = shape
     absent = [part for part in parts if not any(key.startswith(f"{part}.") for key in shapes)]

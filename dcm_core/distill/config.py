@@ -52,8 +52,15 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 # What a resumed run may change: how long, how fast, how often.
 FREE = {
-    "steps", "save_every", "keep", "held_out_every", "sample_every", "checkpointing", "divergence",
-    "learning_rate", "discriminator_learning_rate",
+    "steps",
+    "save_every",
+    "keep",
+    "held_out_every",
+    "sample_every",
+    "checkpointing",
+    "divergence",
+    "learning_rate",
+    "discriminator_learning_rate",
 }
 
 
@@ -137,7 +144,9 @@ class TrainingConfig:
         if self.discriminator_width % 32:
             raise TrainingError(f"discriminator_width is {self.discriminator_width}; expected a multiple of 32.")
         if self.expert == "detail" and self.shared:
-            raise TrainingError("shared is true, but an expert for all noise levels is trained as a semantic expert. Train that.")
+            raise TrainingError(
+                "shared is true, but an expert for all noise levels is trained as a semantic expert. Train that."
+            )
         if self.expert == "detail" and self.rank == 0:
             raise TrainingError("rank is 0, but a detail expert is a LoRA: expected 1 or more (released models: 128).")
 
@@ -176,7 +185,9 @@ class TrainingConfig:
 
     def make_phases(self, family: Family) -> Phases:
         steps = tuple(timestep / TIMESTEPS for timestep in self.timesteps(family))
-        return Phases(self.expert, self.boundary, self.shift, self.points, self.phases, self.shared, steps, self.entry_share)
+        return Phases(
+            self.expert, self.boundary, self.shift, self.points, self.phases, self.shared, steps, self.entry_share
+        )
 
     def timesteps(self, family: Family) -> tuple[float, ...]:
         """What the expert is stored with: the release's schedule where it was trained on its noise levels, else the generic one."""
@@ -199,7 +210,8 @@ class TrainingConfig:
     def _compared(self, other: "TrainingConfig", names: list[str]) -> list[str]:
         return [
             f"{name}: {getattr(other, name)!r} -> {getattr(self, name)!r}"
-            for name in names if getattr(self, name) != getattr(other, name)
+            for name in names
+            if getattr(self, name) != getattr(other, name)
         ]
 
     def to_json(self) -> str:

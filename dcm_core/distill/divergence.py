@@ -47,7 +47,9 @@ def lowest_window(history: History) -> int:
 def _window_means(history: History) -> list[float]:
     losses = [entry["loss"] for entry in history]
     windows = [losses[end - WINDOW : end] for end in range(WINDOW, len(losses) + 1, WINDOW)]
-    return [mean(finite) if (finite := [loss for loss in window if math.isfinite(loss)]) else math.inf for window in windows]
+    return [
+        mean(finite) if (finite := [loss for loss in window if math.isfinite(loss)]) else math.inf for window in windows
+    ]
 
 
 def _lowest(means: list[float]) -> int:

@@ -82,7 +82,11 @@ class Learner:
 
 
 def make_learner(
-    name: str, parameters: dict[str, nn.Parameter], rate: float, clip: float = math.inf, **settings: float | tuple[float, float]
+    name: str,
+    parameters: dict[str, nn.Parameter],
+    rate: float,
+    clip: float = math.inf,
+    **settings: float | tuple[float, float],
 ) -> Learner:
     """A learner with AdamW.
 

@@ -89,7 +89,9 @@ class Alive(TorchDispatchMode):
         self.now = self.most = 0
         self._seen: dict[int, weakref.ref] = {}
 
-    def __torch_dispatch__(self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         # what comes in unseen was there before
         self._see((args, kwargs), counted=False)
         out = function(*args, **(kwargs or {}))

@@ -34,9 +34,9 @@ def _casting(kind: type[nn.Module]) -> type[nn.Module]:
     return Casting
 
 
-CASTING = SimpleNamespace(**{
-    kind.__name__: _casting(kind) for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d, nn.Conv3d)
-})
+CASTING = SimpleNamespace(
+    **{kind.__name__: _casting(kind) for kind in (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Conv2d, nn.Conv3d)}
+)
 
 
 class PreciseExpert(RoutedExpert):
@@ -119,11 +119,15 @@ def make_trainee(expert: Expert, modules: Mapping[str, nn.Module], device: torch
         ExpertError: an expert that does not fit, or one whose pairs differ in alpha / rank, or that holds differences.
     """
     if expert.diff:
-        raise ExpertError(f"{name_some(expert.diff)} are differences to the base. Training starts from low-rank pairs and replaced layers.")
+        raise ExpertError(
+            f"{name_some(expert.diff)} are differences to the base. Training starts from low-rank pairs and replaced layers."
+        )
     scales = sorted({update.scale for updates in expert.low_rank.values() for update in updates})
     # files hold alphas in float32
     if scales and not math.isclose(scales[0], scales[-1], rel_tol=1e-6):
-        raise ExpertError(f"The expert's alpha / rank differs between layers ({scales}). Training starts from one for all.")
+        raise ExpertError(
+            f"The expert's alpha / rank differs between layers ({scales}). Training starts from one for all."
+        )
     unscaled = {
         name: tuple(LowRank(update.down, update.up, 1.0, update.start) for update in updates)
         for name, updates in expert.low_rank.items()
@@ -164,7 +168,9 @@ def new_semantic(
         names = [name for module in modules for name in _parameter_names(module, modules[module])]
         return Expert(family.name, "semantic", replaced={name: _free(weight_of(name)).float() for name in names})
     names = _block_linears(family, modules)
-    return Expert(family.name, "semantic", {name: (_new_pair(modules[name], rank, alpha, generator),) for name in names})
+    return Expert(
+        family.name, "semantic", {name: (_new_pair(modules[name], rank, alpha, generator),) for name in names}
+    )
 
 
 def new_detail(
@@ -191,7 +197,9 @@ def new_detail(
     whole = _block_linears(family, modules) if every_linear else []
     for name in [*whole, *(name for name in sorted(modules) if name not in whole)]:
         pieces = family.key_map.sources_of(name)
-        rows = [_rows(modules[name], piece.part) for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)]
+        rows = [
+            _rows(modules[name], piece.part) for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)
+        ]
         if name in whole:
             rows += _rest(modules[name], rows)
         if rows:

@@ -77,10 +77,16 @@ class Trainer:
         modules = dict(self.backbone.module.named_modules())
         self.phases = config.make_phases(self.backbone.family)
         self.trainee = make_trainee(start, modules, self.device)
-        self.below_working: Working = () if below is None else make_fixed(below, modules, self.device, self.backbone.dtype)
+        self.below_working: Working = (
+            () if below is None else make_fixed(below, modules, self.device, self.backbone.dtype)
+        )
         self.average = self.trainee.copy() if config.ema_decay else None
         self.learner = make_learner(
-            "expert", dict(self.trainee.named_parameters()), config.learning_rate, config.clip_norm, weight_decay=config.weight_decay
+            "expert",
+            dict(self.trainee.named_parameters()),
+            config.learning_rate,
+            config.clip_norm,
+            weight_decay=config.weight_decay,
         )
         self.schedule = make_schedule(self.learner.optimizer, config)
         self.discriminator = make_discriminator(self.backbone, config).to(self.device) if config.adversarial else None
@@ -146,12 +152,16 @@ class Trainer:
         try:
             for learner in self._learners:
                 learner.expect()
-            size = max(step_size(step, (self.config.batch_size, *largest)), *(learner.scratch for learner in self._learners))
+            size = max(
+                step_size(step, (self.config.batch_size, *largest)), *(learner.scratch for learner in self._learners)
+            )
         finally:
             self._forget()
         below = sum(total(part.parameters()) for part, _ in self.below_working)
         present = trained * (2 if self.average else 1) + judging + below
-        return Memory(total(self.backbone.module.parameters()), present, 2 * (trained + judging), trained + judging + size)
+        return Memory(
+            total(self.backbone.module.parameters()), present, 2 * (trained + judging), trained + judging + size
+        )
 
     def roles(self) -> Roles:
         """Teacher, student and target network on the one backbone."""
@@ -196,7 +206,9 @@ class Trainer:
                 self._video(index, generator_of(config.seed, step, part * size + position))
                 for position, index in self.processes.share(chosen)
             ]
-            yield from ((batch, share / config.accumulate) for batch, share in stacked(videos, self.phases, self.device))
+            yield from (
+                (batch, share / config.accumulate) for batch, share in stacked(videos, self.phases, self.device)
+            )
 
     def _update(self) -> None:
         """One step of the optimisers, and its losses in the history."""

@@ -96,7 +96,10 @@ def size_of(expert: Expert) -> int:
 
 def expert_id(expert: Expert) -> str:
     """A hash of all it does: its tensors, and where and how strongly they work."""
-    pairs = [(name, [(update.start, update.scale) for update in updates]) for name, updates in sorted(expert.low_rank.items())]
+    pairs = [
+        (name, [(update.start, update.scale) for update in updates])
+        for name, updates in sorted(expert.low_rank.items())
+    ]
     digest = hashlib.sha256(repr((_identity(expert), pairs, sorted(expert.replaced), sorted(expert.diff))).encode())
     for tensor in expert_tensor_list(expert):
         digest.update(bytes_of(tensor))
@@ -150,7 +153,9 @@ def expert_from_release(family: Family, tensors: Mapping[str, Tensor]) -> Expert
         elif name is not None and name.kind in ("down", "up") and family.lora_target_pattern.fullmatch(name.module):
             pairs.setdefault(name.module, {})[name.kind] = tensor
         else:
-            raise ExpertError(f"{key} is no part of a released {family.title} detail expert. Load the unchanged release file.")
+            raise ExpertError(
+                f"{key} is no part of a released {family.title} detail expert. Load the unchanged release file."
+            )
     halves = [module for module, pair in pairs.items() if len(pair) != 2]
     if halves:
         raise ExpertError(f"{name_some(halves)} has only one of lora_A and lora_B. Download the release file again.")
@@ -207,7 +212,10 @@ def write_expert(
 
 
 def expert_entries(
-    expert: Expert, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype | None = None, replaced_dtype: torch.dtype | None = None
+    expert: Expert,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype | None = None,
+    replaced_dtype: torch.dtype | None = None,
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """key -> (dtype, shape) of our expert file."""
 

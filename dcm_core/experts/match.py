@@ -13,7 +13,13 @@ from ..files.metadata import said_family
 from ..files.storage import TensorFile
 
 # What is wrong with a tensor that has no place.
-NO_LAYER, OTHER_SIZE, HALF, TWICE, ROWS = "no such layer", "another size", "half of a LoRA layer", "given twice", "only some rows"
+NO_LAYER, OTHER_SIZE, HALF, TWICE, ROWS = (
+    "no such layer",
+    "another size",
+    "half of a LoRA layer",
+    "given twice",
+    "only some rows",
+)
 # What a model may do without: the rest of the file works as it would with it.
 TEXT_ENCODER, LACKING = "text encoder", "{}, which this model does not have"
 
@@ -71,7 +77,9 @@ class Target:
     def say(self, keys: Mapping[str, Shape], family: Family | None) -> str:
         """How many keys of an expert for `family` have a place in the model."""
         if self.family is None:
-            return f"none: the model is {self.title}, experts exist for {' and '.join(f.title for f in FAMILIES.values())}"
+            return (
+                f"none: the model is {self.title}, experts exist for {' and '.join(f.title for f in FAMILIES.values())}"
+            )
         if family not in (None, self.family):
             return f"none: the expert is for {family.title}, the model is {self.family.title}"
         return str(match_expert(keys, self.family, self.shapes))
@@ -137,7 +145,10 @@ def match_expert(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> M
         found += [(why, site.keys.pop(kind)) for kind, why in wrong_kinds(site, keys, shapes).items()]
         for why, key in found:
             misfits.setdefault(why, []).append(key)
-    return Match(tuple(site for site in sites if site.keys), *({why: tuple(ks) for why, ks in d.items()} for d in (left_out, misfits)))
+    return Match(
+        tuple(site for site in sites if site.keys),
+        *({why: tuple(ks) for why, ks in d.items()} for d in (left_out, misfits)),
+    )
 
 
 Reasons = dict[str, list[str]]

@@ -40,7 +40,8 @@ class LowRankBranch(nn.Module):
         self.starts = [update.start for update in updates]
         self.down = operations.Linear(width, sum(self.ranks), bias=False, dtype=dtype, device=device)
         self.ups = nn.ModuleList(
-            operations.Linear(update.rank, update.up.shape[0], bias=False, dtype=dtype, device=device) for update in updates
+            operations.Linear(update.rank, update.up.shape[0], bias=False, dtype=dtype, device=device)
+            for update in updates
         )
         self.down.weight = _parameter(torch.cat([update.down for update in updates]), dtype, device, copy=False)
         for up, update in zip(self.ups, updates, strict=True):
@@ -75,12 +76,21 @@ class RoutedSite(nn.Module):
         diff: a module of the base's kind holding differences, or an `Offset`; its output is added.
     """
 
-    def __init__(self, replaced: nn.Module | None, branch: LowRankBranch | None, diff: nn.Module | None, kept: str = ""):
+    def __init__(
+        self, replaced: nn.Module | None, branch: LowRankBranch | None, diff: nn.Module | None, kept: str = ""
+    ):
         super().__init__()
         self.replaced, self.branch, self.diff, self.kept = replaced, branch, diff, kept
 
     def forward(
-        self, x: Tensor, base: Forward, strength: float, add: AddLinear, *args: Any, activations: Activations = NONE, **kwargs: Any
+        self,
+        x: Tensor,
+        base: Forward,
+        strength: float,
+        add: AddLinear,
+        *args: Any,
+        activations: Activations = NONE,
+        **kwargs: Any,
     ) -> Tensor:
         """Output of the module `base` with this expert's part in it; x: (..., in) -> (..., out).
 
@@ -93,7 +103,9 @@ class RoutedSite(nn.Module):
         """
         if (activation := kwargs.pop("input_act", None)) is not None:
             if activation not in activations:
-                raise ExpertError(f"This ComfyUI passes input_act={activation!r} to a layer, which ComfyUI-DCM does not know. Update it.")
+                raise ExpertError(
+                    f"This ComfyUI passes input_act={activation!r} to a layer, which ComfyUI-DCM does not know. Update it."
+                )
             x = activations[activation](x)
         if self.replaced is not None:
             out = self._replacement(x, base, add, *args, **kwargs)
@@ -225,12 +237,22 @@ def _kind(module: nn.Module) -> str:
 def _check_fits(expert: Expert, base: Mapping[str, nn.Module]) -> None:
     names = _touched(expert)
     absent = [name for name in names if name not in base]
-    absent += [name for name in bare_parameters(expert) if not hasattr(base.get(name.rpartition(".")[0]), name.rpartition(".")[2])]
+    absent += [
+        name
+        for name in bare_parameters(expert)
+        if not hasattr(base.get(name.rpartition(".")[0]), name.rpartition(".")[2])
+    ]
     if absent:
         raise ExpertError(f"The model has no {name_some(absent)}. Use an expert made for a model of this size.")
-    other = [name for name in names if _kind(base[name]) not in KINDS or (name in expert.low_rank and not _is_linear(base[name]))]
+    other = [
+        name
+        for name in names
+        if _kind(base[name]) not in KINDS or (name in expert.low_rank and not _is_linear(base[name]))
+    ]
     if other:
-        raise ExpertError(f"{name_some(other)} cannot be switched during sampling. Leave these tensors out of the expert.")
+        raise ExpertError(
+            f"{name_some(other)} cannot be switched during sampling. Leave these tensors out of the expert."
+        )
     changed = {*expert.diff, *(f"{name}.weight" for name in expert.low_rank)}
     if twice := changed & expert.replaced.keys():
         raise ExpertError(
@@ -244,7 +266,12 @@ def _make_site(name: str, expert: Expert, base: nn.Module, factory: SimpleNamesp
     branch = LowRankBranch(updates, factory.operations, factory.dtype, factory.device) if updates else None
     lacking = [p for p in LAYER_PARAMS if getattr(base, p, None) is not None and f"{name}.{p}" not in expert.replaced]
     replaced = _filled(name, expert.replaced, base, factory)
-    return RoutedSite(replaced, branch, _filled(name, expert.diff, base, factory), lacking[0] if replaced is not None and lacking else "")
+    return RoutedSite(
+        replaced,
+        branch,
+        _filled(name, expert.diff, base, factory),
+        lacking[0] if replaced is not None and lacking else "",
+    )
 
 
 def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: SimpleNamespace) -> nn.Module | None:

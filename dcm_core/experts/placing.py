@@ -187,7 +187,9 @@ def _plain_container(root: nn.Module, name: str) -> tuple[nn.Module, Forward] | 
     return parent, MethodType(nn.Sequential.forward, parent)
 
 
-def _make_forward(site: RoutedSite, base: Forward, strength: float, add: AddLinear, activations: Activations) -> Forward:
+def _make_forward(
+    site: RoutedSite, base: Forward, strength: float, add: AddLinear, activations: Activations
+) -> Forward:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return site(x, base, strength, add, *args, activations=activations, **kwargs)
 

@@ -91,11 +91,15 @@ def check_facts(facts: Facts, role: Side, family: Family) -> None:
     """
     if facts.family not in (None, family.name):
         title = FAMILIES[facts.family].title if facts.family in FAMILIES else given(facts.family)
-        raise ExpertError(f"This expert is for {title}, the model is {family.title}. Load the expert made for {family.title}.")
+        raise ExpertError(
+            f"This expert is for {title}, the model is {family.title}. Load the expert made for {family.title}."
+        )
     if facts.side not in (None, role):
         raise WrongSideError(facts.side, role)
     if facts.format not in (None, FORMAT):
-        raise ExpertError(f"This expert file has format {given(facts.format)}; this version reads {FORMAT}. Update the node pack.")
+        raise ExpertError(
+            f"This expert file has format {given(facts.format)}; this version reads {FORMAT}. Update the node pack."
+        )
 
 
 def check_sizes(expert: Expert, shapes: Shapes) -> None:
@@ -110,7 +114,9 @@ def check_sizes(expert: Expert, shapes: Shapes) -> None:
             # a fused tensor's row blocks are as high as its input is wide, but for the last
             heights = (*shape[1:], shape[0] - update.start) if shape else ()
             if tuple(update.down.shape[1:]) != shape[1:] or update.up.shape[0] not in heights:
-                raise _other_size(f"{module}'s pair has shapes {tuple(update.down.shape)} and {tuple(update.up.shape)}", module, shape)
+                raise _other_size(
+                    f"{module}'s pair has shapes {tuple(update.down.shape)} and {tuple(update.up.shape)}", module, shape
+                )
     for name, tensor in (*expert.replaced.items(), *expert.diff.items()):
         if tuple(tensor.shape) != (shape := tuple(shapes.get(name, ()))):
             raise _other_size(f"{name} has shape {tuple(tensor.shape)}", name, shape)
@@ -128,12 +134,16 @@ def _places(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> tuple[
     if strangers:
         raise ExpertError(_unroutable_message(strangers))
     if collided := _collided(sites, shapes):
-        raise ExpertError(f"{name_some(collided)} are for the same tensor. Expected one name for each; merge the adapters first.")
+        raise ExpertError(
+            f"{name_some(collided)} are for the same tensor. Expected one name for each; merge the adapters first."
+        )
     if unplaced:
         raise ExpertError(_unplaced_message(unplaced, len(keys), family))
     if not sites and left_out:
         why, found = next(iter(left_out.items()))
-        raise ExpertError(f"The file has nothing for this {family.title} model, only {why} ({name_some(found)}). Choose another file.")
+        raise ExpertError(
+            f"The file has nothing for this {family.title} model, only {why} ({name_some(found)}). Choose another file."
+        )
     if not sites:
         raise ExpertError("The file holds no tensor. Expected the LoRA of an expert.")
     for site in sites:
@@ -155,7 +165,9 @@ def _collided(sites: Sequence[Site], shapes: Shapes) -> set[str]:
 
 
 def _unroutable_message(strangers: Reasons) -> str:
-    kinds = " and ".join(f"{counted(len(keys), f'{method} tensor')} ({name_some(keys)})" for method, keys in sorted(strangers.items()))
+    kinds = " and ".join(
+        f"{counted(len(keys), f'{method} tensor')} ({name_some(keys)})" for method, keys in sorted(strangers.items())
+    )
     return (
         f"The file has {kinds}. Experts are made of plain LoRA, .diff, .diff_b and .set_weight; {', '.join(sorted(strangers))} "
         "cannot be switched during sampling. Convert the file to plain LoRA, or load it with LoraLoaderModelOnly for all steps."
@@ -183,7 +195,8 @@ def _refusal(site: Site, wrong: Mapping[Kind, str], keys: Mapping[str, Shape], s
         names = name_some(held[kind] for kind in parts)
         sizes = " and ".join(str(tuple(keys[held[kind]])) for kind in ("down", "up") if kind in held)
         return ExpertError(
-            f"{names} is half of a LoRA layer" + (f", or its halves do not fit each other: {sizes}" if sizes else "")
+            f"{names} is half of a LoRA layer"
+            + (f", or its halves do not fit each other: {sizes}" if sizes else "")
             + ". Save or download the file again."
         )
     kind = next(kind for kind in held if kind in wrong)
@@ -192,9 +205,13 @@ def _refusal(site: Site, wrong: Mapping[Kind, str], keys: Mapping[str, Shape], s
         sizes = " and ".join(str(tuple(keys[held[k]])) for k in ("down", "mid", "up") if k in held)
         return _other_size(f"{name_some(held[k] for k in parts)} have shapes {sizes}", target, shapes[name])
     if kind == "alpha":
-        return ExpertError(f"{held[kind]} has shape {tuple(keys[held[kind]])}; an alpha is one number. Save the expert again.")
+        return ExpertError(
+            f"{held[kind]} has shape {tuple(keys[held[kind]])}; an alpha is one number. Save the expert again."
+        )
     if wrong[kind] == ROWS:
-        return ExpertError(f"{held[kind]} replaces only some rows of the fused {name}. Convert the expert to native names first.")
+        return ExpertError(
+            f"{held[kind]} replaces only some rows of the fused {name}. Convert the expert to native names first."
+        )
     return _other_size(f"{held[kind]} has shape {tuple(keys[held[kind]])}", name, shapes[name])
 
 
@@ -211,7 +228,11 @@ def _check_reshapes(sites: Sequence[Site], tensors: Mapping[str, Tensor], shapes
 
 
 def _gather(
-    update: Update, shape: Shape, low_rank: dict[str, list[LowRank]], replaced: dict[str, Tensor], diff: dict[str, Tensor]
+    update: Update,
+    shape: Shape,
+    low_rank: dict[str, list[LowRank]],
+    replaced: dict[str, Tensor],
+    diff: dict[str, Tensor],
 ) -> None:
     """Put what a file does to the tensor of this shape with the rest."""
     name, pair = update.name, update.low_rank
@@ -230,7 +251,11 @@ def _gather(
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
-    whole = [key for key, tensor in tensors.items() if not tensor.is_floating_point() and not key.endswith((".alpha", ".reshape_weight"))]
+    whole = [
+        key
+        for key, tensor in tensors.items()
+        if not tensor.is_floating_point() and not key.endswith((".alpha", ".reshape_weight"))
+    ]
     if whole:
         raise ExpertError(
             f"{counted(len(whole), 'tensor')} stored as {tensors[whole[0]].dtype}, not as floating-point numbers: {name_some(whole)}. "
@@ -250,7 +275,9 @@ def _check_complete(tensors: Mapping[str, Tensor], facts: Facts, shapes: Shapes)
         return
     templates = {re.sub(r"\.\d+\.", ".{n}.", key, count=1) for key in tensors}
     numbered = {template for template in templates if "{n}" in template}
-    depth = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"(?:double_|single_)?blocks\.(\d+)\.", name))), default=-1)
+    depth = 1 + max(
+        (int(m[1]) for name in shapes if (m := re.match(r"(?:double_|single_)?blocks\.(\d+)\.", name))), default=-1
+    )
     missing = {t.replace("{n}", str(i)) for t in numbered for i in range(depth)} - set(tensors)
     hint = f", among them probably {name_some(missing)}" if missing and len(tensors) < expected else ""
     raise ExpertError(

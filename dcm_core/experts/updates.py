@@ -113,7 +113,11 @@ def site_updates(
 ) -> Iterator[Update]:
     """What a site's tensors, which fit the model, do to it."""
     # fp8 has no arithmetic; bfloat16 holds each of its values
-    small = {kind: tensor.bfloat16() for kind, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype.itemsize == 1}
+    small = {
+        kind: tensor.bfloat16()
+        for kind, tensor in tensors.items()
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1
+    }
     tensors = {**tensors, **small}
     weight, bias = (tensor_name(piece, kind, shapes) for kind in ("diff", "diff_b"))
     known = (shapes.get(weight, ()), *(tensors[kind].shape for kind in ("down", "diff") if kind in tensors))
@@ -150,12 +154,16 @@ def _matrices(tensors: Mapping[Kind, Tensor]) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-def low_rank_updates(name: str, updates: Sequence[LowRank], diff: Tensor | None = None, start: int = 0) -> Iterator[Update]:
+def low_rank_updates(
+    name: str, updates: Sequence[LowRank], diff: Tensor | None = None, start: int = 0
+) -> Iterator[Update]:
     """Each low-rank update of a tensor; with a difference of the rows from `start`, the sum of all."""
     if diff is None:
         yield from (Update(name, update, start=update.start) for update in updates)
     else:
-        down, up, alpha = stack_updates([replace(update, start=update.start - start) for update in updates], diff.shape[0])
+        down, up, alpha = stack_updates(
+            [replace(update, start=update.start - start) for update in updates], diff.shape[0]
+        )
         yield Update(name, LowRank(down, up, alpha / down.shape[0], start), diff, start=start)
 
 
@@ -171,7 +179,9 @@ def routed_updates(expert: RoutedExpert, tensors: Mapping[str, Tensor]) -> Itera
         if site.branch is not None:
             downs = tensors[f"{stem}.branch.down.weight"].split(site.branch.ranks)
             ups = (tensors[f"{stem}.branch.ups.{number}.weight"] for number in range(len(downs)))
-            pairs = [LowRank(down, up, 1.0, start) for start, down, up in zip(site.branch.starts, downs, ups, strict=True)]
+            pairs = [
+                LowRank(down, up, 1.0, start) for start, down, up in zip(site.branch.starts, downs, ups, strict=True)
+            ]
             yield from low_rank_updates(f"{name}.weight", pairs, diff)
         elif diff is not None:
             yield Update(f"{name}.weight", diff=diff)

@@ -62,7 +62,12 @@ class Family:
     def native_map(self) -> KeyMap:
         """Every native module under its own name."""
         rules = self.DIFFUSERS_TO_NATIVE
-        return KeyMap([Rule(rule.target, rule.target, rule.target_params or rule.params, optional=rule.optional) for rule in rules])
+        return KeyMap(
+            [
+                Rule(rule.target, rule.target, rule.target_params or rule.params, optional=rule.optional)
+                for rule in rules
+            ]
+        )
 
     @cached_property
     def alias_map(self) -> KeyMap:
@@ -80,5 +85,5 @@ class Family:
         """The base key of a detail copy: `proj_out_lora.weight` -> `proj_out.weight`; None for any other key."""
         for module in self.detail_modules:
             if key.startswith(f"{module}_lora."):
-                return module + key[len(module) + len("_lora"):]
+                return module + key[len(module) + len("_lora") :]
         return None

@@ -86,21 +86,42 @@ NORMS = (
 ORIGINAL = (
     *(Rule(norm, norm, WEIGHT, SCALE) for norm in NORMS),
     *(Rule(f"{norm}.scale", norm, WHOLE, SCALE) for norm in NORMS),
-    *(Rule(f"{NATIVE_DOUBLE}.{stream}_attn_{letter}_norm", f"{NATIVE_DOUBLE}.{stream}_attn.norm.{name}_norm", WEIGHT, SCALE)
-      for stream in ("img", "txt") for letter, name in (("q", "query"), ("k", "key"))),
-    *(Rule(f"{NATIVE_SINGLE}.{letter}_norm", f"{NATIVE_SINGLE}.norm.{name}_norm", WEIGHT, SCALE)
-      for letter, name in (("q", "query"), ("k", "key"))),
-    *(Rule(f"{name}.mlp.{layer}", f"{name}.{target}") for name in ("time_in", "guidance_in", "txt_in.t_embedder")
-      for layer, target in (("0", "in_layer"), ("2", "out_layer"))),
+    *(
+        Rule(
+            f"{NATIVE_DOUBLE}.{stream}_attn_{letter}_norm",
+            f"{NATIVE_DOUBLE}.{stream}_attn.norm.{name}_norm",
+            WEIGHT,
+            SCALE,
+        )
+        for stream in ("img", "txt")
+        for letter, name in (("q", "query"), ("k", "key"))
+    ),
+    *(
+        Rule(f"{NATIVE_SINGLE}.{letter}_norm", f"{NATIVE_SINGLE}.norm.{name}_norm", WEIGHT, SCALE)
+        for letter, name in (("q", "query"), ("k", "key"))
+    ),
+    *(
+        Rule(f"{name}.mlp.{layer}", f"{name}.{target}")
+        for name in ("time_in", "guidance_in", "txt_in.t_embedder")
+        for layer, target in (("0", "in_layer"), ("2", "out_layer"))
+    ),
     Rule("txt_in.c_embedder.linear_1", "txt_in.c_embedder.in_layer"),
     Rule("txt_in.c_embedder.linear_2", "txt_in.c_embedder.out_layer"),
     Rule(f"{NATIVE_REFINER}.self_attn_qkv", f"{NATIVE_REFINER}.self_attn.qkv"),
     Rule(f"{NATIVE_REFINER}.self_attn_proj", f"{NATIVE_REFINER}.self_attn.proj"),
     Rule(f"{NATIVE_REFINER}.mlp.fc1", f"{NATIVE_REFINER}.mlp.0"),
     Rule(f"{NATIVE_REFINER}.mlp.fc2", f"{NATIVE_REFINER}.mlp.2"),
-    *(Rule(f"{NATIVE_DOUBLE}.{stream}_{source}", f"{NATIVE_DOUBLE}.{stream}_{target}") for stream in ("img", "txt")
-      for source, target in (("mod.linear", "mod.lin"), ("attn_qkv", "attn.qkv"), ("attn_proj", "attn.proj"),
-                             ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.2"))),
+    *(
+        Rule(f"{NATIVE_DOUBLE}.{stream}_{source}", f"{NATIVE_DOUBLE}.{stream}_{target}")
+        for stream in ("img", "txt")
+        for source, target in (
+            ("mod.linear", "mod.lin"),
+            ("attn_qkv", "attn.qkv"),
+            ("attn_proj", "attn.proj"),
+            ("mlp.fc1", "mlp.0"),
+            ("mlp.fc2", "mlp.2"),
+        )
+    ),
     Rule(f"{NATIVE_SINGLE}.modulation.linear", f"{NATIVE_SINGLE}.modulation.lin"),
 )
 

@@ -105,7 +105,7 @@ class Templates:
         match = self._numbered.match(name)
         if match is None:
             return name, None
-        return f"{match[1]}{self._separator}{{n}}{name[match.end():]}", match[2]
+        return f"{match[1]}{self._separator}{{n}}{name[match.end() :]}", match[2]
 
 
 class KeyMap:
@@ -160,7 +160,9 @@ class KeyMap:
     def sources_of(self, module: str) -> list[Piece]:
         """The source modules that make up a target module, in row order."""
         template, index = self._targets.split(module)
-        pieces = [_piece(_fill(rule.source, index), module, None, rule) for rule in self.rules if rule.target == template]
+        pieces = [
+            _piece(_fill(rule.source, index), module, None, rule) for rule in self.rules if rule.target == template
+        ]
         return sorted(pieces, key=lambda piece: piece.part or 0)
 
     def match(self, keys: Iterable[str]) -> MatchReport:
@@ -183,7 +185,9 @@ class KeyMap:
         for target, pieces in matched.items():
             pieces.sort(key=lambda piece: piece.part or 0)
             if len({piece.part for piece in pieces}) < len(pieces):
-                raise CheckpointError(f"{name_some(p.source for p in pieces)} would all become {target}; expected one of them.")
+                raise CheckpointError(
+                    f"{name_some(p.source for p in pieces)} would all become {target}; expected one of them."
+                )
         return MatchReport(matched, tuple(unmatched), tuple(sorted(self._expected(keys) - keys)))
 
     def _expected(self, keys: set[str]) -> set[str]:
@@ -230,7 +234,9 @@ def fuse(pieces: Sequence[Piece], tensors: Mapping[str, Tensor]) -> Tensor:
     """
     parts = [piece.part for piece in pieces]
     if parts != [None] and parts != list(range(len(parts))):
-        raise CheckpointError(f"{pieces[0].target} needs all its parts; found only {name_some(p.source for p in pieces)}.")
+        raise CheckpointError(
+            f"{pieces[0].target} needs all its parts; found only {name_some(p.source for p in pieces)}."
+        )
     values = [tensors[piece.source] for piece in pieces]
     if len({value.shape[1:] for value in values}) > 1:
         raise CheckpointError(

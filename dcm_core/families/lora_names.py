@@ -12,7 +12,18 @@ from .keymap import Piece
 Shapes = Mapping[str, Sequence[int]]
 
 Kind = Literal[
-    "down", "mid", "up", "up_bias", "alpha", "reshape", "diff", "diff_b", "diff_m", "set_weight", "set_bias", "unroutable"
+    "down",
+    "mid",
+    "up",
+    "up_bias",
+    "alpha",
+    "reshape",
+    "diff",
+    "diff_b",
+    "diff_m",
+    "set_weight",
+    "set_bias",
+    "unroutable",
 ]
 # What makes one low-rank update.
 LOW_RANK: tuple[Kind, ...] = ("down", "mid", "up", "up_bias", "alpha", "reshape")
@@ -52,7 +63,8 @@ UNROUTABLE: tuple[tuple[str, str], ...] = (
 PATTERNS = tuple(
     (re.compile(rf"(?P<module>.+?){ending}"), kind, method)
     for ending, kind, method in (
-        *((ending, kind, "") for ending, kind in ENDINGS), *((ending, "unroutable", method) for ending, method in UNROUTABLE)
+        *((ending, kind, "") for ending, kind in ENDINGS),
+        *((ending, "unroutable", method) for ending, method in UNROUTABLE),
     )
 )
 # No tensor has a longer name; matching a crafted one would take long.
@@ -60,7 +72,15 @@ LONGEST_KEY = 500
 
 # Stripped as long as one leads and the rest is no module of the model.
 PREFIXES = (
-    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "pipe.", "dit.", "module.", "model.", "unet.",
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "pipe.",
+    "dit.",
+    "module.",
+    "model.",
+    "unet.",
 )
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 # What wrappers of PyTorch write into the middle of a name.
@@ -107,7 +127,7 @@ def candidates(module: str) -> Iterator[str]:
         module = module.replace(wrapper, "")
     while module:
         yield module
-        module = next((module[len(prefix):] for prefix in PREFIXES if module.startswith(prefix)), "")
+        module = next((module[len(prefix) :] for prefix in PREFIXES if module.startswith(prefix)), "")
 
 
 def flat_candidates(module: str) -> Iterator[str]:
@@ -115,10 +135,10 @@ def flat_candidates(module: str) -> Iterator[str]:
     for prefix in FLAT_PREFIXES:
         if module.startswith(prefix):
             # some tools leave dots, or write `_` twice
-            flat = module[len(prefix):].replace(".", "_").strip("_")
+            flat = module[len(prefix) :].replace(".", "_").strip("_")
             while flat:
                 yield flat
-                flat = next((flat[len(p):] for other in PREFIXES if flat.startswith(p := other.replace(".", "_"))), "")
+                flat = next((flat[len(p) :] for other in PREFIXES if flat.startswith(p := other.replace(".", "_"))), "")
 
 
 def is_text_encoder(module: str) -> bool:
@@ -138,7 +158,9 @@ def name_of(key: str, family: Family) -> LoraKey | None:
 
 def is_release_part(keys: Iterable[str], family: Family) -> bool:
     """True if a file follows the release's conventions, so that a missing alpha means the release's scale."""
-    return any(family.detail_source(key) or ((name := split_key(key)) and name.adapter == RELEASE_ADAPTER) for key in keys)
+    return any(
+        family.detail_source(key) or ((name := split_key(key)) and name.adapter == RELEASE_ADAPTER) for key in keys
+    )
 
 
 def places(module: str, family: Family) -> Iterator[Piece]:
@@ -165,7 +187,11 @@ class ModuleNames:
         found = (*(Piece(name, name) for name in own), *places(module, self.family))
         piece = next((piece for piece in found if self._has(piece.target)), None)
         # older hosts call the weight of some norms `scale`
-        if piece is not None and f"{piece.target}.weight" not in self.shapes and (scale := f"{piece.target}.scale") in self.shapes:
+        if (
+            piece is not None
+            and f"{piece.target}.weight" not in self.shapes
+            and (scale := f"{piece.target}.scale") in self.shapes
+        ):
             return replace(piece, target=scale)
         return piece
 
@@ -174,7 +200,10 @@ class ModuleNames:
         return next((piece.optional for piece in places(module, self.family)), "")
 
     def _has(self, module: str) -> bool:
-        return any(name in self.shapes for name in (module, *(f"{module}.{p}" for p in ("weight", "bias", "scale", "modulation"))))
+        return any(
+            name in self.shapes
+            for name in (module, *(f"{module}.{p}" for p in ("weight", "bias", "scale", "modulation")))
+        )
 
 
 def count_known(family: Family, keys: Iterable[str]) -> int:

@@ -31,10 +31,16 @@ def _block(block: str, optional: str = "") -> tuple[Rule, ...]:
     attention = (("attn1", "self_attn"), ("attn2", "cross_attn"))
     linears = (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
     return (
-        *(Rule(f"{block}.{source}.{layer}", f"{block}.{target}.{native}", optional=optional)
-          for source, target in attention for layer, native in linears),
-        *(Rule(f"{block}.{source}.{norm}", f"{block}.{target}.{norm}", WEIGHT, optional=optional)
-          for source, target in attention for norm in ("norm_q", "norm_k")),
+        *(
+            Rule(f"{block}.{source}.{layer}", f"{block}.{target}.{native}", optional=optional)
+            for source, target in attention
+            for layer, native in linears
+        ),
+        *(
+            Rule(f"{block}.{source}.{norm}", f"{block}.{target}.{norm}", WEIGHT, optional=optional)
+            for source, target in attention
+            for norm in ("norm_q", "norm_k")
+        ),
         Rule(f"{block}.norm2", f"{block}.norm3", optional=optional),
         Rule(f"{block}.ffn.net.0.proj", f"{block}.ffn.0", optional=optional),
         Rule(f"{block}.ffn.net.2", f"{block}.ffn.2", optional=optional),

@@ -22,7 +22,9 @@ PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "trans
 BASE_LAYER = ".base_layer."
 # More than any model or LoRA has.
 MAX_TENSORS = 20_000
-NATIVE_WEIGHT = re.compile(rf"(?P<stem>blocks|double_blocks|single_blocks)\.(?P<index>{BLOCK_INDEX})\.(?P<rest>.+\.weight)")
+NATIVE_WEIGHT = re.compile(
+    rf"(?P<stem>blocks|double_blocks|single_blocks)\.(?P<index>{BLOCK_INDEX})\.(?P<rest>.+\.weight)"
+)
 
 
 class Layout(Enum):
@@ -78,7 +80,9 @@ def recognise(file: TensorFile) -> Contents:
     if known[family.name] <= len(keys) // 2:
         return Contents(Layout.OTHER)
     if len(keys) < len(file):
-        raise CheckpointError(f"{file.path} holds the same tensors with and without a prefix; expected one model. Load a clean file.")
+        raise CheckpointError(
+            f"{file.path} holds the same tensors with and without a prefix; expected one model. Load a clean file."
+        )
     return _diffusers(file, family, keys)
 
 
@@ -121,7 +125,9 @@ def _diffusers(file: TensorFile, family: Family, keys: Mapping[str, str]) -> Con
     detail = {key for key in keys if family.detail_source(key) or split_key(key)}
     semantic = {key.replace(BASE_LAYER, "."): keys[key] for key in keys if key not in detail}
     if len(semantic) + len(detail) < len(keys):
-        raise CheckpointError(f"{file.path} holds weights both with and without .base_layer; expected one. Load the unchanged file.")
+        raise CheckpointError(
+            f"{file.path} holds weights both with and without .base_layer; expected one. Load the unchanged file."
+        )
     report = family.key_map.match(semantic)
     wrapped = {key for key in keys if BASE_LAYER in key}
     layout = Layout.RELEASE if detail or wrapped else Layout.DIFFUSERS
@@ -148,18 +154,26 @@ def _check_detail(
     odd = {key for key, name in pairs.items() if name.module not in targets or name.kind not in ("down", "up")}
     adapters = sorted({name.adapter for name in pairs.values() if name.adapter}) or ["lora1"]
     if len(adapters) > 1:
-        raise CheckpointError(f"{file.path} holds the adapters {', '.join(adapters)}; a release has one. Load the unchanged file.")
+        raise CheckpointError(
+            f"{file.path} holds the adapters {', '.join(adapters)}; a release has one. Load the unchanged file."
+        )
     missing = {f"{module}.lora_{part}.{adapters[0]}.weight" for module in targets for part in "AB"} - detail
     copies = {source for key in detail if (source := family.detail_source(key))}
     for module in family.detail_modules:
         own = {key for key in semantic if key.startswith(f"{module}.")}
         missing |= {key.replace(module, f"{module}_lora", 1) for key in own - copies}
-    odd |= {key for key in detail if (source := family.detail_source(key)) and source not in semantic | semantic_missing}
+    odd |= {
+        key for key in detail if (source := family.detail_source(key)) and source not in semantic | semantic_missing
+    }
     return missing, odd
 
 
 def _check_fit(
-    file: TensorFile, family: Family, matched: Mapping[str, Sequence[Piece]], semantic: Mapping[str, str], detail: Mapping[str, str]
+    file: TensorFile,
+    family: Family,
+    matched: Mapping[str, Sequence[Piece]],
+    semantic: Mapping[str, str],
+    detail: Mapping[str, str],
 ) -> None:
     """Every tensor fits the ones beside it.
 
@@ -178,7 +192,9 @@ def _check_fit(
 def _half_message(file: TensorFile, family: Family, layout: Layout, missing: set[str], odd: set[str]) -> str:
     parts = [f"{counted(len(missing), 'tensor is', 'tensors are')} missing ({name_some(missing)})"] if missing else []
     parts += [f"{counted(len(odd), 'is', 'are')} unknown ({name_some(odd)})"] if odd else []
-    shard = " It looks like one shard of several: merge all shards into one file first." if "-of-" in file.path.name else ""
+    shard = (
+        " It looks like one shard of several: merge all shards into one file first." if "-of-" in file.path.name else ""
+    )
     return (
         f"{file.path} looks like {family.title}, {layout.value}, but {' and '.join(parts)}. Expected every tensor of the "
         f"model and nothing else; download it again or load the unchanged release file.{shard}"

@@ -25,7 +25,9 @@ class Checksum:
     def __init__(self, metadata: Mapping[str, str]):
         own = metadata.get("format", "").startswith(OWN_FORMAT)
         self._parts = {
-            f"metadata {name}": value for name, value in metadata.items() if name != CHECKSUM and (own or name.startswith("dcm."))
+            f"metadata {name}": value
+            for name, value in metadata.items()
+            if name != CHECKSUM and (own or name.startswith("dcm."))
         }
 
     def add(self, key: str, dtype: str, shape: Sequence[int], data: bytes | memoryview) -> None:

@@ -105,7 +105,9 @@ def _problem_of_value(name: str, value: Any, embedding: Tensor) -> str:
         kind = value is None or isinstance(value, (bool, int, float, str))
         return "" if kind else f"is a {type(value).__name__}; expected a tensor, a number or text"
     batch, tokens, _ = embedding.shape
-    expected = {"attention_mask": (batch, tokens), "pooled_output": (batch, *value.shape[1:2])}.get(name, tuple(value.shape))
+    expected = {"attention_mask": (batch, tokens), "pooled_output": (batch, *value.shape[1:2])}.get(
+        name, tuple(value.shape)
+    )
     if tuple(value.shape) != expected or not value.numel():
         return f"has shape {tuple(value.shape)}, which does not fit an embedding of shape {tuple(embedding.shape)}"
     return "has NaN or infinite values" if value.is_floating_point() and not is_finite(value) else ""

@@ -65,7 +65,11 @@ def _blocks(shapes: Shapes) -> Misfits:
     for names in groups.values():
         (usual, _), *others = Counter(tuple(shapes[name]) for name in names).most_common()
         if others:
-            yield from ((name, f"has shape {shapes[name]}, in other blocks {usual}") for name in names if tuple(shapes[name]) != usual)
+            yield from (
+                (name, f"has shape {shapes[name]}, in other blocks {usual}")
+                for name in names
+                if tuple(shapes[name]) != usual
+            )
 
 
 def _biases(shapes: Shapes) -> Misfits:
@@ -91,16 +95,23 @@ def _fused(shapes: Shapes, dtypes: DTypes, matched: Mapping[str, Sequence[Piece]
         first = names[0]
         for name in names:
             if not shapes[name] or tuple(shapes[name][1:]) != tuple(shapes[first][1:]) or dtypes[name] != dtypes[first]:
-                yield name, f"is {_said(name, shapes, dtypes)}, but becomes part of {target} with {first}, {_said(first, shapes, dtypes)}"
+                yield (
+                    name,
+                    f"is {_said(name, shapes, dtypes)}, but becomes part of {target} with {first}, {_said(first, shapes, dtypes)}",
+                )
 
 
-def _copies(shapes: Shapes, dtypes: DTypes, copies: Mapping[str, str], matched: Mapping[str, Sequence[Piece]]) -> Misfits:
+def _copies(
+    shapes: Shapes, dtypes: DTypes, copies: Mapping[str, str], matched: Mapping[str, Sequence[Piece]]
+) -> Misfits:
     """A layer of the detail expert's own has the shape of the base's."""
     for name, source in copies.items():
         if tuple(shapes[name]) != tuple(shapes[source]):
             yield name, f"has shape {shapes[name]}, {source} {shapes[source]}"
     own = {source: name for name, source in copies.items()}
-    together = {target: [own[piece.source] for piece in pieces if piece.source in own] for target, pieces in matched.items()}
+    together = {
+        target: [own[piece.source] for piece in pieces if piece.source in own] for target, pieces in matched.items()
+    }
     yield from _one_dtype(together, dtypes)
 
 

@@ -85,7 +85,9 @@ def said_family(metadata: Mapping[str, str]) -> str | None:
 
 
 def _bad_fact(key: str, value: object, expected: str) -> ExpertError:
-    return ExpertError(f"Its metadata says {key} = {given(value)}; expected {expected}. Save or download the file again.")
+    return ExpertError(
+        f"Its metadata says {key} = {given(value)}; expected {expected}. Save or download the file again."
+    )
 
 
 def _number(metadata: Mapping[str, str], key: str, expected: str) -> float | None:
@@ -118,7 +120,9 @@ def _timesteps(metadata: Mapping[str, str]) -> tuple[float, ...] | None:
     except ExpertError:
         values = None
     steps = values if isinstance(values, list) and 0 < len(values) <= MOST_TIMESTEPS else [None]
-    if not all(_is_number(step) and 0 < step <= 1000 for step in steps) or any(low >= high for high, low in pairwise(steps)):
+    if not all(_is_number(step) and 0 < step <= 1000 for step in steps) or any(
+        low >= high for high, low in pairwise(steps)
+    ):
         raise _bad_fact("dcm.timesteps", text, "falling numbers within 0 to 1000, such as [1000.0, 912.4]")
     return tuple(map(float, steps))
 
@@ -137,7 +141,9 @@ def parse_json(text: str, what: str, longest: int = LONGEST_TEXT) -> Any:
         ExpertError: anything else; `what` says where the text is.
     """
     if len(text) > longest:
-        raise ExpertError(f"{what} has {len(text):,} characters; expected at most {longest:,}. Save or download it again.")
+        raise ExpertError(
+            f"{what} has {len(text):,} characters; expected at most {longest:,}. Save or download it again."
+        )
     if _is_too_deep(text):
         raise ExpertError(f"{what} is nested more than {DEEPEST} levels deep. Save or download it again.")
     try:
@@ -259,7 +265,9 @@ def _first_number(values: Mapping[str, Any], names: tuple[str, ...], source: str
 
 def _alpha(name: str, value: Any, source: str) -> float:
     if not _is_number(value):
-        raise ExpertError(f"{source}: {one_line(name)} is {given(value)}; expected a number. Correct it, or save the LoRA again.")
+        raise ExpertError(
+            f"{source}: {one_line(name)} is {given(value)}; expected a number. Correct it, or save the LoRA again."
+        )
     return value
 
 
@@ -270,7 +278,7 @@ def _layer_name(pattern: str, source: str) -> str:
         ExpertError: a regular expression; it is not run, as it may take forever.
     """
     name = pattern.removesuffix("$").replace("\\.", ".")
-    name = next((name[len(start):] for start in (".*.", "(.*.)?") if name.startswith(start)), name)
+    name = next((name[len(start) :] for start in (".*.", "(.*.)?") if name.startswith(start)), name)
     if not LAYER_NAME.fullmatch(name.removeprefix("^")):
         raise ExpertError(
             f"{source}: alpha_pattern has {given(pattern)}, a regular expression; expected a plain layer name such as "

@@ -122,7 +122,9 @@ class TensorFile:
             begin, end = entry["data_offsets"]
             self.offsets[key] = 8 + length + begin
             if end - begin != self.nbytes(key):  # of two entries of one name the library may have checked the other
-                raise ValueError(f"{key} has {end - begin} bytes, its shape {self.shapes[key]} needs {self.nbytes(key)}")
+                raise ValueError(
+                    f"{key} has {end - begin} bytes, its shape {self.shapes[key]} needs {self.nbytes(key)}"
+                )
 
     def _file_state(self) -> tuple[int, int, int]:
         """Changes when the file does."""
@@ -162,7 +164,9 @@ class TensorFile:
                 yield read
                 self.refuse_changed()
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read ({error}). Was the file moved? Load it again.") from error
+            raise CheckpointError(
+                f"{self.path} cannot be read ({error}). Was the file moved? Load it again."
+            ) from error
 
     def _tensor(self, key: str, data: bytearray) -> Tensor:
         flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
@@ -263,7 +267,9 @@ def write_stream(
         for key, tensor in tensors:
             name, (dtype, shape) = next(announced, ("nothing", (None, ())))
             if (key, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
-                raise CheckpointError(f"{key} is {tensor.dtype} {tuple(tensor.shape)}; {name} {dtype} {tuple(shape)} was announced.")
+                raise CheckpointError(
+                    f"{key} is {tensor.dtype} {tuple(tensor.shape)}; {name} {dtype} {tuple(shape)} was announced."
+                )
             data = bytes_of(tensor)
             checksum.add(key, NAMES[dtype], shape, data)
             file.write(data)

@@ -142,7 +142,9 @@ def check_room(sizes: Mapping[Path, int]) -> None:
     disks: dict[int, dict[Path, int]] = {}
     for path, size in sizes.items():
         if not path.parent.is_dir():
-            raise CheckpointError(f"The folder {path.parent} does not exist. Create it, or choose another place for {path.name}.")
+            raise CheckpointError(
+                f"The folder {path.parent} does not exist. Create it, or choose another place for {path.name}."
+            )
         remove_left(path.parent, glob.escape(path.name[:KEPT]))
         disks.setdefault(path.parent.stat().st_dev, {})[path] = size
     for files in disks.values():

@@ -74,7 +74,9 @@ class Inspection:
 
 def in_lines(facts: Mapping[str, str | None]) -> str:
     """A line for each fact that is known."""
-    return "\n".join(f"{name:>10}: {one_line(value, LINE_LENGTH)}" for name, value in facts.items() if value is not None)
+    return "\n".join(
+        f"{name:>10}: {one_line(value, LINE_LENGTH)}" for name, value in facts.items() if value is not None
+    )
 
 
 def inspect_file(path: str | os.PathLike, target: Target | None = None, progress: Progress | None = None) -> Inspection:

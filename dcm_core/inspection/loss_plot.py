@@ -59,7 +59,9 @@ def plot_losses(history: Sequence[Mapping[str, float]], term: str, width: int = 
     low, high = _range(sorted(values))
     scale = scale_of(low, high)
     missing, beyond = len(entries) - len(finite), sum(not low <= value <= high for value in values)
-    notes = [f"{counted(missing, 'step')} NaN or infinite"] * bool(missing) + [f"{counted(beyond, 'step')} off the scale"] * bool(beyond)
+    notes = [f"{counted(missing, 'step')} NaN or infinite"] * bool(missing) + [
+        f"{counted(beyond, 'step')} off the scale"
+    ] * bool(beyond)
     canvas.text((canvas.left, 5 * unit), _title(term) + " (log scale)" * scale.log, "lm")
     canvas.text((canvas.right, 5 * unit), ", ".join(notes), "rm", canvas.small)
     means = _running_mean(values)
@@ -70,7 +72,12 @@ def plot_losses(history: Sequence[Mapping[str, float]], term: str, width: int = 
         canvas.level(scale.share(mark), label)
     for points in _unbroken(entries):
         _curve(canvas, [canvas.at(across(step), scale.share(value)) for step, value in points], EACH, 0.5)
-    _curve(canvas, [canvas.at(across(step), scale.share(mean)) for (step, _), mean in zip(finite, means, strict=True)], MEAN, 1.0)
+    _curve(
+        canvas,
+        [canvas.at(across(step), scale.share(mean)) for (step, _), mean in zip(finite, means, strict=True)],
+        MEAN,
+        1.0,
+    )
     return canvas.finished()
 
 
@@ -97,7 +104,9 @@ def _range(ordered: Sequence[float]) -> tuple[float, float]:
     few = len(ordered) // 50
     places = [math.log10(value) for value in ordered] if ordered[0] > 0 else ordered
     first, last = places[few], places[-1 - few]
-    near = [value for value, place in zip(ordered, places, strict=True) if 2 * first - last <= place <= 2 * last - first]
+    near = [
+        value for value, place in zip(ordered, places, strict=True) if 2 * first - last <= place <= 2 * last - first
+    ]
     return near[0], near[-1]
 
 

@@ -69,7 +69,9 @@ class Profile:
         waiting, broken = counted(len(self.unmeasured), "replaced tensor"), counted(len(self.broken), "tensor")
         return {
             "change": "; ".join(self._line(name, sizes) for name, sizes in self.experts.items() if sizes) or None,
-            "not shown": f"{waiting}, no plain base to compare with: {name_some(self.unmeasured)}" if self.unmeasured else None,
+            "not shown": f"{waiting}, no plain base to compare with: {name_some(self.unmeasured)}"
+            if self.unmeasured
+            else None,
             "broken": f"NaN or infinite values in {broken}: {name_some(self.broken)}" if self.broken else None,
         }
 
@@ -86,7 +88,9 @@ class Profile:
 def in_words(column: Column) -> str:
     """`double block 3`; of what comes before and after the blocks, that."""
     group, index = column
-    return {BEFORE: "the embedders", AFTER: "the output head"}.get(group, f"{group.removesuffix('s').replace('_', ' ')} {index}")
+    return {BEFORE: "the embedders", AFTER: "the output head"}.get(
+        group, f"{group.removesuffix('s').replace('_', ' ')} {index}"
+    )
 
 
 def norm(tensor: Tensor) -> float:

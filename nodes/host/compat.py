@@ -27,7 +27,9 @@ NEWEST_TRIED = "0.33.0"
 ACTIVATIONS = getattr(comfy.ops, "INPUT_ACT_EAGER", {})
 
 # How layers may be quantised in a file whose `<layer>.comfy_quant` says so; older hosts read none of it.
-LAYER_FORMATS = frozenset(comfy.quant_ops.QUANT_ALGOS) if hasattr(comfy.utils, "detect_layer_quantization") else frozenset()
+LAYER_FORMATS = (
+    frozenset(comfy.quant_ops.QUANT_ALGOS) if hasattr(comfy.utils, "detect_layer_quantization") else frozenset()
+)
 
 SCHEMA_FIELDS = frozenset(field.name for field in dataclasses.fields(io.Schema))
 
@@ -39,11 +41,14 @@ def host_version() -> str:
 
 def tell_newer_host() -> None:
     """One line in the log where this ComfyUI is newer than any that was tried."""
-    own, tried = (tuple(int(number) for number in re.findall(r"\d+", text)[:3]) for text in (host_version(), NEWEST_TRIED))
+    own, tried = (
+        tuple(int(number) for number in re.findall(r"\d+", text)[:3]) for text in (host_version(), NEWEST_TRIED)
+    )
     if own > tried:
         logger.info(
             "This is ComfyUI %s; ComfyUI-DCM was tested up to %s. A run stops with an error if an expert has no effect.",
-            host_version(), NEWEST_TRIED,
+            host_version(),
+            NEWEST_TRIED,
         )
 
 
@@ -76,7 +81,9 @@ def key_patches(patcher: Any) -> dict[str, list]:
 
 def is_oom(error: BaseException) -> bool:
     """Whether an error says that the device has too little memory: newer hosts know more of them, Macs say it in words."""
-    known = getattr(comfy.model_management, "is_oom", lambda error: isinstance(error, comfy.model_management.OOM_EXCEPTION))
+    known = getattr(
+        comfy.model_management, "is_oom", lambda error: isinstance(error, comfy.model_management.OOM_EXCEPTION)
+    )
     return known(error) or "out of memory" in str(error).lower()
 
 

@@ -21,7 +21,15 @@ SUFFIX = ".safetensors"
 NONE = "none"
 
 # Windows takes these for devices, whatever their suffix.
-DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$", *(f"{port}{n}" for port in ("com", "lpt") for n in "0123456789¹²³")}
+DEVICES = {
+    "con",
+    "prn",
+    "aux",
+    "nul",
+    "conin$",
+    "conout$",
+    *(f"{port}{n}" for port in ("com", "lpt") for n in "0123456789¹²³"),
+}
 LONGEST_NAME, LONGEST_PATH = 255, 4000
 # Older front ends read the names in a list as HTML.
 MARKUP = "<>"
@@ -51,7 +59,9 @@ def files(category: str) -> list[str]:
 @functools.cache
 def _tell_unusable(category: str, names: frozenset[str]) -> None:
     """Once for what is found: lists are made again and again."""
-    logger.warning("Not offered from models/%s, as their names cannot be used: %s. Rename these files.", category, name_some(names))
+    logger.warning(
+        "Not offered from models/%s, as their names cannot be used: %s. Rename these files.", category, name_some(names)
+    )
 
 
 def fault_of(name: Any) -> str | None:
@@ -130,7 +140,9 @@ def new_file(category: str, name: str, overwrite: bool) -> Path:
     Raises:
         CheckpointError: a name that `fault_of` or Windows refuses, or an existing file without `overwrite`.
     """
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(category) if SHIPPED not in Path(folder).parents]
+    folders = [
+        Path(folder) for folder in folder_paths.get_folder_paths(category) if SHIPPED not in Path(folder).parents
+    ]
     # a category may be read from folders of other names first (diffusion_models: unet)
     folder = next((folder for folder in folders if folder.name == category), folders[0]).resolve()
     path = _inside(folder, name, SUFFIX)

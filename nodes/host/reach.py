@@ -28,7 +28,9 @@ def clip_source(name: str) -> tuple[Path, Sequence[Path] | None]:
         source = source_path(name)
     except RuntimeError as error:
         # `~` of a user that does not exist; that one exists is no business of other machines either
-        raise DCMError(REFUSED if roots else f"`folder` is {name!r}, which names no user of this machine. Enter a full path.") from error
+        raise DCMError(
+            REFUSED if roots else f"`folder` is {name!r}, which names no user of this machine. Enter a full path."
+        ) from error
     if not is_within(source, roots):
         raise DCMError(REFUSED)
     return source, roots
@@ -49,7 +51,9 @@ def _is_loopback(address: str) -> bool:
 
 def allowed_folders() -> list[Path]:
     """The host's input, output and configured folders, links resolved."""
-    configured = [folder for kind in folder_paths.folder_names_and_paths for folder in folder_paths.get_folder_paths(kind)]
+    configured = [
+        folder for kind in folder_paths.folder_names_and_paths for folder in folder_paths.get_folder_paths(kind)
+    ]
     named = [folder_paths.get_input_directory(), folder_paths.get_output_directory(), *configured]
     # without what is no full path, and without a whole disk: packs register all kinds of things
     return sorted({path.resolve() for path in map(Path, named) if path.is_absolute() and path != path.parent})

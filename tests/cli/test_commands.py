@@ -125,7 +125,9 @@ def test_usage(arguments, capsys):
     assert "usage: python -m dcm_core" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "option"), [("convert", "--overwrite"), ("extract", "--rank"), ("inspect", "--json")])
+@pytest.mark.parametrize(
+    ("command", "option"), [("convert", "--overwrite"), ("extract", "--rank"), ("inspect", "--json")]
+)
 def test_help(command, option, capsys):
     with pytest.raises(SystemExit) as end:
         run(command, "--help")
@@ -143,6 +145,7 @@ def test_as_a_program(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
 
 def test_what_ends_a_command_from_outside_can_be_caught_by_it(monkeypatch, capsys, tmp_path):
     """A training run saves itself then; launchers and batch systems send SIGTERM."""

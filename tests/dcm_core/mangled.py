@@ -28,7 +28,11 @@ def mangled(path, tensors, metadata, data):
     if data.draw(st.booleans()):  # files without a checksum are read, too
         header["__metadata__"].pop("dcm.checksum")
     keys = st.sampled_from(sorted(key for key in header if key != "__metadata__"))
-    match data.draw(st.sampled_from(["cut", "flip", "insert", "length", "header", "entry", "offsets", "key", "metadata", "deep", "many"])):
+    match data.draw(
+        st.sampled_from(
+            ["cut", "flip", "insert", "length", "header", "entry", "offsets", "key", "metadata", "deep", "many"]
+        )
+    ):
         case "cut":
             content = content[: data.draw(st.integers(0, len(content) - 1))]
         case "flip":
@@ -43,11 +47,16 @@ def mangled(path, tensors, metadata, data):
             content = _file(data.draw(JSON), values)
         case "entry":
             field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
-            header[data.draw(keys)][field] = data.draw(JSON | st.lists(SIZES, max_size=5) | st.sampled_from(["I64", "BOOL", "F64", "F4"]))
+            header[data.draw(keys)][field] = data.draw(
+                JSON | st.lists(SIZES, max_size=5) | st.sampled_from(["I64", "BOOL", "F64", "F4"])
+            )
             content = _file(header, values)
         case "offsets":
             start = data.draw(SIZES)
-            header[data.draw(keys)] |= {"shape": data.draw(st.lists(SIZES, max_size=4)), "data_offsets": [start, data.draw(SIZES)]}
+            header[data.draw(keys)] |= {
+                "shape": data.draw(st.lists(SIZES, max_size=4)),
+                "data_offsets": [start, data.draw(SIZES)],
+            }
             content = _file(header, values)
         case "key":
             key = data.draw(keys)

@@ -95,7 +95,9 @@ def test_dtypes(family, save, targets, name):
     wanted = DTYPES[name] or torch.float32
     if wanted is torch.float8_e4m3fn:
         small = {key for key, dtype in base.dtypes.items() if dtype is wanted}
-        assert small and all("blocks." in key and len(base.shapes[key]) == 2 and key.endswith(".weight") for key in small)
+        assert small and all(
+            "blocks." in key and len(base.shapes[key]) == 2 and key.endswith(".weight") for key in small
+        )
         assert {dtype for key, dtype in base.dtypes.items() if key not in small} == {torch.float32}
         wanted = torch.float32
     else:
@@ -207,7 +209,9 @@ def test_disk_room_for_both_is_checked_before_the_work(save, release, targets, m
         return usage._replace(free=room - used)
 
     monkeypatch.setattr(unfinished.shutil, "disk_usage", disk)
-    with pytest.raises(CheckpointError, match=r"base\.safetensors and .*expert\.safetensors need .* MB, but .* MB free"):
+    with pytest.raises(
+        CheckpointError, match=r"base\.safetensors and .*expert\.safetensors need .* MB, but .* MB free"
+    ):
         convert_release(source, *targets, progress=never)
     assert written(targets) == []
 
@@ -293,7 +297,9 @@ def big_shapes():
 def test_memory_does_not_grow_with_the_file(tmp_path):
     source = tmp_path / "release.safetensors"
     entries = {key: (torch.bfloat16, shape) for key, shape in big_shapes().items()}
-    storage.write_stream(source, entries, ((key, torch.ones(shape, dtype=dtype)) for key, (dtype, shape) in entries.items()), {})
+    storage.write_stream(
+        source, entries, ((key, torch.ones(shape, dtype=dtype)) for key, (dtype, shape) in entries.items()), {}
+    )
     targets = tmp_path / "base.safetensors", tmp_path / "expert.safetensors"
     command = [sys.executable, "-c", MEASURE, *map(str, (source, *targets))]
     grown = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout) / 1024

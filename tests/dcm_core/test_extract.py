@@ -44,7 +44,11 @@ def tuned_and_base(family, save, rank=2):
     for name, tensor in base.items():
         if tensor.ndim == 2 and name.endswith(".weight"):
             rows, columns = tensor.shape
-            change = torch.randn(rows, rank, generator=noise) @ torch.randn(rank, columns, generator=noise) / math.sqrt(columns)
+            change = (
+                torch.randn(rows, rank, generator=noise)
+                @ torch.randn(rank, columns, generator=noise)
+                / math.sqrt(columns)
+            )
         else:
             change = torch.randn(tensor.shape, generator=noise)
         tuned[name] = tensor + 0.1 * change
@@ -56,7 +60,9 @@ def merged(base, expert):
     out = {name: tensor.clone() for name, tensor in base.items()}
     for module, updates in expert.low_rank.items():
         for update in updates:
-            out[f"{module}.weight"][update.start : update.start + len(update.up)] += update.scale * update.up.float() @ update.down.float()
+            out[f"{module}.weight"][update.start : update.start + len(update.up)] += (
+                update.scale * update.up.float() @ update.down.float()
+            )
     for name, tensor in expert.diff.items():
         out[name] += tensor.float()
     assert not expert.replaced
@@ -65,7 +71,9 @@ def merged(base, expert):
 
 def read(path, family, base):
     file = TensorFile(path)
-    return read_expert(file.read_all(), file.metadata, "semantic", family, {name: tuple(t.shape) for name, t in base.items()})
+    return read_expert(
+        file.read_all(), file.metadata, "semantic", family, {name: tuple(t.shape) for name, t in base.items()}
+    )
 
 
 # one layer
@@ -180,9 +188,9 @@ def test_unchanged_layers_are_left_out(family, save, tmp_path):
     out = tmp_path / "lora.safetensors"
     report = extract_lora(save(tuned, "tuned.safetensors"), save(base, "base.safetensors"), out, 2)
     assert report.unchanged == len(base) - 1
-    assert {key.removeprefix("diffusion_model.").split(".lora_")[0].removesuffix(".alpha") for key in TensorFile(out).shapes} == {
-        changed.removesuffix(".weight")
-    }
+    assert {
+        key.removeprefix("diffusion_model.").split(".lora_")[0].removesuffix(".alpha") for key in TensorFile(out).shapes
+    } == {changed.removesuffix(".weight")}
 
 
 def test_any_layout_gives_the_same(family, save, tmp_path):
@@ -247,7 +255,9 @@ def test_hunyuan_names_of_others(save, tmp_path, rename):
     assert len(renamed.keys() - tuned.keys()) > 6
     files = []
     for number, tensors in enumerate((tuned, renamed)):
-        extract_lora(save(tensors, "tuned.safetensors"), save(base, "base.safetensors"), tmp_path / f"{number}.safetensors", 2)
+        extract_lora(
+            save(tensors, "tuned.safetensors"), save(base, "base.safetensors"), tmp_path / f"{number}.safetensors", 2
+        )
         files.append(TensorFile(tmp_path / f"{number}.safetensors").read_all())
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
@@ -303,7 +313,9 @@ def test_two_sizes(sources, save, out):
     tuned, _ = tuned_and_base(WAN, save)
     tuned["blocks.0.ffn.0.weight"] = torch.zeros(9, 9)
     del tuned["blocks.1.ffn.2.bias"]
-    with pytest.raises(CheckpointError, match=r"the name or shape of 2 tensors \(blocks\.0\.ffn\.0\.weight, blocks\.1\.ffn\.2\.bias\)"):
+    with pytest.raises(
+        CheckpointError, match=r"the name or shape of 2 tensors \(blocks\.0\.ffn\.0\.weight, blocks\.1\.ffn\.2\.bias\)"
+    ):
         extract_lora(save(tuned, "other.safetensors"), sources[1], out, 2, progress=never)
 
 

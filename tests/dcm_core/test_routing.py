@@ -20,14 +20,17 @@ def as_sigma(timestep):
     return torch.tensor(timestep, dtype=torch.float64).div(1000).float()
 
 
-@pytest.mark.parametrize("family, timestep, detail", [
-    (WAN, 979.0, False),
-    (WAN, 978.99, True),
-    (WAN, 978.0, True),
-    (HUNYUAN_VIDEO, 982.0, False),
-    (HUNYUAN_VIDEO, 981.99, True),
-    (HUNYUAN_VIDEO, 981.0, True),
-])
+@pytest.mark.parametrize(
+    "family, timestep, detail",
+    [
+        (WAN, 979.0, False),
+        (WAN, 978.99, True),
+        (WAN, 978.0, True),
+        (HUNYUAN_VIDEO, 982.0, False),
+        (HUNYUAN_VIDEO, 981.99, True),
+        (HUNYUAN_VIDEO, 981.0, True),
+    ],
+)
 def test_sides_around_the_released_boundaries(family, timestep, detail):
     assert is_detail(as_sigma(timestep), family.preset.boundary).item() is detail
 
@@ -49,10 +52,13 @@ def test_a_float_either_side_of_the_boundary_is_the_boundary(boundary):
     assert is_detail(torch.tensor(boundary - 1e-5), boundary)
 
 
-@pytest.mark.parametrize("family, semantic, detail, text", [
-    (WAN, 3, 3, "step 1-3 semantic, 4-6 detail, boundary 0.979"),
-    (HUNYUAN_VIDEO, 2, 2, "step 1-2 semantic, 3-4 detail, boundary 0.982"),
-])
+@pytest.mark.parametrize(
+    "family, semantic, detail, text",
+    [
+        (WAN, 3, 3, "step 1-3 semantic, 4-6 detail, boundary 0.979"),
+        (HUNYUAN_VIDEO, 2, 2, "step 1-2 semantic, 3-4 detail, boundary 0.982"),
+    ],
+)
 def test_plan_of_the_released_schedules(family, semantic, detail, text):
     plan = plan_steps(family.preset.sigmas, family.preset.boundary)
     assert (plan.semantic, plan.detail, plan.steps) == (semantic, detail, semantic + detail)
@@ -60,16 +66,21 @@ def test_plan_of_the_released_schedules(family, semantic, detail, text):
     assert [plan.side(step) for step in range(plan.steps)] == ["semantic"] * semantic + ["detail"] * detail
 
 
-@pytest.mark.parametrize("sigmas, text", [
-    ([0.9, 0.0], "step 1 detail, boundary 0.979"),
-    ([1.0, 0.99, 0.98], "step 1-2 semantic, boundary 0.979"),
-    ([1.0, 0.5, 0.0], "step 1 semantic, 2 detail, boundary 0.979"),
-])
+@pytest.mark.parametrize(
+    "sigmas, text",
+    [
+        ([0.9, 0.0], "step 1 detail, boundary 0.979"),
+        ([1.0, 0.99, 0.98], "step 1-2 semantic, boundary 0.979"),
+        ([1.0, 0.5, 0.0], "step 1 semantic, 2 detail, boundary 0.979"),
+    ],
+)
 def test_plan_names_single_steps_and_leaves_out_an_empty_side(sigmas, text):
     assert str(plan_steps(torch.tensor(sigmas), 0.979)) == text
 
 
-falling = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=30, unique=True).map(lambda v: sorted(v, reverse=True))
+falling = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=30, unique=True).map(
+    lambda v: sorted(v, reverse=True)
+)
 
 
 @given(falling, st.floats(0.001, 0.999))
@@ -119,22 +130,25 @@ EXPERTS = Setup(WAN, semantic=True, detail=True, timesteps=(900.0, 500.0), bound
 LORA = Setup(WAN, semantic=True)
 
 
-@pytest.mark.parametrize("setup, owners", [
-    (PLAIN, ("base", "base")),
-    (PAIR, SIDES),
-    (EXPERTS, SIDES),
-    # a detail expert alone is on a semantic base; a semantic expert at strength 0 is left out
-    (Setup(WAN, detail=True), SIDES),
-    (Setup(WAN, semantic=False, detail=True), ("base", "detail")),
-    # a stacked semantic expert works on both sides
-    (Setup(WAN, semantic=True), ("semantic", "semantic")),
-    (Setup(WAN, semantic=True, detail=False), ("semantic", "semantic")),
-    (Setup(WAN, semantic=True, stacked=False), ("semantic", "base")),
-    (Setup(WAN, semantic=True, detail=False, stacked=False), ("semantic", "base")),
-    (Setup(WAN, semantic=True, detail=True, stacked=False), SIDES),
-    (Setup(WAN, semantic=False, detail=False), ("base", "base")),
-    (Setup(WAN, detail=False), ("base", "base")),
-])
+@pytest.mark.parametrize(
+    "setup, owners",
+    [
+        (PLAIN, ("base", "base")),
+        (PAIR, SIDES),
+        (EXPERTS, SIDES),
+        # a detail expert alone is on a semantic base; a semantic expert at strength 0 is left out
+        (Setup(WAN, detail=True), SIDES),
+        (Setup(WAN, semantic=False, detail=True), ("base", "detail")),
+        # a stacked semantic expert works on both sides
+        (Setup(WAN, semantic=True), ("semantic", "semantic")),
+        (Setup(WAN, semantic=True, detail=False), ("semantic", "semantic")),
+        (Setup(WAN, semantic=True, stacked=False), ("semantic", "base")),
+        (Setup(WAN, semantic=True, detail=False, stacked=False), ("semantic", "base")),
+        (Setup(WAN, semantic=True, detail=True, stacked=False), SIDES),
+        (Setup(WAN, semantic=False, detail=False), ("base", "base")),
+        (Setup(WAN, detail=False), ("base", "base")),
+    ],
+)
 def test_only_what_works_owns_a_side(setup, owners):
     assert setup.owners == owners
     plan = setup.plan(WAN.preset.sigmas, 0.979)
@@ -142,48 +156,71 @@ def test_only_what_works_owns_a_side(setup, owners):
     assert (plan.boundary is None) == (owners[0] == owners[1])
 
 
-@pytest.mark.parametrize("setup, two_cfgs, text", [
-    (EXPERTS, False, "step 1-3 semantic, 4-6 detail, boundary 0.979"),
-    (LORA, False, "step 1-6 semantic"),
-    (PLAIN, False, "step 1-6 base"),
-    (PLAIN, True, "step 1-3 base, 4-6 base, boundary 0.979"),
-])
+@pytest.mark.parametrize(
+    "setup, two_cfgs, text",
+    [
+        (EXPERTS, False, "step 1-3 semantic, 4-6 detail, boundary 0.979"),
+        (LORA, False, "step 1-6 semantic"),
+        (PLAIN, False, "step 1-6 base"),
+        (PLAIN, True, "step 1-3 base, 4-6 base, boundary 0.979"),
+    ],
+)
 def test_a_plan_names_a_boundary_where_something_changes(setup, two_cfgs, text):
     assert str(setup.plan(WAN.preset.sigmas, 0.979, two_cfgs)) == text
 
 
-@pytest.mark.parametrize("setup, given, boundary", [
-    (EXPERTS, 0.5, 0.5), (EXPERTS, 0, 0.7), (PLAIN, 0, 0.979), (PLAIN, None, 0.979), (Setup(HUNYUAN_VIDEO), 0, 0.982),
-    (PAIR, 0, 0.875), (Setup(WAN, two_models=True, takes_image=True), 0, 0.9),
-    (Setup(WAN, two_models=True), 0, None), (Setup(), 0, None), (Setup(), 0.6, 0.6),
-    (Setup(HUNYUAN_VIDEO, two_models=True, takes_image=False), 0, 0.982),
-    (Setup(WAN, two_models=True, takes_image=False, boundary=0.979), 0, 0.979),
-])
+@pytest.mark.parametrize(
+    "setup, given, boundary",
+    [
+        (EXPERTS, 0.5, 0.5),
+        (EXPERTS, 0, 0.7),
+        (PLAIN, 0, 0.979),
+        (PLAIN, None, 0.979),
+        (Setup(HUNYUAN_VIDEO), 0, 0.982),
+        (PAIR, 0, 0.875),
+        (Setup(WAN, two_models=True, takes_image=True), 0, 0.9),
+        (Setup(WAN, two_models=True), 0, None),
+        (Setup(), 0, None),
+        (Setup(), 0.6, 0.6),
+        (Setup(HUNYUAN_VIDEO, two_models=True, takes_image=False), 0, 0.982),
+        (Setup(WAN, two_models=True, takes_image=False, boundary=0.979), 0, 0.979),
+    ],
+)
 def test_the_boundary_is_the_given_one_then_the_experts_then_the_models(setup, given, boundary):
     assert setup.boundary_for(given) == boundary
     with pytest.raises(ScheduleError, match=r"boundary is 1\.5"):
         setup.boundary_for(1.5)
 
 
-@pytest.mark.parametrize("setup, auto, generic", [
-    (EXPERTS, (900.0, 500.0), "DCM grid"),
-    (LORA, WAN.preset.timesteps, "DCM grid"),
-    (PLAIN, WAN.preset.timesteps, "even"),
-    (PAIR, "even", "even"),
-    # LoRAs on two models say nothing; DCM experts do
-    (Setup(WAN, two_models=True, semantic=True), "even", "even"),
-    (Setup(WAN, two_models=True, semantic=True, timesteps=(900.0,)), (900.0,), "DCM grid"),
-    (Setup(), "even", "even"),
-])
+@pytest.mark.parametrize(
+    "setup, auto, generic",
+    [
+        (EXPERTS, (900.0, 500.0), "DCM grid"),
+        (LORA, WAN.preset.timesteps, "DCM grid"),
+        (PLAIN, WAN.preset.timesteps, "even"),
+        (PAIR, "even", "even"),
+        # LoRAs on two models say nothing; DCM experts do
+        (Setup(WAN, two_models=True, semantic=True), "even", "even"),
+        (Setup(WAN, two_models=True, semantic=True, timesteps=(900.0,)), (900.0,), "DCM grid"),
+        (Setup(), "even", "even"),
+    ],
+)
 def test_the_schedule_is_what_the_models_are_made_for(setup, auto, generic):
     assert (setup.schedule("auto"), setup.schedule("generic")) == (auto, generic)
     assert [setup.schedule(name) for name in ("even", "DCM grid", "simple")] == ["even", "DCM grid", "simple"]
     assert {name: setup.schedule(name) for name in PRESETS} == PRESETS
 
 
-@pytest.mark.parametrize("setup, warned", [
-    (EXPERTS, False), (LORA, False), (PLAIN, True), (Setup(WAN, semantic=False, detail=False), True), (Setup(WAN, two_sides=True), True),
-])
+@pytest.mark.parametrize(
+    "setup, warned",
+    [
+        (EXPERTS, False),
+        (LORA, False),
+        (PLAIN, True),
+        (Setup(WAN, semantic=False, detail=False), True),
+        (Setup(WAN, two_sides=True), True),
+    ],
+)
 def test_auto_says_what_it_does_not_use_and_warns_without_experts(setup, warned):
     *warning, last = setup.notes("auto")
     assert last == "auto: steps and shift are not used"

@@ -21,7 +21,9 @@ def randn(seed):
 def test_a_straight_path_ends_at_the_clean_latent_in_any_number_of_steps(steps, shift):
     noise, clean = randn(0), randn(1)
     seen = []
-    out = sample_euler(lambda x, t: noise - clean, noise, generic_sigmas(steps, shift).double(), lambda i, d: seen.append(d))
+    out = sample_euler(
+        lambda x, t: noise - clean, noise, generic_sigmas(steps, shift).double(), lambda i, d: seen.append(d)
+    )
     torch.testing.assert_close(out, clean)
     assert len(seen) == steps
     for denoised in seen:

@@ -39,10 +39,13 @@ def test_shifts_multiply(first, second, sigma):
     assert shift_sigma(shift_sigma(sigma, first), second) == pytest.approx(shift_sigma(sigma, first * second), abs=1e-9)
 
 
-@pytest.mark.parametrize("family, timesteps", [
-    (WAN, [1000, 992, 982, 949, 905, 810]),
-    (HUNYUAN_VIDEO, [1000, 992, 981.8, 912.4]),
-])
+@pytest.mark.parametrize(
+    "family, timesteps",
+    [
+        (WAN, [1000, 992, 982, 949, 905, 810]),
+        (HUNYUAN_VIDEO, [1000, 992, 981.8, 912.4]),
+    ],
+)
 def test_released_schedules(family, timesteps):
     sigmas = family.preset.sigmas
     assert sigmas.dtype == torch.float32
@@ -86,12 +89,15 @@ def test_generic_schedule_by_hand():
     assert sigmas.tolist() == pytest.approx([1, 3 * 0.5 / (1 + 2 * 0.5), 0])
 
 
-@pytest.mark.parametrize("steps, shift, expected", [
-    (4, 5.0, [1000, 937.5, 2500 / 3, 625, 0]),
-    (8, 5.0, [1000, 8750 / 9, 937.5, 6250 / 7, 2500 / 3, 750, 625, 1250 / 3, 0]),
-    (3, 1.0, [1000, 2000 / 3, 1000 / 3, 0]),
-    (1, 8.0, [1000, 0]),
-])
+@pytest.mark.parametrize(
+    "steps, shift, expected",
+    [
+        (4, 5.0, [1000, 937.5, 2500 / 3, 625, 0]),
+        (8, 5.0, [1000, 8750 / 9, 937.5, 6250 / 7, 2500 / 3, 750, 625, 1250 / 3, 0]),
+        (3, 1.0, [1000, 2000 / 3, 1000 / 3, 0]),
+        (1, 8.0, [1000, 0]),
+    ],
+)
 def test_even_spacing_by_hand(steps, shift, expected):
     sigmas = even_sigmas(steps, shift)
     assert sigmas.dtype == torch.float32
@@ -110,27 +116,34 @@ def test_even_spacing_is_even_before_the_shift(steps, shift, denoise):
     levels = levels_for(steps, denoise)
     assert len(sigmas) == steps + 1 and sigmas[-1] == 0
     undone = shift_sigma(sigmas, 1 / shift)
-    torch.testing.assert_close(undone, torch.arange(steps, -1, -1) / levels, rtol=0, atol=1e-5 * max(shift, 1 / shift), check_dtype=False)
+    torch.testing.assert_close(
+        undone, torch.arange(steps, -1, -1) / levels, rtol=0, atol=1e-5 * max(shift, 1 / shift), check_dtype=False
+    )
     if denoise == 1:
         assert sigmas[0] == 1
 
 
-@pytest.mark.parametrize("steps, denoise, levels", [(4, 1, 4), (4, 0.99995, 4), (4, 0.999, 4), (4, 0.5, 8), (20, 0.3, 66), (1, 0.01, 100)])
+@pytest.mark.parametrize(
+    "steps, denoise, levels", [(4, 1, 4), (4, 0.99995, 4), (4, 0.999, 4), (4, 0.5, 8), (20, 0.3, 66), (1, 0.01, 100)]
+)
 def test_denoise_takes_as_many_levels_as_ksampler(steps, denoise, levels):
     assert levels_for(steps, denoise) == levels
-    assert torch.equal(even_sigmas(steps, 3.0, denoise), even_sigmas(levels, 3.0)[-(steps + 1):])
+    assert torch.equal(even_sigmas(steps, 3.0, denoise), even_sigmas(levels, 3.0)[-(steps + 1) :])
 
 
-@pytest.mark.parametrize("settings, message", [
-    ((0, 5.0), "steps is 0; it has to lie in 1"),
-    ((1001, 5.0), "steps is 1001"),
-    ((4, 0.0), "shift is 0.0"),
-    ((4, math.nan), "shift is nan"),
-    ((4, 5.0, 0.0), "denoise is 0.0"),
-    ((4, 5.0, 1.01), "denoise is 1.01"),
-    ((4, 5.0, math.nan), "denoise is nan"),
-    ((4, 5.0, 1e-12), "denoise is 1e-12, too small for 4 steps. Raise it to 0.0004"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ((0, 5.0), "steps is 0; it has to lie in 1"),
+        ((1001, 5.0), "steps is 1001"),
+        ((4, 0.0), "shift is 0.0"),
+        ((4, math.nan), "shift is nan"),
+        ((4, 5.0, 0.0), "denoise is 0.0"),
+        ((4, 5.0, 1.01), "denoise is 1.01"),
+        ((4, 5.0, math.nan), "denoise is nan"),
+        ((4, 5.0, 1e-12), "denoise is 1e-12, too small for 4 steps. Raise it to 0.0004"),
+    ],
+)
 def test_even_spacing_refuses(settings, message):
     with pytest.raises(ScheduleError, match=re.escape(message)):
         even_sigmas(*settings)
@@ -145,7 +158,7 @@ def test_each_schedule_makes_its_own_of_denoise():
 @pytest.mark.parametrize("denoise, kept", [(1, 6), (0.99, 6), (0.5, 3), (0.34, 2), (0.17, 1), (0.01, 1)])
 def test_last_part_keeps_trained_levels(denoise, kept):
     sigmas = WAN.preset.sigmas
-    assert torch.equal(last_part(sigmas, denoise), sigmas[6 - kept:])
+    assert torch.equal(last_part(sigmas, denoise), sigmas[6 - kept :])
 
 
 @pytest.mark.parametrize("denoise", [0, -0.5, 1.01, math.nan])
@@ -172,7 +185,9 @@ def test_grid_refuses_points(points):
         solver_sigmas(points=points)
 
 
-falling = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=30, unique=True).map(lambda v: sorted(v, reverse=True))
+falling = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=30, unique=True).map(
+    lambda v: sorted(v, reverse=True)
+)
 
 
 @given(falling)

@@ -26,7 +26,9 @@ def test_hidden_characters_become_their_codes():
     assert text.plain("a\nb\tc\r") == "a\nb\tc\\r"
 
 
-@pytest.mark.parametrize("name", ["模型 v2.safetensors", "é\u00a0ß", "日本語\u3000名前", "한국어", "σ ≥ 0.9 → ½", "👩 🎬", "\\x1b", ""])
+@pytest.mark.parametrize(
+    "name", ["模型 v2.safetensors", "é\u00a0ß", "日本語\u3000名前", "한국어", "σ ≥ 0.9 → ½", "👩 🎬", "\\x1b", ""]
+)
 def test_what_can_be_read_stays(name):
     assert text.one_line(name) == text.plain(name) == name
 
@@ -50,9 +52,16 @@ def test_long_texts_are_cut():
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("abc", "'abc'"), (HOSTILE[:5], r"'\x1b[31m'"), (None, "None"), (True, "True"), (3, "3"), (0.5, "0.5"),
-        ({"a": [HOSTILE[-2]]}, r"{'a': ['\ud800']}"), ([[]] * 99, "[[], [], [], [], [], [], ...]"),
-        (float("nan"), "nan"), ("x" * 500, "'" + "x" * 159 + "…'"),
+        ("abc", "'abc'"),
+        (HOSTILE[:5], r"'\x1b[31m'"),
+        (None, "None"),
+        (True, "True"),
+        (3, "3"),
+        (0.5, "0.5"),
+        ({"a": [HOSTILE[-2]]}, r"{'a': ['\ud800']}"),
+        ([[]] * 99, "[[], [], [], [], [], [], ...]"),
+        (float("nan"), "nan"),
+        ("x" * 500, "'" + "x" * 159 + "…'"),
     ],
     ids=range(10),
 )

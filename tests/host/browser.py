@@ -9,14 +9,29 @@ from .graphs import read
 from .server import ROOT
 
 CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable") if (path := shutil.which(name))), None
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+        if (path := shutil.which(name))
+    ),
+    None,
 )
 ARGUMENTS = [
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 ]
 SCREENSHOTS = ROOT / "build" / "screenshots"
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": True, "Comfy.Minimap.Visible": False}
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Workflow.ShowMissingModelsWarning": True,
+    "Comfy.Minimap.Visible": False,
+}
 SECONDS = 30
 # Front ends of 2025 find no help page in a folder with a dot in its name.
 FOLDER = "ComfyUI-DCM"
@@ -77,11 +92,16 @@ class Page:
             self.page.add_init_script(before)
         # nothing outside this machine is asked
         self.page.route("**/*", lambda route: route.continue_() if "127.0.0.1" in route.request.url else route.abort())
-        self.page.on("console", lambda message: message.type == "error" and self.errors.append((message.text, message.location["url"])))
+        self.page.on(
+            "console",
+            lambda message: message.type == "error" and self.errors.append((message.text, message.location["url"])),
+        )
         self.page.on("pageerror", lambda error: self.errors.append((str(error), "")))
         self.page.on("dialog", lambda dialog: dialog.accept())
         self.page.goto(server.url)
-        self.wait("() => window.app?.graph && window.app.extensionManager?.workflow && document.querySelector('#graph-canvas')")
+        self.wait(
+            "() => window.app?.graph && window.app.extensionManager?.workflow && document.querySelector('#graph-canvas')"
+        )
         self.wait("() => app.registerExtension && LiteGraph.registered_node_types.DCMSampler")
 
     def run(self, script, argument=None):
@@ -105,7 +125,11 @@ class Page:
     def complaints(self):
         """Errors of the console that have to do with us: the front end's own requests to elsewhere are not."""
         elsewhere = (
-            "Failed to load resource", "Failed to fetch queue", "[Jobs API]", "Connecting to ", "Fetch API cannot load",
+            "Failed to load resource",
+            "Failed to fetch queue",
+            "[Jobs API]",
+            "Connecting to ",
+            "Fetch API cannot load",
             "Error fetching file size",
         )
         return [(text, url) for text, url in self.errors if not text.startswith(elsewhere) or FOLDER in url]
@@ -213,7 +237,7 @@ class Page:
         """[type, values that are not to be read whole, how much is below its end] of each node."""
         if not self.nodes2:
             return self.run(CUT_ON_CANVAS)
-        self.wait("() => app.graph._nodes.every(({ id }) => document.querySelector(`[data-node-id=\"${id}\"] button`))")
+        self.wait('() => app.graph._nodes.every(({ id }) => document.querySelector(`[data-node-id="${id}"] button`))')
         return self.run(CUT_IN_NODES_2)
 
     def said(self, kind):

@@ -63,7 +63,9 @@ def pack(models):
         (models / kind).mkdir()
         folder_paths.folder_names_and_paths[kind] = ([str(models / kind)], {".safetensors", ".ckpt"})
     folder_paths.models_dir = str(models)
-    spec = importlib.util.spec_from_file_location("dcm_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    spec = importlib.util.spec_from_file_location(
+        "dcm_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules["dcm_pack"] = module
     spec.loader.exec_module(module)
@@ -163,7 +165,9 @@ def random_expert(module):
     def make(model, role="detail", seed=0, rank=4, replaced=True):
         generator = torch.Generator().manual_seed(seed)
         shapes = attach.module_shapes(model)
-        sites = [n.removesuffix(".weight") for n in shapes if n.endswith(("attn.q.weight", "attn.v.weight", "attn.o.weight"))]
+        sites = [
+            n.removesuffix(".weight") for n in shapes if n.endswith(("attn.q.weight", "attn.v.weight", "attn.o.weight"))
+        ]
 
         def random(*shape):
             return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
@@ -186,7 +190,19 @@ def sample():
     import comfy.sample
     import comfy.samplers
 
-    def run(model, sigmas, sampler="euler", seed=3, cfg=1.0, batch=1, callback=None, mask=None, latent=None, size=(2, 6, 8), **prompt):
+    def run(
+        model,
+        sigmas,
+        sampler="euler",
+        seed=3,
+        cfg=1.0,
+        batch=1,
+        callback=None,
+        mask=None,
+        latent=None,
+        size=(2, 6, 8),
+        **prompt,
+    ):
         generator = torch.Generator().manual_seed(11)
         positive = [[torch.randn(1, 6, 4096, generator=generator), prompt]]
         negative = [[torch.randn(1, 6, 4096, generator=generator), {}]]
@@ -194,8 +210,18 @@ def sample():
         noise = comfy.sample.prepare_noise(latent, seed)
         with torch.inference_mode():
             return comfy.sample.sample_custom(
-                model, noise, cfg, comfy.samplers.sampler_object(sampler), torch.as_tensor(sigmas), positive, negative, latent,
-                noise_mask=mask, callback=callback, disable_pbar=True, seed=seed,
+                model,
+                noise,
+                cfg,
+                comfy.samplers.sampler_object(sampler),
+                torch.as_tensor(sigmas),
+                positive,
+                negative,
+                latent,
+                noise_mask=mask,
+                callback=callback,
+                disable_pbar=True,
+                seed=seed,
             )
 
     return run

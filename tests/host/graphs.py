@@ -43,7 +43,9 @@ def widgets_of(definition):
 def widget_values(node, definition):
     """Widget name -> its value in a saved graph; optional widgets at the end that a newer host added have none."""
     names, values = list(widgets_of(definition)), node["widgets_values"]
-    assert len(values) <= len(names) and set(names[len(values) :]) <= set(definition["input"].get("optional", {})), node["type"]
+    assert len(values) <= len(names) and set(names[len(values) :]) <= set(definition["input"].get("optional", {})), (
+        node["type"]
+    )
     return dict(zip(names, values, strict=False))
 
 
@@ -64,7 +66,9 @@ def to_prompt(graph, info):
     prompt = {}
     for node in graph["nodes"]:
         if node["type"] not in FRONT_END_ONLY and node["mode"] != BYPASSED:
-            inputs = {name: value for name, value in widget_values(node, info[node["type"]]).items() if CONTROL not in name}
+            inputs = {
+                name: value for name, value in widget_values(node, info[node["type"]]).items() if CONTROL not in name
+            }
             inputs |= {slot["name"]: source_of(slot["link"]) for slot in node["inputs"] if slot["link"] is not None}
             prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt

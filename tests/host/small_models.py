@@ -15,8 +15,12 @@ def native_wan(seed=0, width=256, layers=2, channels=16):
     generator = torch.Generator().manual_seed(seed)
     shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "head.modulation": (1, 2, width)}
     special = {
-        "time_projection.1": (6 * width, width), "time_embedding.0": (width, 256), "text_embedding.0": (width, 4096),
-        "ffn.0": (2 * width, width), "ffn.2": (width, 2 * width), "head.head": (64, width),
+        "time_projection.1": (6 * width, width),
+        "time_embedding.0": (width, 256),
+        "text_embedding.0": (width, 4096),
+        "ffn.0": (2 * width, width),
+        "ffn.2": (width, 2 * width),
+        "head.head": (64, width),
     }
     for rule in WAN.DIFFUSERS_TO_NATIVE:
         for index in [] if rule.optional else range(layers if "{n}" in rule.target else 1):

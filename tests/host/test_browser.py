@@ -26,12 +26,21 @@ NODES = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
 
 # kind -> widget -> value that does not fit; the node that says so; its words
 FAULTS = {
-    "no expert": ({"DCMAttachExperts": {"semantic_lora": "none", "detail_lora": "none"}}, "DCMAttachExperts",
-                  "semantic_lora and detail_lora are both none"),
-    "an expert of another family": ({"DCMAttachExperts": {"detail_lora": "hunyuan.safetensors"}}, "DCMAttachExperts",
-                                    "This expert is for HunyuanVideo"),
-    "embeddings of another width": ({"DCMLoadConditioning": {"name": "narrow.safetensors"}}, "DCMSampler",
-                                    "positive has text embeddings of width 768"),
+    "no expert": (
+        {"DCMAttachExperts": {"semantic_lora": "none", "detail_lora": "none"}},
+        "DCMAttachExperts",
+        "semantic_lora and detail_lora are both none",
+    ),
+    "an expert of another family": (
+        {"DCMAttachExperts": {"detail_lora": "hunyuan.safetensors"}},
+        "DCMAttachExperts",
+        "This expert is for HunyuanVideo",
+    ),
+    "embeddings of another width": (
+        {"DCMLoadConditioning": {"name": "narrow.safetensors"}},
+        "DCMSampler",
+        "positive has text embeddings of width 768",
+    ),
 }
 
 
@@ -105,7 +114,9 @@ def test_every_workflow_opens_from_the_template_browser(page):
         if path in others:
             page.open_served(path)
         page.dismiss()
-        unknown = page.run("() => app.graph._nodes.map(n => n.type).filter(type => !LiteGraph.registered_node_types[type])")
+        unknown = page.run(
+            "() => app.graph._nodes.map(n => n.type).filter(type => !LiteGraph.registered_node_types[type])"
+        )
         assert unknown == [], path.stem
         types = page.run("() => app.graph._nodes.map(n => n.type)")
         assert sorted(types) == sorted(node["type"] for node in read(path)["nodes"])
@@ -230,9 +241,19 @@ def test_a_graph_of_an_earlier_version_keeps_its_values(page):
     page.wait("count => app.graph._nodes.length === count", len(graph["nodes"]))
     page.dismiss()
     values = page.run(
-        "id => Object.fromEntries(app.graph.getNodeById(id).widgets.map(widget => [widget.name, widget.value]))", sampler["id"]
+        "id => Object.fromEntries(app.graph.getNodeById(id).widgets.map(widget => [widget.name, widget.value]))",
+        sampler["id"],
     )
-    expected = {"seed": 5, "schedule": "generic", "steps": 4, "cfg": 1.5, "denoise": 0.9, "detail_cfg": 2.5, "boundary": 0.8, "shift": 6.0}
+    expected = {
+        "seed": 5,
+        "schedule": "generic",
+        "steps": 4,
+        "cfg": 1.5,
+        "denoise": 0.9,
+        "detail_cfg": 2.5,
+        "boundary": 0.8,
+        "shift": 6.0,
+    }
     assert {name: values[name] for name in expected} == expected and values["sampler_name"] == "euler"
 
 
@@ -292,7 +313,9 @@ def test_a_run_fills_the_bar_and_its_video_plays(page):
         assert f"{number} / 6  {step['expert']}  σ {step['sigma']:.4g}" in captions
     assert "image" in page.heard("b_preview_with_metadata") + page.heard("b_preview")
     page.wait_for_preview(sampler)
-    page.wait("() => [...document.querySelectorAll('.dcm-step-bar [data-done]')].filter(f => f.dataset.done === 'true').length === 6")
+    page.wait(
+        "() => [...document.querySelectorAll('.dcm-step-bar [data-done]')].filter(f => f.dataset.done === 'true').length === 6"
+    )
     page.wait("() => document.body.innerText.includes('step 1-3 semantic, 4-6 detail')")
     page.shoot("sampler after its run")
     # the text is not listed among the widgets by an inner name
@@ -325,7 +348,9 @@ def test_the_bar_fills_inside_a_subgraph_of_a_graph_opened_again(page):
     """Some front ends leave the samplers of the graph before behind."""
     page.open(SMALL_WORLD)
     page.set_widget("DCMSampler", "seed", time.time_ns() % 2**31)
-    page.run("() => { app.graph.convertToSubgraph(new Set(app.graph._nodes.filter(node => node.type === 'DCMSampler'))) }")
+    page.run(
+        "() => { app.graph.convertToSubgraph(new Set(app.graph._nodes.filter(node => node.type === 'DCMSampler'))) }"
+    )
     for _ in range(2):
         page.run("() => app.loadGraphData(app.graph.serialize(), true, true)")
     page.run("() => { app.canvas.setGraph([...app.graph.subgraphs.values()][0]) }")
@@ -359,7 +384,9 @@ def test_training_shows_its_losses_and_samples(page):
 def test_an_interrupted_training_says_where_it_is_saved_and_resumes(page):
     name, trainer = f"interrupted {page.name}", "DCMTrainSemanticExpert"
     page.open(TRAINING)
-    page.run("() => app.graph._nodes.filter(({ type }) => type === 'DCMTrainDetailExpert').forEach(node => { node.mode = 2 })")
+    page.run(
+        "() => app.graph._nodes.filter(({ type }) => type === 'DCMTrainDetailExpert').forEach(node => { node.mode = 2 })"
+    )
     for widget, value in {"name": name, "steps": 100_000, "save_every": 100_000, "sample_every": 0}.items():
         page.set_widget(trainer, widget, value)
     page.show(trainer)
@@ -370,19 +397,27 @@ def test_an_interrupted_training_says_where_it_is_saved_and_resumes(page):
     time.sleep(2)  # whatever the front end does at the end of a run
     step = int(page.wait_until_said(trainer, r"^Saved at step (\d+) of 100000\. Queue again to continue\.$")[1])
     assert_whole(page.said(trainer))
-    page.wait("text => document.body.innerText.includes(text)", f"Saved at step {step} of 100000. Queue again to continue.")
+    page.wait(
+        "text => document.body.innerText.includes(text)", f"Saved at step {step} of 100000. Queue again to continue."
+    )
     page.shoot("interrupted training")
-    assert [path.name for path in (page.server.base / "output" / "dcm_training" / name).glob("step_*")] == [f"step_{step:08d}.safetensors"]
+    assert [path.name for path in (page.server.base / "output" / "dcm_training" / name).glob("step_*")] == [
+        f"step_{step:08d}.safetensors"
+    ]
     page.set_widget(trainer, "steps", step + 1)
     page.queue()
     page.finish(seconds=120)
-    page.wait_until_said(trainer, rf"(?m)^Resumed from step {step} of {step + 1}, changed: steps: 100000 -> {step + 1}\.$")
+    page.wait_until_said(
+        trainer, rf"(?m)^Resumed from step {step} of {step + 1}, changed: steps: 100000 -> {step + 1}\.$"
+    )
 
 
 def assert_whole(said):
     """A node's text is drawn on the node, in lines, and to be read to its end."""
     assert said["lines"] == said["text"] and said["wide"] <= 0 and said["outside"] <= 1 and said["shown"] > 10
-    assert said["high"] <= said["shown"] + 1 or said["shown"] >= 250, "higher than its box only where the box is as high as it gets"
+    assert said["high"] <= said["shown"] + 1 or said["shown"] >= 250, (
+        "higher than its box only where the box is as high as it gets"
+    )
 
 
 def test_the_text_of_a_node_is_read_to_its_end(page):
@@ -399,9 +434,13 @@ def test_the_text_of_a_node_is_read_to_its_end(page):
     assert_whole(said)
     page.shoot("inspect")
     # longer than a node may be high: it scrolls, by the wheel once it is clicked; markup is shown as it is written
-    text = "\n".join(f"clip_{number:03d}.mp4 was left out: <b>its caption</b> is *empty* & `a_b_c`" for number in range(100))
-    page.run("([node, text]) => app.api.dispatchEvent(new CustomEvent('dcm.text', { detail: { node, text } }))",
-             [str(page.node("DCMInspectModel")), text])
+    text = "\n".join(
+        f"clip_{number:03d}.mp4 was left out: <b>its caption</b> is *empty* & `a_b_c`" for number in range(100)
+    )
+    page.run(
+        "([node, text]) => app.api.dispatchEvent(new CustomEvent('dcm.text', { detail: { node, text } }))",
+        [str(page.node("DCMInspectModel")), text],
+    )
     time.sleep(1)
     page.show("DCMInspectModel")
     said = page.said("DCMInspectModel")
@@ -410,8 +449,10 @@ def test_the_text_of_a_node_is_read_to_its_end(page):
     box = page.page.locator(".dcm-text").bounding_box()
     page.page.mouse.click(box["x"] + 50, box["y"] + 50)
     page.page.mouse.wheel(0, 100_000)
-    page.wait("() => { const { scrollTop, scrollHeight, clientHeight } = document.querySelector('.dcm-text');"
-              " return scrollTop + clientHeight >= scrollHeight - 2 }")
+    page.wait(
+        "() => { const { scrollTop, scrollHeight, clientHeight } = document.querySelector('.dcm-text');"
+        " return scrollTop + clientHeight >= scrollHeight - 2 }"
+    )
     page.shoot("a long text")
 
 

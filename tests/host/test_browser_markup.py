@@ -47,7 +47,10 @@ def crafted(page):  # noqa: F811
     names = {"loras": f"{NAME}.safetensors", "dcm_conditioning": f"{NAME}.safetensors"}
     write_tensors(models / "loras" / names["loras"], tensors, {"dcm.family": "wan", "dcm.expert": attack("role")})
     (models / "dcm_conditioning").mkdir(exist_ok=True)
-    shutil.copy(next((SHIPPED / "dcm_conditioning").rglob("*.safetensors")), models / "dcm_conditioning" / names["dcm_conditioning"])
+    shutil.copy(
+        next((SHIPPED / "dcm_conditioning").rglob("*.safetensors")),
+        models / "dcm_conditioning" / names["dcm_conditioning"],
+    )
     return names
 
 

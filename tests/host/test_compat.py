@@ -100,8 +100,11 @@ def test_a_model_s_name_is_that_of_its_weights_however_they_are_stored(module, l
     name = module("nodes.host.training.encoders").weights_id
     assert name(load(kind)) == name(load(kind)) != name(load(kind, seed=1))
 
+
 def test_errors_that_say_that_the_device_is_full(compat):
-    assert compat.is_oom(torch.OutOfMemoryError("CUDA out of memory")) and compat.is_oom(RuntimeError("MPS backend out of memory"))
+    assert compat.is_oom(torch.OutOfMemoryError("CUDA out of memory")) and compat.is_oom(
+        RuntimeError("MPS backend out of memory")
+    )
     assert not compat.is_oom(RuntimeError("element 0 of tensors does not require grad"))
 
 
@@ -115,7 +118,10 @@ def test_a_host_newer_than_any_tried_gives_one_line(compat, monkeypatch, caplog,
     with caplog.at_level("INFO"):
         compat.tell_newer_host()
     assert len(caplog.messages) == lines
-    assert all(f"This is ComfyUI {version}; ComfyUI-DCM was tested up to {compat.NEWEST_TRIED}." in line for line in caplog.messages)
+    assert all(
+        f"This is ComfyUI {version}; ComfyUI-DCM was tested up to {compat.NEWEST_TRIED}." in line
+        for line in caplog.messages
+    )
 
 
 def test_the_line_is_told_once_when_the_pack_is_loaded(module, monkeypatch, caplog):

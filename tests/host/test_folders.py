@@ -57,17 +57,47 @@ NO_NAMES = {
     "is no text": [None, True, 1, 0.5, float("nan"), [], ["a"], {}, {"a": 1}],
     "is empty": ["", " ", "\u3000"],
     "has characters that cannot be seen": [
-        "\ud800", "a\udcff", "a\0b", "a\nb", "\x1b[31m", "\u202egnp.safetensors", "a\u2066", "a\u200bb", "\ufeffa", "a\x85", "a\u2028b",
+        "\ud800",
+        "a\udcff",
+        "a\0b",
+        "a\nb",
+        "\x1b[31m",
+        "\u202egnp.safetensors",
+        "a\u2066",
+        "a\u200bb",
+        "\ufeffa",
+        "a\x85",
+        "a\u2028b",
     ],
     "has one of < >": ["<img src=x onerror=alert(1)>.safetensors", "a>b"],
     "is a full path": ["/etc/passwd", "\\\\server\\share\\a", "C:\\a.safetensors", "c:a", "\\a"],
     "leads elsewhere": ["..", "../a", "a/../../b", "a\\..\\b", ".", "a//b", "a/", "./a"],
     "is longer than 255 bytes": ["a" * 256, "b/" + "é" * 128 + "/a", "a/" * 3000 + "a", "a" * 10**6],
-    "is no file name on Windows": ["CON", "nul.safetensors", "a/com1/b", "LPT9.x.y", "aux ", "a.", "b./a", "a /b", "COM\u00b2", "conin$"],
+    "is no file name on Windows": [
+        "CON",
+        "nul.safetensors",
+        "a/com1/b",
+        "LPT9.x.y",
+        "aux ",
+        "a.",
+        "b./a",
+        "a /b",
+        "COM\u00b2",
+        "conin$",
+    ],
 }
 EACH = [(name, why) for why, names in NO_NAMES.items() for name in names]
 SOUND = [
-    "a.safetensors", "sub/a b.safetensors", "模型/é.safetensors", "a\\b", "console.safetensors", "~a", ".a", "..a", "a" * 255, "16:9 a?.pt",
+    "a.safetensors",
+    "sub/a b.safetensors",
+    "模型/é.safetensors",
+    "a\\b",
+    "console.safetensors",
+    "~a",
+    ".a",
+    "..a",
+    "a" * 255,
+    "16:9 a?.pt",
 ]
 
 
@@ -75,15 +105,22 @@ SOUND = [
 def test_a_name_that_can_be_none_is_refused_for_reading_and_writing(module, name, why):
     folders, errors = module("nodes.host.folders"), module("dcm_core.errors")
     assert folders.fault_of(name) == why
-    reading = [lambda category=category: folders.path_of(category, name, "model_name") for category in (folders.MODELS, folders.LORAS)]
+    reading = [
+        lambda category=category: folders.path_of(category, name, "model_name")
+        for category in (folders.MODELS, folders.LORAS)
+    ]
     for read in reading:
-        with pytest.raises(errors.CheckpointError, match=f"model_name is .*{why}; expected the name of a file in models/") as caught:
+        with pytest.raises(
+            errors.CheckpointError, match=f"model_name is .*{why}; expected the name of a file in models/"
+        ) as caught:
             read()
         assert str(caught.value).encode() and len(str(caught.value)) < 500
     if isinstance(name, str) and folders.fault_of(name.strip()) is None:
         return  # blanks around a name that was typed are no part of it
     for write in (lambda: folders.new_file(folders.LORAS, name, overwrite=True), lambda: folders.run_folder(name)):
-        with pytest.raises(errors.CheckpointError, match=r"The output name is .*; expected a file name inside .*Choose another name"):
+        with pytest.raises(
+            errors.CheckpointError, match=r"The output name is .*; expected a file name inside .*Choose another name"
+        ):
             write()
 
 
@@ -144,7 +181,13 @@ def test_a_path_that_no_disk_has_is_refused(module, name):
 
 def test_no_fingerprint_raises(node):
     """Neither for what clients may send, nor for files that are gone."""
-    names = [name for name, _ in EACH] + ["gone.safetensors", "loras/gone.safetensors", "none", "~nobody-of-this-name/x", "\0"]
+    names = [name for name, _ in EACH] + [
+        "gone.safetensors",
+        "loras/gone.safetensors",
+        "none",
+        "~nobody-of-this-name/x",
+        "\0",
+    ]
     asked = 0
     for cls in node.classes.values():
         if "fingerprint_inputs" not in vars(cls):
@@ -157,7 +200,10 @@ def test_no_fingerprint_raises(node):
     assert asked > 9 * len(names)
 
 
-@given(name=strategies.text(strategies.characters(exclude_categories=()), max_size=40) | strategies.text("./\\\\ :~aCON\0", max_size=12))
+@given(
+    name=strategies.text(strategies.characters(exclude_categories=()), max_size=40)
+    | strategies.text("./\\\\ :~aCON\0", max_size=12)
+)
 def test_no_name_leaves_its_folder(module, name):
     folders, errors = module("nodes.host.folders"), module("dcm_core.errors")
     if folders.fault_of(name) is None:
@@ -183,4 +229,6 @@ def test_files_that_cannot_be_offered_are_named_once(module, tmp_path, monkeypat
         for _ in range(3):
             assert folders.files("loras") == ["good.safetensors"]
     (line,) = caplog.messages
-    assert line.startswith(r"Not offered from models/loras, as their names cannot be used: <b>.safetensors, a\u202eb.safetensors. Rename")
+    assert line.startswith(
+        r"Not offered from models/loras, as their names cannot be used: <b>.safetensors, a\u202eb.safetensors. Rename"
+    )

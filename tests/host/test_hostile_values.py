@@ -10,8 +10,22 @@ from .graphs import PLAIN_WIDGETS, inputs_of
 from .server import messages
 
 TEXTS = [
-    "\ud800", "a\udcffb", "\0", "a\nb", "\x1b[31mred", "\u202egnp.safetensors", "", "../../etc/passwd", "C:\\a", "\\\\server\\share", "CON",
-    "nul.safetensors", "a" * 300, "x" * 100_000, "<img src=x onerror=alert(1)>", {"__value__": "\ud800"},
+    "\ud800",
+    "a\udcffb",
+    "\0",
+    "a\nb",
+    "\x1b[31mred",
+    "\u202egnp.safetensors",
+    "",
+    "../../etc/passwd",
+    "C:\\a",
+    "\\\\server\\share",
+    "CON",
+    "nul.safetensors",
+    "a" * 300,
+    "x" * 100_000,
+    "<img src=x onerror=alert(1)>",
+    {"__value__": "\ud800"},
 ]
 # of these the host makes text where a widget takes text
 OTHERS = ["gone.safetensors", None, True, 0, float("nan"), {"a": {"b": []}}, {"__value__": ["a", "b"]}, []]
@@ -42,7 +56,10 @@ GOOD = {
     "DCMTrainSemanticExpert": {"steps": 1, "rank": 1},
     "DCMTrainDetailExpert": {"steps": 1, "rank": 1, "shift": 17.0, "boundary": 0.9},
     "DCMConvertCheckpoint": {"model_name": "dcm_wan2.1_t2v_1.3B.safetensors", "overwrite": True},
-    "DCMExtractLoRA": {"tuned_model": "dcm_wan2.1_t2v_1.3B.safetensors", "base_model": "dcm_small_world_base.safetensors"},
+    "DCMExtractLoRA": {
+        "tuned_model": "dcm_wan2.1_t2v_1.3B.safetensors",
+        "base_model": "dcm_small_world_base.safetensors",
+    },
     "DCMSaveConditioning": {"overwrite": True},
     "DCMSaveDataset": {"overwrite": True},
 }
@@ -98,8 +115,14 @@ def test_no_value_of_a_widget_ends_the_worker(server, info, kind):
             told = f"{name} = {value!r:.60}"
             how, what = outcome(server, prompt_of(kind, definition, **{name: value}))
             if how == "error":
-                assert ".dcm_core." in what["exception_type"] and what["exception_type"].endswith("Error"), f"{told}: {what}"
-                assert what["node_id"] == NODE and len(what["exception_message"]) < 2100 and what["exception_message"].encode(), told
+                assert ".dcm_core." in what["exception_type"] and what["exception_type"].endswith("Error"), (
+                    f"{told}: {what}"
+                )
+                assert (
+                    what["node_id"] == NODE
+                    and len(what["exception_message"]) < 2100
+                    and what["exception_message"].encode()
+                ), told
             elif how == "refused":
                 assert not [fault for fault in what if fault["type"].startswith("exception")], f"{told}: {what}"
             else:

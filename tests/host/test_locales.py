@@ -91,15 +91,17 @@ def schemas(node):
 @pytest.fixture(scope="module")
 def english(schemas):
     """What the code says, in the form of a locale."""
-    return flat({
-        name: {
-            "display_name": schema.display_name,
-            "description": schema.description,
-            "inputs": slots((item.id, item) for item in schema.inputs),
-            "outputs": slots((str(number), item) for number, item in enumerate(schema.outputs)),
+    return flat(
+        {
+            name: {
+                "display_name": schema.display_name,
+                "description": schema.description,
+                "inputs": slots((item.id, item) for item in schema.inputs),
+                "outputs": slots((str(number), item) for number, item in enumerate(schema.outputs)),
+            }
+            for name, schema in schemas.items()
         }
-        for name, schema in schemas.items()
-    })
+    )
 
 
 @pytest.fixture
@@ -184,7 +186,12 @@ def test_what_no_language_translates_is_kept(language, pairs, schemas):
 @each_translation
 def test_nodes_are_named_as_the_reader_sees_them(language, pairs):
     names = {text: translated for path, (text, translated) in pairs.items() if path[-1] == "display_name"}
-    named = [(path, name) for path, (text, _) in sentences(pairs).items() for name in names if re.search(rf"\b{name}\b", text)]
+    named = [
+        (path, name)
+        for path, (text, _) in sentences(pairs).items()
+        for name in names
+        if re.search(rf"\b{name}\b", text)
+    ]
     assert named
     assert [(path, name) for path, name in named if names[name] not in pairs[path][1]] == []
 
@@ -211,7 +218,9 @@ def test_the_same_sentence_is_translated_once(language, pairs):
 
 @each_translation
 def test_inputs_of_ksampler_are_called_as_the_front_end_calls_them(language):
-    front_end = pytest.importorskip("comfyui_frontend_package", reason="the host's front end is not installed as a package")
+    front_end = pytest.importorskip(
+        "comfyui_frontend_package", reason="the host's front end is not installed as a package"
+    )
     sampler = read(language, "nodeDefs")["DCMSampler"]["inputs"]
     patterns = [rf"""\b{name}:\{{name:["`]{re.escape(sampler[name]["name"])}["`]""" for name in SHARED_INPUTS]
     files = [path for folder in front_end.__path__ for path in (ROOT / folder).glob("static/assets/nodeDefs-*.js")]

@@ -52,7 +52,9 @@ def velocity(recipe):
             context = context[:, : int(expected["mask"].sum())]
             extras = {"pooled_output": expected["pooled"], "guidance": 6.0}
         outputs = []
-        hook = model.model.diffusion_model.register_forward_hook(lambda m, a, output: outputs.append(output.float().cpu()))
+        hook = model.model.diffusion_model.register_forward_hook(
+            lambda m, a, output: outputs.append(output.float().cpu())
+        )
 
         def one(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
             denoise(expected["noise"].to(x.device), sigmas[:1].expand(len(x)), **extra_args)
@@ -62,7 +64,9 @@ def velocity(recipe):
         guider.inner_set_conds({"positive": [[context, extras]]})
         noise = expected["noise"]
         with torch.inference_mode():
-            guider.sample(noise, torch.zeros_like(noise), comfy.samplers.KSAMPLER(one), torch.tensor([sigma, 0.0]), seed=0)
+            guider.sample(
+                noise, torch.zeros_like(noise), comfy.samplers.KSAMPLER(one), torch.tensor([sigma, 0.0]), seed=0
+            )
         hook.remove()
         return outputs[0]
 
@@ -73,7 +77,8 @@ def without_experts(recipe, name):
     """The base of a golden release in plain diffusers layout."""
     family = FAMILIES[PAIRS[name]]
     return {
-        key.replace(".base_layer", ""): tensor for key, tensor in recipe.release(name).items()
+        key.replace(".base_layer", ""): tensor
+        for key, tensor in recipe.release(name).items()
         if ".lora_" not in key and not family.detail_source(key)
     }
 
@@ -90,7 +95,14 @@ def in_float32(module, name):
 @pytest.mark.parametrize("name", PAIRS)
 def test_converted_files_are_exact_in_the_core_loaders(node, module, releases, folder, recipe, velocity, name):
     """The base in the core loader is the semantic expert; with the core LoRA loader it becomes the detail expert."""
-    out = node("DCMConvertCheckpoint", model_name=releases[name], base_name="base", expert_name="sub/detail", dtype="keep", overwrite=False)
+    out = node(
+        "DCMConvertCheckpoint",
+        model_name=releases[name],
+        base_name="base",
+        expert_name="sub/detail",
+        dtype="keep",
+        overwrite=False,
+    )
     assert "detail expert: LoRA rank 8" in text(out)
     base = in_float32(module, "base.safetensors")
     expected = recipe.expected(name)
@@ -105,15 +117,29 @@ def test_converted_files_are_exact_in_the_core_loaders(node, module, releases, f
     core, _ = comfy.sd.load_lora_for_models(base, None, lora, 1.0, 0.0)
     assert relative(velocity(core, name, low), expected[f"probe.{round(low * 1000)}.0"]) < 1e-5
 
-    attached = node("DCMAttachExperts", model=base, semantic_lora="none", semantic_strength=1.0,
-                    detail_lora="sub/detail.safetensors", detail_strength=1.0, boundary=0.0).result[0]
+    attached = node(
+        "DCMAttachExperts",
+        model=base,
+        semantic_lora="none",
+        semantic_strength=1.0,
+        detail_lora="sub/detail.safetensors",
+        detail_strength=1.0,
+        boundary=0.0,
+    ).result[0]
     for sigma in (high, low):
         assert relative(velocity(attached, name, sigma), expected[f"probe.{round(sigma * 1000)}.0"]) < 1e-5
     assert attached.get_attachment("dcm").timesteps == family.preset.timesteps
 
 
 def test_converting_to_another_dtype(node, releases, folder):
-    node("DCMConvertCheckpoint", model_name=releases["wan_tiny"], base_name="a", expert_name="b", dtype="float8_e4m3fn", overwrite=False)
+    node(
+        "DCMConvertCheckpoint",
+        model_name=releases["wan_tiny"],
+        base_name="a",
+        expert_name="b",
+        dtype="float8_e4m3fn",
+        overwrite=False,
+    )
     base = load_file(folder / "diffusion_models" / "a.safetensors")
     assert base["blocks.0.ffn.0.weight"].dtype is torch.float8_e4m3fn
     assert base["blocks.0.ffn.0.bias"].dtype is torch.bfloat16
@@ -123,7 +149,9 @@ def test_converting_to_another_dtype(node, releases, folder):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_loader_recognises_content_not_names(node, releases, folder, recipe, name):
-    assert "release, semantic base with detail expert" in text(node("DCMLoadModel", model_name=releases[name], weight_dtype="default"))
+    assert "release, semantic base with detail expert" in text(
+        node("DCMLoadModel", model_name=releases[name], weight_dtype="default")
+    )
     plain = without_experts(recipe, name)
     save_file(plain, folder / "diffusion_models" / "misleading_dcm_release.safetensors")
     out = node("DCMLoadModel", model_name="misleading_dcm_release.safetensors", weight_dtype="default")
@@ -136,7 +164,9 @@ def test_loader_recognises_content_not_names(node, releases, folder, recipe, nam
 
 @pytest.mark.parametrize("unmapped", [False, True], ids=["mapped", "--disable-mmap"])
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_release_is_read_without_a_copy_unless_the_host_is_told_so(node, releases, module, monkeypatch, name, unmapped):
+def test_a_release_is_read_without_a_copy_unless_the_host_is_told_so(
+    node, releases, module, monkeypatch, name, unmapped
+):
     import comfy.utils
 
     file = module("dcm_core.files.storage").TensorFile
@@ -148,10 +178,21 @@ def test_a_release_is_read_without_a_copy_unless_the_host_is_told_so(node, relea
 
 
 def test_native_and_foreign_models_pass_through(node, releases, folder):
-    node("DCMConvertCheckpoint", model_name=releases["wan_tiny"], base_name="native", expert_name="e", dtype="keep", overwrite=False)
-    assert "loaded by the host as it is" in text(node("DCMLoadModel", model_name="native.safetensors", weight_dtype="default"))
+    node(
+        "DCMConvertCheckpoint",
+        model_name=releases["wan_tiny"],
+        base_name="native",
+        expert_name="e",
+        dtype="keep",
+        overwrite=False,
+    )
+    assert "loaded by the host as it is" in text(
+        node("DCMLoadModel", model_name="native.safetensors", weight_dtype="default")
+    )
     native = load_file(folder / "diffusion_models" / "native.safetensors")
-    save_file({f"model.diffusion_model.{k}": v for k, v in native.items()}, folder / "diffusion_models" / "full.safetensors")
+    save_file(
+        {f"model.diffusion_model.{k}": v for k, v in native.items()}, folder / "diffusion_models" / "full.safetensors"
+    )
     assert "WAN21" in text(node("DCMLoadModel", model_name="full.safetensors", weight_dtype="fp8_e4m3fn"))
 
 
@@ -182,7 +223,10 @@ def broken(kind, tensors):
         ("missing", r"2 tensors are missing \(blocks\.0\.attn1\.to_q\.weight, proj_out_lora\.bias\)"),
         ("extra", r"1 is unknown \(blocks\.0\.attn1\.to_z\.weight\)"),
         ("half lora", r"missing \(blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\)"),
-        ("shape", r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\. .* has rank 9, .*lora_A\.lora1\.weight 8"),
+        (
+            "shape",
+            r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\. .* has rank 9, .*lora_A\.lora1\.weight 8",
+        ),
         ("nan", r"proj_out_lora\.weight hold NaN"),
         ("nan base", r"blocks\.1\.ffn\.net\.2\.bias hold NaN"),
         ("lora only", "holds an expert .* Load the base model here"),
@@ -195,7 +239,14 @@ def test_half_models_are_refused(node, releases, folder, recipe, kind, message):
         node("DCMLoadModel", model_name="broken.safetensors", weight_dtype="default")
     if kind != "lora only":
         with pytest.raises(ValueError, match=message):
-            node("DCMConvertCheckpoint", model_name="broken.safetensors", base_name="b", expert_name="e", dtype="keep", overwrite=False)
+            node(
+                "DCMConvertCheckpoint",
+                model_name="broken.safetensors",
+                base_name="b",
+                expert_name="e",
+                dtype="keep",
+                overwrite=False,
+            )
     assert not files_in(folder / "loras")
     assert {path.name for path in files_in(folder / "diffusion_models")} == {"broken.safetensors", *releases.values()}
 
@@ -204,9 +255,13 @@ def test_half_models_are_refused(node, releases, folder, recipe, kind, message):
 def test_a_size_that_only_the_model_knows(node, folder, recipe, key, width):
     """Nothing else in the file tells how wide the tensor has to be."""
     tensors = recipe.release("wan_tiny")
-    tensors[key] = torch.zeros(*tensors[key].shape[:-1], width) if key == "scale_shift_table" else torch.zeros(256, width, 1, 2, 3)
+    tensors[key] = (
+        torch.zeros(*tensors[key].shape[:-1], width) if key == "scale_shift_table" else torch.zeros(256, width, 1, 2, 3)
+    )
     save_file(tensors, folder / "diffusion_models" / "wide.safetensors")
-    with pytest.raises(ValueError, match=r"wide\.safetensors cannot be loaded: no Wan 2\.1 model has its sizes .*Download it again"):
+    with pytest.raises(
+        ValueError, match=r"wide\.safetensors cannot be loaded: no Wan 2\.1 model has its sizes .*Download it again"
+    ):
         node("DCMLoadModel", model_name="wide.safetensors", weight_dtype="default")
     assert not files_in(folder / "loras")
 
@@ -241,40 +296,81 @@ def test_truncated_file(node, folder, releases):
 
 
 def test_wrong_family_and_no_expert_are_refused(node, module, releases, folder):
-    node("DCMConvertCheckpoint", model_name=releases["hy_tiny"], base_name="hb", expert_name="he", dtype="keep", overwrite=False)
+    node(
+        "DCMConvertCheckpoint",
+        model_name=releases["hy_tiny"],
+        base_name="hb",
+        expert_name="he",
+        dtype="keep",
+        overwrite=False,
+    )
     wan = node("DCMLoadModel", model_name=releases["wan_tiny"], weight_dtype="default").result[0]
-    settings = {"model": wan, "semantic_lora": "none", "semantic_strength": 1.0, "detail_strength": 1.0, "boundary": 0.0}
-    with pytest.raises(ValueError, match=r"detail_lora is 'he\.safetensors'\. This expert is for HunyuanVideo, the model is Wan 2\.1"):
+    settings = {
+        "model": wan,
+        "semantic_lora": "none",
+        "semantic_strength": 1.0,
+        "detail_strength": 1.0,
+        "boundary": 0.0,
+    }
+    with pytest.raises(
+        ValueError, match=r"detail_lora is 'he\.safetensors'\. This expert is for HunyuanVideo, the model is Wan 2\.1"
+    ):
         node("DCMAttachExperts", detail_lora="he.safetensors", **settings)
     with pytest.raises(ValueError, match="both none"):
         node("DCMAttachExperts", detail_lora="none", **settings)
-    with pytest.raises(ValueError, match=r"^semantic_lora is 'he\.safetensors', which is a detail expert\. Select it under detail_lora"):
-        node("DCMAttachExperts", detail_lora="none", **{**settings, "semantic_lora": "he.safetensors"} | {
-            "model": node("DCMLoadModel", model_name=releases["hy_tiny"], weight_dtype="default").result[0]})
+    with pytest.raises(
+        ValueError, match=r"^semantic_lora is 'he\.safetensors', which is a detail expert\. Select it under detail_lora"
+    ):
+        node(
+            "DCMAttachExperts",
+            detail_lora="none",
+            **{**settings, "semantic_lora": "he.safetensors"}
+            | {"model": node("DCMLoadModel", model_name=releases["hy_tiny"], weight_dtype="default").result[0]},
+        )
 
 
 def test_boundary_outside_is_refused_and_nothing_is_attached(node, releases, folder):
-    node("DCMConvertCheckpoint", model_name=releases["wan_tiny"], base_name="b", expert_name="e", dtype="keep", overwrite=False)
+    node(
+        "DCMConvertCheckpoint",
+        model_name=releases["wan_tiny"],
+        base_name="b",
+        expert_name="e",
+        dtype="keep",
+        overwrite=False,
+    )
     model = node("DCMLoadModel", model_name="b.safetensors", weight_dtype="default").result[0]
     with pytest.raises(ValueError, match=r"boundary is 1\.0"):
-        node("DCMAttachExperts", model=model, semantic_lora="none", semantic_strength=1.0, detail_lora="e.safetensors",
-             detail_strength=1.0, boundary=1.0)
+        node(
+            "DCMAttachExperts",
+            model=model,
+            semantic_lora="none",
+            semantic_strength=1.0,
+            detail_lora="e.safetensors",
+            detail_strength=1.0,
+            boundary=1.0,
+        )
     assert model.get_attachment("dcm") is None
     assert not model.wrappers.get("apply_model")
 
 
 def test_peft_folder_gives_the_alpha(node, module, releases, folder, recipe):
-    lora = {f"base_model.model.{k.replace('.lora1', '')}": v for k, v in recipe.release("wan_tiny").items() if ".lora_" in k}
+    lora = {
+        f"base_model.model.{k.replace('.lora1', '')}": v for k, v in recipe.release("wan_tiny").items() if ".lora_" in k
+    }
     peft = folder / "loras" / "trained"
     peft.mkdir(exist_ok=True)
     save_file(lora, peft / "adapter_model.safetensors")
     (peft / "adapter_config.json").write_text(json.dumps({"lora_alpha": 24, "r": 8}))
     files, attach = module("nodes.host.experts.expert_files"), module("nodes.host.experts.attach")
-    model = attach.detach_experts(node("DCMLoadModel", model_name=releases["wan_tiny"], weight_dtype="default").result[0])
+    model = attach.detach_experts(
+        node("DCMLoadModel", model_name=releases["wan_tiny"], weight_dtype="default").result[0]
+    )
     expert = files.load_expert("trained/adapter_model.safetensors", "semantic", model)
     assert {u.scale for updates in expert.low_rank.values() for u in updates} == {3.0}
     (peft / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"semantic_lora is '.*adapter_config\.json beside the expert is not valid JSON"):
+    with pytest.raises(
+        ValueError, match=r"semantic_lora is '.*adapter_config\.json beside the expert is not valid JSON"
+    ):
         files.load_expert("trained/adapter_model.safetensors", "semantic", model)
 
 
@@ -295,8 +391,17 @@ def test_only_files_that_would_be_written_are_in_the_way(node, module, releases,
     """A model without experts gives no expert file."""
     save_file(without_experts(recipe, "wan_tiny"), folder / "diffusion_models" / "plain.safetensors")
     (folder / "loras" / "e.safetensors").write_bytes(b"mine")
-    node("DCMConvertCheckpoint", model_name="plain.safetensors", base_name="b", expert_name="e", dtype="keep", overwrite=False)
-    assert (folder / "loras" / "e.safetensors").read_bytes() == b"mine" and (folder / "diffusion_models" / "b.safetensors").exists()
+    node(
+        "DCMConvertCheckpoint",
+        model_name="plain.safetensors",
+        base_name="b",
+        expert_name="e",
+        dtype="keep",
+        overwrite=False,
+    )
+    assert (folder / "loras" / "e.safetensors").read_bytes() == b"mine" and (
+        folder / "diffusion_models" / "b.safetensors"
+    ).exists()
 
 
 def test_choices_that_are_none(node, releases, folder):
@@ -305,19 +410,30 @@ def test_choices_that_are_none(node, releases, folder):
     with pytest.raises(ValueError, match="dtype is 'int3'; choose one of keep"):
         node("DCMConvertCheckpoint", dtype="int3", overwrite=False, **settings)
     with pytest.raises(ValueError, match="experts is 'stacked'; choose one of 'detail on top"):
-        node("DCMAttachExperts", model=None, semantic_lora="none", semantic_strength=1.0, detail_lora="none", detail_strength=1.0,
-             boundary=0.0, experts="stacked")
+        node(
+            "DCMAttachExperts",
+            model=None,
+            semantic_lora="none",
+            semantic_strength=1.0,
+            detail_lora="none",
+            detail_strength=1.0,
+            boundary=0.0,
+            experts="stacked",
+        )
 
 
-@pytest.mark.parametrize(("kind", "category", "inputs"), [
-    ("DCMLoadModel", "diffusion_models", ["model_name"]),
-    ("DCMConvertCheckpoint", "diffusion_models", ["model_name"]),
-    ("DCMExtractLoRA", "diffusion_models", ["tuned_model", "base_model"]),
-    ("DCMLoadDataset", "dcm_datasets", ["file_name"]),
-    ("DCMAttachExperts", "loras", ["semantic_lora", "detail_lora"]),
-    ("DCMTrainSemanticExpert", "loras", ["continue_from"]),
-    ("DCMTrainDetailExpert", "loras", ["continue_from", "semantic_lora"]),
-])
+@pytest.mark.parametrize(
+    ("kind", "category", "inputs"),
+    [
+        ("DCMLoadModel", "diffusion_models", ["model_name"]),
+        ("DCMConvertCheckpoint", "diffusion_models", ["model_name"]),
+        ("DCMExtractLoRA", "diffusion_models", ["tuned_model", "base_model"]),
+        ("DCMLoadDataset", "dcm_datasets", ["file_name"]),
+        ("DCMAttachExperts", "loras", ["semantic_lora", "detail_lora"]),
+        ("DCMTrainSemanticExpert", "loras", ["continue_from"]),
+        ("DCMTrainDetailExpert", "loras", ["continue_from", "semantic_lora"]),
+    ],
+)
 def test_a_file_written_anew_is_read_anew(node, module, folder, kind, category, inputs):
     """Training and converting write over their files."""
     path = module("nodes.host.folders").new_file(category, "again", overwrite=True)
@@ -333,10 +449,13 @@ def test_a_file_written_anew_is_read_anew(node, module, folder, kind, category, 
     path.unlink()
 
 
-@pytest.mark.parametrize(("kind", "inputs"), [
-    ("DCMAttachExperts", {"semantic_lora": "none", "detail_lora": "peft/adapter_model.safetensors"}),
-    ("DCMInspectModel", {"file": "loras/peft/adapter_model.safetensors"}),
-])
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        ("DCMAttachExperts", {"semantic_lora": "none", "detail_lora": "peft/adapter_model.safetensors"}),
+        ("DCMInspectModel", {"file": "loras/peft/adapter_model.safetensors"}),
+    ],
+)
 def test_settings_beside_a_peft_file_count(node, folder, kind, inputs):
     (folder / "loras" / "peft").mkdir()
     path = folder / "loras" / "peft" / "adapter_model.safetensors"
@@ -357,24 +476,52 @@ def test_interrupted_conversion_leaves_nothing(node, releases, folder):
 
     management.interrupt_current_processing(True)
     with pytest.raises(management.InterruptProcessingException):
-        node("DCMConvertCheckpoint", model_name=releases["wan_tiny"], base_name="b", expert_name="e", dtype="keep", overwrite=False)
+        node(
+            "DCMConvertCheckpoint",
+            model_name=releases["wan_tiny"],
+            base_name="b",
+            expert_name="e",
+            dtype="keep",
+            overwrite=False,
+        )
     assert not files_in(folder / "loras")
     assert {path.name for path in files_in(folder / "diffusion_models")} == set(releases.values())
 
 
 def test_extracted_lora_makes_the_tuned_model(node, module, releases, folder, recipe, velocity):
-    node("DCMConvertCheckpoint", model_name=releases["wan_tiny"], base_name="tuned", expert_name="e", dtype="float32", overwrite=False)
+    node(
+        "DCMConvertCheckpoint",
+        model_name=releases["wan_tiny"],
+        base_name="tuned",
+        expert_name="e",
+        dtype="float32",
+        overwrite=False,
+    )
     tuned = load_file(folder / "diffusion_models" / "tuned.safetensors")
     generator = torch.Generator().manual_seed(0)
     base = {k: v - 0.02 * torch.randn(v.shape, generator=generator) * v.std(correction=0) for k, v in tuned.items()}
     save_file(base, folder / "diffusion_models" / "base.safetensors")
-    out = node("DCMExtractLoRA", tuned_model="tuned.safetensors", base_model="base.safetensors", rank=256, name="sem", overwrite=False)
+    out = node(
+        "DCMExtractLoRA",
+        tuned_model="tuned.safetensors",
+        base_model="base.safetensors",
+        rank=256,
+        name="sem",
+        overwrite=False,
+    )
     assert "100.00% of the difference's energy kept" in text(out)
     with safe_open(folder / "loras" / "sem.safetensors", "pt") as file:
         assert file.metadata()["dcm.expert"] == "semantic"
     plain = in_float32(module, "base.safetensors")
-    attached = node("DCMAttachExperts", model=plain, semantic_lora="sem.safetensors", semantic_strength=1.0, detail_lora="none",
-                    detail_strength=1.0, boundary=0.0).result[0]
+    attached = node(
+        "DCMAttachExperts",
+        model=plain,
+        semantic_lora="sem.safetensors",
+        semantic_strength=1.0,
+        detail_lora="none",
+        detail_strength=1.0,
+        boundary=0.0,
+    ).result[0]
     reference = recipe.expected("wan_tiny")["probe.979.0"]
     before, after = (relative(velocity(m, "wan_tiny", 0.979), reference) for m in (plain, attached))
     assert after < before / 100, "what is left is the rounding of the bfloat16 pairs"
@@ -382,8 +529,19 @@ def test_extracted_lora_makes_the_tuned_model(node, module, releases, folder, re
 
 def test_conditioning_round_trip(node, folder):
     generator = torch.Generator().manual_seed(0)
-    given = [[torch.randn(1, 7, 4096, generator=generator).bfloat16(), {"pooled_output": torch.randn(1, 768, generator=generator),
-              "guidance": 6.0, "note": "x", "flag": True, "nothing": None}], [torch.zeros(1, 2, 4096), {}]]
+    given = [
+        [
+            torch.randn(1, 7, 4096, generator=generator).bfloat16(),
+            {
+                "pooled_output": torch.randn(1, 768, generator=generator),
+                "guidance": 6.0,
+                "note": "x",
+                "flag": True,
+                "nothing": None,
+            },
+        ],
+        [torch.zeros(1, 2, 4096), {}],
+    ]
     node("DCMSaveConditioning", conditioning=given, name="fox", overwrite=False)
     out = node("DCMLoadConditioning", name="fox.safetensors")
     assert "2 prompts, 7 tokens of width 4096" in text(out)

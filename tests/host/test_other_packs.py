@@ -131,7 +131,13 @@ def through(prompt, taker, kind, **inputs):
 
 def sampled_by(prompt, steps=6, **sampler):
     """The graph with another SAMPLER, over the first `steps` of the 6."""
-    schedule = {"preset": "auto", "steps": 6, "shift": 17.0, "denoise": 1.0, "model": [id_of(prompt, "DCMAttachExperts"), 0]}
+    schedule = {
+        "preset": "auto",
+        "steps": 6,
+        "shift": 17.0,
+        "denoise": 1.0,
+        "model": [id_of(prompt, "DCMAttachExperts"), 0],
+    }
     prompt["schedule"] = {"class_type": "DCMScheduler", "inputs": schedule}
     prompt["first"] = {"class_type": "SplitSigmas", "inputs": {"sigmas": ["schedule", 0], "step": steps}}
     prompt["sampler"] = sampler
@@ -140,13 +146,19 @@ def sampled_by(prompt, steps=6, **sampler):
 
 
 def clown_sampler(name):
-    return {"class_type": "ClownSampler_Beta", "inputs": {"eta": 0.0, "sampler_name": name, "seed": -1, "bongmath": False}}
+    return {
+        "class_type": "ClownSampler_Beta",
+        "inputs": {"eta": 0.0, "sampler_name": name, "seed": -1, "bongmath": False},
+    }
 
 
 def with_merged_model(prompt):
     """The graph with the detail expert merged into a second model by the host's LoRA loader: no expert is routed."""
     base = prompt[id_of(prompt, "DCMAttachExperts")]["inputs"]["model"]
-    prompt["low"] = {"class_type": "LoraLoaderModelOnly", "inputs": {"model": base, "lora_name": DETAIL, "strength_model": 1.0}}
+    prompt["low"] = {
+        "class_type": "LoraLoaderModelOnly",
+        "inputs": {"model": base, "lora_name": DETAIL, "strength_model": 1.0},
+    }
     prompt[id_of(prompt, "DCMSampler")]["inputs"] |= {"model": base, "detail_model": ["low", 0], "boundary": BOUNDARY}
     return prompt
 
@@ -173,7 +185,9 @@ def test_another_packs_euler_gives_what_the_hosts_gives(beside, graph, need):
     assert relative(theirs, own) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["exponential/res_2s", "exponential/res_3s", "multistep/res_2m", "fully_implicit/gauss-legendre_2s"])
+@pytest.mark.parametrize(
+    "name", ["exponential/res_2s", "exponential/res_3s", "multistep/res_2m", "fully_implicit/gauss-legendre_2s"]
+)
 def test_another_packs_sampler_routes_its_calls_between_the_steps(beside, graph, need, name):
     """Without the semantic expert: it is a full fine-tune, of which the host's LoRA loader leaves the modulations out."""
     need("ClownSampler_Beta")
@@ -191,9 +205,21 @@ def test_another_packs_sampler_node_routes(beside, graph, need):
         prompt = sampled_by(graph(DCMAttachExperts={"detail_strength": strength}), class_type="ClownsharKSampler_Beta")
         own = prompt.pop(id_of(prompt, "DCMSampler"))["inputs"]
         prompt["sampler"]["inputs"] = {
-            "eta": 0.0, "sampler_name": "exponential/res_2s", "scheduler": "simple", "steps": 6, "steps_to_run": -1, "denoise": 1.0,
-            "cfg": 1.0, "seed": 0, "sampler_mode": "standard", "bongmath": False, "sigmas": ["schedule", 0],
-            "positive": own["positive"], "negative": own["positive"], "model": own["model"], "latent_image": own["latent_image"],
+            "eta": 0.0,
+            "sampler_name": "exponential/res_2s",
+            "scheduler": "simple",
+            "steps": 6,
+            "steps_to_run": -1,
+            "denoise": 1.0,
+            "cfg": 1.0,
+            "seed": 0,
+            "sampler_mode": "standard",
+            "bongmath": False,
+            "sigmas": ["schedule", 0],
+            "positive": own["positive"],
+            "negative": own["positive"],
+            "model": own["model"],
+            "latent_image": own["latent_image"],
         }
         prompt["latent"]["inputs"]["samples"] = ["sampler", 0]
         return latent(beside, prompt)

@@ -52,6 +52,7 @@ def rendered(server, make_prompt):
 
 # The pack in the host
 
+
 def test_the_pack_loads_without_a_complaint(server):
     assert f"custom_nodes/{FOLDER}" in server.boot.replace(os.sep, "/")
     for bad in ("Traceback", "IMPORT FAILED", "Cannot import"):
@@ -72,17 +73,25 @@ def test_all_nodes_are_listed(info):
 
 def test_every_widget_of_ours_has_a_tooltip(info):
     ours = {name: node for name, node in info.items() if name.startswith("DCM")}
-    bare = [f"{name}.{widget}" for name, node in ours.items() for widget, kind, options in inputs_of(node) if not options.get("tooltip")]
+    bare = [
+        f"{name}.{widget}"
+        for name, node in ours.items()
+        for widget, kind, options in inputs_of(node)
+        if not options.get("tooltip")
+    ]
     assert bare == []
 
 
 def test_every_node_is_found_by_other_words_where_the_host_knows_them(info):
     if "search_aliases" not in info["KSampler"]:
         pytest.skip("this host knows no search aliases")
-    assert [name for name, node in info.items() if name.startswith("DCM") and len(node["search_aliases"] or []) < 2] == []
+    assert [
+        name for name, node in info.items() if name.startswith("DCM") and len(node["search_aliases"] or []) < 2
+    ] == []
 
 
 # Runs
+
 
 def test_the_shipped_workflow_renders_a_video(server, make_prompt, rendered):
     av = pytest.importorskip("av")
@@ -127,7 +136,11 @@ def test_missing_experts_are_refused_on_the_attaching_node(server, make_prompt):
     prompt = make_prompt()
     sampler, model = id_of(prompt, "DCMSampler"), id_of(prompt, "DCMLoadModel")
     settings = {
-        "semantic_lora": "none", "semantic_strength": 1.0, "detail_lora": "none", "detail_strength": 1.0, "boundary": 0.0,
+        "semantic_lora": "none",
+        "semantic_strength": 1.0,
+        "detail_lora": "none",
+        "detail_strength": 1.0,
+        "boundary": 0.0,
     }
     prompt["100"] = {"class_type": "DCMAttachExperts", "inputs": {"model": [model, 0], **settings}}
     prompt[sampler]["inputs"]["model"] = ["100", 0]
@@ -140,7 +153,8 @@ def test_missing_experts_are_refused_on_the_attaching_node(server, make_prompt):
 
 def test_interrupt_ends_a_run_and_the_next_is_as_ever(server, make_prompt, rendered):
     long = make_prompt(
-        EmptyHunyuanLatentVideo={"width": 256, "height": 256, "length": 33}, DCMSampler={"schedule": "generic", "steps": 50}
+        EmptyHunyuanLatentVideo={"width": 256, "height": 256, "length": 33},
+        DCMSampler={"schedule": "generic", "steps": 50},
     )
     said = len(server.log())
     number = server.queue(long)
@@ -163,7 +177,13 @@ def test_ctrl_c_on_the_server_saves_a_training_run(info, tmp_path):
     """The server waits for no work that is in hand. A parent that ignores the signal would have it ignored there, too."""
     prompt = to_prompt(read(TRAINING), info)
     trainer = id_of(prompt, "DCMTrainSemanticExpert")
-    prompt[trainer]["inputs"] |= {"steps": 100_000, "save_every": 100_000, "sample_every": 0, "batch_size": 2, "name": "ended"}
+    prompt[trainer]["inputs"] |= {
+        "steps": 100_000,
+        "save_every": 100_000,
+        "sample_every": 0,
+        "batch_size": 2,
+        "name": "ended",
+    }
     wanted, found = [trainer], {}
     while wanted:
         number = wanted.pop()

@@ -48,6 +48,7 @@ each_workflow = pytest.mark.parametrize("title", GRAPHS)
 
 # On the host's word
 
+
 def illegal(kind, options, value):
     """Whether a widget may not have this value; which files there are is the user's matter."""
     if kind == "COMBO":
@@ -72,26 +73,43 @@ def test_every_node_is_known_and_every_value_legal(title, info):
         slots = {slot["name"]: slot["type"] for slot in node["inputs"]}
         assert slots == {name: kinds.get(name) for name in slots}, node["type"]
         linked = {slot["name"] for slot in node["inputs"] if slot["link"] is not None}
-        assert linked | set(values) >= set(definition["input"].get("required", {})), f"{node['type']} lacks a required input"
+        assert linked | set(values) >= set(definition["input"].get("required", {})), (
+            f"{node['type']} lacks a required input"
+        )
         assert [slot["type"] for slot in node["outputs"]] == definition["output"][: len(node["outputs"])]
 
 
 def test_models_come_from_where_the_hosts_own_templates_take_them():
     """Those of the release, which the host has no template for, from its authors."""
-    package = pytest.importorskip("comfyui_workflow_templates", reason="the host's templates are not installed as a package")
+    package = pytest.importorskip(
+        "comfyui_workflow_templates", reason="the host's templates are not installed as a package"
+    )
     texts = Path(package.__file__).parents[1].glob("comfyui_workflow_templates*/**/*.json")
-    official = {url for text in texts for url in re.findall(r"https://huggingface\.co/[^\s\"?)\\]+", text.read_text(encoding="utf-8"))}
-    models = [model for graph in GRAPHS.values() for node in graph["nodes"] for model in node["properties"].get("models", [])]
+    official = {
+        url
+        for text in texts
+        for url in re.findall(r"https://huggingface\.co/[^\s\"?)\\]+", text.read_text(encoding="utf-8"))
+    }
+    models = [
+        model for graph in GRAPHS.values() for node in graph["nodes"] for model in node["properties"].get("models", [])
+    ]
     elsewhere = {model["url"] for model in models} - official
-    assert elsewhere and all(url.startswith("https://huggingface.co/cszy98/DCM/resolve/main/DCM_") for url in elsewhere), elsewhere
-    assert [model for model in models if model["url"] in official and not model["url"].endswith(f"/{model['name']}")] == []
+    assert elsewhere and all(
+        url.startswith("https://huggingface.co/cszy98/DCM/resolve/main/DCM_") for url in elsewhere
+    ), elsewhere
+    assert [
+        model for model in models if model["url"] in official and not model["url"].endswith(f"/{model['name']}")
+    ] == []
 
 
 @pytest.mark.parametrize(
     ("title", "settings"),
     [
         ("DCM Wan 2.1 text to video", {"EmptyHunyuanLatentVideo": [832, 480, 81, 1], "CreateVideo": [16]}),
-        ("DCM HunyuanVideo text to video", {"EmptyHunyuanLatentVideo": [1280, 720, 29, 1], "CreateVideo": [24], "FluxGuidance": [6]}),
+        (
+            "DCM HunyuanVideo text to video",
+            {"EmptyHunyuanLatentVideo": [1280, 720, 29, 1], "CreateVideo": [24], "FluxGuidance": [6]},
+        ),
     ],
 )
 def test_a_release_is_sampled_as_its_authors_do(title, settings):
@@ -107,6 +125,7 @@ def test_templates_are_listed_and_served(server):
 
 
 # Runs
+
 
 def light_lora(seed):
     """A low-rank update of the small Wan model, in the names of the distilled LoRAs for it."""
@@ -135,7 +154,9 @@ def files(server, recipe):
         path.parent.mkdir(exist_ok=True)
         save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, path)
     embeddings = torch.randn(1, 20, 4096, generator=torch.Generator().manual_seed(2))
-    save_conditioning(models / "dcm_conditioning" / "hunyuan.safetensors", [[embeddings, {"pooled_output": embeddings[:, 0, :768]}]])
+    save_conditioning(
+        models / "dcm_conditioning" / "hunyuan.safetensors", [[embeddings, {"pooled_output": embeddings[:, 0, :768]}]]
+    )
     Image.linear_gradient("L").convert("RGB").save(server.base / "input" / "example.png")
 
 
@@ -286,7 +307,9 @@ def test_two_full_models_are_sampled_at_even_levels(server, info, files, title, 
     prompt = to_prompt(GRAPHS[title], info)
     sampler = prompt[id_of(prompt, "DCMSampler")]["inputs"]
     settings = {name: sampler[name] for name in ("schedule", "steps", "shift", "denoise", "boundary")}
-    base = next(node["inputs"]["unet_name"] for node in prompt.values() if "high_noise" in node["inputs"].get("unet_name", ""))
+    base = next(
+        node["inputs"]["unet_name"] for node in prompt.values() if "high_noise" in node["inputs"].get("unet_name", "")
+    )
     plan = server.request("/dcm/plan", {**settings, "two_models": True, "model": base})
     even = [1 - step / steps for step in range(steps)]
     assert [step["sigma"] for step in plan["steps"]] == pytest.approx([shift * s / (1 + (shift - 1) * s) for s in even])

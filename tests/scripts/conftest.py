@@ -52,7 +52,11 @@ class Repository:
         variables = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
         for number, (key, value) in enumerate(settings.items()):
             variables |= {f"GIT_CONFIG_KEY_{number}": key, f"GIT_CONFIG_VALUE_{number}": value}
-        return variables | {"GIT_CONFIG_COUNT": str(len(settings)), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+        return variables | {
+            "GIT_CONFIG_COUNT": str(len(settings)),
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_CONFIG_NOSYSTEM": "1",
+        }
 
     def git(self, *arguments: str) -> str:
         return subprocess.run(

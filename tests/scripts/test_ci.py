@@ -16,7 +16,9 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 def read(path):
     # YAML 1.1 takes the key `on` for a truth value
-    return {"on" if key is True else key: value for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items()}
+    return {
+        "on" if key is True else key: value for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items()
+    }
 
 
 def named(name):
@@ -37,7 +39,9 @@ def test_workflow_is_well_formed(path):
         assert set([needs] if isinstance(needs, str) else needs) <= set(workflow["jobs"])
         for step in job.get("steps", []):
             assert ("run" in step) != ("uses" in step)
-            assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]), "an action of no fixed version"
+            assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]), (
+                "an action of no fixed version"
+            )
 
 
 def test_every_change_is_tested_by_the_script_that_a_user_runs():
@@ -72,7 +76,10 @@ def test_the_script_passes_everything_in_two_hosts(monkeypatch, script, argument
 @pytest.fixture
 def hosts(monkeypatch, script, tmp_path):
     """The script with two hosts whose Python is this one."""
-    oldest, newer = Environment(Path(sys.executable), tmp_path / "oldest"), Environment(Path(sys.executable), tmp_path / "newer")
+    oldest, newer = (
+        Environment(Path(sys.executable), tmp_path / "oldest"),
+        Environment(Path(sys.executable), tmp_path / "newer"),
+    )
     monkeypatch.setattr(script, "prepare_oldest", lambda: oldest)
     monkeypatch.setattr(script, "prepare", lambda host: newer)
     monkeypatch.setattr(script, "front_end", lambda: tmp_path)
@@ -81,7 +88,8 @@ def hosts(monkeypatch, script, tmp_path):
 
 @pytest.mark.usefixtures("hosts")
 @pytest.mark.parametrize(
-    ("oldest", "newer", "status", "ran"), [(0, 0, 0, ["oldest", "newer"]), (1, 0, 1, ["oldest"]), (0, 3, 3, ["oldest", "newer"])]
+    ("oldest", "newer", "status", "ran"),
+    [(0, 0, 0, ["oldest", "newer"]), (1, 0, 1, ["oldest"]), (0, 3, 3, ["oldest", "newer"])],
 )
 def test_a_failure_in_either_host_is_one(monkeypatch, script, oldest, newer, status, ran):
     done = []

@@ -34,11 +34,15 @@ def test_energy_distance_is_without_bias_and_knows_its_error(modules):
     """Two sets of one distribution: around zero over many draws, as far as the standard error says."""
     generator = torch.Generator().manual_seed(0)
     shared = [torch.randn(60, 5, generator=generator) for _ in range(200)]
-    found = torch.tensor([
-        modules[0].energy_distance(points + 0.3 * torch.randn(60, 5, generator=generator),
-                                   points + 0.3 * torch.randn(60, 5, generator=generator))
-        for points in shared
-    ])
+    found = torch.tensor(
+        [
+            modules[0].energy_distance(
+                points + 0.3 * torch.randn(60, 5, generator=generator),
+                points + 0.3 * torch.randn(60, 5, generator=generator),
+            )
+            for points in shared
+        ]
+    )
     values, errors = found.T
     assert values.mean().abs() < 3 * values.std() / len(values) ** 0.5
     assert 0.5 < errors.mean() / values.std() < 3

@@ -54,7 +54,9 @@ def imported(environment, host):
     """Start the host and end it at once: name of a custom node -> what the host says of its import, "" where all is well."""
     command = [environment.python, host / "main.py", "--cpu", "--quick-test-for-ci"]
     variables = {**environment.variables(), "COMFYUI_PATH": str(host)}
-    result = subprocess.run(command, cwd=host, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=host, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout
     found = re.findall(r"^ *[\d.]+ seconds(?: \((.+)\))?: (.+)$", result.stdout, re.MULTILINE)
     return {Path(path).name: failure for failure, path in found}, result.stdout

@@ -11,7 +11,15 @@ from PIL import Image
 
 # What users need. The models are of the small world's workflows; the pack adds their folder to the host's.
 FOLDERS = ("cli/", "dcm_core/", "nodes/", "web/", "workflows/", "locales/", "small_world/models/")
-FILES = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE", "CHANGELOG.md", "small_world/README.md"}
+FILES = {
+    "__init__.py",
+    "pyproject.toml",
+    "requirements.txt",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+    "small_world/README.md",
+}
 MAX_BYTES = 16e6
 
 # comfy-cli's own reading of pyproject.toml, which it sends to the registry.
@@ -32,7 +40,11 @@ def metadata():
 
 def test_the_registry_reads_every_field(metadata):
     project, comfy = metadata["project"], metadata["tool_comfy"]
-    assert project["name"] == "dcm-video" and comfy["publisher_id"] == "comfyui-dcm" and comfy["display_name"] == "ComfyUI-DCM"
+    assert (
+        project["name"] == "dcm-video"
+        and comfy["publisher_id"] == "comfyui-dcm"
+        and comfy["display_name"] == "ComfyUI-DCM"
+    )
     assert 40 < len(project["description"]) < 300
     assert project["license"]["file"] == "LICENSE"
     assert project["urls"]["repository"] and project["urls"]["documentation"] and project["urls"]["issues"]
@@ -45,7 +57,9 @@ def test_the_registry_reads_every_field(metadata):
 @pytest.mark.parametrize(("field", "shape"), [("icon", (1, 1)), ("banner_url", (21, 9))])
 def test_pictures_are_files_of_the_repository(metadata, field, shape):
     repository = metadata["project"]["urls"]["repository"].removeprefix("https://github.com/")
-    found = re.fullmatch(rf"https://raw\.githubusercontent\.com/{repository}/main/(.+\.png)", metadata["tool_comfy"][field])
+    found = re.fullmatch(
+        rf"https://raw\.githubusercontent\.com/{repository}/main/(.+\.png)", metadata["tool_comfy"][field]
+    )
     assert found
     with Image.open(ROOT / found[1]) as image:
         width, height = image.size
@@ -55,7 +69,9 @@ def test_pictures_are_files_of_the_repository(metadata, field, shape):
 
 
 def test_the_newest_entry_of_the_changelog_is_the_version(metadata):
-    headings = re.findall(r"^## \[(.+?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    headings = re.findall(
+        r"^## \[(.+?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     released = [(version, date) for version, date in headings if version != "Unreleased"]
     assert released[0][0] == metadata["project"]["version"]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, date in released)

@@ -22,7 +22,10 @@ def test_training_workflow_trains_both_experts_and_renders(server):
         text = by_type[kind]["text"][0]
         assert f"{side} expert: LoRA rank" in text and "3 steps" in text
         run = server.base / "output" / "dcm_training" / f"small_world_{side}"
-        assert [path.name for path in sorted(run.glob("step_*"))] == ["step_00000002.safetensors", "step_00000003.safetensors"]
+        assert [path.name for path in sorted(run.glob("step_*"))] == [
+            "step_00000002.safetensors",
+            "step_00000003.safetensors",
+        ]
         assert (run / "sample_00000003.mp4").stat().st_size > 500
         assert (server.base / "models" / "loras" / "dcm" / f"small_world_{side}.safetensors").is_file()
     assert "step 1-3 semantic, 4-6 detail, boundary 0.76" in by_type["DCMSampler"]["text"][0]
@@ -57,9 +60,18 @@ def test_scripts_make_base_and_experts(environment, tmp_path):
     result = subprocess.run(command, env=environment.variables(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     compared = result.stdout.splitlines()[-1].split("; ")
-    assert compared[-5:] == ["one expert", "two experts", "+ temporal coherence", "+ GAN and feature matching", "as shipped"]
+    assert compared[-5:] == [
+        "one expert",
+        "two experts",
+        "+ temporal coherence",
+        "+ GAN and feature matching",
+        "as shipped",
+    ]
     shipped = sorted((tmp_path / "shipped").iterdir())
-    assert [path.name for path in shipped] == ["dcm_small_world_detail.safetensors", "dcm_small_world_semantic.safetensors"]
+    assert [path.name for path in shipped] == [
+        "dcm_small_world_detail.safetensors",
+        "dcm_small_world_semantic.safetensors",
+    ]
     assert sum(path.stat().st_size for path in shipped) < 6.5e6
 
 

@@ -66,7 +66,9 @@ class ClipSettings:
             near = max(0, round((self.frames - 1) / 4)) * 4 + 1
             raise DCMError(f"frames is {self.frames}; expected 1 more than a multiple of 4. Choose {near}.")
         if not 0 < self.fps <= 1000:
-            raise DCMError(f"fps is {self.fps}; expected more than 0, at most 1000. Wan 2.1 is made for 16, HunyuanVideo for 24.")
+            raise DCMError(
+                f"fps is {self.fps}; expected more than 0, at most 1000. Wan 2.1 is made for 16, HunyuanVideo for 24."
+            )
         for name, size in (("width", self.width), ("height", self.height)):
             if size < SIZE_STEP or size % SIZE_STEP:
                 near = max(1, round(size / SIZE_STEP)) * SIZE_STEP
@@ -139,7 +141,8 @@ def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
     enlargement = max(bucket[0] / width, bucket[1] / height)
     if enlargement > MAX_ENLARGEMENT:
         raise ClipError(
-            clip.path, f"is {width}x{height}, too small for {bucket[0]}x{bucket[1]}. Choose a smaller size, or leave the clip out."
+            clip.path,
+            f"is {width}x{height}, too small for {bucket[0]}x{bucket[1]}. Choose a smaller size, or leave the clip out.",
         )
     facts = {
         "variable frame rate, frames taken by their time": gaps and max(gaps) - min(gaps) > STEADY * gap,
@@ -199,7 +202,9 @@ def check_clips(
 def no_clip_left(problems: Sequence[Problem]) -> DCMError:
     """The error for data of which nothing can be used; it shows the first three reasons."""
     more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
-    return DCMError("\n".join([f"No clip can be used: {counted(len(problems), 'clip')} left out.", *map(str, problems[:3]), *more]))
+    return DCMError(
+        "\n".join([f"No clip can be used: {counted(len(problems), 'clip')} left out.", *map(str, problems[:3]), *more])
+    )
 
 
 def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
@@ -221,7 +226,9 @@ def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
             filled += 1
         if filled == settings.frames:
             return pixels
-    raise ClipError(facts.clip.path, f"ends after {filled} of {counted(settings.frames, 'frame')}. Encode or download it again.")
+    raise ClipError(
+        facts.clip.path, f"ends after {filled} of {counted(settings.frames, 'frame')}. Encode or download it again."
+    )
 
 
 def _fitted(picture: Picture, facts: ClipFacts) -> Tensor:

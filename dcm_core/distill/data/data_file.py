@@ -22,7 +22,10 @@ FORMAT = "dcm-dataset"
 
 
 def write_data(
-    path: str | os.PathLike, data: TrainingData, dtype: torch.dtype = torch.bfloat16, progress: Progress = lambda done, total: None
+    path: str | os.PathLike,
+    data: TrainingData,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: Progress = lambda done, total: None,
 ) -> None:
     """Write all of `data`, clip by clip; texts that are the same are written once.
 
@@ -39,11 +42,15 @@ def write_data(
     which = []
     for read in (*(partial(data.conditioning, index) for index in range(len(data))), data.unconditional):
         tensors, numbers = _parts(read(), dtype)
-        hashes = [(name, tuple(value.shape), hashlib.sha256(bytes_of(value)).hexdigest()) for name, value in tensors.items()]
+        hashes = [
+            (name, tuple(value.shape), hashlib.sha256(bytes_of(value)).hexdigest()) for name, value in tensors.items()
+        ]
         key = repr(hashes + sorted(numbers.items()))
         if key not in known:
             known[key] = len(texts)
-            entries |= {f"text.{known[key]}.{name}": (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+            entries |= {
+                f"text.{known[key]}.{name}": (value.dtype, tuple(value.shape)) for name, value in tensors.items()
+            }
             texts.append(numbers)
             sources.append(read)
         which.append(known[key])
@@ -66,7 +73,9 @@ def _parts(text: Conditioning, dtype: torch.dtype) -> tuple[dict[str, Tensor], d
     context, extras = text[0]
     tensors = {"context": context, **{name: value for name, value in extras.items() if isinstance(value, Tensor)}}
     numbers = {name: value for name, value in extras.items() if isinstance(value, (int, float))}
-    return {name: cast(name, value, dtype) if value.is_floating_point() else value for name, value in tensors.items()}, numbers
+    return {
+        name: cast(name, value, dtype) if value.is_floating_point() else value for name, value in tensors.items()
+    }, numbers
 
 
 def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: None) -> TensorData:

@@ -173,7 +173,9 @@ class Dataset(TrainingData):
 
 
 def _lost(path: Path, error: Exception) -> DCMError:
-    return DCMError(f"{path.name} of the encoded data cannot be read ({error}). Restart the host and run DCM Video Dataset again.")
+    return DCMError(
+        f"{path.name} of the encoded data cannot be read ({error}). Restart the host and run DCM Video Dataset again."
+    )
 
 
 class TensorData(TrainingData):
@@ -190,7 +192,11 @@ class TensorData(TrainingData):
     """
 
     def __init__(
-        self, latents: Sequence[Tensor], conditionings: Sequence[Conditioning], which: Sequence[int], unconditional: Conditioning
+        self,
+        latents: Sequence[Tensor],
+        conditionings: Sequence[Conditioning],
+        which: Sequence[int],
+        unconditional: Conditioning,
     ):
         if not latents or len(latents) != len(which):
             given = f"{counted(len(latents), 'latent')} with {counted(len(which), 'text')}"

@@ -79,7 +79,10 @@ def prepare(
     left = [(facts, path) for facts, path in videos if path not in failed]
     if not left:
         raise no_clip_left(problems)
-    texts = {text: cache / _name("text", text, encoders.text_id) for text in [*(facts.clip.caption for facts, _ in left), negative]}
+    texts = {
+        text: cache / _name("text", text, encoders.text_id)
+        for text in [*(facts.clip.caption for facts, _ in left), negative]
+    }
     new_texts = {text: path for text, path in texts.items() if not _holds_conditioning(path)}
     _encode_texts(new_texts, encoders, _part(report, TEXTS, END))
     if new_videos or new_texts:
@@ -126,7 +129,9 @@ def _checked(latent: Tensor, facts: ClipFacts) -> Tensor:
             "Connect the VAE of Wan 2.1 or HunyuanVideo."
         )
     if not is_finite(latent):
-        raise ClipError(facts.clip.path, "has a latent with NaN or infinite values. Run the VAE in bfloat16 or float32.")
+        raise ClipError(
+            facts.clip.path, "has a latent with NaN or infinite values. Run the VAE in bfloat16 or float32."
+        )
     return latent
 
 
@@ -138,7 +143,9 @@ def _encode_texts(new: Mapping[str, Path], encoders: Encoders, progress: Progres
 
 def _checked_text(conditioning: Conditioning, text: str) -> Conditioning:
     if not all(is_finite(context) for context, _ in conditioning):
-        raise DCMError(f"The text encoder made NaN or infinite values of {text!r}. Run it in bfloat16 or float32, or choose another file.")
+        raise DCMError(
+            f"The text encoder made NaN or infinite values of {text!r}. Run it in bfloat16 or float32, or choose another file."
+        )
     return conditioning
 
 
@@ -161,4 +168,6 @@ def _holds_conditioning(path: Path) -> bool:
 
 
 def _entry(facts: ClipFacts, latent: Path, conditioning: Path) -> Entry:
-    return Entry(facts.clip.path, facts.clip.caption, latent, conditioning, facts.bucket, TensorFile(latent).shapes[LATENT])
+    return Entry(
+        facts.clip.path, facts.clip.caption, latent, conditioning, facts.bucket, TensorFile(latent).shapes[LATENT]
+    )

@@ -81,11 +81,15 @@ def _text_of(path: Path) -> str:
 def _of_two_files(path: Path) -> Iterator[tuple[str, Any]]:
     other = next((path.with_name(name) for name in CAPTION_FILES if path.with_name(name).is_file()), None)
     if other is None:
-        raise DCMError(f"{path} names videos, but the captions are missing. Write them to captions.txt beside it, one a line.")
+        raise DCMError(
+            f"{path} names videos, but the captions are missing. Write them to captions.txt beside it, one a line."
+        )
     # not splitlines: other white space may be part of a caption
     videos, captions = (_text_of(file).rstrip().split("\n") for file in (path, other))
     if len(videos) != len(captions):
-        raise DCMError(f"{path} has {len(videos)} lines, {other.name} {len(captions)}; expected one caption for every video.")
+        raise DCMError(
+            f"{path} has {len(videos)} lines, {other.name} {len(captions)}; expected one caption for every video."
+        )
     for number, (video, caption) in enumerate(zip(videos, captions, strict=True), start=1):
         yield f"line {number}", {"video": video, "caption": caption}
 
@@ -99,7 +103,9 @@ def _of_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
             if any(row):
                 yield f"line {rows.line_num}", dict(zip(keys, row, strict=False))
     except csv.Error as error:
-        raise DCMError(f"{path}, line {rows.line_num} is not CSV ({error}). Put texts that hold commas in quotes.") from error
+        raise DCMError(
+            f"{path}, line {rows.line_num} is not CSV ({error}). Put texts that hold commas in quotes."
+        ) from error
 
 
 def _of_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -117,7 +123,9 @@ def _of_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     elif len(arrays) == 1 and all(isinstance(entry, dict) for entry in arrays[0]):
         (data,) = arrays
     elif isinstance(data, dict):
-        data = ({"video": name} | (value if isinstance(value, dict) else {"caption": value}) for name, value in data.items())
+        data = (
+            {"video": name} | (value if isinstance(value, dict) else {"caption": value}) for name, value in data.items()
+        )
     elif not isinstance(data, list):
         raise DCMError(f"{path} is neither a JSON array nor an object; expected entries with a video and a caption.")
     for number, entry in enumerate(data, start=1):
@@ -157,13 +165,15 @@ def _listed(where: str, entry: Any) -> Listed:
     if not isinstance(entry, dict):
         raise DCMError(f'{where} is not an object; expected {{"video": "clip.mp4", "caption": "text"}}.')
     if len(entry) > MAX_KEYS:
-        raise DCMError(f"{where} has {len(entry):,} keys; at most {MAX_KEYS:,} are read. Check that it is a list of clips.")
+        raise DCMError(
+            f"{where} has {len(entry):,} keys; at most {MAX_KEYS:,} are read. Check that it is a list of clips."
+        )
     # a header may be written in any case
     known = {str(key).strip().casefold(): value for key, value in entry.items()}
     found = f"it has {name_some(key[:40] for key in known)}" if known else "it is empty"
     video = _text(known, VIDEO_KEYS)
     if video is None:
-        raise DCMError(f'{where} names no video: {found}; expected one of {", ".join(VIDEO_KEYS)}.')
+        raise DCMError(f"{where} names no video: {found}; expected one of {', '.join(VIDEO_KEYS)}.")
     texts = _captions(known)
     fault = None if texts else f"has no caption in the list: {found}; expected one of {', '.join(CAPTION_KEYS)}."
     if known.get("type") == "image":
@@ -177,4 +187,8 @@ def _listed(where: str, entry: Any) -> Listed:
 def _captions(entry: Mapping[str, Any]) -> list[str]:
     lists = [value for key in CAPTION_KEYS if isinstance(value := entry.get(key), list)]
     text = _text(entry, CAPTION_KEYS)
-    return [text] if text else [item.strip() for item in (lists[0] if lists else ()) if isinstance(item, str) and item.strip()]
+    return (
+        [text]
+        if text
+        else [item.strip() for item in (lists[0] if lists else ()) if isinstance(item, str) and item.strip()]
+    )

@@ -111,7 +111,9 @@ def is_within(path: Path, roots: Roots) -> bool:
 
 def _no_clips(source: Path) -> DCMError:
     kinds = ", ".join(sorted(SUFFIXES))
-    return DCMError(f"{source} holds no clips; expected videos ({kinds}), each with a .txt of its name that holds its caption.")
+    return DCMError(
+        f"{source} holds no clips; expected videos ({kinds}), each with a .txt of its name that holds its caption."
+    )
 
 
 def _is_video(path: Path) -> bool:
@@ -161,7 +163,9 @@ def _in_folder(folder: Path, roots: Roots) -> Found:
         listed = [clip for clip in _of_list(listing, roots) if clip.path not in beside]
     named = {clip.path for clip in listed}
     clips = [*listed, *(_with_text(path, beside.get(path), roots) for path in videos if path not in named)]
-    return Found(sorted(clips, key=lambda clip: clip.path), _others(folder, [path for path in files if path not in used]))
+    return Found(
+        sorted(clips, key=lambda clip: clip.path), _others(folder, [path for path in files if path not in used])
+    )
 
 
 def _with_text(video: Path, text: Path | None, roots: Roots) -> Clip:

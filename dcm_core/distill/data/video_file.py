@@ -90,7 +90,9 @@ class _Video:
         streams = [stream for stream in self.container.streams.video if not Disposition(stream.disposition) & STILL]
         if not streams:
             raise ClipError(self.path, "holds no video. Leave it out, or give the file with the pictures.")
-        return min(streams, key=lambda stream: (stream.frames == 1, not Disposition(stream.disposition) & Disposition.default))
+        return min(
+            streams, key=lambda stream: (stream.frames == 1, not Disposition(stream.disposition) & Disposition.default)
+        )
 
     def _alpha_decoder(self) -> Any:
         name = ALPHA_DECODERS.get(self.stream.codec_context.name)
@@ -99,7 +101,9 @@ class _Video:
         try:
             return av.CodecContext.create(name, "r")
         except ValueError as error:
-            raise ClipError(self.path, "has transparency that cannot be decoded here. Encode it without transparency.") from error
+            raise ClipError(
+                self.path, "has transparency that cannot be decoded here. Encode it without transparency."
+            ) from error
 
     def packets(self) -> Iterator[Any]:
         """All packets; the last one is empty and brings out what the decoder holds back."""
@@ -117,7 +121,9 @@ def _opened(path: Path) -> Iterator[_Video]:
         raise ClipError(path, "does not exist. Check the name.")
     try:
         # a full path, as ffmpeg takes `name:` for a protocol; titles and the like in an old encoding are no reason to refuse a file
-        with av.open(os.path.abspath(path), metadata_errors="ignore", container_options={"format_whitelist": CONTAINERS}) as container:
+        with av.open(
+            os.path.abspath(path), metadata_errors="ignore", container_options={"format_whitelist": CONTAINERS}
+        ) as container:
             yield _Video(path, container)
     except (av.FFmpegError, OSError) as error:
         raise ClipError(path, f"cannot be read ({error.strerror}). Encode or download it again.") from error
@@ -160,7 +166,8 @@ def _changes(picture: Picture, path: Path) -> tuple[str, ...]:
 
 def _notes(picture: Picture, path: Path) -> tuple[str, ...]:
     notes = {
-        "transparent areas become black": _has_alpha(picture.frame) and _pixels(picture.frame, path)[..., 3].min() < 255,
+        "transparent areas become black": _has_alpha(picture.frame)
+        and _pixels(picture.frame, path)[..., 3].min() < 255,
         "interlaced: moving edges look like combs. Deinterlace it": picture.frame.interlaced_frame,
     }
     return tuple(note for note, true in notes.items() if true)
@@ -233,7 +240,10 @@ def _colours(frame: Any) -> dict[str, int]:
     matrix, extent = frame.colorspace, frame.color_range
     if frame.format.is_rgb or (matrix == UNSPECIFIED and not extent):
         return {}
-    told = {"src_colorspace": matrix, "dst_colorspace": Colorspace.ITU709 if matrix == Colorspace.ITU601 else Colorspace.ITU601}
+    told = {
+        "src_colorspace": matrix,
+        "dst_colorspace": Colorspace.ITU709 if matrix == Colorspace.ITU601 else Colorspace.ITU601,
+    }
     return told | ({"src_color_range": extent, "dst_color_range": ColorRange.JPEG} if extent else {})
 
 
@@ -246,7 +256,9 @@ def _pixels(frame: Any, path: Path) -> Tensor:
     try:
         pixels = frame.to_ndarray(format="rgba" if _has_alpha(frame) else "rgb24", **_colours(frame))
     except av.FFmpegError as error:
-        raise ClipError(path, f"has colours that cannot become RGB ({error.strerror}). Encode it again, for example as .mp4.") from error
+        raise ClipError(
+            path, f"has colours that cannot become RGB ({error.strerror}). Encode it again, for example as .mp4."
+        ) from error
     return torch.from_numpy(pixels)
 
 

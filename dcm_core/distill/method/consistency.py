@@ -1,9 +1,9 @@
 """One consistency step: what the student says of a phase's end, and what it should say (paper, section 3.1).
 
-    x_k    = sigma_k noise + (1 - sigma_k) x0
-    pred   = x_k + (sigma_end - sigma_k) student(x_k)
-    x_prev = x_k + (sigma_prev - sigma_k) teacher(x_k)          with classifier-free guidance
-    target = x_prev + (sigma_end - sigma_prev) target_network(x_prev)
+x_k    = sigma_k noise + (1 - sigma_k) x0
+pred   = x_k + (sigma_end - sigma_k) student(x_k)
+x_prev = x_k + (sigma_prev - sigma_k) teacher(x_k)          with classifier-free guidance
+target = x_prev + (sigma_end - sigma_prev) target_network(x_prev)
 """
 
 from collections.abc import Callable
@@ -73,9 +73,10 @@ def guided(teacher: Velocity, x: Tensor, sigma: Tensor, batch: Batch, cfg: float
 
 def predict(roles: Roles, batch: Batch, phases: Phases, cfg: float) -> tuple[Tensor, Tensor]:
     """(pred, target) at the ends of the batch's phases, both like x0; only pred has a gradient."""
-    sigma, previous, end = (values.to(batch.x0.device) for values in (
-        phases.sigmas[batch.index], phases.previous[batch.index], phases.ends(batch.index)
-    ))
+    sigma, previous, end = (
+        values.to(batch.x0.device)
+        for values in (phases.sigmas[batch.index], phases.previous[batch.index], phases.ends(batch.index))
+    )
     x = add_noise(batch.x0, batch.noise, sigma)
     pred = euler(x, roles.student(x, sigma, batch.text), sigma, end)
     with torch.no_grad():

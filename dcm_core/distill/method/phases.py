@@ -54,7 +54,9 @@ class Phases:
                     f"of shift {self.shift:g} lie between {float(self.sigmas[0]):.4g} and 1. Move the boundary or change the shift."
                 )
             if not 1 <= self.count <= points:
-                raise ScheduleError(f"phases is {self.count}; the {side} expert owns {points} points. Choose 1 .. {points}.")
+                raise ScheduleError(
+                    f"phases is {self.count}; the {side} expert owns {points} points. Choose 1 .. {points}."
+                )
 
     @cached_property
     def sigmas(self) -> Tensor:

@@ -47,7 +47,11 @@ class DetailStage:
     feature_weight: float = 10.0
 
     def losses(
-        self, roles: Roles, batch: Batch, features: TeacherFeatures | None = None, discriminator: Discriminator | None = None
+        self,
+        roles: Roles,
+        batch: Batch,
+        features: TeacherFeatures | None = None,
+        discriminator: Discriminator | None = None,
     ) -> tuple[Tensor, Terms, Callable[[], Tensor] | None]:
         """The student's loss, its terms, and a function that gives the discriminator's loss on the same videos.
 
@@ -74,7 +78,11 @@ class DetailStage:
         def discriminator_loss() -> Tensor:
             return discriminator_hinge(discriminator(real.raw, real.grid), discriminator(fake_raw, fake.grid))
 
-        return loss, {"huber": huber.detach(), "gan": gan.detach(), "feature_matching": matching.detach()}, discriminator_loss
+        return (
+            loss,
+            {"huber": huber.detach(), "gan": gan.detach(), "feature_matching": matching.detach()},
+            discriminator_loss,
+        )
 
 
 def renoise(video: Tensor, noise: Tensor, end: Tensor, sigma: Tensor) -> Tensor:

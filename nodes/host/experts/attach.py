@@ -32,8 +32,18 @@ from .route import KEY, AttachedExperts, attached_experts, route_call
 SAME_BOUNDARY = 1e-6
 # What newer hosts hang on a loaded module: its places in memory.
 HOST_STATE = {
-    "_v", "_v_signature", "_v_weight", "_v_bias", "_pins", "_pin_state", "_prefetch", "dynamic_vbars", "dynamic_pins",
-    "dynamic_patchers", "weight_lowvram_function", "bias_lowvram_function",
+    "_v",
+    "_v_signature",
+    "_v_weight",
+    "_v_bias",
+    "_pins",
+    "_pin_state",
+    "_prefetch",
+    "dynamic_vbars",
+    "dynamic_pins",
+    "dynamic_patchers",
+    "weight_lowvram_function",
+    "bias_lowvram_function",
 }
 
 
@@ -217,7 +227,9 @@ def own_objects(model: Any) -> Iterator[None]:
 
     A compiled block among them would give the host other tensor names.
     """
-    patched = [(name, comfy.utils.set_attr(model.model, name, own)) for name, own in model.object_patches_backup.items()]
+    patched = [
+        (name, comfy.utils.set_attr(model.model, name, own)) for name, own in model.object_patches_backup.items()
+    ]
     try:
         yield
     finally:
@@ -239,8 +251,10 @@ def compute_dtype(model: Any) -> torch.dtype:
 
 def _expert_patcher(model: Any, expert: Expert, sides: tuple[Side, ...]) -> Any:
     """The expert as a model of its own, on the base's devices."""
-    base = {name.replace("_orig_mod.", "").removesuffix("._orig_mod"): inner_module(module)
-            for name, module in diffusion_model(model).named_modules()}
+    base = {
+        name.replace("_orig_mod.", "").removesuffix("._orig_mod"): inner_module(module)
+        for name, module in diffusion_model(model).named_modules()
+    }
     module = RoutedExpert(expert, base, comfy.ops.manual_cast, compute_dtype(model), model.offload_device, sides)
     return make_patcher(module, model.load_device, model.offload_device)
 
@@ -263,7 +277,10 @@ def make_patcher(module: RoutedExpert, load_device: torch.device, offload_device
 def copy_patcher(module: RoutedExpert, *devices: torch.device, **newer: bool) -> Any:
     """An independent second expert, for newer hosts (several GPUs)."""
     # two owners would both free the places of the first
-    states = [(part, {name: part.__dict__.pop(name) for name in HOST_STATE & part.__dict__.keys()}) for part in module.modules()]
+    states = [
+        (part, {name: part.__dict__.pop(name) for name in HOST_STATE & part.__dict__.keys()})
+        for part in module.modules()
+    ]
     try:
         duplicate = copy.deepcopy(module)
     finally:

@@ -57,7 +57,9 @@ def inspect(choice: str, model: Any, node_id: str | None = None) -> tuple[str, T
         DCMError: neither is given, or a file that cannot be read.
     """
     if choice == NONE and model is None:
-        raise DCMError("There is nothing to look at: file is none and no model is connected. Choose a file, or connect a model.")
+        raise DCMError(
+            "There is nothing to look at: file is none and no model is connected. Choose a file, or connect a model."
+        )
     found: list[tuple[str, str, Profile | None]] = []
     if choice != NONE:
         found.append(_look_at_file(path_of_choice(choice), model, node_id))
@@ -98,7 +100,8 @@ def _look_at_model(model: Any, node_id: str | None) -> tuple[str, str, Profile |
         {
             "model": name,
             "family": family.title if family else "unknown",
-            "size": f"{model.model_size() / 1e9:.3f} GB" + (f", routed experts {experts / 1e9:.3f} GB" if experts else ""),
+            "size": f"{model.model_size() / 1e9:.3f} GB"
+            + (f", routed experts {experts / 1e9:.3f} GB" if experts else ""),
             "dtypes": ", ".join(f"{kind} x {count}" for kind, count in weights.most_common())
             + f", computes in {_short(compute_dtype(model))}",
             "experts": _experts_in_words(facts),
@@ -152,7 +155,9 @@ def _stacked_patches(model: Any, facts: AttachedExperts) -> Iterator[tuple[tuple
                 yield (key.removeprefix(FILE_PREFIX), patch[1]), patch[0]
 
 
-def model_changes(model: Any, facts: AttachedExperts, family: Family, node_id: str | None = None) -> dict[str, list[Change]]:
+def model_changes(
+    model: Any, facts: AttachedExperts, family: Family, node_id: str | None = None
+) -> dict[str, list[Change]]:
     """What each attached expert changes, at its strength."""
     updates: list[tuple[str, float, Update]] = []
     for (name, patch), strength in _stacked_patches(model, facts):
@@ -160,7 +165,9 @@ def model_changes(model: Any, facts: AttachedExperts, family: Family, node_id: s
             updates += (("semantic", strength, update) for update in _patch_updates(name, patch, family))
     for patcher in model.get_additional_models_with_key(KEY):
         role = patcher.model.role
-        updates += ((role, facts.strengths[role], u) for u in routed_updates(patcher.model, originals(patcher, patcher.model)))
+        updates += (
+            (role, facts.strengths[role], u) for u in routed_updates(patcher.model, originals(patcher, patcher.model))
+        )
     progress, base = byte_progress(node_id), model_base(model)
     changes: dict[str, list[Change]] = {side: [] for side, _ in _lines(facts)}
     for done, (side, strength, update) in enumerate(updates):

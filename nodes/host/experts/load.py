@@ -33,7 +33,11 @@ SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 # No note on a quantised layer needs as much; what lies beyond makes it no JSON.
 LONGEST_NOTE = 4096
 OTHER_USES = (
-    ("text encoder", "Load CLIP", re.compile(r"(^|\.)(encoder\.block|text_model|embed_tokens|token_embedding|shared)\.")),
+    (
+        "text encoder",
+        "Load CLIP",
+        re.compile(r"(^|\.)(encoder\.block|text_model|embed_tokens|token_embedding|shared)\."),
+    ),
     ("CLIP vision model", "Load CLIP Vision", re.compile(r"(^|\.)(vision_model|visual)\.")),
     ("VAE", "Load VAE", re.compile(r"(^|\.)(decoder|post_quant_conv|first_stage_model)\.")),
 )
@@ -139,7 +143,9 @@ def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, *
         # both wait for memory and disk most of the time
         checked = beside.submit(check_base, file, contents) if mapped else None
         try:
-            model = comfy.sd.load_diffusion_model_state_dict(weights, model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer)
+            model = comfy.sd.load_diffusion_model_state_dict(
+                weights, model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer
+            )
         except (RuntimeError, AssertionError, ZeroDivisionError) as error:
             # what else the host says in this way (no memory, an interrupt) is not about the file
             if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
@@ -150,7 +156,9 @@ def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, *
     if checked is not None:
         checked.result()
     if model is None:
-        raise CheckpointError(f"{path} is a {contents.family.title} file, but this ComfyUI cannot build a model of its sizes.")
+        raise CheckpointError(
+            f"{path} is a {contents.family.title} file, but this ComfyUI cannot build a model of its sizes."
+        )
     # newer hosts make a second, independent model with it (several GPUs, hooks under dynamic VRAM)
     model.cached_patcher_init = (load_base, (path, weight_dtype))
     return model

@@ -37,7 +37,11 @@ def check_compiled(model: Any, facts: AttachedExperts) -> None:
     Raises:
         ExpertError: a stacked semantic expert that the host would pass over in silence.
     """
-    compiled = [name for name, patch in model.object_patches.items() if isinstance(patch, nn.Module) and "_orig_mod" in patch._modules]
+    compiled = [
+        name
+        for name, patch in model.object_patches.items()
+        if isinstance(patch, nn.Module) and "_orig_mod" in patch._modules
+    ]
     lost = [name for name in compiled if any(key.startswith(f"{name}.") for key in facts.own_patches)]
     if lost:
         raise ExpertError(
@@ -54,7 +58,9 @@ def _hand_over(model: Any, patcher: Any, facts: AttachedExperts) -> None:
         patches = [patch for patch in model.patches.get(key, []) if not is_own(patch, facts.own_patches.get(key, ()))]
         if patches:
             wanted[own_name] = patches
-    identity = [(name, [id(patch[1]) for patch in patches], [patch[0] for patch in patches]) for name, patches in wanted.items()]
+    identity = [
+        (name, [id(patch[1]) for patch in patches], [patch[0] for patch in patches]) for name, patches in wanted.items()
+    ]
     now = [(name, [id(p[1]) for p in patches], [p[0] for p in patches]) for name, patches in patcher.patches.items()]
     if identity != now:
         patcher.patches = wanted

@@ -69,7 +69,9 @@ def step_cache_note(model: Any) -> str:
     Nodes that answer a call with an earlier one's result leave a wrapper or an option with "cache" in its name; some only the
     threshold of TeaCache.
     """
-    names = {name for wrappers in model.wrappers.values() for name in wrappers} | set(model.model_options["transformer_options"])
+    names = {name for wrappers in model.wrappers.values() for name in wrappers} | set(
+        model.model_options["transformer_options"]
+    )
     cached = any("cache" in str(name).lower() or name == "rel_l1_thresh" for name in names)
     return CACHE_NOTE if cached and attached_experts(model) is not None else ""
 
@@ -148,7 +150,11 @@ def check_answers(patcher: Any, facts: AttachedExperts, side: Side, experts: lis
             "nodes that replace or skip layers of this model."
         )
     if resting:
-        logger.info("The model did not use %s in this run, so the %s side's experts have no effect there.", name_some(resting), side)
+        logger.info(
+            "The model did not use %s in this run, so the %s side's experts have no effect there.",
+            name_some(resting),
+            side,
+        )
     unknown = set() if bare else {name for expert in experts for name in expert.bare_names}
     if unknown:
         logger.info("With torch.compile on, ComfyUI-DCM cannot check whether the model uses %s.", name_some(unknown))

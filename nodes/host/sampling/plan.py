@@ -108,7 +108,11 @@ def _look(category: str, name: str | None) -> Mapping[str, Any] | None:
 def _header(path: Path, changed: int) -> Mapping[str, Any]:
     file = TensorFile(path)
     contents, facts = recognise(file), read_facts(file.metadata)
-    shapes = contents.native_shapes(file) if contents.matched else {without_prefix(key): shape for key, shape in file.shapes.items()}
+    shapes = (
+        contents.native_shapes(file)
+        if contents.matched
+        else {without_prefix(key): shape for key, shape in file.shapes.items()}
+    )
     taken, given = (shapes.get(f"{layer}.weight", ()) for layer in ("patch_embedding", "head.head"))
     return {
         "layout": contents.layout,

@@ -14,10 +14,25 @@ ROUTE = "/dcm/plan"
 logger = logging.getLogger(LOGGER)
 
 # What a client has to say, and what it may leave out: name -> type. `foresee` judges what the values mean.
-REQUIRED: dict[str, type] = {"schedule": str, "steps": int, "shift": float, "denoise": float, "boundary": float, "two_models": bool}
+REQUIRED: dict[str, type] = {
+    "schedule": str,
+    "steps": int,
+    "shift": float,
+    "denoise": float,
+    "boundary": float,
+    "two_models": bool,
+}
 OPTIONAL: dict[str, type] = {
-    "cfg": float, "detail_cfg": float, "sampler_name": str, "model": str, "semantic": str, "detail": str, "semantic_strength": float,
-    "detail_strength": float, "stacked": bool, "attached_boundary": float,
+    "cfg": float,
+    "detail_cfg": float,
+    "sampler_name": str,
+    "model": str,
+    "semantic": str,
+    "detail": str,
+    "semantic_strength": float,
+    "detail_strength": float,
+    "stacked": bool,
+    "attached_boundary": float,
 }
 FIELDS = {**REQUIRED, **OPTIONAL}
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

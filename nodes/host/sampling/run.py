@@ -38,7 +38,9 @@ def prepare_model(
     low_cfg = other_cfg(cfg, detail_cfg)
     if detail_model is not None or low_cfg is not None:
         if sigma is None:
-            raise DCMError("This model has no usual boundary, and boundary is 0. Set boundary to the sigma where the sides change.")
+            raise DCMError(
+                "This model has no usual boundary, and boundary is 0. Set boundary to the sigma where the sides change."
+            )
         low = None if detail_model is None else with_boundary(detail_model, sigma)
         model = with_sides(model, Sides(sigma, low, low_cfg))
     return model, sigma

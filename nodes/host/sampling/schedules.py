@@ -53,7 +53,9 @@ def choose_sigmas(
     check_choice(widget, chosen, schedule_names(), ScheduleError)
     if model is None:
         if chosen == AUTO:
-            raise ScheduleError(f"{widget} is auto, but no model is connected to read it from. Connect model, or choose another {widget}.")
+            raise ScheduleError(
+                f"{widget} is auto, but no model is connected to read it from. Connect model, or choose another {widget}."
+            )
         # whose levels they will be is not known
         chosen = DCM_GRID if chosen == GENERIC else chosen
         return sigmas_of(Setup(), chosen, steps, shift, denoise), Setup().notes(chosen)
@@ -83,7 +85,9 @@ def sigmas_of(
     if not isinstance(schedule, str) or schedule in (EVEN, DCM_GRID):
         return make_sigmas(schedule, steps, shift, denoise)
     if sampling is None:
-        raise ScheduleError(f"{schedule} is one of ComfyUI's own schedulers, which need a model. Connect model, or choose {EVEN}.")
+        raise ScheduleError(
+            f"{schedule} is one of ComfyUI's own schedulers, which need a model. Connect model, or choose {EVEN}."
+        )
     return host_sigmas(sampling(), schedule, steps, denoise, sampler_name)
 
 
@@ -93,7 +97,7 @@ def host_sigmas(sampling: Any, scheduler: str, steps: int, denoise: float, sampl
     sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, levels_for(steps, denoise) + discard).cpu()
     if discard:
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
-    return sigmas[-(steps + 1):]
+    return sigmas[-(steps + 1) :]
 
 
 def flow_sampling(shift: float) -> Any:
@@ -134,5 +138,7 @@ def _shift_both(model: Any, shift: float) -> Any:
     clone.add_object_patch("model_sampling", shifted(model, shift))
     sides = clone.get_attachment(SIDES_KEY)
     if sides is not None and sides.detail_model is not None:
-        clone.set_attachments(SIDES_KEY, dataclasses.replace(sides, detail_model=_shift_both(sides.detail_model, shift)))
+        clone.set_attachments(
+            SIDES_KEY, dataclasses.replace(sides, detail_model=_shift_both(sides.detail_model, shift))
+        )
     return clone

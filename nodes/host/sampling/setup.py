@@ -12,7 +12,16 @@ from ..experts.attach import attached_experts, diffusion_model, is_own, model_fa
 from .switch import KEY as SIDES_KEY
 
 # What a MODEL has beside its weights.
-EXTRAS = ("patches_uuid", "object_patches", "model_options", "attachments", "wrappers", "callbacks", "injections", "hook_patches")
+EXTRAS = (
+    "patches_uuid",
+    "object_patches",
+    "model_options",
+    "attachments",
+    "wrappers",
+    "callbacks",
+    "injections",
+    "hook_patches",
+)
 
 
 def setup_of(model: Any, detail_model: Any = None) -> Setup:
@@ -28,7 +37,8 @@ def setup_of(model: Any, detail_model: Any = None) -> Setup:
         family=family,
         two_models=are_two(model, detail_model),
         two_sides=detail_model is not None and not are_alike(model, detail_model),
-        takes_image=getattr(diffusion_model(model), "in_dim", 0) > model.get_model_object("latent_format").latent_channels,
+        takes_image=getattr(diffusion_model(model), "in_dim", 0)
+        > model.get_model_object("latent_format").latent_channels,
     )
     if facts is None:
         return setup
@@ -56,7 +66,9 @@ def are_two(model: Any, detail_model: Any) -> bool:
 
 def are_alike(model: Any, detail_model: Any) -> bool:
     """Whether two MODELs are the same in everything: one model connected twice."""
-    return not are_two(model, detail_model) and all(is_same(getattr(model, name), getattr(detail_model, name)) for name in EXTRAS)
+    return not are_two(model, detail_model) and all(
+        is_same(getattr(model, name), getattr(detail_model, name)) for name in EXTRAS
+    )
 
 
 def is_same(first: Any, second: Any) -> bool:

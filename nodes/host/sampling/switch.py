@@ -65,7 +65,10 @@ def check_pair(model: Any, detail_model: Any) -> None:
     for name, what in (
         ("latent format", lambda m: type(m.get_model_object("latent_format")).__name__),
         ("input channels", lambda m: m.get_model_object("latent_format").latent_channels),
-        ("prediction", lambda m: ", ".join(base.__name__ for base in type(m.get_model_object("model_sampling")).__bases__)),
+        (
+            "prediction",
+            lambda m: ", ".join(base.__name__ for base in type(m.get_model_object("model_sampling")).__bases__),
+        ),
     ):
         first, second = what(model), what(detail_model)
         if first != second:
@@ -84,7 +87,9 @@ def check_pair(model: Any, detail_model: Any) -> None:
 class Run:
     """One sampling run: which side is active, and what it takes to change over."""
 
-    def __init__(self, guider: Any, sides: Sides, noise: Tensor, latent_image: Tensor, mask: Tensor | None, extra: dict):
+    def __init__(
+        self, guider: Any, sides: Sides, noise: Tensor, latent_image: Tensor, mask: Tensor | None, extra: dict
+    ):
         self.guider, self.sides = guider, sides
         self.noise, self.latent_image, self.mask, self.seed = noise, latent_image, mask, extra.get("seed")
         self.first_options = extra["model_options"]
@@ -134,14 +139,18 @@ class Run:
         comfy.samplers.preprocess_conds_hooks(conds)
         comfy.sampler_helpers.prepare_model_patcher(patcher, conds, options)
         comfy.samplers.filter_registered_hooks_on_conds(conds, options)
-        inner_model, conds, self.loaded = comfy.sampler_helpers.prepare_sampling(patcher, self.noise.shape, conds, options)
+        inner_model, conds, self.loaded = comfy.sampler_helpers.prepare_sampling(
+            patcher, self.noise.shape, conds, options
+        )
         device = patcher.load_device
         comfy.samplers.cast_to_load_options(options, device=device, dtype=patcher.model_dtype())
         patcher.pre_run()
         conds = comfy.samplers.process_conds(
             inner_model, self.noise, conds, device, self.latent_image, self.mask, self.seed, **self._latent_shapes()
         )
-        options.setdefault("transformer_options", {})["sample_sigmas"] = self.first_options["transformer_options"]["sample_sigmas"]
+        options.setdefault("transformer_options", {})["sample_sigmas"] = self.first_options["transformer_options"][
+            "sample_sigmas"
+        ]
         self.guider.inner_model, self.guider.conds = inner_model, conds
 
     def _latent_shapes(self) -> dict[str, list]:
@@ -179,7 +188,9 @@ class Run:
 class SidesGuider(comfy.samplers.CFGGuider):
     """The host's guider; a first model that owns no step is not loaded (the host would do so before any step)."""
 
-    def sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def sample(
+        self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         sides = self.model_patcher.get_attachment(KEY)
         if sides is None or sides.detail_model is None or not bool(is_detail(sigmas, sides.boundary).all()):
             return super().sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -193,7 +204,8 @@ def has_hooks(conds: dict[str, list[dict]]) -> bool:
     """Whether a conditioning, or a ControlNet on it, changes weights while it is used."""
     return any(
         "hooks" in cond or ("control" in cond and len(cond["control"].get_extra_hooks()) > 0)
-        for part in conds.values() for cond in part
+        for part in conds.values()
+        for cond in part
     )
 
 
@@ -221,7 +233,12 @@ def sample_run(
 
 
 def predict_side(
-    executor: Any, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None, **kwargs: Any
+    executor: Any,
+    x: Tensor,
+    timestep: Tensor,
+    model_options: dict | None = None,
+    seed: int | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     """PREDICT_NOISE wrapper: predict with the side that owns the sigma `timestep` (batch,)."""
     run: Run | None = getattr(executor.class_obj, STATE, None)

@@ -226,7 +226,9 @@ def check_data(model: Any, data: TrainingData, vae: Any = None) -> None:
     channels = model.model.latent_format.latent_channels
     decoded = getattr(vae, "latent_channels", channels)
     if decoded != channels:
-        raise TrainingError(f"The VAE's latents have {counted(decoded, 'channel')}, the model's {channels}. Connect the model's own VAE.")
+        raise TrainingError(
+            f"The VAE's latents have {counted(decoded, 'channel')}, the model's {channels}. Connect the model's own VAE."
+        )
     for bucket in data.buckets:
         shape = data.shape(bucket[0])
         if shape[0] != channels:

@@ -27,7 +27,18 @@ from .run import check_not_output, plots_of, save_expert, train_expert
 
 logger = logging.getLogger("ComfyUI-DCM")
 
-SETTINGS = {"model", "weight_dtype", "vae", "text_encoders", "dataset", "output", "states", "semantic", "continue_from", "training"}
+SETTINGS = {
+    "model",
+    "weight_dtype",
+    "vae",
+    "text_encoders",
+    "dataset",
+    "output",
+    "states",
+    "semantic",
+    "continue_from",
+    "training",
+}
 
 
 def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
@@ -64,7 +75,11 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     # not beside the output: among the host's LoRAs every checkpoint would be offered as one
     states = path("states") if "states" in settings else folder / f"{output.stem}_states"
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
-    below = read_expert_file(path("semantic"), "semantic", model, f"semantic is {path('semantic')}") if "semantic" in settings else None
+    below = (
+        read_expert_file(path("semantic"), "semantic", model, f"semantic is {path('semantic')}")
+        if "semantic" in settings
+        else None
+    )
     start = path("continue_from") if "continue_from" in settings else None
     output.parent.mkdir(parents=True, exist_ok=True)
     processes = join(comfy.model_management.get_torch_device())
@@ -73,7 +88,12 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         data, vae = load_data(settings, folder, model)
     # not kept here: a full fine-tune is as large as the model
     result = train_expert(
-        model, data, config, states, below=below, vae=vae,
+        model,
+        data,
+        config,
+        states,
+        below=below,
+        vae=vae,
         start=read_expert_file(start, side, model, f"continue_from is {start}") if start is not None else None,
     )
     if processes.first:
@@ -104,7 +124,9 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Train
         vae = load_vae(path_in(folder, "vae", settings["vae"])) if "vae" in settings else None
         return read_data(path_in(folder, "dataset", given)), vae
     if not isinstance(given, dict) or "folder" not in given:
-        raise TrainingError(f"`dataset` is {given!r}; expected a file from DCM Save Dataset, or settings with a `folder` of clips.")
+        raise TrainingError(
+            f"`dataset` is {given!r}; expected a file from DCM Save Dataset, or settings with a `folder` of clips."
+        )
     values = dict(given)
     source, negative = path_in(folder, "folder", values.pop("folder")), values.pop("negative", "")
     try:
@@ -114,7 +136,9 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Train
             f"Unknown or missing setting in `dataset` ({error}). Valid settings: folder, negative, frames, fps, width, height, buckets."
         ) from error
     vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
-    return prepare(source, clip_settings, host_encoders(vae, clip), data_cache(), negative, logged_progress("dataset")), vae
+    return prepare(
+        source, clip_settings, host_encoders(vae, clip), data_cache(), negative, logged_progress("dataset")
+    ), vae
 
 
 def logged_progress(label: str) -> Progress:

@@ -77,6 +77,10 @@ def _add(digest: Any, value: Any) -> None:
 def unload(patchers: list[Any]) -> None:
     """Take these models, and clones of them, off their devices; others stay where they are."""
     loaded = comfy.model_management.current_loaded_models
-    others = [entry for entry in loaded if entry.model is None or not any(patcher.is_clone(entry.model) for patcher in patchers)]
+    others = [
+        entry
+        for entry in loaded
+        if entry.model is None or not any(patcher.is_clone(entry.model) for patcher in patchers)
+    ]
     for device in {patcher.load_device for patcher in patchers}:
         comfy.model_management.free_memory(1e30, device, keep_loaded=others)

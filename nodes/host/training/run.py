@@ -175,12 +175,16 @@ def train_expert(
             return trainer.run()
 
 
-def facts_of(base: Any, data: TrainingData, start: Expert | None, below: Expert | None, processes: int) -> dict[str, str]:
+def facts_of(
+    base: Any, data: TrainingData, start: Expert | None, below: Expert | None, processes: int
+) -> dict[str, str]:
     """What a resumed run has to share beside its settings."""
     names = {"data": data.fingerprint, "model": weights_id(base)}
     if processes > 1:
         names["processes"] = str(processes)
-    return names | {name: expert_id(expert) for name, expert in (("start", start), ("semantic expert", below)) if expert}
+    return names | {
+        name: expert_id(expert) for name, expert in (("start", start), ("semantic expert", below)) if expert
+    }
 
 
 def shared_boundary(config: TrainingConfig, start: Expert | None, below: Expert | None) -> float | None:
@@ -189,7 +193,12 @@ def shared_boundary(config: TrainingConfig, start: Expert | None, below: Expert 
     Raises:
         DCMError: experts for different boundaries.
     """
-    if below is not None and below.boundary and config.boundary and abs(below.boundary - config.boundary) > SAME_BOUNDARY:
+    if (
+        below is not None
+        and below.boundary
+        and config.boundary
+        and abs(below.boundary - config.boundary) > SAME_BOUNDARY
+    ):
         raise TrainingError(
             f"boundary is {config.boundary:g}, but the semantic expert was made for {below.boundary:g}, and both experts need the same. "
             "Set boundary to 0 to use the semantic expert's."
@@ -206,7 +215,9 @@ def check_form(model: Any, config: TrainingConfig, family: Family, start: Expert
     """
     for given in (start, below):
         if given is not None and given.family != family.name:
-            raise TrainingError(f"The expert is for {given.family}, but the model is {family.title}. Choose an expert made for this model.")
+            raise TrainingError(
+                f"The expert is for {given.family}, but the model is {family.title}. Choose an expert made for this model."
+            )
     attached = attached_experts(model)
     if attached is not None and attached.semantic and config.expert == "detail" and below is None:
         raise TrainingError(
@@ -226,7 +237,9 @@ def check_form(model: Any, config: TrainingConfig, family: Family, start: Expert
         try:
             split_sigmas(sigmas_from_timesteps(config.timesteps(family)), config.boundary)
         except ScheduleError as error:
-            raise TrainingError(f"{error} The steps follow from shift, sample_steps and boundary, the same for both experts.") from error
+            raise TrainingError(
+                f"{error} The steps follow from shift, sample_steps and boundary, the same for both experts."
+            ) from error
 
 
 def check_not_output(what: str, given: Path, file: Path) -> None:
@@ -239,7 +252,9 @@ def check_not_output(what: str, given: Path, file: Path) -> None:
         raise TrainingError(f"{what}, the file that this run writes. Choose another name for the run.")
 
 
-def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expert | None, below: Expert | None) -> Expert:
+def first_expert(
+    model: Any, family: Family, config: TrainingConfig, start: Expert | None, below: Expert | None
+) -> Expert:
     """What training begins with: the given expert, or one that changes nothing yet."""
     modules = dict(diffusion_model(model).named_modules())
     generator = generator_of(config.seed, 0, 0)
@@ -248,7 +263,9 @@ def first_expert(model: Any, family: Family, config: TrainingConfig, start: Expe
     elif start is not None and start.replaced:
         expert = start
     else:
-        expert = new_detail(family, modules, config.rank, config.alpha, generator, below, own_weights(model), config.every_linear)
+        expert = new_detail(
+            family, modules, config.rank, config.alpha, generator, below, own_weights(model), config.every_linear
+        )
         # a plain LoRA has no embedders and head of its own
         expert = expert if start is None else replace(start, replaced=expert.replaced)
     return replace(expert, role=config.expert, boundary=config.boundary, timesteps=config.timesteps(family))

@@ -75,7 +75,11 @@ class Show:
 
     def stopped(self, saved: int, steps: int, error: BaseException) -> None:
         """Say what is kept: the host shows nothing of a run that was interrupted."""
-        text = f"Saved at step {saved} of {steps}." if saved else "Stopped before the first step was done. Nothing was saved."
+        text = (
+            f"Saved at step {saved} of {steps}."
+            if saved
+            else "Stopped before the first step was done. Nothing was saved."
+        )
         if not isinstance(error, DCMError):
             # an error of ours says itself what to do first
             text += " Queue again to continue." if self.node_id else " Run the same command again to continue."
@@ -142,7 +146,9 @@ def sample_latent(model: Any, conditioning: Any, shape: tuple[int, ...], expert:
     guider = make_guider(model, conditioning, None, cfg=1.0)
     noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))
     sampler = comfy.samplers.sampler_object("euler")
-    out = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas_from_timesteps(expert.timesteps), disable_pbar=True, seed=seed)
+    out = guider.sample(
+        noise, torch.zeros_like(noise), sampler, sigmas_from_timesteps(expert.timesteps), disable_pbar=True, seed=seed
+    )
     return model.model.process_latent_in(out.float().cpu())
 
 

@@ -20,7 +20,10 @@ places = st.tuples(st.integers(0, 10), st.integers(0, 10_000), st.integers(0, 64
 
 def make_videos(count, words=3, height=2):
     text = Text(torch.zeros(1, words, 4))
-    return [Video(torch.full((2, 3, height, 2), float(place)), text, text, generator_of(1, 7, place)) for place in range(count)]
+    return [
+        Video(torch.full((2, 3, height, 2), float(place)), text, text, generator_of(1, 7, place))
+        for place in range(count)
+    ]
 
 
 @given(places, places)
@@ -31,7 +34,10 @@ def test_each_place_has_its_own_randomness(one, other):
 
 
 def test_neighbouring_steps_and_elements_share_no_randomness():
-    drawn = {tuple(torch.rand(4, generator=generator_of(*place)).tolist()) for place in itertools.product(range(3), range(9), range(9))}
+    drawn = {
+        tuple(torch.rand(4, generator=generator_of(*place)).tolist())
+        for place in itertools.product(range(3), range(9), range(9))
+    }
     assert len(drawn) == 3 * 9 * 9
 
 
@@ -49,7 +55,9 @@ def test_videos_of_several_kinds_are_batches_with_their_shares():
     videos = [*make_videos(2), *make_videos(1, words=5), *make_videos(1, height=4), *make_videos(1)]
     batches = list(stacked(videos, PHASES, CPU))
     assert [(tuple(batch.x0.shape), batch.text.context.shape[1], share) for batch, share in batches] == [
-        ((3, 2, 3, 2, 2), 3, 0.6), ((1, 2, 3, 2, 2), 5, 0.2), ((1, 2, 3, 4, 2), 3, 0.2),
+        ((3, 2, 3, 2, 2), 3, 0.6),
+        ((1, 2, 3, 2, 2), 5, 0.2),
+        ((1, 2, 3, 4, 2), 3, 0.2),
     ]
 
 

@@ -20,7 +20,9 @@ from ..mangled import mangled, timed
 
 CONFIG = TrainingConfig("semantic")
 DETAIL = TrainingConfig("detail", ema_decay=0)
-TERMS = st.dictionaries(st.sampled_from(("loss", "temporal", "held_out")), st.floats(allow_infinity=False, allow_nan=False))
+TERMS = st.dictionaries(
+    st.sampled_from(("loss", "temporal", "held_out")), st.floats(allow_infinity=False, allow_nan=False)
+)
 
 
 def tensors_of(config, value=1.0, size=2):
@@ -28,7 +30,9 @@ def tensors_of(config, value=1.0, size=2):
     found = {}
     for part in ("expert", "discriminator") if config.adversarial else ("expert",):
         found |= {f"{part}.x": torch.full((size,), value), f"{part}_optimizer.x.step": torch.tensor(3.0)}
-        found |= {f"{part}_optimizer.x.{moment}": torch.full((size,), value / 2) for moment in ("exp_avg", "exp_avg_sq")}
+        found |= {
+            f"{part}_optimizer.x.{moment}": torch.full((size,), value / 2) for moment in ("exp_avg", "exp_avg_sq")
+        }
     return found | ({"average.x": torch.full((size,), value / 4)} if config.ema_decay else {})
 
 
@@ -76,7 +80,9 @@ def test_states_of_version_0_1_0_are_read(tmp_path, metadata):
     assert back.history == history and back.tensors.keys() == tensors_of(CONFIG).keys()
 
 
-@pytest.mark.parametrize("history", [None, torch.tensor([0xFF, 0x5B], dtype=torch.uint8), torch.tensor([91], dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "history", [None, torch.tensor([0xFF, 0x5B], dtype=torch.uint8), torch.tensor([91], dtype=torch.uint8)]
+)
 def test_a_state_without_a_readable_history_is_damaged(tmp_path, metadata, history):
     path = tmp_path / "step_00000002.safetensors"
     write_tensors(path, tensors_of(CONFIG) | ({} if history is None else {"history": history}), metadata)
@@ -132,7 +138,9 @@ def test_on_a_full_disk_older_states_make_room_for_a_new_one(tmp_path, monkeypat
         size = save_state(tmp_path, saved_at(steps), keep=3).stat().st_size
 
     def usage(folder):
-        return SimpleNamespace(free=int((states + 0.5) * size) - sum(path.stat().st_size for path in tmp_path.iterdir()))
+        return SimpleNamespace(
+            free=int((states + 0.5) * size) - sum(path.stat().st_size for path in tmp_path.iterdir())
+        )
 
     monkeypatch.setattr("dcm_core.files.unfinished.shutil.disk_usage", usage)
     save_state(tmp_path, saved_at(3), keep=3)
@@ -152,7 +160,10 @@ def test_a_state_of_a_newer_version_is_told_from_a_damaged_one(tmp_path, metadat
 
 
 DAMAGE = {
-    "optimizer": ({f"expert_optimizer.x.{kind}": None for kind in ("step", "exp_avg", "exp_avg_sq")}, "3 tensors missing"),
+    "optimizer": (
+        {f"expert_optimizer.x.{kind}": None for kind in ("step", "exp_avg", "exp_avg_sq")},
+        "3 tensors missing",
+    ),
     "moment": ({"expert_optimizer.x.exp_avg_sq": None}, "1 tensor missing: expert_optimizer.x.exp_avg_sq"),
     "shape": ({"expert_optimizer.x.exp_avg": torch.ones(1)}, "1 tensor of another shape: expert_optimizer.x.exp_avg"),
     "average": ({"average.x": None}, "missing: average.x"),
@@ -178,8 +189,10 @@ def test_an_incomplete_state_is_passed_over_for_the_one_before(tmp_path, caplog,
 def test_a_discriminator_without_its_optimizer(tmp_path):
     path = save_state(tmp_path, saved_at(1, DETAIL), keep=3)
     assert "discriminator_optimizer.x.step" in read_state(path).tensors
-    for missing, message in ((("discriminator_optimizer.x.step",), "missing: discriminator_optimizer.x.step"),
-                             ([name for name in saved_at(1, DETAIL).tensors if name.startswith("disc")], "it has no discriminator")):
+    for missing, message in (
+        (("discriminator_optimizer.x.step",), "missing: discriminator_optimizer.x.step"),
+        ([name for name in saved_at(1, DETAIL).tensors if name.startswith("disc")], "it has no discriminator"),
+    ):
         path = save_state(tmp_path, saved_at(2, DETAIL, **dict.fromkeys(missing)), keep=3)
         with pytest.raises(CheckpointError, match=message):
             read_state(path)
@@ -225,7 +238,8 @@ def test_without_room_for_another_reason_no_state_is_removed(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "history", [[], [{"step": 1}], [{"step": 1}, {"step": "2"}], [{"step": 1}, 2], {"step": 1}, [{"step": 1}, {"step": None}]]
+    "history",
+    [[], [{"step": 1}], [{"step": 1}, {"step": "2"}], [{"step": 1}, 2], {"step": 1}, [{"step": 1}, {"step": None}]],
 )
 def test_a_history_that_is_none(tmp_path, metadata, history):
     path = tmp_path / "step_00000002.safetensors"
@@ -238,7 +252,9 @@ def test_a_history_that_is_none(tmp_path, metadata, history):
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mangled_states_are_read_or_refused(tmp_path, metadata, data):
     path = tmp_path / "step_00000002.safetensors"
-    tensors = tensors_of(CONFIG) | {"history": torch.frombuffer(bytearray(b'[{"step": 1}, {"step": 2}]'), dtype=torch.uint8)}
+    tensors = tensors_of(CONFIG) | {
+        "history": torch.frombuffer(bytearray(b'[{"step": 1}, {"step": 2}]'), dtype=torch.uint8)
+    }
     mangled(path, tensors, metadata, data)
     with timed():
         try:

@@ -10,8 +10,20 @@ from dcm_core.families import HUNYUAN_VIDEO, WAN
 
 def test_the_paper_s_values_are_the_defaults():
     semantic, detail = (TrainingConfig(side).for_family(WAN) for side in ("semantic", "detail"))
-    assert (semantic.boundary, semantic.shift, semantic.points, semantic.cfg, semantic.ema_decay) == (0.979, 17, 50, 5, 0.95)
-    assert (detail.learning_rate, detail.rank, detail.alpha, detail.adversarial_weight, detail.feature_weight) == (5e-6, 128, 256, 0.1, 10)
+    assert (semantic.boundary, semantic.shift, semantic.points, semantic.cfg, semantic.ema_decay) == (
+        0.979,
+        17,
+        50,
+        5,
+        0.95,
+    )
+    assert (detail.learning_rate, detail.rank, detail.alpha, detail.adversarial_weight, detail.feature_weight) == (
+        5e-6,
+        128,
+        256,
+        0.1,
+        10,
+    )
     assert TrainingConfig("semantic", rank=0).for_family(WAN).learning_rate == 1e-6
     assert TrainingConfig("detail").for_family(HUNYUAN_VIDEO).feature_weight == 1
     assert semantic.timesteps(WAN) == WAN.preset.timesteps
@@ -23,7 +35,10 @@ def test_the_paper_s_values_are_the_defaults():
     [
         ({"expert": "both"}, "expert is 'both'; choose semantic or detail"),
         ({"expert": "detail", "rank": 0}, "rank is 0, but a detail expert is a LoRA"),
-        ({"expert": "detail", "shared": True}, "shared is true, but an expert for all noise levels is trained as a semantic expert"),
+        (
+            {"expert": "detail", "shared": True},
+            "shared is true, but an expert for all noise levels is trained as a semantic expert",
+        ),
         ({"expert": "semantic", "learning_rate": float("nan")}, "learning_rate is nan; expected a number from"),
         ({"expert": "semantic", "steps": 0}, "steps is 0"),
         ({"expert": "semantic", "scheduler": "linear"}, "choose one of constant, cosine"),
@@ -48,6 +63,8 @@ def test_a_resumed_run_may_be_longer_but_not_another():
 
 def test_only_learning_rates_that_are_used_count():
     given = {"discriminator_learning_rate": 1e-4}
-    assert TrainingConfig("detail", **given).new_rates(TrainingConfig("detail")) == ["discriminator_learning_rate: 5e-06 -> 0.0001"]
+    assert TrainingConfig("detail", **given).new_rates(TrainingConfig("detail")) == [
+        "discriminator_learning_rate: 5e-06 -> 0.0001"
+    ]
     for unused in (TrainingConfig("semantic"), TrainingConfig("detail", adversarial_weight=0.0)):
         assert dataclasses.replace(unused, **given).new_rates(unused) == []

@@ -34,7 +34,9 @@ def test_gradients_that_stay_no_numbers():
 def test_losses_that_grow():
     low, high = [0.1] * WINDOW, [3.0] * WINDOW
     check_losses(history(*low, *high[:-1]), config())
-    with pytest.raises(Diverged, match=r"the loss has grown 30-fold since step 50, to 3\..*stopped at step 100 without saving"):
+    with pytest.raises(
+        Diverged, match=r"the loss has grown 30-fold since step 50, to 3\..*stopped at step 100 without saving"
+    ):
         check_losses(history(*low, *high), config())
     check_losses(history(*low, *high), config(divergence=40.0))
     check_losses(history(*low, *high), config(divergence=0.0))

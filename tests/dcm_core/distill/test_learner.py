@@ -14,7 +14,9 @@ from dcm_core.distill.parallel import Processes
 @pytest.fixture
 def learner():
     torch.manual_seed(0)
-    return make_learner("expert", {"a": nn.Parameter(torch.ones(3)), "b": nn.Parameter(torch.ones(2, 2))}, 0.1, clip=1.0)
+    return make_learner(
+        "expert", {"a": nn.Parameter(torch.ones(3)), "b": nn.Parameter(torch.ones(2, 2))}, 0.1, clip=1.0
+    )
 
 
 def give(learner, value):
@@ -67,7 +69,9 @@ def test_a_state_that_is_taken_up_goes_on_as_the_first_did(learner):
     give(learner, 1.0)
     learner.step(learner.gather(Processes()))
     state = {name: value.clone() for name, value in learner.tensors().items()}
-    other = make_learner("expert", {"a": nn.Parameter(torch.zeros(3)), "b": nn.Parameter(torch.zeros(2, 2))}, 0.1, clip=1.0)
+    other = make_learner(
+        "expert", {"a": nn.Parameter(torch.zeros(3)), "b": nn.Parameter(torch.zeros(2, 2))}, 0.1, clip=1.0
+    )
     other.load(state)
     for each in (learner, other):
         give(each, -0.5)

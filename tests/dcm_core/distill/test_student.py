@@ -20,7 +20,12 @@ def linears(*names, rows=WIDTH):
 
 
 WAN_MODULES = linears(
-    "blocks.0.self_attn.q", "blocks.0.self_attn.o", "blocks.0.cross_attn.k", "blocks.0.ffn.0", "time_embedding.0", "text_embedding.2",
+    "blocks.0.self_attn.q",
+    "blocks.0.self_attn.o",
+    "blocks.0.cross_attn.k",
+    "blocks.0.ffn.0",
+    "time_embedding.0",
+    "text_embedding.2",
     "head.head",
 )
 HUNYUAN_MODULES = {
@@ -45,12 +50,16 @@ def test_a_new_detail_expert_has_the_release_s_sites():
 
 def test_pairs_on_every_linear_of_the_blocks_beside_the_release_s_sites_elsewhere():
     modules = {**HUNYUAN_MODULES, **linears("txt_in.individual_token_refiner.blocks.0.self_attn.proj")}
-    new = {every: new_detail(HUNYUAN_VIDEO, modules, 2, 4.0, generator(), every_linear=every) for every in (False, True)}
+    new = {
+        every: new_detail(HUNYUAN_VIDEO, modules, 2, 4.0, generator(), every_linear=every) for every in (False, True)
+    }
     added = set(new[True].low_rank) - set(new[False].low_rank)
     assert added == {"single_blocks.0.linear2", "double_blocks.0.txt_attn.qkv"}
     assert "txt_in.individual_token_refiner.blocks.0.self_attn.proj" in new[True].low_rank
     # q, k and v keep pairs of their own, the feed-forward rows beside them get one
-    rows = {name: [(update.start, len(update.up)) for update in updates] for name, updates in new[True].low_rank.items()}
+    rows = {
+        name: [(update.start, len(update.up)) for update in updates] for name, updates in new[True].low_rank.items()
+    }
     assert rows["single_blocks.0.linear1"] == [(0, WIDTH), (WIDTH, WIDTH), (2 * WIDTH, WIDTH), (3 * WIDTH, 4 * WIDTH)]
     assert rows["double_blocks.0.img_attn.qkv"] == [(0, WIDTH), (WIDTH, WIDTH), (2 * WIDTH, WIDTH)]
     assert rows["double_blocks.0.txt_attn.qkv"] == [(0, 3 * WIDTH)]
@@ -71,7 +80,9 @@ def test_fused_layers_get_a_pair_for_each_of_q_k_and_v():
     assert {name.rpartition(".")[0] for name in expert.replaced} == {"time_in.in_layer", "final_layer.linear"}
 
 
-@pytest.mark.parametrize(("family", "modules"), [(WAN, WAN_MODULES), (HUNYUAN_VIDEO, HUNYUAN_MODULES)], ids=["wan", "hunyuan"])
+@pytest.mark.parametrize(
+    ("family", "modules"), [(WAN, WAN_MODULES), (HUNYUAN_VIDEO, HUNYUAN_MODULES)], ids=["wan", "hunyuan"]
+)
 @pytest.mark.parametrize("side", ["semantic", "detail"])
 def test_a_new_expert_changes_nothing_and_comes_back_as_it_was(family, modules, side):
     root = nn.Module()
@@ -138,10 +149,15 @@ def test_low_precision_bases_take_float32_experts():
 
 
 def test_a_finished_expert_in_the_base_s_dtype_is_half_as_large_and_does_the_same():
-    modules = {"blocks.0.self_attn.q": nn.Linear(WIDTH, WIDTH).bfloat16(), "head.head": nn.Linear(WIDTH, WIDTH).bfloat16()}
+    modules = {
+        "blocks.0.self_attn.q": nn.Linear(WIDTH, WIDTH).bfloat16(),
+        "head.head": nn.Linear(WIDTH, WIDTH).bfloat16(),
+    }
     expert = new_detail(WAN, modules, 2, 4.0, generator())
     root = nn.ModuleDict({"head": nn.ModuleDict({"head": modules["head.head"]})})
-    root["blocks"] = nn.ModuleList([nn.ModuleDict({"self_attn": nn.ModuleDict({"q": modules["blocks.0.self_attn.q"]})})])
+    root["blocks"] = nn.ModuleList(
+        [nn.ModuleDict({"self_attn": nn.ModuleDict({"q": modules["blocks.0.self_attn.q"]})})]
+    )
     expert.low_rank["blocks.0.self_attn.q"][0].up.normal_(generator=generator())
     x = torch.randn(3, WIDTH).bfloat16()
     outputs = []
@@ -160,10 +176,15 @@ def test_a_finished_expert_may_hold_anything():
     root = nn.ModuleDict({"block": nn.ModuleDict({"q": nn.Linear(WIDTH, WIDTH), "k": nn.Linear(WIDTH, WIDTH)})})
     root["block"].register_parameter("modulation", nn.Parameter(torch.randn(1, 6)))
     layers, scales = ("block.q", "block.k"), (0.5, 2.0)
-    pairs = {name: (LowRank(torch.randn(2, WIDTH), torch.randn(WIDTH, 2), scale),) for name, scale in zip(layers, scales, strict=True)}
+    pairs = {
+        name: (LowRank(torch.randn(2, WIDTH), torch.randn(WIDTH, 2), scale),)
+        for name, scale in zip(layers, scales, strict=True)
+    }
     diff = {"block.q.bias": torch.randn(WIDTH), "block.modulation": torch.randn(1, 6)}
     expert = Expert("wan", "semantic", pairs, diff=diff)
-    expected = {name: merged(expert, name, dict(root.named_parameters()).__getitem__) for name, _ in root.named_parameters()}
+    expected = {
+        name: merged(expert, name, dict(root.named_parameters()).__getitem__) for name, _ in root.named_parameters()
+    }
     x, modules = torch.randn(3, WIDTH), dict(root.named_modules())
     with torch.no_grad(), in_place(root, make_fixed(expert, modules, torch.device("cpu"), torch.float32)):
         for name in layers:
@@ -177,7 +198,10 @@ def test_copies_start_from_the_semantic_expert_s_layers():
     modules = {"time_embedding.0": nn.Linear(WIDTH, WIDTH), "head.head": nn.Linear(WIDTH, WIDTH)}
     pair = LowRank(torch.randn(2, WIDTH), torch.randn(WIDTH, 2), 0.5)
     semantic = Expert(
-        "wan", "semantic", {"time_embedding.0": (pair,)}, {"head.head.weight": torch.ones(WIDTH, WIDTH)},
+        "wan",
+        "semantic",
+        {"time_embedding.0": (pair,)},
+        {"head.head.weight": torch.ones(WIDTH, WIDTH)},
         {"time_embedding.0.bias": torch.ones(WIDTH)},
     )
     copies = new_detail(WAN, modules, 2, 4.0, generator(), semantic).replaced

@@ -176,10 +176,16 @@ def test_original_hunyuan_names():
 NORM = "double_blocks.0.img_attn.norm.query_norm"
 
 
-@pytest.mark.parametrize("key", [
-    f"diffusion_model.{NORM}.diff", f"diffusion_model.{NORM}.scale.diff", f"lora_unet_{NORM}.diff".replace(".", "_", 4),
-    "transformer.double_blocks.0.img_attn_q_norm.diff", "transformer.transformer_blocks.0.attn.norm_q.diff",
-])
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"diffusion_model.{NORM}.diff",
+        f"diffusion_model.{NORM}.scale.diff",
+        f"lora_unet_{NORM}.diff".replace(".", "_", 4),
+        "transformer.double_blocks.0.img_attn_q_norm.diff",
+        "transformer.transformer_blocks.0.attn.norm_q.diff",
+    ],
+)
 @pytest.mark.parametrize("name", [f"{NORM}.scale", f"{NORM}.weight"])
 def test_a_hunyuan_norm_is_found_as_the_host_calls_it(key, name):
     expert = read_expert({key: torch.ones(4)}, {}, "semantic", HUNYUAN_VIDEO, {name: (4,)})
@@ -214,19 +220,24 @@ WAN_SHAPES = {
 
 
 def test_diffs_and_replacements():
-    tensors = wan_pair(**{
-        "diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(4),
-        "diffusion_model.blocks.0.modulation.diff": torch.ones(1, 6, 4),
-        "diffusion_model.head.head.set_weight": torch.ones(8, 4),
-        "diffusion_model.head.head.bias.set_weight": torch.ones(8),
-    })
+    tensors = wan_pair(
+        **{
+            "diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(4),
+            "diffusion_model.blocks.0.modulation.diff": torch.ones(1, 6, 4),
+            "diffusion_model.head.head.set_weight": torch.ones(8, 4),
+            "diffusion_model.head.head.bias.set_weight": torch.ones(8),
+        }
+    )
     expert = read_expert(tensors, {}, "semantic", WAN, WAN_SHAPES)
     assert set(expert.diff) == {"blocks.0.self_attn.q.bias", "blocks.0.modulation"}
     assert set(expert.replaced) == {"head.head.weight", "head.head.bias"}
 
 
 def test_a_convolution_s_pair_and_difference_are_added():
-    pair = {"patch_embedding.lora_A.weight": torch.ones(2, 3, 1, 2, 2), "patch_embedding.lora_B.weight": torch.ones(4, 2, 1, 1, 1)}
+    pair = {
+        "patch_embedding.lora_A.weight": torch.ones(2, 3, 1, 2, 2),
+        "patch_embedding.lora_B.weight": torch.ones(4, 2, 1, 1, 1),
+    }
     tensors = pair | {"patch_embedding.diff": torch.ones(4, 3, 1, 2, 2)}
     expert = read_expert(tensors, {}, "semantic", WAN, {"patch_embedding.weight": (4, 3, 1, 2, 2)})
     assert torch.equal(expert.diff["patch_embedding.weight"], torch.full((4, 3, 1, 2, 2), 3.0))
@@ -242,14 +253,22 @@ def test_detail_copies_of_the_release_are_replacements():
     [
         ({}, {}, "holds no tensor"),
         (wan_pair() | {"diffusion_model.blocks.9.x.lora_up.weight": torch.ones(1)}, {}, "1 of 3 tensors fit nothing"),
-        ({f"blocks.0.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}, {}, r"2 of 2 .* nothing .*: blocks\.0\.lora_A"),
+        (
+            {f"blocks.0.lora_{part}.weight": torch.ones(4, 4) for part in "AB"},
+            {},
+            r"2 of 2 .* nothing .*: blocks\.0\.lora_A",
+        ),
         (wan_pair(rank=2) | {"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 4)}, {}, "are for the same tensor"),
         ({k: v for k, v in wan_pair().items() if "down" in k}, {}, "is half of a LoRA layer"),
         ({"blocks.0.self_attn.q.alpha": torch.tensor(1.0)}, {}, "alpha is half of a LoRA layer"),
         (wan_pair() | {"blocks.0.self_attn.q.dora_scale": torch.ones(4)}, {}, r"has 1 DoRA tensor \(.*dora_scale\)"),
         ({k: v * float("nan") for k, v in wan_pair().items()}, {}, "NaN or infinite"),
         ({k: torch.ones(3, 3) for k in wan_pair()}, {}, r"have shapes \(3, 3\) and \(3, 3\)"),
-        ({"head.head.set_weight": torch.ones(2, 2)}, {}, r"has shape \(2, 2\); the model's head.head.weight is \(8, 4\)"),
+        (
+            {"head.head.set_weight": torch.ones(2, 2)},
+            {},
+            r"has shape \(2, 2\); the model's head.head.weight is \(8, 4\)",
+        ),
         (wan_pair(), {"dcm.family": "hunyuan_video"}, "is for HunyuanVideo, the model is Wan 2.1"),
         (wan_pair(), {"dcm.expert": "detail"}, "This is a detail expert, not a semantic expert"),
         (wan_pair(), {"dcm.format": "9"}, "has format '9'; this version reads 1"),
@@ -272,7 +291,9 @@ def test_an_expert_that_is_no_file_is_checked_for_its_sizes(family):
     narrow = replace(pair, down=pair.down[:, 1:])
     short = replace(pair, up=pair.up[1:])
     for wrong in (narrow, short):
-        with pytest.raises(ExpertError, match=rf"{module}'s pair has shapes .*; the model's {module} is \(.* of this size"):
+        with pytest.raises(
+            ExpertError, match=rf"{module}'s pair has shapes .*; the model's {module} is \(.* of this size"
+        ):
             check_sizes(replace(expert, low_rank={module: (wrong,)}), shapes)
     with pytest.raises(ExpertError, match=rf"{name} has shape \(1,\); the model's {name} is \("):
         check_sizes(replace(expert, replaced={name: torch.zeros(1)}), shapes)
@@ -289,12 +310,22 @@ def test_wrong_family_is_recognised_by_its_keys():
         read_expert(lora, {}, "detail", WAN, shapes)
 
 
-@given(seed=st.integers(0, 2**16), parts=st.integers(2, 4), width=st.integers(1, 5), extra=st.integers(0, 6),
-       ranks=st.lists(st.integers(1, 3), min_size=1, max_size=4))
+@given(
+    seed=st.integers(0, 2**16),
+    parts=st.integers(2, 4),
+    width=st.integers(1, 5),
+    extra=st.integers(0, 6),
+    ranks=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+)
 def test_stacking_is_exact_and_undone(seed, parts, width, extra, ranks):
     generator = torch.Generator().manual_seed(seed)
     updates = tuple(
-        LowRank(torch.randn(r, width, generator=generator), torch.rand(width, r, generator=generator) + 0.1, 0.5 + part, part * width)
+        LowRank(
+            torch.randn(r, width, generator=generator),
+            torch.rand(width, r, generator=generator) + 0.1,
+            0.5 + part,
+            part * width,
+        )
         for part, r in enumerate(ranks[:parts])
     )
     rows = parts * width + extra
@@ -343,7 +374,9 @@ def test_an_expert_s_id_is_of_all_it_does():
         for module, scale, start in (("q", 1.0, 0), ("q", 2.0, 0), ("k", 1.0, 0), ("q", 1.0, 4))
     ]
     assert len({expert_id(expert) for expert in experts}) == 4
-    assert expert_id(experts[0]) == expert_id(Expert("wan", "semantic", {"q": (LowRank(down.clone(), up.clone(), 1.0),)}))
+    assert expert_id(experts[0]) == expert_id(
+        Expert("wan", "semantic", {"q": (LowRank(down.clone(), up.clone(), 1.0),)})
+    )
 
 
 def test_an_expert_says_what_it_holds():
@@ -352,6 +385,11 @@ def test_an_expert_says_what_it_holds():
     whole = Expert("wan", "semantic", pairs, diff={"blocks.0.ffn.0.bias": torch.zeros(5)})
     assert str(whole) == "semantic expert: LoRA rank 4, 1 layer matched", "a layer counts once"
     both = pairs | {"blocks.1.ffn.0": (LowRank(torch.zeros(8, 3), torch.zeros(5, 8), 1.0),)}
-    more = Expert("wan", "semantic", both, {"head.head.weight": torch.zeros(5, 3)}, {"head.modulation": torch.zeros(1, 2, 3)})
+    more = Expert(
+        "wan", "semantic", both, {"head.head.weight": torch.zeros(5, 3)}, {"head.modulation": torch.zeros(1, 2, 3)}
+    )
     assert str(more) == "semantic expert: LoRA rank 4 to 8, 4 layers matched"
-    assert str(Expert("wan", "detail", replaced={"head.head.weight": torch.zeros(5)})) == "detail expert: no LoRA, 1 layer matched"
+    assert (
+        str(Expert("wan", "detail", replaced={"head.head.weight": torch.zeros(5)}))
+        == "detail expert: no LoRA, 1 layer matched"
+    )

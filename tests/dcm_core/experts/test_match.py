@@ -23,7 +23,9 @@ def expert(save, release, tmp_path):
     """Keys and shapes of a converted expert file, and the native shapes of its base."""
     convert_release(save(release), tmp_path / "base.safetensors", tmp_path / "expert.safetensors")
     base = TensorFile(tmp_path / "base.safetensors").shapes
-    return TensorFile(tmp_path / "expert.safetensors"), {name.removeprefix("diffusion_model."): shape for name, shape in base.items()}
+    return TensorFile(tmp_path / "expert.safetensors"), {
+        name.removeprefix("diffusion_model."): shape for name, shape in base.items()
+    }
 
 
 def test_an_expert_fits_the_model_it_was_made_for(family, expert):
@@ -49,8 +51,11 @@ def test_families_are_told_apart_without_metadata(family, expert, save, release)
     other = next(f for f in FAMILIES.values() if f is not family)
     assert guess_family(file.shapes, {}) is family
     assert guess_family(file.shapes, {"dcm.family": other.name}) is other, "a file is what it says"
-    kohya = {f"lora_unet_{key.removeprefix('diffusion_model.').rpartition('.lora_')[0].replace('.', '_')}.alpha": ()
-             for key in file.shapes if ".lora_down" in key}
+    kohya = {
+        f"lora_unet_{key.removeprefix('diffusion_model.').rpartition('.lora_')[0].replace('.', '_')}.alpha": ()
+        for key in file.shapes
+        if ".lora_down" in key
+    }
     assert guess_family(kohya, {}) is family
     assert guess_family({"unet.down.0.lora_A.weight": (2, 2)}, {}) is None
 
@@ -132,4 +137,6 @@ def test_nothing_is_read(family, save, release, monkeypatch):
     monkeypatch.setattr(TensorFile, "read", lambda *a: pytest.fail("read"))
     contents = recognise(file)
     _, keys = expert_part(file, contents)
-    assert match_expert({name: file.shapes[key] for name, key in keys.items()}, family, contents.native_shapes(file)).fitting
+    assert match_expert(
+        {name: file.shapes[key] for name, key in keys.items()}, family, contents.native_shapes(file)
+    ).fitting

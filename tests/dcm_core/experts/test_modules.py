@@ -18,8 +18,15 @@ def randn(*shape, seed=0):
 @pytest.fixture
 def base():
     torch.manual_seed(0)
-    return nn.ModuleDict({"qkv": nn.Linear(4, 12), "head": nn.Linear(4, 6), "norm": nn.RMSNorm(4), "ln": nn.LayerNorm(4),
-                          "conv": nn.Conv3d(1, 1, 1)})
+    return nn.ModuleDict(
+        {
+            "qkv": nn.Linear(4, 12),
+            "head": nn.Linear(4, 6),
+            "norm": nn.RMSNorm(4),
+            "ln": nn.LayerNorm(4),
+            "conv": nn.Conv3d(1, 1, 1),
+        }
+    )
 
 
 def build(expert, base):
@@ -131,7 +138,10 @@ def test_base_is_not_touched(base):
         (Expert("wan", "detail", low_rank={"gone": UPDATES}), "has no gone"),
         (Expert("wan", "detail", low_rank={"conv": UPDATES}), "conv cannot be switched"),
         (Expert("wan", "detail", diff={"norm.modulation": torch.ones(4)}), r"has no norm\.modulation"),
-        (Expert("wan", "detail", {"head": UPDATES[:1]}, {"head.weight": torch.ones(6, 4)}), r"head\.weight is both replaced and changed"),
+        (
+            Expert("wan", "detail", {"head": UPDATES[:1]}, {"head.weight": torch.ones(6, 4)}),
+            r"head\.weight is both replaced and changed",
+        ),
         (Expert("wan", "detail", {}, *2 * [{"head.bias": torch.ones(6)}]), r"head\.bias is both replaced and changed"),
     ],
 )

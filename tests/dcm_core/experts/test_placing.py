@@ -61,7 +61,9 @@ BARE = [f"blocks.{n}.modulation" for n in range(3)]
 
 
 def make(root, sites=SITES, bare=BARE):
-    low_rank = {name: (LowRank(randn(2, WIDTH, seed=n), randn(WIDTH, 2, seed=n + 50), 0.5),) for n, name in enumerate(sites)}
+    low_rank = {
+        name: (LowRank(randn(2, WIDTH, seed=n), randn(WIDTH, 2, seed=n + 50), 0.5),) for n, name in enumerate(sites)
+    }
     expert = Expert("wan", "detail", low_rank, diff={name: randn(1, WIDTH, seed=n) for n, name in enumerate(bare)})
     return RoutedExpert(expert, dict(root.named_modules()), nn, torch.float32, torch.device("cpu")), expert
 
@@ -113,9 +115,9 @@ def test_containers_that_are_not_a_plain_row_of_layers_are_left_alone():
 
 
 def bypass_a_layer(root):
-    root.blocks[1].q = type("Direct", (nn.Linear,), {"__call__": lambda self, x: nn.functional.linear(x, self.weight, self.bias)})(
-        WIDTH, WIDTH
-    )
+    root.blocks[1].q = type(
+        "Direct", (nn.Linear,), {"__call__": lambda self, x: nn.functional.linear(x, self.weight, self.bias)}
+    )(WIDTH, WIDTH)
 
 
 def bypass_a_layer_everywhere(root):
@@ -152,9 +154,7 @@ def test_layers_that_are_passed_by_are_found(plant, lost):
 
 def test_a_bare_parameter_that_is_read_past_its_name_is_found():
     root = Model()
-    root.blocks[2].__class__ = type("Past", (Block,), {
-        "forward": lambda self, x: x + own * self.ffn(self.q(x))
-    })
+    root.blocks[2].__class__ = type("Past", (Block,), {"forward": lambda self, x: x + own * self.ffn(self.q(x))})
     own = root.blocks[2].modulation
     routed, _ = make(root)
     call(root, routed, randn(5, WIDTH))
@@ -207,7 +207,9 @@ class Wrapping:
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 def test_what_stands_before_a_layer_is_kept_where_the_layer_is_replaced(count, strength):
     root, x = Model(), randn(5, WIDTH)
-    replaced = Expert("wan", "detail", replaced={"head.weight": randn(WIDTH, WIDTH, seed=1), "head.bias": randn(WIDTH, seed=1)})
+    replaced = Expert(
+        "wan", "detail", replaced={"head.weight": randn(WIDTH, WIDTH, seed=1), "head.bias": randn(WIDTH, seed=1)}
+    )
     routed = RoutedExpert(replaced, dict(root.named_modules()), nn, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         layer = torch.lerp(root.head(x), nn.functional.linear(x, *replaced.replaced.values()), strength)
@@ -233,10 +235,16 @@ def test_further_arguments_reach_the_layer(strength):
     root = nn.ModuleDict({"a": Gated(WIDTH, WIDTH)})
     pair = LowRank(randn(2, WIDTH), randn(WIDTH, 2, seed=1), 0.5)
     operations = SimpleNamespace(Linear=Gated)
-    routed = RoutedExpert(Expert("wan", "detail", {"a": (pair,)}), dict(root.named_modules()), nn, torch.float32, torch.device("cpu"))
+    routed = RoutedExpert(
+        Expert("wan", "detail", {"a": (pair,)}), dict(root.named_modules()), nn, torch.float32, torch.device("cpu")
+    )
     tensors = {"a.weight": randn(WIDTH, WIDTH, seed=3), "a.bias": randn(WIDTH, seed=3)}
     other = RoutedExpert(
-        Expert("wan", "detail", replaced=tensors), dict(root.named_modules()), operations, torch.float32, torch.device("cpu")
+        Expert("wan", "detail", replaced=tensors),
+        dict(root.named_modules()),
+        operations,
+        torch.float32,
+        torch.device("cpu"),
     )
     x, residual = randn(5, WIDTH), randn(5, WIDTH, seed=4)
     with torch.no_grad():
@@ -251,7 +259,9 @@ def test_further_arguments_reach_the_layer(strength):
 def test_an_activation_that_the_host_asks_of_the_layer_comes_before_the_expert_s_part_too():
     root = nn.ModuleDict({"a": Gated(WIDTH, WIDTH)})
     pair = LowRank(randn(2, WIDTH), randn(WIDTH, 2, seed=1), 0.5)
-    routed = RoutedExpert(Expert("wan", "detail", {"a": (pair,)}), dict(root.named_modules()), nn, torch.float32, torch.device("cpu"))
+    routed = RoutedExpert(
+        Expert("wan", "detail", {"a": (pair,)}), dict(root.named_modules()), nn, torch.float32, torch.device("cpu")
+    )
     x = randn(5, WIDTH)
     with torch.no_grad(), in_place(root, [(routed, 1.0)], activations={"relu": torch.relu}):
         torch.testing.assert_close(root["a"](x, input_act="relu"), root["a"](torch.relu(x)))

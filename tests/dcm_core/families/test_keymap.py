@@ -54,7 +54,12 @@ def test_no_two_keys_become_one(family):
         (WAN, "scale_shift_table", "head.modulation", None),
         (HUNYUAN_VIDEO, "transformer_blocks.7.attn.add_v_proj.weight", "double_blocks.7.txt_attn.qkv.weight", 2),
         (HUNYUAN_VIDEO, "single_transformer_blocks.39.proj_mlp.bias", "single_blocks.39.linear1.bias", 3),
-        (HUNYUAN_VIDEO, "transformer_blocks.0.attn.norm_added_q.weight", "double_blocks.0.txt_attn.norm.query_norm.scale", None),
+        (
+            HUNYUAN_VIDEO,
+            "transformer_blocks.0.attn.norm_added_q.weight",
+            "double_blocks.0.txt_attn.norm.query_norm.scale",
+            None,
+        ),
     ],
 )
 def test_known_places(family, key, target, part):
@@ -72,7 +77,9 @@ def test_mangled_key_lists_are_reported(data):
     family = data.draw(st.sampled_from(list(FAMILIES.values())))
     keys = sorted(semantic_keys(family))
     dropped = data.draw(st.sets(st.sampled_from(keys), max_size=3))
-    added = data.draw(st.sets(st.text(min_size=1, max_size=20).filter(lambda k: family.key_map.find(k) is None), max_size=3))
+    added = data.draw(
+        st.sets(st.text(min_size=1, max_size=20).filter(lambda k: family.key_map.find(k) is None), max_size=3)
+    )
     report = family.key_map.match(set(keys) - dropped | added)
     assert set(report.unmatched) == added
     # HunyuanVideo's guidance embedder is not in every model

@@ -125,14 +125,21 @@ def test_lora_files(module, endings):
 
 
 def test_the_detail_part_of_a_release_alone_is_an_expert(family):
-    shapes = {key: shape for key, shape in release_shapes(family).items() if ".lora_" in key or family.detail_source(key)}
+    shapes = {
+        key: shape for key, shape in release_shapes(family).items() if ".lora_" in key or family.detail_source(key)
+    }
     assert recognise(Listing(shapes)).layout is Layout.EXPERT
 
 
 OTHERS = {
     "nothing": [],
     "an image model": ["input_blocks.0.0.weight", "middle_block.1.proj_in.weight", "out.2.weight"],
-    "a diffusers image model": ["transformer_blocks.0.attn.to_q.weight", "x_embedder.weight", "proj_out.bias", "pos_embed.proj.weight"],
+    "a diffusers image model": [
+        "transformer_blocks.0.attn.to_q.weight",
+        "x_embedder.weight",
+        "proj_out.bias",
+        "pos_embed.proj.weight",
+    ],
     "a checkpoint of several models": ["model.norm.weight", "norm.weight", "model.diffusion_model.norm.weight"],
     "a LoRA-wrapped model of another kind": [
         f"layers.{i}.mlp.{part}"
@@ -168,7 +175,9 @@ def test_any_missing_key_is_named(family):
 def test_missing_keys_of_a_plain_file(family, base):
     shapes = shapes_of(base)
     keys = [key for key in shapes if key.endswith(".weight")][3:8]
-    text = refuse({k: s for k, s in shapes.items() if k not in keys}, "5 tensors are missing", "and 2 more", "no experts")
+    text = refuse(
+        {k: s for k, s in shapes.items() if k not in keys}, "5 tensors are missing", "and 2 more", "no experts"
+    )
     assert sum(key in text for key in keys) == 3
 
 
@@ -184,7 +193,9 @@ def test_a_lora_where_the_release_has_none(family):
 
 
 def test_a_release_without_its_detail_expert(family):
-    shapes = {key: s for key, s in release_shapes(family).items() if ".lora_" not in key and not family.detail_source(key)}
+    shapes = {
+        key: s for key, s in release_shapes(family).items() if ".lora_" not in key and not family.detail_source(key)
+    }
     refuse(shapes, "are missing", "lora_A.lora1.weight", "both experts")
 
 
@@ -200,7 +211,10 @@ def test_a_release_without_its_low_rank_part(family):
 
 
 def test_a_detail_copy_of_a_layer_the_base_lacks():
-    refuse(release_shapes(WAN) | {(key := "condition_embedder_lora.image_embedder.norm1.weight"): (8,)}, f"1 is unknown ({key})")
+    refuse(
+        release_shapes(WAN) | {(key := "condition_embedder_lora.image_embedder.norm1.weight"): (8,)},
+        f"1 is unknown ({key})",
+    )
 
 
 def test_two_adapters(family):
@@ -244,8 +258,10 @@ def test_fused_parts_of_different_widths():
 
 
 # What no other tensor of the file tells: the shape of a patch, and tables and inputs whose width only the model knows.
-UNTOLD = re.compile(r"scale_shift_table|.*(embedding|embedder\.proj|linear_1|proj_in|norm1\.linear|norm1_context\.linear)\.weight"
-                    r"|.*(net\.0\.proj|to_add_out|norm(_added)?_[qk])\.weight")
+UNTOLD = re.compile(
+    r"scale_shift_table|.*(embedding|embedder\.proj|linear_1|proj_in|norm1\.linear|norm1_context\.linear)\.weight"
+    r"|.*(net\.0\.proj|to_add_out|norm(_added)?_[qk])\.weight"
+)
 
 
 def test_a_shape_that_differs_in_any_place_is_noticed(family):
@@ -286,18 +302,25 @@ def test_ranks_that_differ(family):
     up = down.replace("lora_A", "lora_B")
     rank = shapes[down][0]
     refuse(shapes | {up: (shapes[up][0], rank + 1)}, f"{up} has rank {rank + 1}, {down} {rank}")
-    refuse(shapes | {down: (0, shapes[down][1]), up: (shapes[up][0], 0)}, f"{down} has shape (0, {shapes[down][1]}), which is empty")
+    refuse(
+        shapes | {down: (0, shapes[down][1]), up: (shapes[up][0], 0)},
+        f"{down} has shape (0, {shapes[down][1]}), which is empty",
+    )
     if down.replace("blocks.0", "blocks.1") in shapes:
         both = {down: (rank + 1, shapes[down][1]), up: (shapes[up][0], rank + 1)}
         refuse(shapes | both, "in other blocks (", "lora_A", "lora_B")
 
 
 def test_an_empty_tensor():
-    refuse(release_shapes(WAN) | {"scale_shift_table": (1, 2, 0)}, "scale_shift_table has shape (1, 2, 0), which is empty")
+    refuse(
+        release_shapes(WAN) | {"scale_shift_table": (1, 2, 0)}, "scale_shift_table has shape (1, 2, 0), which is empty"
+    )
 
 
 def test_more_tensors_than_a_model_has():
-    refuse({f"blocks.{index}.x": (1,) for index in range(20_001)}, "has 20001 tensors; a model or a LoRA has at most 20000")
+    refuse(
+        {f"blocks.{index}.x": (1,) for index in range(20_001)}, "has 20001 tensors; a model or a LoRA has at most 20000"
+    )
 
 
 @given(data=st.data())
@@ -356,10 +379,14 @@ def test_hunyuan_video_in_native_names(save):
     scale, shift = base["norm_out.linear.weight"].chunk(2)
     for name, expected in {
         "double_blocks.0.img_attn.qkv.weight": rows(double, "attn.to_q", "attn.to_k", "attn.to_v"),
-        "double_blocks.0.txt_attn.qkv.bias": rows(double, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", param="bias"),
+        "double_blocks.0.txt_attn.qkv.bias": rows(
+            double, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", param="bias"
+        ),
         "single_blocks.1.linear1.weight": rows(single, "attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
         "single_blocks.1.norm.key_norm.scale": base[f"{single}.attn.norm_k.weight"],
-        "txt_in.individual_token_refiner.blocks.1.self_attn.qkv.weight": rows(refiner, "attn.to_q", "attn.to_k", "attn.to_v"),
+        "txt_in.individual_token_refiner.blocks.1.self_attn.qkv.weight": rows(
+            refiner, "attn.to_q", "attn.to_k", "attn.to_v"
+        ),
         "final_layer.adaLN_modulation.1.weight": torch.cat([shift, scale]),
         "final_layer.linear.bias": base["proj_out.bias"],
     }.items():
@@ -415,7 +442,9 @@ def test_detail_weights_that_are_no_numbers(family, save, release, value):
         detail_expert(file, recognise(file))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_finite(tmp_path, dtype):
     good = torch.tensor([0.0, -1.5, torch.finfo(dtype).max, torch.finfo(dtype).tiny]).to(dtype)
     bad = torch.tensor([1.0, float("nan")]).to(dtype)
@@ -426,7 +455,9 @@ def test_finite(tmp_path, dtype):
         check_finite(file, {"a": good, "b": bad})
 
 
-@pytest.mark.parametrize("key", ["blocks.{}.attn1.to_q.weight", "blocks.{}.ffn.0.weight", "blocks.{}.self_attn.q.weight"])
+@pytest.mark.parametrize(
+    "key", ["blocks.{}.attn1.to_q.weight", "blocks.{}.ffn.0.weight", "blocks.{}.self_attn.q.weight"]
+)
 @pytest.mark.parametrize("index", ["1000", "1" + 9 * "0", 5000 * "1"])
 def test_a_block_that_no_model_has(save, key, index):
     """Looking for all blocks below it would take for ever."""

@@ -32,7 +32,9 @@ def test_it_is_known_by_what_it_is_made_of(tmp_path):
     import zlib
 
     path = tmp_path / "x.safetensors"
-    write_tensors(path, {"b": torch.ones(2), "a": torch.zeros(3, 1, dtype=torch.uint8)}, {"dcm.family": "wan", "other": "x"})
+    write_tensors(
+        path, {"b": torch.ones(2), "a": torch.zeros(3, 1, dtype=torch.uint8)}, {"dcm.family": "wan", "other": "x"}
+    )
     parts = {
         "metadata dcm.family": "wan",
         "tensor a": f"U8 [3, 1] {zlib.crc32(bytes(3)):08x}",
@@ -130,7 +132,11 @@ def test_a_name_that_is_no_text_does_not_spoil_it(tmp_path):
 
 def test_metadata_that_look_like_one(tmp_path):
     """The place of the checksum is found all the same."""
-    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {"dcm.a": 'dcm.checksum":"crc32:00000000', "x": "crc32:00000000"})
+    write_tensors(
+        tmp_path / "x.safetensors",
+        {"a": torch.ones(1)},
+        {"dcm.a": 'dcm.checksum":"crc32:00000000', "x": "crc32:00000000"},
+    )
     TensorFile(tmp_path / "x.safetensors").read_all()
 
 
@@ -139,7 +145,9 @@ def test_inspect_alone_verifies_a_base(tmp_path, save):
     convert_release(save(make_release(WAN)), base, tmp_path / "expert.safetensors")
     told = []
     sound = inspect_file(base, progress=lambda *done: told.append(done))
-    assert sound.problem is None and sound.checksum == f"{TensorFile(base).checksum}, matches" and "matches" in str(sound)
+    assert (
+        sound.problem is None and sound.checksum == f"{TensorFile(base).checksum}, matches" and "matches" in str(sound)
+    )
     assert told[-1][0] == told[-1][1] == sum(map(TensorFile(base).nbytes, TensorFile(base).shapes))
     content = bytearray(base.read_bytes())
     content[-100] ^= 4
@@ -157,7 +165,11 @@ def test_inspect_alone_verifies_a_base(tmp_path, save):
 
 def test_it_is_made_as_the_file_is(tmp_path):
     """Of tensors that come one by one, in a dtype and layout of memory of any kind."""
-    tensors = {"t": torch.arange(12.0).reshape(3, 4).T, "e": torch.ones(1).expand(3, 2), "8": torch.ones(3).to(torch.float8_e5m2)}
+    tensors = {
+        "t": torch.arange(12.0).reshape(3, 4).T,
+        "e": torch.ones(1).expand(3, 2),
+        "8": torch.ones(3).to(torch.float8_e5m2),
+    }
     entries = {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
     write_stream(tmp_path / "x.safetensors", entries, iter(tensors.items()), {})
     TensorFile(tmp_path / "x.safetensors").read_all()

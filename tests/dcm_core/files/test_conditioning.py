@@ -46,12 +46,18 @@ def tensors(draw, dtypes=DTYPES, dims=None):
     shape = draw(st.lists(st.integers(1, 3), min_size=count, max_size=count))
     size = torch.Size(shape).numel() * dtype.itemsize
     raw = draw(st.binary(min_size=size, max_size=size))
-    tensor = torch.tensor([byte % 2 if dtype is torch.bool else byte for byte in raw], dtype=torch.uint8).view(dtype).reshape(shape)
+    tensor = (
+        torch.tensor([byte % 2 if dtype is torch.bool else byte for byte in raw], dtype=torch.uint8)
+        .view(dtype)
+        .reshape(shape)
+    )
     hypothesis.assume(not tensor.is_floating_point() or is_finite(tensor))
     return tensor
 
 
-numbers = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
+numbers = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
+)
 extras = st.dictionaries(st.text(max_size=6) | st.sampled_from(["a.b", "cond", "0"]), numbers | tensors(), max_size=4)
 embeddings = tensors([dtype for dtype in DTYPES if dtype.is_floating_point], 3)
 
@@ -66,7 +72,9 @@ def test_round_trip(tmp_path, entries):
 
 def test_a_real_one(tmp_path):
     pooled = torch.randn(1, 768, dtype=torch.float16)[:, ::2]
-    conditioning = prompt(pooled_output=pooled, attention_mask=torch.ones(1, 5, dtype=torch.int64), guidance=6.0, hooks=None)
+    conditioning = prompt(
+        pooled_output=pooled, attention_mask=torch.ones(1, 5, dtype=torch.int64), guidance=6.0, hooks=None
+    )
     save_conditioning(tmp_path / "x.safetensors", conditioning, prompt="a cat")
     assert_same(conditioning, load_conditioning(tmp_path / "x.safetensors"))
     assert TensorFile(tmp_path / "x.safetensors").metadata["prompt"] == "a cat"
@@ -147,13 +155,25 @@ WRONG = {
     "nan": ([[ONES * NAN, {}]], "its embedding of entry 0 has NaN or infinite values"),
     "infinite": ([[ONES, {}], [ONES / 0, {}]], "its embedding of entry 1 has NaN or infinite values"),
     "no tokens": ([[torch.ones(1, 0, 8), {}]], r"embedding 0 is torch\.float32 of shape \(1, 0, 8\)"),
-    "no batch": ([[torch.ones(5, 8), {}]], r"embedding 0 is torch\.float32 of shape \(5, 8\); expected numbers by batch, token and width"),
+    "no batch": (
+        [[torch.ones(5, 8), {}]],
+        r"embedding 0 is torch\.float32 of shape \(5, 8\); expected numbers by batch, token and width",
+    ),
     "whole numbers": ([[torch.ones(1, 5, 8, dtype=torch.int64), {}]], r"embedding 0 is torch\.int64"),
     "pooled nan": ([[ONES, {"pooled_output": torch.ones(1, 8) * NAN}]], "pooled_output of entry 0 has NaN"),
-    "pooled": ([[ONES, {"pooled_output": torch.ones(2, 8)}]], r"pooled_output of entry 0 has shape \(2, 8\), which does not fit"),
+    "pooled": (
+        [[ONES, {"pooled_output": torch.ones(2, 8)}]],
+        r"pooled_output of entry 0 has shape \(2, 8\), which does not fit",
+    ),
     "pooled empty": ([[ONES, {"pooled_output": torch.ones(1, 0)}]], r"pooled_output of entry 0 has shape \(1, 0\)"),
-    "pooled deep": ([[ONES, {"pooled_output": torch.ones(1, 8, 2)}]], r"pooled_output of entry 0 has shape \(1, 8, 2\)"),
-    "mask": ([[ONES, {"attention_mask": torch.ones(1, 4)}]], r"attention_mask of entry 0 has shape \(1, 4\), which does not fit"),
+    "pooled deep": (
+        [[ONES, {"pooled_output": torch.ones(1, 8, 2)}]],
+        r"pooled_output of entry 0 has shape \(1, 8, 2\)",
+    ),
+    "mask": (
+        [[ONES, {"attention_mask": torch.ones(1, 4)}]],
+        r"attention_mask of entry 0 has shape \(1, 4\), which does not fit",
+    ),
     "number": ([[ONES, {"guidance": NAN}]], "guidance of entry 0 is nan; expected a finite number"),
     "list": ([[ONES, {"guidance": [1]}]], "guidance of entry 0 is a list"),
 }
@@ -169,7 +189,10 @@ def test_what_no_sampler_could_use_is_refused(tmp_path, case):
     tensors, values = {}, []
     for index, (embedding, extras) in enumerate(conditioning):
         values.append({name: value for name, value in extras.items() if not isinstance(value, torch.Tensor)})
-        tensors |= {str(index): embedding, **{f"{index}.{name}": value for name, value in extras.items() if name not in values[-1]}}
+        tensors |= {
+            str(index): embedding,
+            **{f"{index}.{name}": value for name, value in extras.items() if name not in values[-1]},
+        }
     write_tensors(tmp_path / "x.safetensors", tensors, {"format": "dcm-conditioning", "values": json.dumps(values)})
     # numbers that are none are not even JSON
     said = "Its values is not valid JSON .NaN is not a number" if case == "number" else message
@@ -182,7 +205,12 @@ def test_what_no_sampler_could_use_is_refused(tmp_path, case):
 def test_mangled_files_are_read_or_refused(tmp_path, data):
     path = tmp_path / "x.safetensors"
     tensors = {"0": torch.ones(1, 2, 3), "0.pooled_output": torch.ones(1, 4), "1": torch.ones(1, 5, 3).half()}
-    mangled(path, tensors, {"format": "dcm-conditioning", "version": "1", "values": '[{"guidance": 6.0}, {}]', "prompt": "a cat"}, data)
+    mangled(
+        path,
+        tensors,
+        {"format": "dcm-conditioning", "version": "1", "values": '[{"guidance": 6.0}, {}]', "prompt": "a cat"},
+        data,
+    )
     with timed():
         try:
             conditioning = load_conditioning(path)

@@ -32,7 +32,11 @@ def test_every_dtype(tmp_path):
 
 
 def test_odd_addresses(tmp_path):
-    tensors = {"a": torch.ones(3, dtype=torch.uint8), "b": torch.arange(5.0), "c": torch.ones(2, dtype=torch.float8_e4m3fn)}
+    tensors = {
+        "a": torch.ones(3, dtype=torch.uint8),
+        "b": torch.arange(5.0),
+        "c": torch.ones(2, dtype=torch.float8_e4m3fn),
+    }
     write_tensors(tmp_path / "x.safetensors", tensors, {})
     found = views(TensorFile(tmp_path / "x.safetensors"))
     assert all(torch.equal(bits(found[key]), bits(tensor)) for key, tensor in tensors.items())

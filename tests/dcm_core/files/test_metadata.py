@@ -26,57 +26,77 @@ ROOT = Path(__file__).parents[3]
 
 def test_our_facts_are_read_in_one_place():
     reads = re.compile(r"""\.get\(["']dcm\.|\["dcm\.\w+"\](?! = )""")
-    found = {path.name for part in ("dcm_core", "nodes") for path in (ROOT / part).rglob("*.py") if reads.search(path.read_text())}
+    found = {
+        path.name
+        for part in ("dcm_core", "nodes")
+        for path in (ROOT / part).rglob("*.py")
+        if reads.search(path.read_text())
+    }
     assert found == {"metadata.py"}
 
 
 def test_facts_are_typed():
-    facts = read_facts({
-        "dcm.family": "wan", "dcm.expert": "detail", "dcm.format": "1", "dcm.tensors": "12", "dcm.rank": "8", "dcm.alpha": "16",
-        "dcm.boundary": "0.979", "dcm.timesteps": "[1000, 912.4]", "other": "x",
-    })
+    facts = read_facts(
+        {
+            "dcm.family": "wan",
+            "dcm.expert": "detail",
+            "dcm.format": "1",
+            "dcm.tensors": "12",
+            "dcm.rank": "8",
+            "dcm.alpha": "16",
+            "dcm.boundary": "0.979",
+            "dcm.timesteps": "[1000, 912.4]",
+            "other": "x",
+        }
+    )
     assert facts == Facts("wan", "detail", "1", 12, 8, 16.0, 0.979, (1000.0, 912.4))
     assert read_facts({}) == Facts()
 
 
-@pytest.mark.parametrize(("key", "value", "expected"), [
-    ("boundary", "abc", "a number between 0 and 1"),
-    ("boundary", "nan", "a number between 0 and 1"),
-    ("boundary", "1e999", "a number between 0 and 1"),
-    ("boundary", "1.5", "a number between 0 and 1"),
-    ("boundary", "0", "a number between 0 and 1"),
-    ("timesteps", "5", "falling numbers"),
-    ("timesteps", "[1000, 1000]", "falling numbers"),
-    ("timesteps", "[2000]", "falling numbers"),
-    ("timesteps", "[NaN]", "falling numbers"),
-    ("timesteps", "[true]", "falling numbers"),
-    ("timesteps", "[]", "falling numbers"),
-    ("timesteps", '["1000"]', "falling numbers"),
-    ("timesteps", "[" * 100_000, "falling numbers"),
-    ("timesteps", f"[{'9' * 4000}]", "falling numbers"),
-    ("expert", "both", "semantic or detail"),
-    ("tensors", "-1", "a whole number"),
-    ("rank", "8.0", "a whole number"),
-    ("rank", "9" * 5000, "a whole number"),
-    ("rank", "²", "a whole number"),
-    ("alpha", "inf", "a number"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("boundary", "abc", "a number between 0 and 1"),
+        ("boundary", "nan", "a number between 0 and 1"),
+        ("boundary", "1e999", "a number between 0 and 1"),
+        ("boundary", "1.5", "a number between 0 and 1"),
+        ("boundary", "0", "a number between 0 and 1"),
+        ("timesteps", "5", "falling numbers"),
+        ("timesteps", "[1000, 1000]", "falling numbers"),
+        ("timesteps", "[2000]", "falling numbers"),
+        ("timesteps", "[NaN]", "falling numbers"),
+        ("timesteps", "[true]", "falling numbers"),
+        ("timesteps", "[]", "falling numbers"),
+        ("timesteps", '["1000"]', "falling numbers"),
+        ("timesteps", "[" * 100_000, "falling numbers"),
+        ("timesteps", f"[{'9' * 4000}]", "falling numbers"),
+        ("expert", "both", "semantic or detail"),
+        ("tensors", "-1", "a whole number"),
+        ("rank", "8.0", "a whole number"),
+        ("rank", "9" * 5000, "a whole number"),
+        ("rank", "²", "a whole number"),
+        ("alpha", "inf", "a number"),
+    ],
+)
 def test_a_fact_that_is_none_is_named_with_what_was_expected(key, value, expected):
     with pytest.raises(ExpertError, match=rf"metadata says dcm\.{key} = '.*'; expected {expected}") as caught:
         read_facts({f"dcm.{key}": value})
     assert len(str(caught.value)) < 400, "cut"
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("{", "thing is not valid JSON"),
-    ("[NaN]", "NaN is not a number"),
-    ("[" * 33 + "]" * 33, "thing is nested more than 32 levels deep"),
-    ('["]",' * 33 + "0" + "]" * 33, "nested more than 32"),
-    ("[" * 10**6, "nested more than 32"),
-    ('{"a":' * 10**5, "nested more than 32"),
-    ('"' + "x" * LONGEST_TEXT + '"', "thing has .* characters; expected at most"),
-    ("9" * 10_000, "not valid JSON"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "thing is not valid JSON"),
+        ("[NaN]", "NaN is not a number"),
+        ("[" * 33 + "]" * 33, "thing is nested more than 32 levels deep"),
+        ('["]",' * 33 + "0" + "]" * 33, "nested more than 32"),
+        ("[" * 10**6, "nested more than 32"),
+        ('{"a":' * 10**5, "nested more than 32"),
+        ('"' + "x" * LONGEST_TEXT + '"', "thing has .* characters; expected at most"),
+        ("9" * 10_000, "not valid JSON"),
+    ],
+)
 def test_json_has_a_size_and_a_depth(text, message):
     with pytest.raises(ExpertError, match=message):
         parse_json(text, "thing")
@@ -87,24 +107,56 @@ def test_brackets_in_texts_are_no_depth():
     assert parse_json(json.dumps(value), "thing") == value
 
 
-@pytest.mark.parametrize(("metadata", "files", "expected"), [
-    ({}, {}, None),
-    ({}, {"adapter_config.json": {"lora_alpha": 8, "r": 4}}, LoraSettings("adapter_config.json", 8, rank=4)),
-    ({}, {"lora_config.json": {"step": 9, "lora_params": {"lora_rank": 4, "lora_alpha": 8, "target_modules": ["q"]}}},
-     LoraSettings("lora_config.json", 8, rank=4)),
-    ({}, {"lora_config.json": {"rank": 4, "alpha": 8}}, LoraSettings("lora_config.json", 8, rank=4)),
-    ({}, {"adapter_config.json": {"use_rslora": True, "lora_alpha": 8.5}}, LoraSettings("adapter_config.json", 8.5, root=True)),
-    ({}, {"adapter_config.json": {"lora_alpha": 8, "r": 4, "rank_pattern": {"q": 2}}}, LoraSettings("adapter_config.json", 8)),
-    ({}, {"adapter_config.json": {"lora_alpha": 8, "alpha_pattern": {r"^blocks\.0\.q$": 2, r".*\.k": 3, "v": 4}}},
-     LoraSettings("adapter_config.json", 8, (("^blocks.0.q", 2), ("k", 3), ("v", 4)))),
-    ({}, {"adapter_config.json": {"peft_type": "LORA"}, "lora_config.json": {"alpha": 8}}, LoraSettings("lora_config.json", 8)),
-    ({"lora_adapter_metadata": {"transformer.lora_alpha": 8, "transformer.r": 4, "text_encoder.lora_alpha": 1}}, {},
-     LoraSettings("its metadata lora_adapter_metadata", 8, rank=4)),
-    ({"lora_adapter_metadata": {"lora_alpha": 8}}, {}, LoraSettings("its metadata lora_adapter_metadata", 8)),
-    ({"lora_config": {"r": 4, "lora_alpha": 8}}, {"adapter_config.json": {"lora_alpha": 1}},
-     LoraSettings("its metadata lora_config", 8, rank=4)),
-    ({"ss_network_alpha": "1", "ss_network_dim": "32"}, {}, None),
-])
+@pytest.mark.parametrize(
+    ("metadata", "files", "expected"),
+    [
+        ({}, {}, None),
+        ({}, {"adapter_config.json": {"lora_alpha": 8, "r": 4}}, LoraSettings("adapter_config.json", 8, rank=4)),
+        (
+            {},
+            {
+                "lora_config.json": {
+                    "step": 9,
+                    "lora_params": {"lora_rank": 4, "lora_alpha": 8, "target_modules": ["q"]},
+                }
+            },
+            LoraSettings("lora_config.json", 8, rank=4),
+        ),
+        ({}, {"lora_config.json": {"rank": 4, "alpha": 8}}, LoraSettings("lora_config.json", 8, rank=4)),
+        (
+            {},
+            {"adapter_config.json": {"use_rslora": True, "lora_alpha": 8.5}},
+            LoraSettings("adapter_config.json", 8.5, root=True),
+        ),
+        (
+            {},
+            {"adapter_config.json": {"lora_alpha": 8, "r": 4, "rank_pattern": {"q": 2}}},
+            LoraSettings("adapter_config.json", 8),
+        ),
+        (
+            {},
+            {"adapter_config.json": {"lora_alpha": 8, "alpha_pattern": {r"^blocks\.0\.q$": 2, r".*\.k": 3, "v": 4}}},
+            LoraSettings("adapter_config.json", 8, (("^blocks.0.q", 2), ("k", 3), ("v", 4))),
+        ),
+        (
+            {},
+            {"adapter_config.json": {"peft_type": "LORA"}, "lora_config.json": {"alpha": 8}},
+            LoraSettings("lora_config.json", 8),
+        ),
+        (
+            {"lora_adapter_metadata": {"transformer.lora_alpha": 8, "transformer.r": 4, "text_encoder.lora_alpha": 1}},
+            {},
+            LoraSettings("its metadata lora_adapter_metadata", 8, rank=4),
+        ),
+        ({"lora_adapter_metadata": {"lora_alpha": 8}}, {}, LoraSettings("its metadata lora_adapter_metadata", 8)),
+        (
+            {"lora_config": {"r": 4, "lora_alpha": 8}},
+            {"adapter_config.json": {"lora_alpha": 1}},
+            LoraSettings("its metadata lora_config", 8, rank=4),
+        ),
+        ({"ss_network_alpha": "1", "ss_network_dim": "32"}, {}, None),
+    ],
+)
 def test_what_trainers_write(tmp_path, metadata, files, expected):
     for name, values in files.items():
         (tmp_path / name).write_text(json.dumps(values))
@@ -114,30 +166,39 @@ def test_what_trainers_write(tmp_path, metadata, files, expected):
     assert [file.name for file in settings_beside(path)] == list(files)
 
 
-@pytest.mark.parametrize(("values", "module", "rank", "scale"), [
-    ({"alpha": 8}, "blocks.0.q", 4, 2),
-    ({"alpha": 8, "root": True}, "blocks.0.q", 4, 4),
-    ({"alpha": 8, "rank": 4}, "blocks.0.q", 16, None),
-    ({"alpha": None}, "blocks.0.q", 4, None),
-    ({"alpha": 8, "alphas": (("q", 2), ("0.q", 16))}, "blocks.0.q", 4, 0.5),
-    ({"alpha": 8, "alphas": (("^q", 2), ("^blocks.0.q", 16))}, "blocks.0.q", 4, 4),
-    ({"alpha": 8, "alphas": (("q", 2),)}, "blocks.0.xq", 4, 2),
-])
+@pytest.mark.parametrize(
+    ("values", "module", "rank", "scale"),
+    [
+        ({"alpha": 8}, "blocks.0.q", 4, 2),
+        ({"alpha": 8, "root": True}, "blocks.0.q", 4, 4),
+        ({"alpha": 8, "rank": 4}, "blocks.0.q", 16, None),
+        ({"alpha": None}, "blocks.0.q", 4, None),
+        ({"alpha": 8, "alphas": (("q", 2), ("0.q", 16))}, "blocks.0.q", 4, 0.5),
+        ({"alpha": 8, "alphas": (("^q", 2), ("^blocks.0.q", 16))}, "blocks.0.q", 4, 4),
+        ({"alpha": 8, "alphas": (("q", 2),)}, "blocks.0.xq", 4, 2),
+    ],
+)
 def test_the_scale_of_a_layer(values, module, rank, scale):
     assert LoraSettings("x", **values).scale(module, rank) == scale
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("[]", "is not a table"),
-    ('{"lora_alpha": "8"}', "adapter_config.json: lora_alpha is '8'; expected a number"),
-    ('{"lora_alpha": 1e999}', "lora_alpha is inf; expected a number"),
-    ('{"lora_alpha": true}', "lora_alpha is True; expected a number"),
-    ('{"alpha_pattern": [1]}', "alpha_pattern is .*expected at most"),
-    ('{"alpha_pattern": {"q": "x"}}', "q is 'x'; expected a number"),
-    ('{"alpha_pattern": {"(a+)+b": 1}}', r"alpha_pattern has '\(a\+\)\+b', a regular expression; expected a plain layer name"),
-    ('{"alpha_pattern": {"q|k": 1}}', "a regular expression"),
-    ("\udcff", "adapter_config.json beside the expert cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is not a table"),
+        ('{"lora_alpha": "8"}', "adapter_config.json: lora_alpha is '8'; expected a number"),
+        ('{"lora_alpha": 1e999}', "lora_alpha is inf; expected a number"),
+        ('{"lora_alpha": true}', "lora_alpha is True; expected a number"),
+        ('{"alpha_pattern": [1]}', "alpha_pattern is .*expected at most"),
+        ('{"alpha_pattern": {"q": "x"}}', "q is 'x'; expected a number"),
+        (
+            '{"alpha_pattern": {"(a+)+b": 1}}',
+            r"alpha_pattern has '\(a\+\)\+b', a regular expression; expected a plain layer name",
+        ),
+        ('{"alpha_pattern": {"q|k": 1}}', "a regular expression"),
+        ("\udcff", "adapter_config.json beside the expert cannot be read"),
+    ],
+)
 def test_settings_that_cannot_be_read_are_named(tmp_path, text, message):
     (tmp_path / "adapter_config.json").write_text(text, errors="surrogateescape")
     with pytest.raises(ExpertError, match=message):
@@ -149,14 +210,30 @@ json_values = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 names = st.sampled_from(
-    ["lora_alpha", "alpha", "r", "rank", "alpha_pattern", "rank_pattern", "use_rslora", "lora_params", "transformer.lora_alpha"]
+    [
+        "lora_alpha",
+        "alpha",
+        "r",
+        "rank",
+        "alpha_pattern",
+        "rank_pattern",
+        "use_rslora",
+        "lora_params",
+        "transformer.lora_alpha",
+    ]
 )
-tables = st.dictionaries(names | st.text(max_size=9), json_values | st.dictionaries(st.text(max_size=30), st.integers() | st.floats()))
+tables = st.dictionaries(
+    names | st.text(max_size=9), json_values | st.dictionaries(st.text(max_size=30), st.integers() | st.floats())
+)
 repeated = st.builds(
-    lambda part, times: part * times, st.sampled_from(["[", '{"a":', "9", '"\\"', "(a+)+", "-", "[],"]), st.sampled_from([1, 40, 200_000])
+    lambda part, times: part * times,
+    st.sampled_from(["[", '{"a":', "9", '"\\"', "(a+)+", "-", "[],"]),
+    st.sampled_from([1, 40, 200_000]),
 )
 texts = st.text() | json_values.map(json.dumps) | tables.map(json.dumps) | repeated
-keys = st.sampled_from([f"dcm.{fact}" for fact in ("family", "expert", "format", "tensors", "rank", "alpha", "boundary", "timesteps")])
+keys = st.sampled_from(
+    [f"dcm.{fact}" for fact in ("family", "expert", "format", "tensors", "rank", "alpha", "boundary", "timesteps")]
+)
 
 
 @given(facts=st.dictionaries(keys, texts), inner=texts, beside=texts)

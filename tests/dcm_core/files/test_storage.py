@@ -84,7 +84,9 @@ def test_every_dtype_is_read_and_written_bit_for_bit(tmp_path, dtype):
     shapes=st.lists(st.lists(st.integers(0, 4), max_size=4), max_size=6),
     names=st.lists(st.text(min_size=1, max_size=12), min_size=6, max_size=6, unique=True),
     metadata=st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3),
-    dtypes=st.lists(st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool]), min_size=6, max_size=6),
+    dtypes=st.lists(
+        st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool]), min_size=6, max_size=6
+    ),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_written_is_read(tmp_path, shapes, names, metadata, dtypes):
@@ -167,8 +169,6 @@ def test_files_given_by_mistake(tmp_path, make, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         TensorFile(path)
     assert str(path) in str(caught.value)
-
-
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,11 @@ def test_the_largest_headers(tmp_path, many):
 def test_mangled_files_are_read_or_refused(tmp_path, data):
     """Also where they are mapped, recognised and inspected."""
     path = tmp_path / "x.safetensors"
-    tensors = {"a": torch.ones(3, 2), "b": torch.ones(4, dtype=torch.float8_e5m2), "blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 2)}
+    tensors = {
+        "a": torch.ones(3, 2),
+        "b": torch.ones(4, dtype=torch.float8_e5m2),
+        "blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 2),
+    }
     mangled(path, tensors, {"k": "v", "dcm.expert": "detail"}, data)
     with timed():
         try:

@@ -142,7 +142,9 @@ def test_a_file_that_something_holds_is_kept(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "replace", held)
-    with pytest.raises(CheckpointError, match=r"x\.safetensors cannot be written \(Permission denied\).* no other program has"):
+    with pytest.raises(
+        CheckpointError, match=r"x\.safetensors cannot be written \(Permission denied\).* no other program has"
+    ):
         write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
     assert left_in(tmp_path) == ["x.safetensors"] and (tmp_path / "x.safetensors").read_bytes() == b"old"
 

@@ -60,7 +60,9 @@ def test_it_needs_no_content(tmp_path):
 def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     seen, path = [], tmp_path / "a.bin"
     real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: seen.append((os.fstat(number).st_size, path.exists())) or real(number))
+    monkeypatch.setattr(
+        os, "fsync", lambda number: seen.append((os.fstat(number).st_size, path.exists())) or real(number)
+    )
     write_bytes(path, b"1234")
     assert seen == [(4, False)] and path.read_bytes() == b"1234"
 
@@ -120,6 +122,7 @@ def test_a_file_that_is_removed_before_it_is_locked_is_made_again(tmp_path, monk
 @POSIX
 def test_without_locks_nothing_is_taken_for_left(tmp_path, monkeypatch):
     """Some network drives have none."""
+
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -164,7 +167,9 @@ class Full:
 def test_a_disk_that_fills_up_amid_the_writing(tmp_path, monkeypatch, error):
     """What was written in part is given back before it is said how much is free."""
     free = []
-    monkeypatch.setattr(unfinished, "_free", lambda _: free.append(sum(p.stat().st_size for p in tmp_path.iterdir())) or 2_500_000)
+    monkeypatch.setattr(
+        unfinished, "_free", lambda _: free.append(sum(p.stat().st_size for p in tmp_path.iterdir())) or 2_500_000
+    )
     (tmp_path / "x.safetensors").write_bytes(b"old")
     message = re.escape(
         f"{tmp_path / 'x.safetensors'} cannot be written ({os.strerror(error)}): it needs 2.0 MB, but {tmp_path} has 2.5 MB free. "

@@ -23,7 +23,12 @@ def test_every_number_of_one_byte(dtype):
 def test_numbers_whose_sum_is_none(dtype, count):
     """The largest of a dtype add up to infinity, and with the smallest to no number: all are finite."""
     limits = torch.finfo(dtype)
-    for first, second in ((limits.max, limits.max), (limits.min, limits.min), (limits.max, limits.min), (limits.tiny, 0.0)):
+    for first, second in (
+        (limits.max, limits.max),
+        (limits.min, limits.min),
+        (limits.max, limits.min),
+        (limits.tiny, 0.0),
+    ):
         values = torch.full((count,), first, dtype=dtype)
         values[1::2] = second
         assert is_finite(values), (first, second)
@@ -54,5 +59,7 @@ def test_a_cast_that_loses_values_is_refused():
     large = torch.tensor([1e5])
     assert cast("a", large, torch.bfloat16).dtype is torch.bfloat16
     assert torch.equal(cast("n", torch.tensor([7]), torch.int32), torch.tensor([7], dtype=torch.int32))
-    with pytest.raises(CheckpointError, match=r"a has values too large for torch\.float16\. Choose bfloat16 or float32"):
+    with pytest.raises(
+        CheckpointError, match=r"a has values too large for torch\.float16\. Choose bfloat16 or float32"
+    ):
         cast("a", large, torch.float16)

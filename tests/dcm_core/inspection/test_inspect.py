@@ -122,15 +122,31 @@ def test_unreadable(tmp_path):
 names = st.text(max_size=12) | st.sampled_from([key for family in FAMILIES.values() for key in release_shapes(family)])
 endings = st.sampled_from(["", ".lora_A.weight", ".lora_down.weight", ".alpha", ".diff", ".set_weight", ".dora_scale"])
 metadata = st.dictionaries(
-    st.sampled_from(["dcm.family", "dcm.expert", "dcm.boundary", "dcm.timesteps", "dcm.alpha", "dcm.rank", "dcm.tensors", "dcm.format"]),
+    st.sampled_from(
+        [
+            "dcm.family",
+            "dcm.expert",
+            "dcm.boundary",
+            "dcm.timesteps",
+            "dcm.alpha",
+            "dcm.rank",
+            "dcm.tensors",
+            "dcm.format",
+        ]
+    ),
     st.text(max_size=6) | st.sampled_from(["0", "8", "wan", "detail"]),
 )
 
 
-@given(keys=st.dictionaries(st.tuples(names, endings), st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=8), metadata=metadata)
+@given(
+    keys=st.dictionaries(st.tuples(names, endings), st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=8),
+    metadata=metadata,
+)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 def test_any_file_is_described(save, keys, metadata):
-    tensors = {name + ending: torch.ones(shape) for (name, ending), shape in keys.items() if name + ending != "__metadata__"}
+    tensors = {
+        name + ending: torch.ones(shape) for (name, ending), shape in keys.items() if name + ending != "__metadata__"
+    }
     found = inspect_file(save(tensors, metadata=metadata))
     assert found.tensors == len(tensors)
     assert str(found) and json.loads(json.dumps(asdict(found)))["tensors"] == len(tensors)

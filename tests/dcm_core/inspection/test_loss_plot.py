@@ -112,7 +112,11 @@ def test_steps_without_a_number_are_counted_and_a_gap(words):
     # the mean's line goes from one end of the axis to the other
     along = near(image, MEAN).any(0).nonzero().flatten()
     middle, each = (along[0] + along[-1]) // 2, near(image, EACH)[: level_rows(image)[-1]].any(0)
-    assert not each[middle - 30 : middle + 30].any() and each[along[0] : middle - 130].any() and each[middle + 130 : along[-1]].any()
+    assert (
+        not each[middle - 30 : middle + 30].any()
+        and each[along[0] : middle - 130].any()
+        and each[middle + 130 : along[-1]].any()
+    )
     plot_losses(losses(1.0, math.nan, math.inf), "loss")
     assert "2 steps NaN or infinite" in words
     plot_losses(losses(math.nan), "loss")
@@ -154,7 +158,9 @@ def test_one_wild_step_does_not_flatten_the_rest(words):
     image = plot_losses(losses(*[0.0, 1.0] * 50, 1000.0), "loss")
     highest, middle, _ = level_rows(image)
     assert height_of_mean(image, 0.5) == pytest.approx(middle, abs=8)
-    assert empty(image)[2 * header_height(image) : highest - 3, image.width // 2 :].all(), "cut off at the highest level"
+    assert empty(image)[2 * header_height(image) : highest - 3, image.width // 2 :].all(), (
+        "cut off at the highest level"
+    )
     assert "1 step off the scale" in words
 
 

@@ -65,7 +65,11 @@ def test_a_pair_whose_product_is_known():
 )
 def test_equals_the_norm_of_the_product(rank, sizes, kernel, scale, dtype, with_diff, seed):
     out, width = sizes
-    pair = LowRank(randn(rank, width, *kernel, seed=seed).to(dtype), randn(out, rank, *[1] * len(kernel), seed=seed + 1).to(dtype), scale)
+    pair = LowRank(
+        randn(rank, width, *kernel, seed=seed).to(dtype),
+        randn(out, rank, *[1] * len(kernel), seed=seed + 1).to(dtype),
+        scale,
+    )
     diff = randn(out, width, *kernel, seed=seed + 2).to(dtype) if with_diff else None
     assert added_norm(pair, diff) == pytest.approx(dense_norm(pair, diff), rel=1e-5, abs=1e-3)
 
@@ -73,7 +77,9 @@ def test_equals_the_norm_of_the_product(rank, sizes, kernel, scale, dtype, with_
 def test_columns_that_nearly_cancel_are_measured():
     """In float32 the Gram matrices would leave about 1 of noise here."""
     down, up = randn(1, 64), randn(64, 1)
-    pair = LowRank(torch.cat([1000 * down, -1000 * down]).double(), torch.cat([up, up * (1 + 1e-6)], dim=1).double(), 1.0)
+    pair = LowRank(
+        torch.cat([1000 * down, -1000 * down]).double(), torch.cat([up, up * (1 + 1e-6)], dim=1).double(), 1.0
+    )
     assert added_norm(pair) == pytest.approx(dense_norm(pair), rel=1e-2)
 
 
@@ -97,7 +103,9 @@ def test_strength_counts_and_a_replacement_without_base_is_unknown():
         return torch.full((6, 2), 3.0)[start : start + rows]
 
     assert measure(Update("w", pair, start=2), base, -0.5) == Change("w", 1.0, 6.0)
-    assert measure(Update("w", replaced=torch.full((6, 2), 4.0)), base) == Change("w", pytest.approx(12**0.5), pytest.approx(108**0.5))
+    assert measure(Update("w", replaced=torch.full((6, 2), 4.0)), base) == Change(
+        "w", pytest.approx(12**0.5), pytest.approx(108**0.5)
+    )
     assert measure(Update("w", replaced=torch.ones(6, 2)), magnitude.no_base) == Change("w", None, None)
 
 
@@ -108,7 +116,9 @@ def test_columns():
     assert column_of("txt_in.individual_token_refiner.blocks.1.mlp.0.weight", HUNYUAN_VIDEO) == ("in", 0)
     assert column_of("single_blocks.3.linear1.weight", HUNYUAN_VIDEO) == ("single_blocks", 3)
     assert [in_words(column) for column in (("in", 0), ("single_blocks", 3), ("out", 0))] == [
-        "the embedders", "single block 3", "the output head"
+        "the embedders",
+        "single block 3",
+        "the output head",
     ]
 
 
@@ -122,7 +132,9 @@ def test_a_block_is_the_root_of_its_squares_and_shares_need_every_base():
     assert not absolute.relative
     assert absolute.experts == {"detail": {("blocks", 1): 5.0, ("out", 0): 1.0}, "semantic": {("blocks", 0): 2.0}}
     assert "semantic norm 2 on average" in absolute.facts()["change"]
-    assert not make_profile({"detail": [*changes, Change("blocks.0.a", 1.0, 0.0)]}, WAN).relative, "nothing is a share of zeros"
+    assert not make_profile({"detail": [*changes, Change("blocks.0.a", 1.0, 0.0)]}, WAN).relative, (
+        "nothing is a share of zeros"
+    )
 
 
 def test_what_cannot_be_measured_is_named():
@@ -199,7 +211,8 @@ def recognise_native(path):
 
 def test_an_fp8_base_gives_no_shares(family, save, release):
     cast = {
-        key: t.to(torch.float8_e4m3fn) if key.endswith((".base_layer.weight", ".proj_mlp.weight")) else t for key, t in release.items()
+        key: t.to(torch.float8_e4m3fn) if key.endswith((".base_layer.weight", ".proj_mlp.weight")) else t
+        for key, t in release.items()
     }
     profile = file_profile(save(cast))
     assert not profile.relative and not profile.unmeasured
@@ -242,7 +255,11 @@ def dense(updates, shapes):
 
 
 def dense_expert(expert, shapes):
-    updates = [Update(f"{module}.weight", update, start=update.start) for module, found in expert.low_rank.items() for update in found]
+    updates = [
+        Update(f"{module}.weight", update, start=update.start)
+        for module, found in expert.low_rank.items()
+        for update in found
+    ]
     updates += [Update(name, replaced=tensor) for name, tensor in expert.replaced.items()]
     updates += [Update(name, diff=tensor) for name, tensor in expert.diff.items()]
     return dense(updates, shapes)
@@ -267,7 +284,10 @@ def namings(family, release):
     return {
         "release": (detail, None),
         "diffusers": ({f"transformer.{key}": tensor for key, tensor in pairs.items()}, None),
-        "peft": ({f"base_model.model.{key}": tensor for key, tensor in pairs.items()}, {"lora_alpha": 24, "use_rslora": True}),
+        "peft": (
+            {f"base_model.model.{key}": tensor for key, tensor in pairs.items()},
+            {"lora_alpha": 24, "use_rslora": True},
+        ),
         "kohya": (kohya, None),
     }
 
@@ -309,9 +329,15 @@ def test_an_attached_expert_is_read_as_its_file(family, save, release):
     contents = recognise(file)
     shapes = contents.native_shapes(file)
     expert = detail_expert(file, contents)
-    fused = next((module for module, updates in expert.low_rank.items() if len(updates) > 1), next(iter(expert.low_rank)))
+    fused = next(
+        (module for module, updates in expert.low_rank.items() if len(updates) > 1), next(iter(expert.low_rank))
+    )
     bare = {"wan": {"blocks.0.modulation": randn(*shapes["blocks.0.modulation"])}} if family is WAN else {}
-    diff = {f"{fused}.weight": randn(*shapes[f"{fused}.weight"]), f"{fused}.bias": randn(*shapes[f"{fused}.bias"]), **bare.get("wan", {})}
+    diff = {
+        f"{fused}.weight": randn(*shapes[f"{fused}.weight"]),
+        f"{fused}.bias": randn(*shapes[f"{fused}.bias"]),
+        **bare.get("wan", {}),
+    }
     expert = Expert(family.name, "detail", expert.low_rank, expert.replaced, diff)
     base = {}
     for name, shape in shapes.items():
@@ -354,12 +380,16 @@ def test_a_written_expert_without_alpha_or_boundary(save, tmp_path):
     assert file_profile(tmp_path / "e.safetensors").experts == {"semantic": {("blocks", 0): 2.0}}
 
 
-names = st.sampled_from([key.partition(".lora_")[0] for family in FAMILIES.values() for key in list(release_shapes(family))[::9]])
+names = st.sampled_from(
+    [key.partition(".lora_")[0] for family in FAMILIES.values() for key in list(release_shapes(family))[::9]]
+)
 pairs = [".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight"]
 endings = st.sampled_from([*pairs, "", ".alpha", ".diff", ".diff_b", ".set_weight", ".dora_scale"])
 
 
-@given(keys=st.dictionaries(st.tuples(names, endings), st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=12))
+@given(
+    keys=st.dictionaries(st.tuples(names, endings), st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=12)
+)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 def test_odd_files_give_a_profile_or_a_clear_error(save, keys):
     tensors = {name + ending: torch.ones(shape) for (name, ending), shape in keys.items()}

@@ -66,10 +66,15 @@ def test_a_side_without_steps_is_not_drawn(boundary, only):
         assert of_colour(image, colour)[header_height(image) :].any() == (side == only)
 
 
-@pytest.mark.parametrize(("owners", "seen"), [
-    (("base", "base"), []), (("semantic", "semantic"), ["semantic"]), (("semantic", "base"), ["semantic"]),
-    (("base", "detail"), ["detail"]),
-])
+@pytest.mark.parametrize(
+    ("owners", "seen"),
+    [
+        (("base", "base"), []),
+        (("semantic", "semantic"), ["semantic"]),
+        (("semantic", "base"), ["semantic"]),
+        (("base", "detail"), ["detail"]),
+    ],
+)
 def test_no_expert_is_drawn_that_does_not_run(owners, seen):
     image = plot_schedule(WAN.preset.sigmas, 0.979 if owners[0] != owners[1] else None, owners=owners)
     assert [side for side, colour in COLOURS.items() if of_colour(image, colour).any()] == seen
@@ -78,7 +83,9 @@ def test_no_expert_is_drawn_that_does_not_run(owners, seen):
 
 def test_without_a_boundary_no_line_is_drawn():
     """And nothing else differs: the line and its words are a few rows."""
-    with_line, without = (plot_schedule(torch.tensor([0.4, 0.3, 0.0]), boundary, owners=("base", "base")) for boundary in (0.8, None))
+    with_line, without = (
+        plot_schedule(torch.tensor([0.4, 0.3, 0.0]), boundary, owners=("base", "base")) for boundary in (0.8, None)
+    )
     rows = (pixels(with_line) != pixels(without)).any(-1).any(1).nonzero()
     assert 5 < rows.max() - rows.min() < with_line.height / 10
 
@@ -124,7 +131,10 @@ def test_nothing_of_a_profile_is_cut_off(width, height, title, relative):
 
 def test_bars_are_as_high_as_the_changes():
     heights = [
-        bar(plot_profile(profile_of({"semantic": {("blocks", 0): 0.04}, "detail": {("blocks", 1): size}}), "x"), COLOURS["detail"])[2]
+        bar(
+            plot_profile(profile_of({"semantic": {("blocks", 0): 0.04}, "detail": {("blocks", 1): size}}), "x"),
+            COLOURS["detail"],
+        )[2]
         for size in (0.01, 0.02, 0.04)
     ]
     assert heights[2] > 200
@@ -148,9 +158,13 @@ def test_experts_stand_beside_each_other_in_their_colours():
 
 def test_what_is_unknown_is_marked():
     sizes = {"detail": {("blocks", 1): 2.0}}
-    plain, marked = (plot_profile(profile_of(sizes, relative=False, unmeasured=columns), "x") for columns in ((), [("in", 0)]))
+    plain, marked = (
+        plot_profile(profile_of(sizes, relative=False, unmeasured=columns), "x") for columns in ((), [("in", 0)])
+    )
     differs = (pixels(plain).int() - pixels(marked)).abs().amax(-1)[100:] > 8
-    assert differs.any() and differs.any(0).nonzero().max() < plain.width / 3, "a mark where the embedders' bar would be"
+    assert differs.any() and differs.any(0).nonzero().max() < plain.width / 3, (
+        "a mark where the embedders' bar would be"
+    )
 
 
 def test_without_an_expert_no_bar_is_drawn():

@@ -81,7 +81,11 @@ def test_stacked_and_independent_experts(wan, attach, base, random_expert, sampl
     semantic, detail = random_expert(base, "semantic", 1, replaced=False), random_expert(base, "detail", 2)
     stacked = attach.attach_experts(base, semantic, detail)
     independent = attach.attach_experts(base, semantic, detail, stacked=False)
-    high, low, both = merged(wan, attach, [semantic]), merged(wan, attach, [detail]), merged(wan, attach, [semantic, detail])
+    high, low, both = (
+        merged(wan, attach, [semantic]),
+        merged(wan, attach, [detail]),
+        merged(wan, attach, [semantic, detail]),
+    )
     assert relative(sample(stacked, SIGMAS), sample(by_sigma(high, both, 0.979, base), SIGMAS)) < 1e-5
     assert relative(sample(independent, SIGMAS), sample(by_sigma(high, low, 0.979, base), SIGMAS)) < 1e-6
 
@@ -99,7 +103,11 @@ def test_strength_of_a_stacked_expert_that_replaces_layers(wan, attach, base, ra
 def test_bare_parameters_convolutions_and_norms(wan, attach, base, random_expert, sample, module, stacked):
     """What the host's own patching leaves out in silence (a block's modulation) counts too, on its side."""
     generator = torch.Generator().manual_seed(3)
-    names = [n for n in attach.module_shapes(base) if n.endswith(("modulation", "norm_q.weight", "norm3.bias")) or "patch" in n]
+    names = [
+        n
+        for n in attach.module_shapes(base)
+        if n.endswith(("modulation", "norm_q.weight", "norm3.bias")) or "patch" in n
+    ]
     shapes = attach.module_shapes(base)
     diff = {name: 0.1 * torch.randn(shapes[name], generator=generator) for name in names}
     semantic = module("dcm_core.experts.expert").Expert("wan", "semantic", diff=diff)
@@ -171,8 +179,14 @@ def test_exception_inside_the_transformer(attach, base, random_expert, sample, m
 
 @pytest.mark.parametrize(
     ("boundary", "timestep", "detail"),
-    [(0.979, 979.0, False), (0.979, 978.99, True), (0.979, 978.0, True),
-     (0.982, 982.0, False), (0.982, 981.99, True), (0.982, 981.0, True)],
+    [
+        (0.979, 979.0, False),
+        (0.979, 978.99, True),
+        (0.979, 978.0, True),
+        (0.982, 982.0, False),
+        (0.982, 981.99, True),
+        (0.982, 981.0, True),
+    ],
 )
 def test_side_of_the_boundary(attach, base, random_expert, sample, boundary, timestep, detail):
     routed = attach.attach_experts(base, detail=random_expert(base), boundary=boundary)
@@ -200,7 +214,10 @@ def test_rows_on_both_sides_in_one_batch(attach, base, random_expert):
         routed.pre_run()
         with torch.inference_mode():
             return routed.model.apply_model(
-                x[rows], torch.tensor(sigmas, device=x.device), c_crossattn=context[rows], transformer_options=dict(options)
+                x[rows],
+                torch.tensor(sigmas, device=x.device),
+                c_crossattn=context[rows],
+                transformer_options=dict(options),
             )
 
     both = call([0, 1], [0.99, 0.5])
@@ -288,7 +305,12 @@ def test_fp8_base(module, releases, sample, attach):
 def test_cond_and_uncond_in_one_batch(wan, attach, base, random_expert, sample):
     detail = random_expert(base)
     reference = by_sigma(base, merged(wan, attach, [detail]), 0.979)
-    assert relative(sample(attach.attach_experts(base, detail=detail), SIGMAS, cfg=3.0), sample(reference, SIGMAS, cfg=3.0)) < 1e-5
+    assert (
+        relative(
+            sample(attach.attach_experts(base, detail=detail), SIGMAS, cfg=3.0), sample(reference, SIGMAS, cfg=3.0)
+        )
+        < 1e-5
+    )
 
 
 def test_compiled_blocks_are_found(attach, wan, random_expert, sample):
@@ -318,12 +340,16 @@ def test_host_loads_and_counts_the_expert(attach, base, random_expert, sample):
     routed = attach.attach_experts(base, detail=random_expert(base))
     expert = routed.get_additional_models_with_key("dcm")[0]
     sample(routed, SIGMAS)
-    assert any(loaded.model is not None and loaded.model.model is expert.model for loaded in management.current_loaded_models)
+    assert any(
+        loaded.model is not None and loaded.model.model is expert.model for loaded in management.current_loaded_models
+    )
     assert expert.model_size() < 0.5 * base.model_size()
     assert not set(map(id, expert.model.parameters())) & set(map(id, base.model.parameters()))
 
 
-def test_experts_are_built_where_the_host_makes_layers_without_tensors(attach, base, random_expert, sample, monkeypatch):
+def test_experts_are_built_where_the_host_makes_layers_without_tensors(
+    attach, base, random_expert, sample, monkeypatch
+):
     """Newer hosts do under dynamic VRAM, which is on for most cards."""
     management = pytest.importorskip("comfy.memory_management", reason="this host has no dynamic VRAM")
     semantic, detail = random_expert(base, "semantic"), random_expert(base, seed=1)
@@ -347,7 +373,9 @@ def test_every_weight_that_the_host_brings_is_given_back(attach, base, random_ex
         return cast(layer, *args, **kwargs)
 
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", bring)
-    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda layer, *args: (out.remove((id(layer), True)), uncast(layer, *args)))
+    monkeypatch.setattr(
+        comfy.ops, "uncast_bias_weight", lambda layer, *args: (out.remove((id(layer), True)), uncast(layer, *args))
+    )
     sample(routed, SIGMAS)
     assert out == []
 
@@ -359,7 +387,9 @@ def test_experts_made_for_different_boundaries_are_refused(attach, base, random_
         attach.attach_experts(base, other, detail)
     assert attach.attached_experts(attach.attach_experts(base, other, detail, boundary=0.95)).boundary == 0.95
     unsaid = dataclasses.replace(detail, boundary=None)
-    facts = attach.attached_experts(attach.attach_experts(base, dataclasses.replace(other, timesteps=(1000.0, 500.0)), unsaid))
+    facts = attach.attached_experts(
+        attach.attach_experts(base, dataclasses.replace(other, timesteps=(1000.0, 500.0)), unsaid)
+    )
     assert facts.boundary == 0.9 and facts.timesteps == (1000.0, 500.0)
 
 

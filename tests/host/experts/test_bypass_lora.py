@@ -40,7 +40,9 @@ OTHER = ("blocks.1.ffn.0", 512, 256)
 @pytest.mark.parametrize("layers", [(REPLACED,), (ROUTED,), (REPLACED, ROUTED, OTHER)])
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("lora_first", [True, False])
-def test_a_bypass_lora_does_what_the_ordinary_one_does(loaders, attach, wan, random_expert, sample, layers, strength, lora_first):
+def test_a_bypass_lora_does_what_the_ordinary_one_does(
+    loaders, attach, wan, random_expert, sample, layers, strength, lora_first
+):
     results = []
     for loader in loaders:
         base = wan()

@@ -46,7 +46,9 @@ def velocity(model, expected, sigma, cond=None):
 
 
 def probes(expected):
-    return {float(key.removeprefix("probe.")) / 1000: tensor for key, tensor in expected.items() if key.startswith("probe.")}
+    return {
+        float(key.removeprefix("probe.")) / 1000: tensor for key, tensor in expected.items() if key.startswith("probe.")
+    }
 
 
 def core_model(name):
@@ -78,7 +80,12 @@ def golden(request, releases, node, recipe, folder):
     model = request.param
     base, expert = f"{model}_base.safetensors", f"{model}_expert.safetensors"
     output = node(
-        "DCMConvertCheckpoint", model_name=releases[model], base_name=base, expert_name=expert, dtype="float32", overwrite=False
+        "DCMConvertCheckpoint",
+        model_name=releases[model],
+        base_name=base,
+        expert_name=expert,
+        dtype="float32",
+        overwrite=False,
     )
     assert output.result == (str(folder / "diffusion_models" / base), str(folder / "loras" / expert))
     return base, expert, recipe.expected(model), BOUNDARIES[model]
@@ -128,7 +135,9 @@ def test_our_attach_node_routes_the_same_files(golden, node):
 
 def test_the_host_sees_the_new_files_at_once(golden, node):
     base, expert, *_ = golden
-    inputs = node.classes["DCMAttachExperts"].INPUT_TYPES()["required"] | node.classes["DCMAttachExperts"].INPUT_TYPES().get("optional", {})
+    inputs = node.classes["DCMAttachExperts"].INPUT_TYPES()["required"] | node.classes[
+        "DCMAttachExperts"
+    ].INPUT_TYPES().get("optional", {})
     assert expert in str(inputs["detail_lora"])
     assert base in str(node.classes["DCMLoadModel"].INPUT_TYPES()["required"]["model_name"])
 
@@ -163,7 +172,9 @@ def test_progress_reaches_the_end(releases, node, monkeypatch, every_update):
     import comfy.utils
 
     seen = []
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: seen.append((value, total)))
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: seen.append((value, total))
+    )
     convert(node, releases["wan_tiny"], base_name="bar", expert_name="bar")
     assert seen == sorted(seen) and len(seen) > 10
     assert seen[-1][0] == seen[-1][1]
@@ -211,7 +222,9 @@ def test_an_extracted_lora_restores_the_fine_tune_in_core(golden, node, folder):
         _, rank, energy, _ = line.split("\t")
         assert rank == "4" and float(energy.rstrip("%")) > 99.99, line
     model = core_model(base)
-    before, after = (relative(velocity(m, expected, boundary), probes(expected)[boundary]) for m in (model, core_lora(model, lora)))
+    before, after = (
+        relative(velocity(m, expected, boundary), probes(expected)[boundary]) for m in (model, core_lora(model, lora))
+    )
     assert after < before / 100, "what is left is the rounding of the bfloat16 pairs"
 
 
@@ -222,21 +235,44 @@ def test_files_that_the_host_saves(releases, node, module, recipe, folder, kind,
     import comfy.sd
 
     name = "hy_tiny_saved"
-    node("DCMConvertCheckpoint", model_name=releases["hy_tiny"], base_name=name, expert_name=name, dtype="float32", overwrite=True)
+    node(
+        "DCMConvertCheckpoint",
+        model_name=releases["hy_tiny"],
+        base_name=name,
+        expert_name=name,
+        dtype="float32",
+        overwrite=True,
+    )
     base, expected = f"{name}.safetensors", recipe.expected("hy_tiny")
     model = core_model(base)
     want = velocity(model, expected, 1.0)
     comfy.sd.save_checkpoint(str(folder / "diffusion_models" / f"tuned_{name}.safetensors"), model)
     weights = load_file(folder / "diffusion_models" / base)
     changed = before_tuning(weights) if kind == "everything" else weights
-    save_file(changed | {key: 1.5 * value for key, value in weights.items() if "y_norm" in key}, folder / "diffusion_models" / base)
-    node("DCMExtractLoRA", tuned_model=f"tuned_{name}.safetensors", base_model=base, rank=4, name=f"{name}.safetensors", overwrite=True)
+    save_file(
+        changed | {key: 1.5 * value for key, value in weights.items() if "y_norm" in key},
+        folder / "diffusion_models" / base,
+    )
+    node(
+        "DCMExtractLoRA",
+        tuned_model=f"tuned_{name}.safetensors",
+        base_model=base,
+        rank=4,
+        name=f"{name}.safetensors",
+        overwrite=True,
+    )
     facts = node("DCMInspectModel", file=f"diffusion_models/tuned_{name}.safetensors").result[0]
     assert "native layout" in facts and "HunyuanVideo" in facts
     before = core_model(base)
     after = node(
-        "DCMAttachExperts", model=before, semantic_lora=f"{name}.safetensors", semantic_strength=1.0, detail_lora="none",
-        detail_strength=1.0, experts=experts, boundary=0.0,
+        "DCMAttachExperts",
+        model=before,
+        semantic_lora=f"{name}.safetensors",
+        semantic_strength=1.0,
+        detail_lora="none",
+        detail_strength=1.0,
+        experts=experts,
+        boundary=0.0,
     ).result[0]
     assert relative(velocity(before, expected, 1.0), want) > 0.01
     assert relative(velocity(after, expected, 1.0), want) < 0.002, "the rounding of the bfloat16 file"

@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 Q = "diffusion_model.blocks.0.self_attn.q"
-SETTINGS = {"semantic_lora": "none", "semantic_strength": 1.0, "detail_lora": "none", "detail_strength": 1.0, "boundary": 0.0}
+SETTINGS = {
+    "semantic_lora": "none",
+    "semantic_strength": 1.0,
+    "detail_lora": "none",
+    "detail_strength": 1.0,
+    "boundary": 0.0,
+}
 SIDES = ["semantic", "detail"]
 
 
@@ -48,12 +54,20 @@ def text(output):
 def test_what_was_left_out_or_assumed_is_told(node, base, save, caplog, side):
     lora = pair(Q) | pair("diffusion_model.blocks.0.cross_attn.k_img") | pair("text_encoder.layers.0.q")
     with caplog.at_level(logging.WARNING, "ComfyUI-DCM"):
-        shown = text(node("DCMAttachExperts", model=base, **SETTINGS | {f"{side}_lora": save(lora), f"{side}_strength": 0.5}))
+        shown = text(
+            node("DCMAttachExperts", model=base, **SETTINGS | {f"{side}_lora": save(lora), f"{side}_strength": 0.5})
+        )
     assert f"{side} expert: LoRA rank 4, 1 layer matched, strength 0.5" in shown.splitlines()
     left_out = "left out 2 tensors: "
-    for note in ("no alpha: scale 1", f"{left_out}image layers, which this model does not have", f"{left_out}text encoder LoRA"):
+    for note in (
+        "no alpha: scale 1",
+        f"{left_out}image layers, which this model does not have",
+        f"{left_out}text encoder LoRA",
+    ):
         assert note in shown
-        assert any(record.getMessage().startswith(f"pytorch_lora_weights.safetensors: {note}") for record in caplog.records)
+        assert any(
+            record.getMessage().startswith(f"pytorch_lora_weights.safetensors: {note}") for record in caplog.records
+        )
 
 
 def test_nothing_is_told_of_a_file_that_says_all(node, base, save, caplog):
@@ -64,10 +78,13 @@ def test_nothing_is_told_of_a_file_that_says_all(node, base, save, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("name", "values"), [
-    ("lora_config", {"step": 100, "lora_params": {"lora_rank": 4, "lora_alpha": 8, "target_modules": ["to_q"]}}),
-    ("adapter_config", {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "alpha_pattern": {}, "rank_pattern": {}}),
-])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("lora_config", {"step": 100, "lora_params": {"lora_rank": 4, "lora_alpha": 8, "target_modules": ["to_q"]}}),
+        ("adapter_config", {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "alpha_pattern": {}, "rank_pattern": {}}),
+    ],
+)
 def test_settings_beside_a_file_of_any_name(node, module, base, save, name, values):
     file = save(pair(Q), **{name: values})
     assert f"scale 2 from {name}.json" in text(node("DCMAttachExperts", model=base, **SETTINGS | {"detail_lora": file}))
@@ -90,13 +107,32 @@ def test_settings_beside_a_file_count_as_its_own(node, save):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("tensors", "metadata", "message"), [
-    (pair(Q), {"dcm.boundary": "abc"}, r"Its metadata says dcm\.boundary = 'abc'; expected a number between 0 and 1\. Save or"),
-    (pair(Q), {"dcm.timesteps": "5"}, r"Its metadata says dcm\.timesteps = '5'; expected falling numbers within 0 to 1000"),
-    (pair(Q), {"lora_adapter_metadata": "[" * 99_999}, "Its metadata lora_adapter_metadata is nested more than 32 levels deep"),
-    ({f"{Q}.lokr_w1": torch.ones(2, 2)}, None, r"The file has 1 LoKr tensor \(.*lokr_w1\)"),
-    (pair(Q, 32), None, r"have shapes \(4, 32\) and \(32, 4\); the model's blocks\.0\.self_attn\.q is \(256, 256\)\. Use an expert made"),
-])
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        (
+            pair(Q),
+            {"dcm.boundary": "abc"},
+            r"Its metadata says dcm\.boundary = 'abc'; expected a number between 0 and 1\. Save or",
+        ),
+        (
+            pair(Q),
+            {"dcm.timesteps": "5"},
+            r"Its metadata says dcm\.timesteps = '5'; expected falling numbers within 0 to 1000",
+        ),
+        (
+            pair(Q),
+            {"lora_adapter_metadata": "[" * 99_999},
+            "Its metadata lora_adapter_metadata is nested more than 32 levels deep",
+        ),
+        ({f"{Q}.lokr_w1": torch.ones(2, 2)}, None, r"The file has 1 LoKr tensor \(.*lokr_w1\)"),
+        (
+            pair(Q, 32),
+            None,
+            r"have shapes \(4, 32\) and \(32, 4\); the model's blocks\.0\.self_attn\.q is \(256, 256\)\. Use an expert made",
+        ),
+    ],
+)
 def test_errors_name_the_widget_and_the_file(node, base, save, side, tensors, metadata, message):
     name = save(tensors, metadata)
     with pytest.raises(ValueError, match=rf"^{side}_lora is '{name}'\. .*{message}"):
@@ -106,12 +142,17 @@ def test_errors_name_the_widget_and_the_file(node, base, save, side, tensors, me
 @pytest.mark.parametrize(("side", "other"), [SIDES, SIDES[::-1]])
 def test_a_file_on_the_wrong_side(node, base, save, side, other):
     name = save(pair(Q), {"dcm.expert": other})
-    with pytest.raises(ValueError, match=rf"^{side}_lora is '{name}', which is a {other} expert\. Select it under {other}_lora instead\.$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{side}_lora is '{name}', which is a {other} expert\. Select it under {other}_lora instead\.$",
+    ):
         node("DCMAttachExperts", model=base, **SETTINGS | {f"{side}_lora": name})
 
 
 def test_training_names_its_own_widgets(module, base, save):
     name = save(pair(Q), {"dcm.expert": "detail"})
     load = module("nodes.host.experts.expert_files").load_expert
-    with pytest.raises(ValueError, match=rf"^continue_from is '{name}', which is a detail expert\. Choose another file\.$"):
+    with pytest.raises(
+        ValueError, match=rf"^continue_from is '{name}', which is a detail expert\. Choose another file\.$"
+    ):
         load(name, "semantic", base, "continue_from")

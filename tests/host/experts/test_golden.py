@@ -44,7 +44,9 @@ def velocity(model, x, sigma, cond):
     guider.inner_set_conds({"positive": cond})
     try:
         with torch.inference_mode():
-            guider.sample(x / sigma, torch.zeros_like(x), comfy.samplers.KSAMPLER(one_call), torch.tensor([sigma, 0.0]), seed=0)
+            guider.sample(
+                x / sigma, torch.zeros_like(x), comfy.samplers.KSAMPLER(one_call), torch.tensor([sigma, 0.0]), seed=0
+            )
     finally:
         hook.remove()
     return outputs[0].float()

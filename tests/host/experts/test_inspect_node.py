@@ -47,8 +47,14 @@ def converted(node, releases, folder):
     """converted(name): a release as base and expert files called <name>_base and <name>_expert."""
 
     def run(name):
-        node("DCMConvertCheckpoint", model_name=releases[name], base_name=f"{name}_base", expert_name=f"{name}_expert",
-             dtype="keep", overwrite=True)
+        node(
+            "DCMConvertCheckpoint",
+            model_name=releases[name],
+            base_name=f"{name}_base",
+            expert_name=f"{name}_expert",
+            dtype="keep",
+            overwrite=True,
+        )
 
     return run
 
@@ -58,7 +64,13 @@ def load(node, name, weight_dtype="default"):
 
 
 def attach(node, model, **changes):
-    settings = {"semantic_lora": "none", "semantic_strength": 1.0, "detail_lora": "none", "detail_strength": 1.0, "boundary": 0.0}
+    settings = {
+        "semantic_lora": "none",
+        "semantic_strength": 1.0,
+        "detail_lora": "none",
+        "detail_strength": 1.0,
+        "boundary": 0.0,
+    }
     return node("DCMAttachExperts", model=model, **settings | changes).result[0]
 
 
@@ -97,14 +109,19 @@ def small_world(folder):
     for path in SHIPPED.glob("*/dcm_small_world_*.safetensors"):
         if (folder / path.parent.name).is_dir():
             shutil.copy(path, folder / path.parent.name)
-    return {"semantic_lora": "dcm_small_world_semantic.safetensors", "detail_lora": "dcm_small_world_detail.safetensors"}
+    return {
+        "semantic_lora": "dcm_small_world_semantic.safetensors",
+        "detail_lora": "dcm_small_world_detail.safetensors",
+    }
 
 
 def test_both_experts_stacked_and_independent(node, look, small_world):
     base = load(node, "dcm_small_world_base.safetensors")
     changes = []
     for how, said in ((STACKED, "stacked"), (INDEPENDENT, "independent")):
-        facts, _ = look(model=attach(node, base, semantic_strength=0.5, detail_strength=-2.0, experts=how, **small_world))
+        facts, _ = look(
+            model=attach(node, base, semantic_strength=0.5, detail_strength=-2.0, experts=how, **small_world)
+        )
         assert facts["experts"].startswith(f"semantic and detail ({said}")
         assert facts["semantic"].endswith("strength 0.5") and facts["detail"].endswith("strength -2")
         assert facts["boundary"] == "0.76" and facts["timesteps"].startswith("[1000.0, ")
@@ -122,7 +139,8 @@ def share(facts, side):
 def test_changes_are_shown_at_their_strength(node, look, small_world):
     base = load(node, "dcm_small_world_base.safetensors")
     full, half, none = (
-        look(model=attach(node, base, semantic_strength=s, detail_strength=s, **small_world))[0] for s in (1.0, 0.5, 0.0)
+        look(model=attach(node, base, semantic_strength=s, detail_strength=s, **small_world))[0]
+        for s in (1.0, 0.5, 0.0)
     )
     for side in ("semantic", "detail"):
         assert share(half, side) == pytest.approx(share(full, side) / 2, rel=0.01)
@@ -246,7 +264,10 @@ def test_broken_files(look, folder, name, data, message):
 
 
 def test_a_file_that_is_not_there(look):
-    with pytest.raises(ValueError, match=r"file is 'gone\.safetensors', which does not exist; expected the name of a file in models/loras"):
+    with pytest.raises(
+        ValueError,
+        match=r"file is 'gone\.safetensors', which does not exist; expected the name of a file in models/loras",
+    ):
         look("loras/gone.safetensors")
     for name in ("expert.safetensors", "", "vae/x.safetensors"):
         with pytest.raises(ValueError, match=r"expected none, or .* such as loras/my_expert\.safetensors"):
@@ -259,7 +280,9 @@ def test_nothing_given(look):
 
 
 def test_a_peft_folder_gives_the_alpha(look, folder, recipe):
-    lora = {f"base_model.model.{k.replace('.lora1', '')}": v for k, v in recipe.release("wan_tiny").items() if ".lora_" in k}
+    lora = {
+        f"base_model.model.{k.replace('.lora1', '')}": v for k, v in recipe.release("wan_tiny").items() if ".lora_" in k
+    }
     peft = folder / "loras" / "looked_at"
     peft.mkdir(exist_ok=True)
     save_file(lora, peft / "adapter_model.safetensors")

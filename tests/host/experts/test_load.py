@@ -53,7 +53,9 @@ def test_a_quantised_base_is_read_right_or_refused(load, sample, wan):
 
     if not reads_notes():
         version = comfyui_version.__version__.replace(".", r"\.")
-        message = rf"model\.safetensors has layers quantised as float8_e4m3fn .*ComfyUI {version} cannot read.*Update ComfyUI"
+        message = (
+            rf"model\.safetensors has layers quantised as float8_e4m3fn .*ComfyUI {version} cannot read.*Update ComfyUI"
+        )
         with pytest.raises(ValueError, match=message):
             load(quantised())
     else:
@@ -63,15 +65,23 @@ def test_a_quantised_base_is_read_right_or_refused(load, sample, wan):
 
 @pytest.mark.parametrize(
     ("note", "name"),
-    [(b'{"format": "int2_magic"}', "int2_magic"), (b"{", "something unknown"), (b"[" * 5000, "something unknown"),
-     (b"[1]", "something unknown"), (b"{}", "something unknown"), (b"\xff\xfe", "something unknown")],
+    [
+        (b'{"format": "int2_magic"}', "int2_magic"),
+        (b"{", "something unknown"),
+        (b"[" * 5000, "something unknown"),
+        (b"[1]", "something unknown"),
+        (b"{}", "something unknown"),
+        (b"\xff\xfe", "something unknown"),
+    ],
 )
 def test_a_format_that_no_host_knows_is_refused(load, note, name):
     with pytest.raises(ValueError, match=rf"quantised as {name} \(comfy_quant\)"):
         load(quantised(note=note))
 
 
-@given(note=st.binary(max_size=200) | st.recursive(st.integers(), st.lists).map(lambda value: json.dumps(value).encode()))
+@given(
+    note=st.binary(max_size=200) | st.recursive(st.integers(), st.lists).map(lambda value: json.dumps(value).encode())
+)
 @settings(deadline=2000, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mangled_notes_give_our_errors_alone(module, tmp_path_factory, note):
     path = tmp_path_factory.getbasetemp() / "note.safetensors"
@@ -86,7 +96,9 @@ def test_mangled_notes_give_our_errors_alone(module, tmp_path_factory, note):
 def test_one_of_several_native_shards_is_named(load, part):
     state = native_wan(layers=1)
     some = {name: value for name, value in state.items() if name.startswith(part)}
-    message = r"diffusion_pytorch_model-00002-of-00006\.safetensors is one of the 6 shards of a model\. Merge all shards"
+    message = (
+        r"diffusion_pytorch_model-00002-of-00006\.safetensors is one of the 6 shards of a model\. Merge all shards"
+    )
     with pytest.raises(ValueError, match=message):
         load(some, "diffusion_pytorch_model-00002-of-00006.safetensors")
     with pytest.raises(ValueError, match="one of the 3 shards"):
@@ -98,7 +110,10 @@ OTHERS = {
     "VAE": ({"encoder.conv1.weight": (8, 3, 3, 3, 3), "decoder.conv1.weight": (8, 4, 3, 3, 3)}, "Load VAE"),
     "text encoder": ({"shared.weight": (32, 8), "encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8)}, "Load CLIP"),
     "text encoder ": ({"text_model.encoder.layers.0.self_attn.q_proj.weight": (8, 8)}, "Load CLIP"),
-    "text encoder  ": ({"model.embed_tokens.weight": (8, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8)}, "Load CLIP"),
+    "text encoder  ": (
+        {"model.embed_tokens.weight": (8, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8)},
+        "Load CLIP",
+    ),
     "CLIP vision model": ({"vision_model.encoder.layers.0.mlp.fc1.weight": (8, 8)}, "Load CLIP Vision"),
 }
 

@@ -28,18 +28,28 @@ STYLES = {
 EXTRAS = ["alpha", "lora_mid.weight", "reshape_weight"]
 WHOLE = ["diff", "diff_b", "set_weight", "w_norm", "b_norm"]
 UNROUTABLE = {
-    "dora_scale": "DoRA", "oft_blocks": "OFT or BOFT", "rescale": "OFT or BOFT",
+    "dora_scale": "DoRA",
+    "oft_blocks": "OFT or BOFT",
+    "rescale": "OFT or BOFT",
     **{f"{side}{index}.weight": "GLoRA" for side in "ab" for index in "12"},
     **{f"hada_{part}": "LoHa" for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{part}": "LoKr" for part in ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b", "t2")},
 }
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES = [torch.float64, torch.float16, torch.bfloat16, *FP8]
-NAMES = {"wan_tiny": ["lora_unet_", "diffusion_model."], "hy_tiny": ["lora_unet_", "diffusion_model.", "diffusion_model.*", "transformer."]}
+NAMES = {
+    "wan_tiny": ["lora_unet_", "diffusion_model."],
+    "hy_tiny": ["lora_unet_", "diffusion_model.", "diffusion_model.*", "transformer."],
+}
 KINDS = [*STYLES, *EXTRAS, *WHOLE]
 CASES = [("wan_tiny", "diffusion_model.", [kind]) for kind in KINDS]
 # many kinds in one file, a further one for each tensor
-CASES += [(name, naming, KINDS[shift:] + KINDS[:shift]) for name, namings in NAMES.items() for naming in namings for shift in (0, 5, 9)]
+CASES += [
+    (name, naming, KINDS[shift:] + KINDS[:shift])
+    for name, namings in NAMES.items()
+    for naming in namings
+    for shift in (0, 5, 9)
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +60,10 @@ def bases(module, releases):
     generator = torch.Generator().manual_seed(5)
     noise, text = torch.randn(1, 16, 2, 4, 4, generator=generator), torch.randn(1, 6, 4096, generator=generator)
     extras = {"pooled_output": torch.randn(1, 768, generator=generator), "guidance": 6.0}
-    made = {name: (attach.detach_experts(load.load_model(file, "float32")[0]), noise, [[text, extras]]) for name, file in releases.items()}
+    made = {
+        name: (attach.detach_experts(load.load_model(file, "float32")[0]), noise, [[text, extras]])
+        for name, file in releases.items()
+    }
     del load.WEIGHT_DTYPES["float32"]
     return made
 
@@ -59,7 +72,10 @@ def host_sources():
     import comfy.lora
     import comfy.weight_adapter
 
-    return [inspect.getsource(comfy.lora.load_lora), *(inspect.getsource(adapter.load) for adapter in comfy.weight_adapter.adapters)]
+    return [
+        inspect.getsource(comfy.lora.load_lora),
+        *(inspect.getsource(adapter.load) for adapter in comfy.weight_adapter.adapters),
+    ]
 
 
 def names_of(model):
@@ -91,10 +107,13 @@ def merge(model, lora):
 
     # a loaded model has patches in its weights
     comfy.model_management.unload_all_models()
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(lora), comfy.lora.model_lora_keys_unet(model.model, {}))
+    patches = comfy.lora.load_lora(
+        comfy.lora_convert.convert_lora(lora), comfy.lora.model_lora_keys_unet(model.model, {})
+    )
     state = model.model.state_dict()
     return {
-        key: comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], state[key].clone(), key) for key, patch in patches.items()
+        key: comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], state[key].clone(), key)
+        for key, patch in patches.items()
     }
 
 
@@ -119,7 +138,9 @@ def compare(module, base, lora, caplog):
     family, shapes = attach.require_family(model), attach.module_shapes(model)
     with caplog.at_level(logging.WARNING):
         expected = host_velocity(model, merge(model, lora), noise, cond)
-    assert not [record for record in caplog.records if "not loaded" in record.message or "ERROR" in record.message], "the host places all"
+    assert not [record for record in caplog.records if "not loaded" in record.message or "ERROR" in record.message], (
+        "the host places all"
+    )
     assert relative(expected, velocity(model, noise, SIGMA, cond)) > 1e-4
     for role in ("detail", "semantic"):
         expert = read(lora, {}, role, family, shapes)
@@ -142,7 +163,9 @@ def make_file(model, naming, kinds, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     state = model.model.state_dict()
     lora, taken = {}, set()
-    for index, (tensor, name) in enumerate((tensor, names[naming]) for tensor, names in names_of(model).items() if naming in names):
+    for index, (tensor, name) in enumerate(
+        (tensor, names[naming]) for tensor, names in names_of(model).items() if naming in names
+    ):
         kind, shape = kinds[index % len(kinds)], tuple(state[tensor].shape)
         random = 0.02 * torch.randn(shape, generator=generator)
         bias = f"{tensor.removesuffix('.weight')}.bias"
@@ -210,11 +233,12 @@ def test_what_the_host_s_training_node_writes(module, bases, caplog):
             lora[f"{stem}.lora_down.weight"] = torch.randn(down.shape, generator=generator) / down.shape[1] ** 0.5
             lora[f"{stem}.alpha"] = torch.tensor(2.0)
         else:
-            lora[f"{key.removesuffix('.weight').removesuffix('.bias')}.{'diff_b' if key.endswith('.bias') else 'diff'}"] = (
-                0.02 * torch.randn(weight.shape, generator=generator)
-            )
+            lora[
+                f"{key.removesuffix('.weight').removesuffix('.bias')}.{'diff_b' if key.endswith('.bias') else 'diff'}"
+            ] = 0.02 * torch.randn(weight.shape, generator=generator)
     assert {key: tuple(lora[key].shape) for key in lora if "patch_embedding.lora" in key} == {
-        "diffusion_model.patch_embedding.lora_up.weight": (256, RANK), "diffusion_model.patch_embedding.lora_down.weight": (RANK, 64),
+        "diffusion_model.patch_embedding.lora_up.weight": (256, RANK),
+        "diffusion_model.patch_embedding.lora_down.weight": (RANK, 64),
     }
     compare(module, bases["wan_tiny"], lora, caplog)
 
@@ -225,7 +249,9 @@ def test_one_tensor_of_a_layer_is_replaced(module, bases, caplog):
     generator = torch.Generator().manual_seed(0)
 
     def near(name):
-        return state[f"diffusion_model.{name}"] + 0.05 * torch.randn(state[f"diffusion_model.{name}"].shape, generator=generator)
+        return state[f"diffusion_model.{name}"] + 0.05 * torch.randn(
+            state[f"diffusion_model.{name}"].shape, generator=generator
+        )
 
     lora = {
         "diffusion_model.blocks.0.self_attn.q.set_weight": near("blocks.0.self_attn.q.weight"),

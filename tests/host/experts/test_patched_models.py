@@ -31,14 +31,18 @@ def with_compiled_blocks(model):
 
 
 @pytest.mark.parametrize("compiled_first", [True, False])
-def test_a_stacked_semantic_expert_is_never_lost_in_compiled_blocks(attach, base, random_expert, sample, compiled_first):
+def test_a_stacked_semantic_expert_is_never_lost_in_compiled_blocks(
+    attach, base, random_expert, sample, compiled_first
+):
     """The host passes over LoRA patches there in silence."""
     semantic = random_expert(base, "semantic", replaced=False)
     if compiled_first:
         model = attach.attach_experts(with_compiled_blocks(base), semantic)
     else:
         model = with_compiled_blocks(attach.attach_experts(base, semantic))
-    with pytest.raises(ValueError, match=rf"{BLOCKS}\.0, {BLOCKS}\.1 .*semantic expert would have no effect.*TorchCompileModel"):
+    with pytest.raises(
+        ValueError, match=rf"{BLOCKS}\.0, {BLOCKS}\.1 .*semantic expert would have no effect.*TorchCompileModel"
+    ):
         sample(model, SIGMAS)
 
 
@@ -87,13 +91,17 @@ def test_experts_work_inside_an_exchanged_attention(attach, base, random_expert,
 def with_easy_cache(model):
     from comfy_extras.nodes_easycache import EasyCacheNode
 
-    return EasyCacheNode.execute(model, reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False).args[0]
+    return EasyCacheNode.execute(model, reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False).args[
+        0
+    ]
 
 
 def with_lazy_cache(model):
     from comfy_extras.nodes_easycache import LazyCacheNode
 
-    return LazyCacheNode.execute(model, reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False).args[0]
+    return LazyCacheNode.execute(model, reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False).args[
+        0
+    ]
 
 
 def with_threshold_of_tea_cache(model):
@@ -108,13 +116,25 @@ def nothing(model):
 
 @pytest.mark.parametrize("experts_first", [True, False])
 @pytest.mark.parametrize("patch", [with_easy_cache, with_lazy_cache, with_threshold_of_tea_cache, nothing])
-def test_a_step_cache_is_told_once_in_the_log_and_on_the_node(attach, base, random_expert, node, caplog, patch, experts_first):
+def test_a_step_cache_is_told_once_in_the_log_and_on_the_node(
+    attach, base, random_expert, node, caplog, patch, experts_first
+):
     detail = random_expert(base)
-    model = patch(attach.attach_experts(base, detail=detail)) if experts_first else attach.attach_experts(patch(base), detail=detail)
+    model = (
+        patch(attach.attach_experts(base, detail=detail))
+        if experts_first
+        else attach.attach_experts(patch(base), detail=detail)
+    )
     positive = [[torch.zeros(1, 6, 4096), {}]]
     settings = {"seed": 0, "schedule": "auto", "steps": 6, "cfg": 1.0, "denoise": 1.0}
     with caplog.at_level("WARNING"):
-        out = node("DCMSampler", model=model, positive=positive, latent_image={"samples": torch.zeros(1, 16, 1, 4, 4)}, **settings)
+        out = node(
+            "DCMSampler",
+            model=model,
+            positive=positive,
+            latent_image={"samples": torch.zeros(1, 16, 1, 4, 4)},
+            **settings,
+        )
     told = [message for message in caplog.messages if "step cache" in message]
     assert len(told) == (patch is not nothing)
     assert ("step cache" in out.ui.as_dict()["text"][0]) == (patch is not nothing)
@@ -161,8 +181,16 @@ def test_calls_between_the_steps_go_by_their_own_noise_level(attach, base, rando
     condition = [[torch.randn(1, 6, 4096, generator=torch.Generator().manual_seed(11)), {}]]
     with torch.inference_mode():
         out = comfy.sample.sample_custom(
-            routed, comfy.sample.prepare_noise(latent, 3), 1.0, comfy.samplers.KSAMPLER(two_stages(called)), torch.tensor(SIGMAS),
-            condition, condition, latent, disable_pbar=True, seed=3,
+            routed,
+            comfy.sample.prepare_noise(latent, 3),
+            1.0,
+            comfy.samplers.KSAMPLER(two_stages(called)),
+            torch.tensor(SIGMAS),
+            condition,
+            condition,
+            latent,
+            disable_pbar=True,
+            seed=3,
         )
     hook.remove()
     assert out.isfinite().all()

@@ -50,7 +50,9 @@ def on_layers(module):
 
 def past(layer):
     """Have the layer's weight used without a call of its forward, as a host's fused kernels do."""
-    layer.__class__ = type("Past", (type(layer),), {"__call__": lambda self, x: nn.functional.linear(x, self.weight, self.bias)})
+    layer.__class__ = type(
+        "Past", (type(layer),), {"__call__": lambda self, x: nn.functional.linear(x, self.weight, self.bias)}
+    )
 
 
 def untouched(model):
@@ -66,7 +68,9 @@ def test_a_layer_that_the_host_passes_by_stops_the_run(attach, base, random_expe
     sample(routed, SIGMAS)
     past(base.model.diffusion_model.blocks[1].cross_attn.o)
     steps = []
-    message = r"ComfyUI 9\.8\.7 did not use 1 of the layers that the detail side's experts change: blocks\.1\.cross_attn\.o\."
+    message = (
+        r"ComfyUI 9\.8\.7 did not use 1 of the layers that the detail side's experts change: blocks\.1\.cross_attn\.o\."
+    )
     with pytest.raises(ValueError, match=message):
         sample(routed, SIGMAS, callback=lambda step, *_: steps.append(step))
     assert steps == [0, 1] and untouched(base)
@@ -94,7 +98,9 @@ def test_a_block_that_does_not_read_its_modulation_stops_the_run(attach, base, o
             finally:
                 self._parameters["modulation"] = routed
 
-    detail = on_layers(base, ["blocks.1.ffn.0"], diff={f"blocks.{n}.modulation": torch.ones(1, 6, 256) for n in range(2)})
+    detail = on_layers(
+        base, ["blocks.1.ffn.0"], diff={f"blocks.{n}.modulation": torch.ones(1, 6, 256) for n in range(2)}
+    )
     routed = attach.attach_experts(base, detail=detail)
     sample(routed, DETAIL_SIGMAS)
     block.__class__ = Past
@@ -107,7 +113,11 @@ def test_only_the_first_call_of_a_side_in_a_run_is_watched(attach, route, base, 
     routed = attach.attach_experts(base, random_expert(base, "semantic", 1), random_expert(base), stacked=False)
     seen = []
     check = route.check_answers
-    monkeypatch.setattr(route, "check_answers", lambda patcher, facts, side, *rest: (seen.append(side), check(patcher, facts, side, *rest)))
+    monkeypatch.setattr(
+        route,
+        "check_answers",
+        lambda patcher, facts, side, *rest: (seen.append(side), check(patcher, facts, side, *rest)),
+    )
     for _ in range(2):
         sample(routed, SIGMAS, cfg=3.0)
     assert seen == ["semantic", "detail"] * 2
@@ -124,7 +134,10 @@ def test_a_block_that_a_node_skips_is_said_in_the_log(attach, base, random_exper
     with caplog.at_level("INFO"):
         sample(routed, SIGMAS)
     (line,) = [message for message in caplog.messages if "did not use" in message]
-    assert "blocks.1.cross_attn.o, blocks.1.cross_attn.q, blocks.1.cross_attn.v and 3 more" in line and "detail side" in line
+    assert (
+        "blocks.1.cross_attn.o, blocks.1.cross_attn.q, blocks.1.cross_attn.v and 3 more" in line
+        and "detail side" in line
+    )
 
 
 def test_a_model_of_which_no_block_runs_stops_the_run(attach, base, random_expert, sample):
@@ -137,7 +150,9 @@ def test_a_call_that_a_step_cache_answers_is_no_error(attach, base, random_exper
     from comfy_extras.nodes_easycache import EasyCacheNode
 
     routed = attach.attach_experts(base, detail=random_expert(base))
-    cached = EasyCacheNode.execute(routed, reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False).args[0]
+    cached = EasyCacheNode.execute(routed, reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False).args[
+        0
+    ]
     calls = []
     whole = sample(routed, SIGMAS)
     out = sample(cached, SIGMAS, callback=lambda step, *_: calls.append(step))
@@ -219,7 +234,10 @@ def test_an_int8_base_whose_feed_forward_reads_its_weight_itself(attach, int8, o
     plain = sample(int8, SIGMAS)
     routed = sample(attach.attach_experts(int8, detail=detail), SIGMAS)
     # the same pairs by the layers' own outputs, the feed-forward run layer by layer
-    calls = [block.ffn[2].register_forward_hook(added(detail.low_rank[f"blocks.{n}.ffn.2"][0])) for n, block in enumerate(blocks)]
+    calls = [
+        block.ffn[2].register_forward_hook(added(detail.low_rank[f"blocks.{n}.ffn.2"][0]))
+        for n, block in enumerate(blocks)
+    ]
     own, feed_forward.forward = feed_forward.forward, nn.Sequential.forward
     try:
         reference = sample(int8, DETAIL_SIGMAS, latent=None)
@@ -241,9 +259,14 @@ def added(update):
 def test_samplings_of_one_base_at_the_same_time_leave_nothing(attach, base, random_expert, threads):
     import comfy.model_management as management
 
-    models = [attach.attach_experts(base, random_expert(base, "semantic", 9), random_expert(base), stacked=False) for _ in range(threads)]
+    models = [
+        attach.attach_experts(base, random_expert(base, "semantic", 9), random_expert(base), stacked=False)
+        for _ in range(threads)
+    ]
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    management.load_models_gpu([*models[:1], *(expert for model in models for expert in model.get_nested_additional_models())])
+    management.load_models_gpu(
+        [*models[:1], *(expert for model in models for expert in model.get_nested_additional_models())]
+    )
     models[0].pre_run()
     x, context = torch.randn(1, 16, 1, 4, 4), torch.randn(1, 3, 4096)
     barrier, results, errors = threading.Barrier(threads), {}, []
@@ -309,7 +332,9 @@ def test_two_bases_do_not_wait_for_each_other(attach, route, wan, random_expert)
 
 
 def test_an_expert_with_another_strength_is_watched_too(attach, base, random_expert, sample):
-    routed = attach.attach_experts(base, detail=dataclasses.replace(random_expert(base), boundary=0.99), detail_strength=0.5)
+    routed = attach.attach_experts(
+        base, detail=dataclasses.replace(random_expert(base), boundary=0.99), detail_strength=0.5
+    )
     past(base.model.diffusion_model.head.head)
     with pytest.raises(ValueError, match=r"experts change: head\.head\."):
         sample(routed, SIGMAS)

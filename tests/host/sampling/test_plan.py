@@ -46,7 +46,9 @@ def test_expert_files_bring_their_own_schedule_and_boundary(server):
     plan = ask(server, **SMALL)
     said = TensorFile(ROOT / "small_world" / "models" / "loras" / SMALL["detail"]).metadata
     assert plan["boundary"] == float(said["dcm.boundary"])
-    assert [step["sigma"] for step in plan["steps"]] == pytest.approx([t / 1000 for t in json.loads(said["dcm.timesteps"])])
+    assert [step["sigma"] for step in plan["steps"]] == pytest.approx(
+        [t / 1000 for t in json.loads(said["dcm.timesteps"])]
+    )
 
 
 def test_widgets_go_before_files(server):
@@ -86,6 +88,7 @@ def test_two_full_models_are_spaced_evenly(server):
 
 def test_no_expert_is_shown_that_is_absent_or_at_strength_0(server):
     """Where nothing changes there is no boundary."""
+
     def seen(**changes):
         plan = ask(server, model=SMALL["model"], **changes)
         assert (plan["boundary"] is None) == (len(set(sides(plan))) == 1)
@@ -115,7 +118,9 @@ def test_a_plain_base_is_warned_of(server):
 def in_diffusers_names(native):
     """A base as diffusers keeps it."""
     templates = [pair for rule in WAN.DIFFUSERS_TO_NATIVE for pair in rule.key_pairs()]
-    names = {target.replace("{n}", str(n)): source.replace("{n}", str(n)) for source, target in templates for n in range(40)}
+    names = {
+        target.replace("{n}", str(n)): source.replace("{n}", str(n)) for source, target in templates for n in range(40)
+    }
     return {names[key]: value for key, value in native.items()}
 
 
@@ -163,11 +168,16 @@ def small_world(module):
 @pytest.mark.parametrize("strengths", [None, (1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)])
 def test_what_is_foreseen_is_what_runs_and_what_is_drawn(strengths, second, schedule, module, node, small_world):
     """The plan before a run, the announced one, the text on the sampler and the plot come from one setup."""
-    plan, sampling, schedules, setup = (module(f"nodes.host.sampling.{name}") for name in ("plan", "run", "schedules", "setup"))
+    plan, sampling, schedules, setup = (
+        module(f"nodes.host.sampling.{name}") for name in ("plan", "run", "schedules", "setup")
+    )
     model = small_world()
     asked = {"model": SMALL["model"], "two_models": second == "other"}
     if strengths:
-        read, attach = module("nodes.host.experts.expert_files").load_expert, module("nodes.host.experts.attach").attach_experts
+        read, attach = (
+            module("nodes.host.experts.expert_files").load_expert,
+            module("nodes.host.experts.attach").attach_experts,
+        )
         experts = [read(SMALL[side], side, model) for side in ("semantic", "detail")]
         model = attach(model, *experts, semantic_strength=strengths[0], detail_strength=strengths[1])
         asked |= SMALL | dict(zip(("semantic_strength", "detail_strength"), strengths, strict=True))
@@ -177,7 +187,9 @@ def test_what_is_foreseen_is_what_runs_and_what_is_drawn(strengths, second, sche
     runs = setup.plan_run(prepared, sigmas, boundary)
     foreseen = plan.foresee({**SETTINGS, "schedule": schedule, "shift": 9.0, "denoise": 0.7, **asked})
     assert foreseen == plan.as_message(sigmas, runs, notes)
-    drawn = node("DCMSchedulePlot", sigmas=sigmas, boundary=0.0, width=320, height=200, model=model, detail_model=detail).result[0]
+    drawn = node(
+        "DCMSchedulePlot", sigmas=sigmas, boundary=0.0, width=320, height=200, model=model, detail_model=detail
+    ).result[0]
     expected = module("dcm_core.inspection.plot").plot_schedule(sigmas, runs.boundary, 320, 200, runs.owners)
     assert torch.equal(drawn, sampling.as_image(expected))
     words = setup.describe_run(prepared, runs)

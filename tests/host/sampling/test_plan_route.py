@@ -76,14 +76,44 @@ def test_what_is_no_question_is_refused(server, body, status, reason):
 def test_a_thousand_hostile_bodies_end_nothing(server):
     random = Random(0)
     values = [
-        None, True, False, 0, -1, 1, 6, 10**4, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "auto", "generic", "\ud800", "\0",
-        "a" * 300, "../" * 9 + "etc/passwd.safetensors", "CON.safetensors", "\x1b[31m", "<img src=x>", [], ["auto"], [[[]]], {}, {"a": {}},
-        *SMALL.values(), RELEASE,
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        6,
+        10**4,
+        10**30,
+        0.5,
+        -0.0,
+        1e308,
+        float("nan"),
+        float("inf"),
+        "",
+        "auto",
+        "generic",
+        "\ud800",
+        "\0",
+        "a" * 300,
+        "../" * 9 + "etc/passwd.safetensors",
+        "CON.safetensors",
+        "\x1b[31m",
+        "<img src=x>",
+        [],
+        ["auto"],
+        [[[]]],
+        {},
+        {"a": {}},
+        *SMALL.values(),
+        RELEASE,
     ]
     good = json.dumps({**SETTINGS, **SMALL})
     bodies = []
     for _ in range(500):
-        names = random.sample([*SETTINGS, *SMALL, "attached_boundary", "stacked", "sampler_name", "other"], random.randint(1, 4))
+        names = random.sample(
+            [*SETTINGS, *SMALL, "attached_boundary", "stacked", "sampler_name", "other"], random.randint(1, 4)
+        )
         changed = {name: random.choice(values) for name in names}
         bodies.append(json.dumps({**SETTINGS, **SMALL, **changed}).encode())
     for _ in range(400):
@@ -115,8 +145,14 @@ def test_files_are_read_beside_the_thread_that_answers(module, monkeypatch):
 
 
 VALUES = strategies.recursive(
-    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(max_size=20),
-    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(max_size=5), inner, max_size=3),
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers()
+    | strategies.floats()
+    | strategies.text(max_size=20),
+    lambda inner: (
+        strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 

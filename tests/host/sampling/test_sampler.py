@@ -53,8 +53,17 @@ def core_sample(model, sigmas, seed, samples, negative=COND, cfg=1.0, sampler="e
     noise = comfy.sample.prepare_noise(samples, seed)
     with torch.inference_mode():
         return comfy.sample.sample_custom(
-            model, noise, cfg, comfy.samplers.sampler_object(sampler), sigmas, COND, negative, samples, noise_mask=mask,
-            disable_pbar=True, seed=seed,
+            model,
+            noise,
+            cfg,
+            comfy.samplers.sampler_object(sampler),
+            sigmas,
+            COND,
+            negative,
+            samples,
+            noise_mask=mask,
+            disable_pbar=True,
+            seed=seed,
         )
 
 
@@ -72,7 +81,9 @@ def test_same_as_ksampler_on_its_own_sigmas(run, base):
     samples = latent()["samples"]
     noise = comfy.sample.prepare_noise(samples, 7)
     with torch.inference_mode():
-        expected = comfy.sample.sample(base, noise, 4, 1.0, "euler", "simple", COND, COND, samples, seed=7, disable_pbar=True)
+        expected = comfy.sample.sample(
+            base, noise, 4, 1.0, "euler", "simple", COND, COND, samples, seed=7, disable_pbar=True
+        )
     sigmas = comfy.samplers.calculate_sigmas(base.get_model_object("model_sampling"), "simple", 4)
     assert torch.equal(run(base, sigmas=sigmas, seed=7, negative=COND).result[0]["samples"], expected)
 
@@ -91,15 +102,22 @@ def test_plan(run, routed, settings, expected):
     assert text(run(routed, **settings)) == expected
 
 
-@pytest.mark.parametrize(("strengths", "stacked", "expected"), [
-    ((1.0, 0.0), True, "step 1-6 semantic"),
-    ((1.0, 0.0), False, "step 1-3 semantic, 4-6 base, boundary 0.979"),
-    ((0.0, 1.0), True, "step 1-3 base, 4-6 detail, boundary 0.979"),
-    ((0.0, 0.0), True, "6 steps, experts at strength 0"),
-    ((1.0, None), True, "step 1-6 semantic"),
-])
+@pytest.mark.parametrize(
+    ("strengths", "stacked", "expected"),
+    [
+        ((1.0, 0.0), True, "step 1-6 semantic"),
+        ((1.0, 0.0), False, "step 1-3 semantic, 4-6 base, boundary 0.979"),
+        ((0.0, 1.0), True, "step 1-3 base, 4-6 detail, boundary 0.979"),
+        ((0.0, 0.0), True, "6 steps, experts at strength 0"),
+        ((1.0, None), True, "step 1-6 semantic"),
+    ],
+)
 def test_no_expert_is_named_that_does_not_work(run, module, base, random_expert, strengths, stacked, expected):
-    experts = {side: random_expert(base, side, seed) for seed, side in enumerate(("semantic", "detail")) if strengths[seed] is not None}
+    experts = {
+        side: random_expert(base, side, seed)
+        for seed, side in enumerate(("semantic", "detail"))
+        if strengths[seed] is not None
+    }
     settings = {f"{side}_strength": strengths[side == "detail"] for side in experts}
     model = module("nodes.host.experts.attach").attach_experts(base, **experts, **settings, stacked=stacked)
     plan, *notes = lines(run(model))
@@ -132,7 +150,9 @@ def ksampler(model, name, scheduler, steps, shift, denoise=1.0, positive=COND, s
     shifted = ModelSamplingSD3().patch(model, shift)[0]
     given = {"samples": latent()["samples"] if samples is None else samples}
     with torch.inference_mode():
-        return common_ksampler(shifted, 3, steps, 2.0, name, scheduler, positive, COND, given, denoise=denoise)[0]["samples"]
+        return common_ksampler(shifted, 3, steps, 2.0, name, scheduler, positive, COND, given, denoise=denoise)[0][
+            "samples"
+        ]
 
 
 @pytest.mark.parametrize("name", ["euler", "uni_pc", "dpm_2", "er_sde", "dpmpp_2m_sde"])
@@ -145,15 +165,27 @@ def test_a_sampler_and_a_scheduler_by_name_are_ksampler_s(run, base, name, sched
 
 
 def test_a_prompt_for_a_part_of_the_run_ends_where_it_does_in_ksampler(run, base):
-    parts = [[COND[0][0], {"start_percent": 0.0, "end_percent": 0.4}], [2 * COND[0][0], {"start_percent": 0.4, "end_percent": 1.0}]]
+    parts = [
+        [COND[0][0], {"start_percent": 0.0, "end_percent": 0.4}],
+        [2 * COND[0][0], {"start_percent": 0.4, "end_percent": 1.0}],
+    ]
     settings = {"schedule": "simple", "steps": 5, "shift": 3.0, "cfg": 2.0, "negative": COND, "positive": parts}
-    assert torch.equal(run(base, **settings).result[0]["samples"], ksampler(base, "euler", "simple", 5, 3.0, positive=parts))
+    assert torch.equal(
+        run(base, **settings).result[0]["samples"], ksampler(base, "euler", "simple", 5, 3.0, positive=parts)
+    )
 
 
 @pytest.mark.parametrize("schedule", ["even", "simple"])
 def test_denoise_is_ksampler_s(run, base, schedule):
     given = torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(8))
-    settings = {"latent_image": {"samples": given}, "steps": 4, "shift": 3.0, "cfg": 2.0, "negative": COND, "denoise": 0.5}
+    settings = {
+        "latent_image": {"samples": given},
+        "steps": 4,
+        "shift": 3.0,
+        "cfg": 2.0,
+        "negative": COND,
+        "denoise": 0.5,
+    }
     ours = run(base, schedule=schedule, **settings).result[0]["samples"]
     assert relative(ours, ksampler(base, "euler", "simple", 4, 3.0, 0.5, samples=given)) < 1e-5
 
@@ -163,7 +195,10 @@ def test_both_models_are_shifted(run, base, wan):
     import comfy.samplers
     from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 
-    parts = [[COND[0][0], {"start_percent": 0.0, "end_percent": 0.6}], [2 * COND[0][0], {"start_percent": 0.6, "end_percent": 1.0}]]
+    parts = [
+        [COND[0][0], {"start_percent": 0.0, "end_percent": 0.6}],
+        [2 * COND[0][0], {"start_percent": 0.6, "end_percent": 1.0}],
+    ]
     low = wan(seed=2)
     ours = run(base, detail_model=low, positive=parts, schedule="simple", steps=4, shift=3.0)
     assert text(ours) == "step 1-2 semantic, 3-4 detail, boundary 0.875"
@@ -203,7 +238,12 @@ def test_guider_and_scheduler_equal_the_sampler(node, run, routed):
     samples = latent()["samples"]
     with torch.inference_mode():
         out = guider.sample(
-            comfy.sample.prepare_noise(samples, 3), samples, comfy.samplers.sampler_object("euler"), sigmas, seed=3, disable_pbar=True
+            comfy.sample.prepare_noise(samples, 3),
+            samples,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            seed=3,
+            disable_pbar=True,
         )
     assert torch.equal(out.cpu(), run(routed).result[0]["samples"])
 
@@ -222,7 +262,12 @@ def test_split_run_is_the_whole_run(node, routed, run):
     samples = latent()["samples"]
     with torch.inference_mode():
         middle = guider.sample(
-            comfy.sample.prepare_noise(samples, 3), samples, comfy.samplers.sampler_object("euler"), high, seed=3, disable_pbar=True
+            comfy.sample.prepare_noise(samples, 3),
+            samples,
+            comfy.samplers.sampler_object("euler"),
+            high,
+            seed=3,
+            disable_pbar=True,
         )
         out = guider.sample(
             torch.zeros_like(samples), middle, comfy.samplers.sampler_object("euler"), low, seed=3, disable_pbar=True
@@ -255,9 +300,13 @@ def test_one_progress_bar_runs_across_the_switch(run, base, wan, monkeypatch, ev
     import comfy.utils
 
     seen, bars = [], []
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: seen.append((value, total)))
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: seen.append((value, total))
+    )
     original = comfy.utils.ProgressBar.__init__
-    monkeypatch.setattr(comfy.utils.ProgressBar, "__init__", lambda self, *a, **k: (bars.append(a), original(self, *a, **k))[1])
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar, "__init__", lambda self, *a, **k: (bars.append(a), original(self, *a, **k))[1]
+    )
     run(base, detail_model=wan(seed=2), schedule="generic")
     assert seen == [(step, 6) for step in range(1, 7)]
     assert len(bars) == 1
@@ -316,7 +365,9 @@ def test_one_model_connected_twice_is_one(run, base):
 def test_the_same_weights_twice_are_not_wan_2_2(run, base):
     """With a LoRA on one side there are two sides, at the boundary of Wan 2.1."""
     other = base.clone()
-    other.add_patches({"diffusion_model.head.head.weight": ("diff", (torch.ones(64, base.model.diffusion_model.dim) / 9,))})
+    other.add_patches(
+        {"diffusion_model.head.head.weight": ("diff", (torch.ones(64, base.model.diffusion_model.dim) / 9,))}
+    )
     out = run(base, detail_model=other)
     assert text(out) == "step 1-3 semantic, 4-6 detail, boundary 0.979"
     assert not torch.equal(out.result[0]["samples"], run(base).result[0]["samples"])
@@ -336,7 +387,10 @@ def test_a_clone_with_a_copy_of_the_weights_is_the_same_model(module, base, wan)
     [
         ({"cfg": 3.0}, "cfg is 3, but no negative is connected"),
         ({"detail_cfg": 3.0}, "detail_cfg 3, but no negative is connected"),
-        ({"positive": [[torch.zeros(1, 5, 768), {}]]}, "width 768 .* takes 4096. Load the text encoder with type `wan`"),
+        (
+            {"positive": [[torch.zeros(1, 5, 768), {}]]},
+            "width 768 .* takes 4096. Load the text encoder with type `wan`",
+        ),
         ({"latent_image": {"samples": torch.ones(1, 4, 2, 4, 6)}}, "the model takes 5 dimensions with 16 channels"),
         ({"latent_image": {"samples": torch.ones(1, 16, 8)}}, "the model takes 5 dimensions"),
         ({"sigmas": torch.tensor([0.5, 0.9, 0.0])}, "have to fall from step to step"),

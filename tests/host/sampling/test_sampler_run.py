@@ -25,7 +25,9 @@ def routed(module, base, random_expert):
 
 @pytest.fixture(scope="module")
 def run(node):
-    return lambda model, **settings: node("DCMSampler", **{"model": model, "latent_image": latent(), **DEFAULTS, **settings})
+    return lambda model, **settings: node(
+        "DCMSampler", **{"model": model, "latent_image": latent(), **DEFAULTS, **settings}
+    )
 
 
 def latent(batch=1, **extra):
@@ -41,7 +43,9 @@ def calls(base, low):
     """(which model, rows in the batch) of every call of a transformer."""
     seen = []
     hooks = [
-        model.model.diffusion_model.register_forward_pre_hook(lambda module, args, name=name: seen.append((name, len(args[0]))))
+        model.model.diffusion_model.register_forward_pre_hook(
+            lambda module, args, name=name: seen.append((name, len(args[0])))
+        )
         for name, model in (("high", base), ("low", low))
     ]
     yield seen
@@ -85,15 +89,19 @@ def test_image_to_image_is_the_hosts(run, base):
 
     generator = torch.Generator().manual_seed(8)
     given = {
-        "samples": torch.randn(2, 16, 2, 4, 6, generator=generator), "noise_mask": torch.rand(1, 1, 4, 6, generator=generator),
-        "batch_index": [3, 7], "note": "kept",
+        "samples": torch.randn(2, 16, 2, 4, 6, generator=generator),
+        "noise_mask": torch.rand(1, 1, 4, 6, generator=generator),
+        "batch_index": [3, 7],
+        "note": "kept",
     }
     sigmas = torch.tensor([0.949, 0.905, 0.81, 0.0])
     with torch.inference_mode():
         theirs = SamplerCustom.execute(
             base, True, 3, 2.5, COND, OTHER, comfy.samplers.sampler_object("heun"), sigmas, given
         ).result
-    ours = run(base, latent_image=given, denoise=0.5, negative=OTHER, cfg=2.5, sampler=comfy.samplers.sampler_object("heun")).result
+    ours = run(
+        base, latent_image=given, denoise=0.5, negative=OTHER, cfg=2.5, sampler=comfy.samplers.sampler_object("heun")
+    ).result
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         assert torch.equal(a["samples"], b["samples"])
@@ -168,8 +176,12 @@ def test_empty_latents_are_widened_as_each_host_wants_it(module, run, routed, mo
 def test_models_given_are_never_changed(run, base, low, routed):
     def facts(model):
         return {
-            "wrappers": {kind: {key: list(found) for key, found in keyed.items()} for kind, keyed in model.wrappers.items()},
-            "attachments": dict(model.attachments), "additional": dict(model.additional_models), "patches": dict(model.patches),
+            "wrappers": {
+                kind: {key: list(found) for key, found in keyed.items()} for kind, keyed in model.wrappers.items()
+            },
+            "attachments": dict(model.attachments),
+            "additional": dict(model.additional_models),
+            "patches": dict(model.patches),
             "options": repr(model.model_options),
         }
 

@@ -47,7 +47,9 @@ def scheduler(node):
 @pytest.fixture(scope="module")
 def said(node):
     """What the node shows."""
-    return lambda model, **settings: node("DCMScheduler", model=model, **{**SETTINGS, **settings}).ui.as_dict()["text"][0].splitlines()
+    return lambda model, **settings: (
+        node("DCMScheduler", model=model, **{**SETTINGS, **settings}).ui.as_dict()["text"][0].splitlines()
+    )
 
 
 @pytest.mark.parametrize("family", [WAN, HUNYUAN_VIDEO], ids=lambda family: family.name)
@@ -67,7 +69,9 @@ def test_two_full_models_are_spaced_evenly(scheduler, module, wan, base, routed,
     low = wan(seed=3, layers=1, width=128)
     pair, _ = module("nodes.host.sampling.run").prepare_model(base, detail_model=low)
     for models in ({"model": pair}, {"model": base, "detail_model": low}):
-        assert torch.equal(scheduler(**models, preset=preset, steps=4, shift=5.0), torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0]))
+        assert torch.equal(
+            scheduler(**models, preset=preset, steps=4, shift=5.0), torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0])
+        )
 
 
 def test_two_full_models_with_dcm_experts_keep_theirs(scheduler, wan, routed):
@@ -135,7 +139,9 @@ def test_even_is_ksampler_s_simple(scheduler, base, steps, shift, denoise):
 @pytest.mark.parametrize("denoise", [0.5, 0.2, 0.1])
 def test_even_and_denoise_are_ksampler_s_where_a_thousand_levels_hold_them(scheduler, base, denoise):
     expected = ksampler_sigmas(with_shift(base, 5.0), "simple", 4, denoise)
-    torch.testing.assert_close(scheduler(base, preset="even", steps=4, shift=5.0, denoise=denoise), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        scheduler(base, preset="even", steps=4, shift=5.0, denoise=denoise), expected, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("denoise", [1.0, 0.6])
@@ -163,11 +169,17 @@ def test_a_model_without_flow_shift_keeps_its_own_levels(scheduler, said, base):
 def test_the_node_shows_the_levels_and_what_is_not_used(said, routed, base, wan):
     assert said(routed, shift=0.0) == ["timesteps 900, 600, 300, 0", "auto: steps and shift are not used"]
     assert said(None, preset="Wan 2.2 4 steps (lightx2v)") == [
-        "timesteps 1000, 937.5, 833.3, 625, 0", "Wan 2.2 4 steps (lightx2v): steps and shift are not used",
+        "timesteps 1000, 937.5, 833.3, 625, 0",
+        "Wan 2.2 4 steps (lightx2v): steps and shift are not used",
     ]
-    assert said(None, preset="Wan 2.2 8 steps (lightx2v)")[0] == "timesteps 1000, 972.2, 937.5, 892.9, 833.3, 750, 625, 416.7, 0"
+    assert (
+        said(None, preset="Wan 2.2 8 steps (lightx2v)")[0]
+        == "timesteps 1000, 972.2, 937.5, 892.9, 833.3, 750, 625, 416.7, 0"
+    )
     assert said(base, preset="even", steps=4, shift=5.0) == ["timesteps 1000, 937.5, 833.3, 625, 0"]
-    assert said(base, detail_model=wan(seed=3, layers=1, width=128), steps=4, shift=5.0) == ["timesteps 1000, 937.5, 833.3, 625, 0"]
+    assert said(base, detail_model=wan(seed=3, layers=1, width=128), steps=4, shift=5.0) == [
+        "timesteps 1000, 937.5, 833.3, 625, 0"
+    ]
     _, warning, _ = said(base)
     assert re.match(r"Warning: no expert is active, and a plain model needs more than 6 steps", warning)
 
@@ -186,28 +198,41 @@ def test_a_schedule_routes_the_same_in_the_host_s_own_sampler(node, base, routed
             Noise_RandomNoise(9), guider, comfy.samplers.sampler_object("euler"), scheduler(routed), latent
         ).result
     ours = node(
-        "DCMSampler", model=routed, positive=cond, latent_image=latent, seed=9, schedule="auto", steps=6, cfg=1.0, denoise=1.0
+        "DCMSampler",
+        model=routed,
+        positive=cond,
+        latent_image=latent,
+        seed=9,
+        schedule="auto",
+        steps=6,
+        cfg=1.0,
+        denoise=1.0,
     ).result
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a["samples"], b["samples"])
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"preset": "DCM grid", "steps": 51}, "takes 1 .. 50 steps"),
-    ({"preset": "generic", "shift": 0.0}, "shift is 0"),
-    ({"preset": "even", "steps": 1001}, "steps is 1001; it has to lie in 1 .. 1000"),
-    ({"denoise": 0.0}, "denoise is 0"),
-    ({"preset": "even", "denoise": 0.0}, "denoise is 0"),
-    ({"preset": "Karras"}, "preset is 'Karras'; choose one of auto, "),
-    ({"preset": {}}, "preset is .*; choose one of auto, "),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "DCM grid", "steps": 51}, "takes 1 .. 50 steps"),
+        ({"preset": "generic", "shift": 0.0}, "shift is 0"),
+        ({"preset": "even", "steps": 1001}, "steps is 1001; it has to lie in 1 .. 1000"),
+        ({"denoise": 0.0}, "denoise is 0"),
+        ({"preset": "even", "denoise": 0.0}, "denoise is 0"),
+        ({"preset": "Karras"}, "preset is 'Karras'; choose one of auto, "),
+        ({"preset": {}}, "preset is .*; choose one of auto, "),
+    ],
+)
 def test_scheduler_refuses(scheduler, base, settings, message):
     with pytest.raises(ValueError, match=message):
         scheduler(base, **settings)
 
 
 def test_the_host_s_schedulers_need_a_model(scheduler):
-    with pytest.raises(ValueError, match=r"simple is one of ComfyUI's own schedulers, which need a model\. Connect model"):
+    with pytest.raises(
+        ValueError, match=r"simple is one of ComfyUI's own schedulers, which need a model\. Connect model"
+    ):
         scheduler(None, preset="simple")
 
 
@@ -228,7 +253,10 @@ def test_a_lora_of_any_kind_does_not_move_two_models_boundary(sampling, module, 
     assert attach.attached_experts(half).boundary == 0.979
     pair, boundary = sampling.prepare_model(half, detail_model=wan(layers=1, width=128))
     assert boundary == attach.attached_experts(pair).boundary == 0.875
-    for own in (attach.attach_experts(base, lora, boundary=0.979), attach.attach_experts(base, dataclasses.replace(lora, boundary=0.979))):
+    for own in (
+        attach.attach_experts(base, lora, boundary=0.979),
+        attach.attach_experts(base, dataclasses.replace(lora, boundary=0.979)),
+    ):
         assert sampling.prepare_model(own, detail_model=wan(layers=1, width=128))[1] == 0.979
     assert sampling.prepare_model(half)[1] == 0.979
 

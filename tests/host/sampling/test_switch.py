@@ -33,7 +33,12 @@ def pair(switch, high, low, **kwargs):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_equals_reference(switch, high, low, sample, sampler):
-    assert relative(sample(pair(switch, high, low), SIGMAS, sampler), sample(by_sigma(high, low, BOUNDARY), SIGMAS, sampler)) < 1e-6
+    assert (
+        relative(
+            sample(pair(switch, high, low), SIGMAS, sampler), sample(by_sigma(high, low, BOUNDARY), SIGMAS, sampler)
+        )
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -54,7 +59,9 @@ def test_second_model_is_loaded_at_the_switch_by_the_host(switch, high, low, sam
     load = management.load_models_gpu
 
     def record(models, *args, **kwargs):
-        events.append(["high" if m.model is high.model else "low" for m in models if m.model in (high.model, low.model)])
+        events.append(
+            ["high" if m.model is high.model else "low" for m in models if m.model in (high.model, low.model)]
+        )
         return load(models, *args, **kwargs)
 
     monkeypatch.setattr(management, "load_models_gpu", record)
@@ -65,9 +72,16 @@ def test_second_model_is_loaded_at_the_switch_by_the_host(switch, high, low, sam
 def test_cfg_of_each_side(switch, high, low, sample):
     both = sample(pair(switch, high, low, detail_cfg=1.0), SIGMAS, cfg=4.0)
     states = {}
-    sample(pair(switch, high, low), SIGMAS, cfg=4.0, callback=lambda i, denoised, x, total: states.setdefault(i, x.clone()))
+    sample(
+        pair(switch, high, low), SIGMAS, cfg=4.0, callback=lambda i, denoised, x, total: states.setdefault(i, x.clone())
+    )
     first = {}
-    sample(pair(switch, high, low, detail_cfg=1.0), SIGMAS, cfg=4.0, callback=lambda i, d, x, t: first.setdefault(i, x.clone()))
+    sample(
+        pair(switch, high, low, detail_cfg=1.0),
+        SIGMAS,
+        cfg=4.0,
+        callback=lambda i, d, x, t: first.setdefault(i, x.clone()),
+    )
     assert all(torch.equal(first[i], states[i]) for i in range(4)), "the high side has its own cfg"
     x = states[3] * 1.0
     with torch.inference_mode():
@@ -120,7 +134,10 @@ def test_exceptions_leave_everything_as_it_was(switch, high, low, sample, step):
 def test_experts_on_both_models(switch, module, high, low, wan, random_expert, sample):
     attach = module("nodes.host.experts.attach")
     first, second = random_expert(high, seed=1), random_expert(low, seed=2)
-    a, b = attach.attach_experts(high, detail=first, boundary=0.95), attach.attach_experts(low, detail=second, boundary=0.5)
+    a, b = (
+        attach.attach_experts(high, detail=first, boundary=0.95),
+        attach.attach_experts(low, detail=second, boundary=0.5),
+    )
     out = sample(pair(switch, a, b), SIGMAS)
     assert relative(out, sample(pair(switch, high, low), SIGMAS)) > 1e-3
     head = sample(pair(switch, a, b), SIGMAS[:3])
@@ -141,8 +158,15 @@ def test_sampler_that_raises_sigma_goes_back(switch, high, low, sample):
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds({"positive": [[torch.ones(1, 4, 4096), {}]]})
         with torch.inference_mode():
-            outs.append(guider.sample(torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
-                                      torch.zeros(1, 16, 1, 4, 4), name, torch.tensor(SIGMAS), seed=0))
+            outs.append(
+                guider.sample(
+                    torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
+                    torch.zeros(1, 16, 1, 4, 4),
+                    name,
+                    torch.tensor(SIGMAS),
+                    seed=0,
+                )
+            )
     assert relative(*outs) < 1e-6
 
 
@@ -189,7 +213,9 @@ def test_hooks_on_models_whose_weights_are_streamed(switch, high, low):
     hooks = comfy.hooks.HookGroup()
     hooks.add(hook)
     control = SimpleNamespace(get_extra_hooks=lambda: [hooks])
-    assert switch.has_hooks({"positive": [{}], "negative": [{"control": control}]}) and not switch.has_hooks({"positive": [{}]})
+    assert switch.has_hooks({"positive": [{}], "negative": [{"control": control}]}) and not switch.has_hooks(
+        {"positive": [{}]}
+    )
     streaming = low.clone()
     streaming.__class__ = Streaming
 
@@ -199,7 +225,9 @@ def test_hooks_on_models_whose_weights_are_streamed(switch, high, low):
         guider.inner_set_conds({"positive": conditioning})
         noise = torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
-            return guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), torch.tensor(SIGMAS), seed=0)
+            return guider.sample(
+                noise, torch.zeros_like(noise), comfy.samplers.sampler_object("euler"), torch.tensor(SIGMAS), seed=0
+            )
 
     hooked, plain = [[torch.ones(1, 4, 4096), {"hooks": hooks}]], [[torch.ones(1, 4, 4096), {}]]
     found = out(streaming, hooked)

@@ -72,20 +72,34 @@ def record_loads(monkeypatch, high, low):
 def state(patcher):
     """What the host keeps of a MODEL besides its weights."""
     return {
-        "wrappers": copy.copy(patcher.wrappers), "callbacks": copy.copy(patcher.callbacks),
-        "options": sorted(patcher.model_options), "hooks": dict(patcher.hook_patches),
-        "backup": patcher.hook_patches_backup, "mode": patcher.hook_mode, "patches": dict(patcher.patches),
-        "attachments": dict(patcher.attachments), "current": patcher.model.current_patcher,
+        "wrappers": copy.copy(patcher.wrappers),
+        "callbacks": copy.copy(patcher.callbacks),
+        "options": sorted(patcher.model_options),
+        "hooks": dict(patcher.hook_patches),
+        "backup": patcher.hook_patches_backup,
+        "mode": patcher.hook_mode,
+        "patches": dict(patcher.patches),
+        "attachments": dict(patcher.attachments),
+        "current": patcher.model.current_patcher,
     }
 
 
-@pytest.mark.parametrize("sampler", ["euler_cfg_pp", "dpmpp_2s_ancestral", "dpmpp_2m_sde", "deis", "lcm", "er_sde", "heunpp2"])
+@pytest.mark.parametrize(
+    "sampler", ["euler_cfg_pp", "dpmpp_2s_ancestral", "dpmpp_2m_sde", "deis", "lcm", "er_sde", "heunpp2"]
+)
 def test_more_samplers_equal_the_reference(pair, high, low, sample, sampler):
     cfg = 2.0 if "cfg_pp" in sampler else 1.0
-    assert relative(sample(pair, SIGMAS, sampler, cfg=cfg), sample(by_sigma(high, low, BOUNDARY), SIGMAS, sampler, cfg=cfg)) < 1e-6
+    assert (
+        relative(
+            sample(pair, SIGMAS, sampler, cfg=cfg), sample(by_sigma(high, low, BOUNDARY), SIGMAS, sampler, cfg=cfg)
+        )
+        < 1e-6
+    )
 
 
-@pytest.mark.parametrize(("sampler", "switches"), [("euler", 1), ("heun", 1), ("dpmpp_2m", 1), ("uni_pc", 1), ("res_multistep", 1)])
+@pytest.mark.parametrize(
+    ("sampler", "switches"), [("euler", 1), ("heun", 1), ("dpmpp_2m", 1), ("uni_pc", 1), ("res_multistep", 1)]
+)
 def test_no_sampler_loads_a_model_twice(pair, high, low, sample, monkeypatch, sampler, switches):
     loads = record_loads(monkeypatch, high, low)
     sample(pair, SIGMAS, sampler)
@@ -111,7 +125,14 @@ def test_a_first_model_without_a_step_is_not_loaded(switch, high, low, monkeypat
         mask[..., 2:] = 0
         with torch.inference_mode():
             return guider.sample(
-                noise, noise.flip(0), euler, torch.tensor(sigmas), denoise_mask=mask, callback=seen, disable_pbar=True, seed=0
+                noise,
+                noise.flip(0),
+                euler,
+                torch.tensor(sigmas),
+                denoise_mask=mask,
+                callback=seen,
+                disable_pbar=True,
+                seed=0,
             )
 
     def seen(step, *_):
@@ -157,12 +178,18 @@ def test_host_evicts_the_first_model_when_memory_is_short(switch, high, low, sam
 
     def load_without_room(*args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(management, "get_free_memory", lambda dev=None, torch_free_too=False: (0, 0) if torch_free_too else 0)
+            patch.setattr(
+                management, "get_free_memory", lambda dev=None, torch_free_too=False: (0, 0) if torch_free_too else 0
+            )
             return load(*args, **kwargs)
 
     monkeypatch.setattr(management, "load_models_gpu", load_without_room)
     pair = switch.with_sides(on_a_small_card(high), switch.Sides(BOUNDARY, on_a_small_card(low)))
-    out = sample(pair, SIGMAS, callback=lambda step, *_: loaded.update({step: [m.model.model for m in management.current_loaded_models]}))
+    out = sample(
+        pair,
+        SIGMAS,
+        callback=lambda step, *_: loaded.update({step: [m.model.model for m in management.current_loaded_models]}),
+    )
     for step, (present, absent) in {2: (high, low), 3: (low, high)}.items():
         assert present.model in loaded[step], step
         assert absent.model not in loaded[step], step
@@ -228,8 +255,10 @@ def lora_hook(model, strength=1.0):
     name = "diffusion_model.blocks.0.ffn.0"
     rows, width = model.model.state_dict()[f"{name}.weight"].shape
     generator = torch.Generator().manual_seed(5)
-    lora = {f"{name}.lora_up.weight": torch.randn(rows, 2, generator=generator),
-            f"{name}.lora_down.weight": torch.randn(2, width, generator=generator) / width**0.5}
+    lora = {
+        f"{name}.lora_up.weight": torch.randn(rows, 2, generator=generator),
+        f"{name}.lora_down.weight": torch.randn(2, width, generator=generator) / width**0.5,
+    }
     return comfy.hooks.create_hook_lora(lora, strength, 0.0)
 
 
@@ -323,9 +352,13 @@ def test_second_model_that_cannot_be_made_ready_leaves_nothing(pair, high, low, 
 
     with monkeypatch.context() as patch:
         if fails == "load_models_gpu":
-            patch.setattr(management, fails, refusing(management.load_models_gpu, lambda models: models[0].model is low.model))
+            patch.setattr(
+                management, fails, refusing(management.load_models_gpu, lambda models: models[0].model is low.model)
+            )
         elif fails == "process_conds":
-            patch.setattr(comfy.samplers, fails, refusing(comfy.samplers.process_conds, lambda model: model is low.model))
+            patch.setattr(
+                comfy.samplers, fails, refusing(comfy.samplers.process_conds, lambda model: model is low.model)
+            )
         else:
             patch.setattr(low, fails, lambda: refusing(None, lambda _: True)(low))
         with pytest.raises(MemoryError, match="no room"):
@@ -349,7 +382,15 @@ def test_error_in_any_step_leaves_guider_and_models_as_they_were(pair, high, low
 
     def run(callback=None):
         with torch.inference_mode():
-            return guider.sample(noise, torch.zeros_like(noise), euler, torch.tensor(SIGMAS), callback=callback, disable_pbar=True, seed=0)
+            return guider.sample(
+                noise,
+                torch.zeros_like(noise),
+                euler,
+                torch.tensor(SIGMAS),
+                callback=callback,
+                disable_pbar=True,
+                seed=0,
+            )
 
     def fail(index, *_):
         if index == step:

@@ -5,8 +5,15 @@ import torch
 from dcm_core.experts.expert import expert_id
 
 SMALL = {
-    "steps": 3, "batch_size": 2, "rank": 4, "alpha": 8.0, "discriminator_width": 64, "checkpointing": False, "warmup_steps": 2,
-    "boundary": 0.9, "shift": 5.0,
+    "steps": 3,
+    "batch_size": 2,
+    "rank": 4,
+    "alpha": 8.0,
+    "discriminator_width": 64,
+    "checkpointing": False,
+    "warmup_steps": 2,
+    "boundary": 0.9,
+    "shift": 5.0,
 }
 
 
@@ -25,8 +32,12 @@ def make_trainer(module, model, data, config, folder):
     config = config.for_family(family)
     places.hold(model, 0)
     return module("dcm_core.distill.trainer").Trainer(
-        places.make_backbone(model, family, config), data, config, training.first_expert(model, family, config, None, None),
-        folder, model.load_device,
+        places.make_backbone(model, family, config),
+        data,
+        config,
+        training.first_expert(model, family, config, None, None),
+        folder,
+        model.load_device,
     )
 
 

@@ -55,7 +55,11 @@ def clip(pack):
     import comfy.sd
 
     class Target:
-        params, clip, tokenizer = {}, staticmethod(lambda **params: TextEncoder()), staticmethod(lambda **options: Tokenizer())
+        params, clip, tokenizer = (
+            {},
+            staticmethod(lambda **params: TextEncoder()),
+            staticmethod(lambda **options: Tokenizer()),
+        )
 
     return comfy.sd.CLIP(Target)
 
@@ -121,7 +125,9 @@ def test_clips_are_encoded_by_the_hosts_own_models(dataset_node, vae, clip, data
     tokens = clip.tokenize("clip a")
     assert torch.equal(dataset.conditioning(0)[0][0], clip.encode_from_tokens_scheduled(tokens)[0][0])
     assert dataset.unconditional()[0][0].shape == (1, 3, 8)
-    assert all(path.parent.name == "dcm_cache" for entry in dataset.entries for path in (entry.latent, entry.conditioning))
+    assert all(
+        path.parent.name == "dcm_cache" for entry in dataset.entries for path in (entry.latent, entry.conditioning)
+    )
 
 
 def test_nothing_is_kept_for_gradients_outside_of_a_node(module, vae, clip):
@@ -132,9 +138,13 @@ def test_nothing_is_kept_for_gradients_outside_of_a_node(module, vae, clip):
         assert not encoders.encode_text("a")[0][0].requires_grad
 
 
-@pytest.mark.parametrize(("caption", "read"), [
-    ("a clock (showing 18:30)", "a clock (showing 18:30)"), (r"jet \(fighter\), ((blue))", "jet (fighter), ((blue))"),
-])
+@pytest.mark.parametrize(
+    ("caption", "read"),
+    [
+        ("a clock (showing 18:30)", "a clock (showing 18:30)"),
+        (r"jet \(fighter\), ((blue))", "jet (fighter), ((blue))"),
+    ],
+)
 def test_brackets_in_a_caption_are_brackets(module, pack, caption, read):
     """In the host's prompts they weight words, with any number after a colon."""
     from comfy.sd1_clip import SD1Tokenizer, SDTokenizer
@@ -151,10 +161,17 @@ def test_brackets_in_a_caption_are_brackets(module, pack, caption, read):
             return {chr(number): number for number in range(128)}
 
     class Clip:
-        tokenizer = SD1Tokenizer(tokenizer=lambda **options: SDTokenizer(
-            tokenizer_class=Letters, has_start_token=False, has_end_token=False, pad_to_max_length=False, pad_token=0, max_length=999,
-            tokenizer_path="",
-        ))
+        tokenizer = SD1Tokenizer(
+            tokenizer=lambda **options: SDTokenizer(
+                tokenizer_class=Letters,
+                has_start_token=False,
+                has_end_token=False,
+                pad_to_max_length=False,
+                pad_token=0,
+                max_length=999,
+                tokenizer_path="",
+            )
+        )
         tokenizer_options, layer_idx, patcher = {}, None, None
 
         def tokenize(self, text, **options):
@@ -264,15 +281,28 @@ def listening(pack, monkeypatch):
     return start
 
 
-@pytest.mark.parametrize(("addresses", "alone"), [
-    ("127.0.0.1", True), ("::1", True), ("127.2.2.2, 127.3.3.3", True), ("localhost", True), ("0.0.0.0,::", False), ("192.168.0.2", False),
-    ("127.0.0.1,10.0.0.1", False), ("my-machine", False), ("::ffff:10.0.0.1", False), ("", False),
-])
+@pytest.mark.parametrize(
+    ("addresses", "alone"),
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("127.2.2.2, 127.3.3.3", True),
+        ("localhost", True),
+        ("0.0.0.0,::", False),
+        ("192.168.0.2", False),
+        ("127.0.0.1,10.0.0.1", False),
+        ("my-machine", False),
+        ("::ffff:10.0.0.1", False),
+        ("", False),
+    ],
+)
 def test_which_addresses_are_of_this_machine_alone(module, addresses, alone):
     assert module("nodes.host.reach").only_this_machine(addresses) is alone
 
 
-def test_a_server_that_others_reach_reads_clips_only_where_the_host_does(dataset_node, vae, clip, data, tmp_path, listening, monkeypatch):
+def test_a_server_that_others_reach_reads_clips_only_where_the_host_does(
+    dataset_node, vae, clip, data, tmp_path, listening, monkeypatch
+):
     """In the input, output and configured folders, links resolved; elsewhere nothing tells what exists."""
     import folder_paths
 
@@ -285,13 +315,26 @@ def test_a_server_that_others_reach_reads_clips_only_where_the_host_does(dataset
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "my_clips", ([str(disk)], set()))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "odd", ("/", set()))
     validate, fingerprint = dataset_node.cls.validate_inputs, dataset_node.cls.fingerprint_inputs
-    outside = [str(secret), str(secret / "a.mp4"), str(tmp_path / "nothing"), "linked", "linked/nothing", "../secret", "../nothing", "/",
-               "~", "~nobody-of-this-name", str(tmp_path)]
+    outside = [
+        str(secret),
+        str(secret / "a.mp4"),
+        str(tmp_path / "nothing"),
+        "linked",
+        "linked/nothing",
+        "../secret",
+        "../nothing",
+        "/",
+        "~",
+        "~nobody-of-this-name",
+        str(tmp_path),
+    ]
     for name in (str(secret), "linked", "../secret", str(disk)):
         assert validate(folder=name) is True, "on this machine alone"
     listening()
     words = {validate(folder=name) for name in outside}
-    assert len(words) == 1 and words.pop().startswith("`folder` is outside the folders that this server may read. As it accepts")
+    assert len(words) == 1 and words.pop().startswith(
+        "`folder` is outside the folders that this server may read. As it accepts"
+    )
     assert {fingerprint(folder=name) for name in outside} == {""}
     with pytest.raises(ValueError, match="is outside the folders that this server may read"):
         dataset_node(vae, clip, folder=str(secret))

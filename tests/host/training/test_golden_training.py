@@ -50,7 +50,9 @@ def tensors(module, recipe):
     """tensors(role) -> the golden weights of that network, by native name."""
     wan = module("dcm_core.families").WAN
     shapes = recipe.keys("wan_train")["transformer"]
-    return lambda role: {wan.key_map.find(key).target: weight(recipe, role, key, shape) for key, shape in shapes.items()}
+    return lambda role: {
+        wan.key_map.find(key).target: weight(recipe, role, key, shape) for key, shape in shapes.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +83,13 @@ def settings(core, module):
     def read(side, case):
         facts = META[case]
         config = core("distill.config").TrainingConfig(
-            side, rank=META["rank"] if side == "detail" else 0, alpha=2.0 * META["rank"], boundary=BOUNDARY, checkpointing=False,
-            cfg=facts["distill_cfg"] if facts["use_cfg"] else 0.0, adversarial_weight=facts.get("adv_weight", 0.0),
+            side,
+            rank=META["rank"] if side == "detail" else 0,
+            alpha=2.0 * META["rank"],
+            boundary=BOUNDARY,
+            checkpointing=False,
+            cfg=facts["distill_cfg"] if facts["use_cfg"] else 0.0,
+            adversarial_weight=facts.get("adv_weight", 0.0),
         )
         return config.for_family(module("dcm_core.families").WAN)
 
@@ -106,7 +113,12 @@ def make_batch(core, recipe, case, **more):
     inputs = recipe.training_inputs(case, video_shape(recipe, facts), text_width)
     text = core("distill.backbone").Text
     return core("distill.method.consistency").Batch(
-        inputs["x0"], text(inputs["context"]), text(inputs["uncond"]), inputs["noise"], torch.tensor([facts["index"]]), **more
+        inputs["x0"],
+        text(inputs["context"]),
+        text(inputs["uncond"]),
+        inputs["noise"],
+        torch.tensor([facts["index"]]),
+        **more,
     )
 
 
@@ -138,7 +150,9 @@ def test_semantic_step(case, core, recipe, make, settings, tensors, expected):
     # teacher, student and EMA are three different networks, as in the middle of a run
     trainer = make(settings("semantic", case), Expert("wan", "semantic", replaced=tensors("student")))
     averaged = core("distill.student").make_trainee(
-        Expert("wan", "semantic", replaced=tensors("ema")), dict(trainer.backbone.module.named_modules()), trainer.device
+        Expert("wan", "semantic", replaced=tensors("ema")),
+        dict(trainer.backbone.module.named_modules()),
+        trainer.device,
     )
     trainer.average.average(averaged, decay=0.0)
     batch = make_batch(core, recipe, case)
@@ -148,7 +162,11 @@ def test_semantic_step(case, core, recipe, make, settings, tensors, expected):
     assert relative(target, expected[f"{case}.target"]) < TOLERANCE
     loss, terms, discriminator_loss = trainer.losses(batch)
     assert discriminator_loss is None
-    assert close(loss, facts["loss"]) and close(terms["huber"], facts["huber"]) and close(terms["temporal"], facts["temporal"])
+    assert (
+        close(loss, facts["loss"])
+        and close(terms["huber"], facts["huber"])
+        and close(terms["temporal"], facts["temporal"])
+    )
     loss.backward()
     gradients = {name: value.grad for name, value in trainer.trainee.named_parameters()}
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients.values())
@@ -166,9 +184,14 @@ def detail_pair(core, recipe, tensors):
     """The golden semantic expert, a full fine-tune of the teacher, and the detail expert that is trained on top of it."""
     experts, wan, student = core("experts.expert"), core("families").WAN, tensors("student")
     shapes = recipe.keys("wan_train")["detail_student"]
-    pairs = {key: recipe.weight(key, shape, f"student.{key}").float() for key, shape in shapes.items() if ".lora_" in key}
+    pairs = {
+        key: recipe.weight(key, shape, f"student.{key}").float() for key, shape in shapes.items() if ".lora_" in key
+    }
     # its own layers begin as copies of the semantic expert's
-    own = {name: [piece.source.split(".")[0] for piece in wan.key_map.sources_of(name.rpartition(".")[0])] for name in student}
+    own = {
+        name: [piece.source.split(".")[0] for piece in wan.key_map.sources_of(name.rpartition(".")[0])]
+        for name in student
+    }
     replaced = {name: value for name, value in student.items() if set(own[name]) & set(wan.detail_modules)}
     low_rank = experts.expert_from_release(wan, pairs).low_rank
     return experts.Expert("wan", "semantic", replaced=student), experts.Expert("wan", "detail", low_rank, replaced)
@@ -183,8 +206,12 @@ def test_detail_step(case, core, recipe, make, settings, detail_pair, expected):
         for _, value in trainer.average.named_parameters():
             value.mul_(1.5)
     tensors = recipe.discriminator(recipe.keys("wan_train")["discriminator"])
-    trainer.discriminator.load_state_dict({key.replace("heads.0.0.", "heads.0.").replace("heads.1.0.", "heads.1."): value
-                                           for key, value in tensors.items()})
+    trainer.discriminator.load_state_dict(
+        {
+            key.replace("heads.0.0.", "heads.0.").replace("heads.1.0.", "heads.1."): value
+            for key, value in tensors.items()
+        }
+    )
     noise = recipe.normals(f"{case}.adv_noise", video_shape(recipe, facts)).float()
     batch = make_batch(core, recipe, case, level=torch.tensor([facts["adv_index"]]), level_noise=noise)
     with torch.no_grad():

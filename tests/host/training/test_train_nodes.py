@@ -13,9 +13,23 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[3]
 COMMON = {
-    "steps": 2, "learning_rate": 1e-3, "rank": 4, "alpha": 8.0, "batch_size": 2, "accumulate": 1, "seed": 0, "boundary": 0.9,
-    "gradient_checkpointing": True, "shift": 5.0, "sample_steps": 4, "cfg": 2.0, "ema_decay": 0.9, "scheduler": "constant",
-    "save_every": 1, "held_out": 1, "sample_every": 1,
+    "steps": 2,
+    "learning_rate": 1e-3,
+    "rank": 4,
+    "alpha": 8.0,
+    "batch_size": 2,
+    "accumulate": 1,
+    "seed": 0,
+    "boundary": 0.9,
+    "gradient_checkpointing": True,
+    "shift": 5.0,
+    "sample_steps": 4,
+    "cfg": 2.0,
+    "ema_decay": 0.9,
+    "scheduler": "constant",
+    "save_every": 1,
+    "held_out": 1,
+    "sample_every": 1,
 }
 SEMANTIC = {**COMMON, "temporal_weight": 1.0}
 DETAIL = {**COMMON, "adversarial_weight": 0.1, "discriminator_learning_rate": 1e-4, "discriminator_width": 64}
@@ -37,7 +51,9 @@ def trained(node, wan, data, output):
     """(model, semantic node output, detail node output)"""
     model = wan(layers=2)
     semantic = node("DCMTrainSemanticExpert", model=model, dataset=data, name="one", **SEMANTIC)
-    detail = node("DCMTrainDetailExpert", model=model, dataset=data, name="two", semantic_expert=semantic.result[1], **DETAIL)
+    detail = node(
+        "DCMTrainDetailExpert", model=model, dataset=data, name="two", semantic_expert=semantic.result[1], **DETAIL
+    )
     return model, semantic, detail
 
 
@@ -75,11 +91,18 @@ def test_experts_are_usable_at_once_and_from_their_files(trained, node, sample):
     straight = sample(detail.result[0], sigmas)
     names = {"semantic_strength": 1.0, "detail_strength": 1.0, "boundary": 0.0}
     objects = node(
-        "DCMAttachExperts", model=model, semantic_lora="none", detail_lora="none", semantic_expert=semantic.result[1],
-        detail_expert=detail.result[1], **names,
+        "DCMAttachExperts",
+        model=model,
+        semantic_lora="none",
+        detail_lora="none",
+        semantic_expert=semantic.result[1],
+        detail_expert=detail.result[1],
+        **names,
     )
     assert torch.equal(straight, sample(objects.result[0], sigmas))
-    files = node("DCMAttachExperts", model=model, semantic_lora="dcm/one.safetensors", detail_lora="dcm/two.safetensors", **names)
+    files = node(
+        "DCMAttachExperts", model=model, semantic_lora="dcm/one.safetensors", detail_lora="dcm/two.safetensors", **names
+    )
     # the files are bfloat16
     other = sample(files.result[0], sigmas)
     assert (straight - other).norm() / straight.norm() < 1e-2
@@ -89,11 +112,20 @@ def test_experts_are_usable_at_once_and_from_their_files(trained, node, sample):
 
 def test_a_detail_expert_on_every_linear(wan, node, data, output):
     settings = {**DETAIL, "adversarial_weight": 0.0, "sample_every": 0, "held_out": 0}
-    trained = node("DCMTrainDetailExpert", model=wan(layers=1), dataset=data, name="every", every_linear=True, **settings)
-    assert {f"blocks.0.{name}" for name in ("self_attn.q", "cross_attn.o", "ffn.0", "ffn.2")} <= set(trained.result[1].low_rank)
+    trained = node(
+        "DCMTrainDetailExpert", model=wan(layers=1), dataset=data, name="every", every_linear=True, **settings
+    )
+    assert {f"blocks.0.{name}" for name in ("self_attn.q", "cross_attn.o", "ffn.0", "ffn.2")} <= set(
+        trained.result[1].low_rank
+    )
     shown = node(
-        "DCMAttachExperts", model=wan(layers=1), semantic_lora="none", detail_lora="dcm/every.safetensors", semantic_strength=1.0,
-        detail_strength=1.0, boundary=0.0,
+        "DCMAttachExperts",
+        model=wan(layers=1),
+        semantic_lora="none",
+        detail_lora="dcm/every.safetensors",
+        semantic_strength=1.0,
+        detail_strength=1.0,
+        boundary=0.0,
     ).ui.as_dict()["text"][0]
     assert "boundary 0.9" in shown and f"{trained.result[1]}, strength 1" in shown
 
@@ -101,8 +133,15 @@ def test_a_detail_expert_on_every_linear(wan, node, data, output):
 def test_sampler_takes_the_trained_schedule(trained, node):
     _, _, detail = trained
     plan = node(
-        "DCMSampler", model=detail.result[0], positive=[[torch.zeros(1, 3, 4096), {}]],
-        latent_image={"samples": torch.zeros(1, 16, 2, 4, 6)}, seed=0, schedule="auto", steps=9, cfg=1.0, denoise=1.0,
+        "DCMSampler",
+        model=detail.result[0],
+        positive=[[torch.zeros(1, 3, 4096), {}]],
+        latent_image={"samples": torch.zeros(1, 16, 2, 4, 6)},
+        seed=0,
+        schedule="auto",
+        steps=9,
+        cfg=1.0,
+        denoise=1.0,
     ).ui.as_dict()["text"][0]
     assert plan.startswith("step 1-2 semantic, 3-4 detail, boundary 0.9")
 
@@ -125,7 +164,14 @@ def test_wrong_names_and_experts_are_refused(wan, node, data, output, module, mo
             node("DCMTrainSemanticExpert", model=model, dataset=data, name=name, **SEMANTIC)
     save_file({"transformer.nothing.lora_A.weight": torch.zeros(2, 2)}, models / "loras" / "foreign.safetensors")
     with pytest.raises(errors.DCMError, match=r"continue_from is 'foreign\.safetensors'"):
-        node("DCMTrainSemanticExpert", model=model, dataset=data, name="x", continue_from="foreign.safetensors", **SEMANTIC)
+        node(
+            "DCMTrainSemanticExpert",
+            model=model,
+            dataset=data,
+            name="x",
+            continue_from="foreign.safetensors",
+            **SEMANTIC,
+        )
     (models / "loras" / "foreign.safetensors").unlink()
     assert not (output / "dcm_training").exists()
 
@@ -133,27 +179,55 @@ def test_wrong_names_and_experts_are_refused(wan, node, data, output, module, mo
 def test_a_run_does_not_write_over_what_it_begins_with(trained, node, data):
     model, _, _ = trained
     with pytest.raises(ValueError, match=r"continue_from is dcm/one\.safetensors, the file that this run writes"):
-        node("DCMTrainSemanticExpert", model=model, dataset=data, name="one", continue_from="dcm/one.safetensors", **SEMANTIC)
+        node(
+            "DCMTrainSemanticExpert",
+            model=model,
+            dataset=data,
+            name="one",
+            continue_from="dcm/one.safetensors",
+            **SEMANTIC,
+        )
     with pytest.raises(ValueError, match=r"semantic_lora is dcm/one\.safetensors, the file that this run writes"):
-        node("DCMTrainDetailExpert", model=model, dataset=data, name="one", semantic_lora="dcm/one.safetensors", **DETAIL)
+        node(
+            "DCMTrainDetailExpert", model=model, dataset=data, name="one", semantic_lora="dcm/one.safetensors", **DETAIL
+        )
 
 
 def test_a_detail_expert_stands_on_no_other(trained, node, data, output):
     model, _, detail = trained
     with pytest.raises(ValueError, match=r"semantic_expert is a detail expert\. Connect a semantic expert there"):
-        node("DCMTrainDetailExpert", model=model, dataset=data, name="three", semantic_expert=detail.result[1], **DETAIL)
+        node(
+            "DCMTrainDetailExpert", model=model, dataset=data, name="three", semantic_expert=detail.result[1], **DETAIL
+        )
     assert not (output / "dcm_training" / "three").exists()
-    both = {"model": model, "semantic_lora": "none", "detail_lora": "none", "semantic_strength": 1.0, "detail_strength": 1.0}
+    both = {
+        "model": model,
+        "semantic_lora": "none",
+        "detail_lora": "none",
+        "semantic_strength": 1.0,
+        "detail_strength": 1.0,
+    }
     with pytest.raises(ValueError, match=r"semantic_expert is a detail expert\. Connect a semantic expert there"):
         node("DCMAttachExperts", semantic_expert=detail.result[1], boundary=0.0, **both)
 
 
 @pytest.mark.parametrize("other", [{"width": 384}, {"layers": 3}])
 def test_a_trained_expert_of_another_model_s_size_is_refused(other, wan, node, data, output, random_expert):
-    model, experts = wan(layers=2), {side: random_expert(wan(**{"layers": 2, **other}), side) for side in ("semantic", "detail")}
-    names = {"semantic_lora": "none", "detail_lora": "none", "semantic_strength": 1.0, "detail_strength": 1.0, "boundary": 0.0}
+    model, experts = (
+        wan(layers=2),
+        {side: random_expert(wan(**{"layers": 2, **other}), side) for side in ("semantic", "detail")},
+    )
+    names = {
+        "semantic_lora": "none",
+        "detail_lora": "none",
+        "semantic_strength": 1.0,
+        "detail_strength": 1.0,
+        "boundary": 0.0,
+    }
     for side, expert in experts.items():
-        with pytest.raises(ValueError, match=r"blocks\.\d\..* the model's blocks\.\d\..* Use an expert made for a model of this size"):
+        with pytest.raises(
+            ValueError, match=r"blocks\.\d\..* the model's blocks\.\d\..* Use an expert made for a model of this size"
+        ):
             node("DCMAttachExperts", model=model, **names, **{f"{side}_expert": expert})
     with pytest.raises(ValueError, match="Use an expert made for a model of this size"):
         node("DCMTrainDetailExpert", model=model, dataset=data, name="x", semantic_expert=experts["semantic"], **DETAIL)
@@ -161,8 +235,17 @@ def test_a_trained_expert_of_another_model_s_size_is_refused(other, wan, node, d
 
 
 def test_a_vae_of_other_latents_is_refused(wan, node, data, output):
-    with pytest.raises(ValueError, match=r"VAE's latents have 48 channels, the model's 16\. Connect the model's own VAE"):
-        node("DCMTrainSemanticExpert", model=wan(layers=1), dataset=data, name="x", vae=SimpleNamespace(latent_channels=48), **SEMANTIC)
+    with pytest.raises(
+        ValueError, match=r"VAE's latents have 48 channels, the model's 16\. Connect the model's own VAE"
+    ):
+        node(
+            "DCMTrainSemanticExpert",
+            model=wan(layers=1),
+            dataset=data,
+            name="x",
+            vae=SimpleNamespace(latent_channels=48),
+            **SEMANTIC,
+        )
     assert not (output / "dcm_training").exists()
 
 
@@ -195,7 +278,10 @@ def test_saved_dataset_comes_back(node, data, models):
 def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
     """python -m dcm_core train, in a process of its own."""
     model = wan(layers=1)
-    save_file({name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()}, tmp_path / "base.safetensors")
+    save_file(
+        {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()},
+        tmp_path / "base.safetensors",
+    )
     module("dcm_core.distill.data.data_file").write_data(tmp_path / "data.safetensors", data)
     training = {"rank": 2, "alpha": 4.0, "batch_size": 2, "boundary": 0.9, "shift": 5.0}
 
@@ -207,7 +293,9 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
             path.write_text(json.dumps({**settings, "training": values}))
         else:
             lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
-            path.write_text("\n".join([*lines, "[training]", *(f"{name} = {json.dumps(value)}" for name, value in values.items())]))
+            path.write_text(
+                "\n".join([*lines, "[training]", *(f"{name} = {json.dumps(value)}" for name, value in values.items())])
+            )
         command = [sys.executable, "-m", "dcm_core", "train", "semantic", "--config", str(path)]
         return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
 
@@ -218,7 +306,11 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
     assert 0 < log.index("Peak memory about") < log.index("Step 2 of 2: loss"), "told before the first step"
     assert ", 3 steps.\nResumed from step 2 of 3, changed: steps: 2 -> 3.\nSaved to" in run(3).stdout
     assert list((tmp_path / "expert_states").glob("step_00000003.safetensors"))
-    assert {path.name for path in (tmp_path / "expert_states").glob("*.png")} >= {"loss_loss.png", "loss_huber.png", "loss_temporal.png"}
+    assert {path.name for path in (tmp_path / "expert_states").glob("*.png")} >= {
+        "loss_loss.png",
+        "loss_huber.png",
+        "loss_temporal.png",
+    }
     wrong = run(3, modle="x")
     assert wrong.returncode == 2 and "Unknown setting modle. Valid settings: " in wrong.stderr
 
@@ -229,7 +321,9 @@ def test_a_model_that_the_host_cannot_load_to_stay_is_refused(train, module, wan
 
     model = wan(layers=1)
     monkeypatch.setattr(type(model), "get_non_dynamic_delegate", no_delegate, raising=False)
-    with pytest.raises(module("dcm_core.distill.config").TrainingError, match=r"not initialized.*--disable-dynamic-vram"):
+    with pytest.raises(
+        module("dcm_core.distill.config").TrainingError, match=r"not initialized.*--disable-dynamic-vram"
+    ):
         train(model, data, config("semantic"), tmp_path)
 
 
@@ -250,9 +344,15 @@ def base_file(wan, tmp_path_factory):
         ({"semantic": "expert.safetensors"}, "semantic is expert.safetensors, the file that this run writes"),
         ({"output": "base.safetensors"}, "model is base.safetensors, the file that this run writes"),
         ({"output": "data.safetensors"}, "dataset is data.safetensors, the file that this run writes"),
-        ({"text_encoders": ["a.safetensors", "./expert.safetensors"]}, "text_encoders is ./expert.safetensors, the file that this run"),
+        (
+            {"text_encoders": ["a.safetensors", "./expert.safetensors"]},
+            "text_encoders is ./expert.safetensors, the file that this run",
+        ),
         ({"dataset": 3}, "`dataset` is 3"),
-        ({"dataset": {"folder": "clips"}, "vae": "base.safetensors"}, "`vae` is .*base.safetensors, which is not a VAE"),
+        (
+            {"dataset": {"folder": "clips"}, "vae": "base.safetensors"},
+            "`vae` is .*base.safetensors, which is not a VAE",
+        ),
         ({"dataset": {"folder": "clips"}, "vae": None}, "`vae` is None; expected a path"),
     ],
 )
@@ -266,7 +366,9 @@ def test_an_input_in_the_home_folder_is_not_written_over(base_file, module, monk
     monkeypatch.setenv("HOME", str(base_file.parent))
     monkeypatch.setenv("USERPROFILE", str(base_file.parent))
     settings = {"model": "~/base.safetensors", "dataset": "data.safetensors", "output": "base.safetensors"}
-    with pytest.raises(module("dcm_core.errors").DCMError, match=r"model is ~/base\.safetensors, the file that this run writes"):
+    with pytest.raises(
+        module("dcm_core.errors").DCMError, match=r"model is ~/base\.safetensors, the file that this run writes"
+    ):
         module("nodes.host.training.command").train("semantic", settings, base_file.parent)
 
 

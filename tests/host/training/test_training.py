@@ -23,7 +23,15 @@ TERMS = {"semantic": {"huber", "temporal"}, "detail": {"huber", "gan", "feature_
 LAUNCHERS = {
     "torch.distributed.run": ["--standalone", "--nproc-per-node", "2"],
     "accelerate.commands.launch": [
-        "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
     ],
 }
 
@@ -40,7 +48,9 @@ def test_training_changes_the_expert_and_nothing_else(side, train, model, data, 
     after = weights(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
     left = ("forward", "weight", "bias", "modulation")
-    assert not [m for m in model.model.diffusion_model.modules() if any(m.__dict__.get(name) is not None for name in left)]
+    assert not [
+        m for m in model.model.diffusion_model.modules() if any(m.__dict__.get(name) is not None for name in left)
+    ]
 
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
@@ -56,7 +66,11 @@ def test_every_trained_tensor_gets_a_gradient(side, module, model, data, config,
         assert trainer.discriminator is None or all(value.grad is None for value in trainer.discriminator.parameters())
         if discriminator_loss is not None:
             discriminator_loss().backward()
-    untouched = [name for name, value in trainer.learner.parameters.items() if value.grad is None or not value.grad.abs().sum() > 0]
+    untouched = [
+        name
+        for name, value in trainer.learner.parameters.items()
+        if value.grad is None or not value.grad.abs().sum() > 0
+    ]
     assert untouched == []
     assert all(value.grad is None for value in model.model.diffusion_model.parameters())
     assert trainer.discriminator is None or all(value.grad is not None for value in trainer.discriminator.parameters())
@@ -127,7 +141,9 @@ def test_another_configuration_or_other_data_is_not_resumed(train, module, model
     semantic = train(model, data, config("semantic", steps=1), tmp_path / "semantic").expert
     train(model, data, config("detail", steps=1), tmp_path / "detail", below=semantic)
     for given in ({}, {"below": semantic, "start": semantic}):
-        with pytest.raises(errors.TrainingError, match=r"with other settings: (semantic expert: \w+ -> None|start: None -> \w+)"):
+        with pytest.raises(
+            errors.TrainingError, match=r"with other settings: (semantic expert: \w+ -> None|start: None -> \w+)"
+        ):
             train(model, data, config("detail", steps=2), tmp_path / "detail", **given)
 
 
@@ -135,7 +151,10 @@ def test_a_finished_run_gives_its_expert_and_says_what_it_did(train, model, data
     whole = train(model, data, config("semantic", steps=2), tmp_path)
     again = train(model, data, config("semantic", steps=2, save_every=1), tmp_path)
     assert same(whole.expert, again.expert) and again.history == whole.history
-    assert whole.resumed == "" and again.resumed == "Already at step 2 of 2: nothing was trained. Raise steps to train further."
+    assert (
+        whole.resumed == ""
+        and again.resumed == "Already at step 2 of 2: nothing was trained. Raise steps to train further."
+    )
     longer = train(model, data, config("semantic", steps=3, learning_rate=1e-3), tmp_path)
     assert longer.resumed == "Resumed from step 2 of 3, changed: steps: 2 -> 3; learning_rate: 0.0001 -> 0.001."
     assert len(longer.history) == 3
@@ -152,13 +171,18 @@ def test_another_learning_rate_takes_effect_where_a_run_goes_on(train, model, da
 REFUSED = {
     "another run": ({"rank": 8}, r"with other settings: rank: 4 -> 8"),
     "fewer steps": ({"steps": 1}, r"steps is 1, but the run in .* is already at step 2. Set steps to 2"),
-    "rate": ({"steps": 2, "learning_rate": 1e-3}, r"at step 2 of 2, so no step is left for learning_rate: 0.0001 -> 0.001"),
+    "rate": (
+        {"steps": 2, "learning_rate": 1e-3},
+        r"at step 2 of 2, so no step is left for learning_rate: 0.0001 -> 0.001",
+    ),
     "held out": ({"held_out": 4}, r"4 of 4 clips cannot be held out"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_run_cannot_go_on_with_is_refused_before_the_base_is_loaded(case, train, module, model, data, config, tmp_path, monkeypatch):
+def test_what_a_run_cannot_go_on_with_is_refused_before_the_base_is_loaded(
+    case, train, module, model, data, config, tmp_path, monkeypatch
+):
     train(model, data, config("semantic", steps=2), tmp_path)
     settings, message = REFUSED[case]
     monkeypatch.setattr(module("nodes.host.training.run"), "clear_device", None)
@@ -176,8 +200,12 @@ def test_a_damaged_state_is_passed_over(train, model, data, config, tmp_path):
 
 def test_nan_losses_end_the_run_and_keep_the_expert(train, module, model, config, tmp_path):
     dataset, errors = module("dcm_core.distill.data.dataset"), module("dcm_core.distill.config")
-    broken = dataset.TensorData([torch.full((16, 2, 4, 6), float("nan"))], [[[torch.zeros(1, 3, 4096), {}]]], [0],
-                                [[torch.zeros(1, 3, 4096), {}]])
+    broken = dataset.TensorData(
+        [torch.full((16, 2, 4, 6), float("nan"))],
+        [[[torch.zeros(1, 3, 4096), {}]]],
+        [0],
+        [[torch.zeros(1, 3, 4096), {}]],
+    )
     with pytest.raises(errors.TrainingError, match=r"NaN or infinite 5 times in a row.*Lower learning_rate"):
         train(model, broken, config("semantic", steps=20, batch_size=1), tmp_path)
     state = module("dcm_core.distill.checkpoints").newest_state(tmp_path)[1]
@@ -231,7 +259,9 @@ def test_too_little_memory_is_refused_with_advice(train, module, model, data, co
         return (2**20, 2**20) if torch_free_too else 2**20
 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", little)
-    with pytest.raises(module("dcm_core.errors").DCMError, match=r"needs about .* GiB beside the base model.*lower batch_size from 2"):
+    with pytest.raises(
+        module("dcm_core.errors").DCMError, match=r"needs about .* GiB beside the base model.*lower batch_size from 2"
+    ):
         train(model, data, config("detail"), tmp_path)
 
 
@@ -242,15 +272,31 @@ def test_two_processes_train_as_one(side, launcher, train, module, model, data, 
     alone = train(model, data, config(side, steps=3, batch_size=4), tmp_path / "alone")
     script = Path(__file__).with_name("train_in_parallel.py")
     result = subprocess.run(
-        [sys.executable, "-m", launcher, *LAUNCHERS[launcher], str(script), side, str(tmp_path / "together"), json.dumps(SMALL)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        [
+            sys.executable,
+            "-m",
+            launcher,
+            *LAUNCHERS[launcher],
+            str(script),
+            side,
+            str(tmp_path / "together"),
+            json.dumps(SMALL),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"losses_{rank}.json").read_text()) for rank in range(2))
     assert first == second
     for name in TERMS[side] | {"loss"}:
-        assert [entry[name] for entry in first] == pytest.approx([entry[name] for entry in alone.history], rel=1e-4), name
-    with pytest.raises(module("dcm_core.distill.config").TrainingError, match="with other settings: processes: 2 -> None"):
+        assert [entry[name] for entry in first] == pytest.approx([entry[name] for entry in alone.history], rel=1e-4), (
+            name
+        )
+    with pytest.raises(
+        module("dcm_core.distill.config").TrainingError, match="with other settings: processes: 2 -> None"
+    ):
         train(model, data, config(side, steps=4, batch_size=2), tmp_path / "together")
 
 
@@ -263,7 +309,9 @@ def with_patch(model, name, value):
     return clone
 
 
-def test_what_others_have_loaded_into_the_shared_model_is_not_trained_on(train, module, data, config, sample, wan, tmp_path):
+def test_what_others_have_loaded_into_the_shared_model_is_not_trained_on(
+    train, module, data, config, sample, wan, tmp_path
+):
     model, name = wan(layers=2), "head.head.weight"
     original = model.model.diffusion_model.head.head.weight.clone()
     expected = train(model, data, config("detail", steps=2), tmp_path / "plain")
@@ -335,6 +383,9 @@ def test_a_base_without_a_gradient_is_refused(train, module, model, data, config
     errors = module("dcm_core.errors")
     layer = model.model.diffusion_model.blocks[0].ffn[0]
     monkeypatch.setitem(layer.__dict__, "forward", lambda x: x.int())
-    with pytest.raises(errors.DCMError, match=r"cannot be trained the way it is loaded \(.*Load a text-to-video model with weight_dtype"):
+    with pytest.raises(
+        errors.DCMError,
+        match=r"cannot be trained the way it is loaded \(.*Load a text-to-video model with weight_dtype",
+    ):
         train(model, data, config("semantic"), tmp_path)
     assert not list(tmp_path.iterdir())

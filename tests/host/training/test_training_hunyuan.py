@@ -28,10 +28,17 @@ def data(module):
     generator = torch.Generator().manual_seed(0)
 
     def conditioning():
-        return [[torch.randn(1, 5, 4096, generator=generator) * 0.3, {"pooled_output": torch.randn(1, 768, generator=generator) * 0.5}]]
+        return [
+            [
+                torch.randn(1, 5, 4096, generator=generator) * 0.3,
+                {"pooled_output": torch.randn(1, 768, generator=generator) * 0.5},
+            ]
+        ]
 
     latents = [torch.randn(16, 5, 6, 8, generator=generator) for _ in range(2)]
-    return module("dcm_core.distill.data.dataset").TensorData(latents, [conditioning(), conditioning()], [0, 1], conditioning())
+    return module("dcm_core.distill.data.dataset").TensorData(
+        latents, [conditioning(), conditioning()], [0, 1], conditioning()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +54,13 @@ def trainer(module, model, data, config, tmp_path_factory):
 
     def make(side, model=model, checkpointing=False):
         generator = torch.Generator().manual_seed(1)
-        made = make_trainer(module, model, data, config(side, checkpointing=checkpointing), tmp_path_factory.mktemp(side))
+        made = make_trainer(
+            module, model, data, config(side, checkpointing=checkpointing), tmp_path_factory.mktemp(side)
+        )
         for name, value in made.learner.parameters.items():
-            value.data += 0.02 * torch.randn(value.shape, generator=generator) * (".ups." in name or ".replaced." in name)
+            value.data += (
+                0.02 * torch.randn(value.shape, generator=generator) * (".ups." in name or ".replaced." in name)
+            )
         return made
 
     return make
@@ -75,14 +86,19 @@ def call(network, x, sigma, text):
 
     options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
     guidance = torch.full((len(x),), GUIDANCE)
-    return network(x, 1000 * sigma, context=text.context, y=text.extras["y"], guidance=guidance, transformer_options=options)
+    return network(
+        x, 1000 * sigma, context=text.context, y=text.extras["y"], guidance=guidance, transformer_options=options
+    )
 
 
 def slow_pair(student, teacher, batch, phases):
     """(pred, target), video by video."""
     preds, targets = [], []
     for i, k in enumerate(batch.index.tolist()):
-        one = [type(text)(text.context[i : i + 1], {"y": text.extras["y"][i : i + 1]}) for text in (batch.text, batch.no_text)]
+        one = [
+            type(text)(text.context[i : i + 1], {"y": text.extras["y"][i : i + 1]})
+            for text in (batch.text, batch.no_text)
+        ]
         high, low = phases.sigmas[k], phases.previous[k]
         end = phases.previous[int(phases.owned[0])]
         x = high * batch.noise[i : i + 1] + (1 - high) * batch.x0[i : i + 1]
@@ -100,7 +116,9 @@ def slow_features(teacher, x, sigma, text):
     The video's tokens are where the output layer's input is in the last block's output.
     """
     tokens, found, seen = x.shape[2] * x.shape[3] * x.shape[4] // 4, [], {}
-    hooks = [block.register_forward_hook(lambda m, a, out: found.append(out.clone())) for block in teacher.single_blocks]
+    hooks = [
+        block.register_forward_hook(lambda m, a, out: found.append(out.clone())) for block in teacher.single_blocks
+    ]
     hooks.append(teacher.final_layer.register_forward_hook(lambda m, a, out: seen.update(video=a[0], vec=a[1])))
     call(teacher, x, sigma, text)
     for hook in hooks:
@@ -136,7 +154,7 @@ def test_step_equals_the_slow_one(side, trainer, model):
     # the averaged expert is the semantic stage's target network; here it is the student
     for (_, mine), (_, theirs) in zip(made.average.named_parameters(), made.trainee.named_parameters(), strict=True):
         mine.data.copy_(theirs.data)
-    (batch, share), = made._batches(0)
+    ((batch, share),) = made._batches(0)
     assert share == 1
     loss, _, _ = made.losses(batch)
     loss.backward()
@@ -155,7 +173,9 @@ def test_step_equals_the_slow_one(side, trainer, model):
     for name, site in zip(made.trainee.low_rank.names, made.trainee.low_rank.sites, strict=True):
         branch, whole = site.branch, gradients[f"{name}.weight"]
         downs = branch.down.weight.split(branch.ranks)
-        for start, up, down, grad in zip(branch.starts, branch.ups, downs, branch.down.weight.grad.split(branch.ranks), strict=True):
+        for start, up, down, grad in zip(
+            branch.starts, branch.ups, downs, branch.down.weight.grad.split(branch.ranks), strict=True
+        ):
             part = whole[start : start + len(up.weight)]
             assert relative(up.weight.grad, made.trainee.scale * part @ down.detach().t()) < GRADIENTS, name
             assert relative(grad, made.trainee.scale * up.weight.detach().t() @ part) < GRADIENTS, name

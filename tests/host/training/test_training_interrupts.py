@@ -45,7 +45,9 @@ def said(module, monkeypatch):
     return texts
 
 
-@pytest.mark.parametrize(("node", "again"), [("7", "Queue again to continue."), (None, "Run the same command again to continue.")])
+@pytest.mark.parametrize(
+    ("node", "again"), [("7", "Queue again to continue."), (None, "Run the same command again to continue.")]
+)
 def test_an_interrupted_run_says_what_is_saved_and_the_next_where_it_resumes(
     node, again, said, train, model, data, config, tmp_path, monkeypatch
 ):
@@ -53,7 +55,11 @@ def test_an_interrupted_run_says_what_is_saved_and_the_next_where_it_resumes(
 
     settings = config("semantic")
     with monkeypatch.context() as patch, pytest.raises(management.InterruptProcessingException):
-        patch.setattr(management, "throw_exception_if_processing_interrupted", lambda: press(management, said, "Step 2 of 4: loss "))
+        patch.setattr(
+            management,
+            "throw_exception_if_processing_interrupted",
+            lambda: press(management, said, "Step 2 of 4: loss "),
+        )
         train(model, data, settings, tmp_path, node_id=node)
     assert said[-1] == f"Saved at step 2 of 4. {again}"
     said.clear()
@@ -69,7 +75,9 @@ def press(management, said, words):
         raise management.InterruptProcessingException
 
 
-def test_a_run_that_ends_before_its_first_step_says_that_nothing_is_saved(said, train, module, model, data, config, tmp_path, monkeypatch):
+def test_a_run_that_ends_before_its_first_step_says_that_nothing_is_saved(
+    said, train, module, model, data, config, tmp_path, monkeypatch
+):
     def fails(self):
         raise KeyboardInterrupt
 
@@ -120,7 +128,9 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_second_interrupt_waits_until_the_state_is_written(ctrl_c, train, module, model, data, config, tmp_path, monkeypatch):
+def test_a_second_interrupt_waits_until_the_state_is_written(
+    ctrl_c, train, module, model, data, config, tmp_path, monkeypatch
+):
     """Of one who is impatient, or of torchrun, which passes on what the terminal has sent to all."""
     show, state, pressed = module("nodes.host.training.run").Show, module("dcm_core.distill.checkpoints"), []
     write = state.write_tensors
@@ -141,7 +151,9 @@ def test_a_second_interrupt_waits_until_the_state_is_written(ctrl_c, train, modu
 
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
-def test_an_interrupt_amid_an_update_waits_for_its_end(side, ctrl_c, train, module, model, data, config, tmp_path, monkeypatch):
+def test_an_interrupt_amid_an_update_waits_for_its_end(
+    side, ctrl_c, train, module, model, data, config, tmp_path, monkeypatch
+):
     """Weights that are changed in part would be worth nothing."""
     learner, settings = module("dcm_core.distill.learner").Learner, config(side)
     whole = train(model, data, settings, tmp_path / "whole")
@@ -163,7 +175,13 @@ def test_a_process_that_ends_waits_for_its_run_however_often_it_is_told(ctrl_c, 
     """The host's server trains in a thread of its own, which ends with the process."""
     import comfy.model_management as management
 
-    places, registered, begun, saved, told = module("nodes.host.training.base"), [], threading.Event(), threading.Event(), []
+    places, registered, begun, saved, told = (
+        module("nodes.host.training.base"),
+        [],
+        threading.Event(),
+        threading.Event(),
+        [],
+    )
     monkeypatch.setattr(atexit, "register", registered.append)
     monkeypatch.setattr(management, "interrupt_current_processing", told.append)
 
@@ -187,7 +205,10 @@ def test_a_process_that_ends_waits_for_its_run_however_often_it_is_told(ctrl_c, 
 
 def test_an_interrupt_loses_no_held_out_loss(train, module, model, data, config, tmp_path, monkeypatch):
     """The step before it is made and saved; the loss follows when the run goes on."""
-    trainer_class, settings = module("dcm_core.distill.trainer").Trainer, config("semantic", held_out=1, held_out_every=2)
+    trainer_class, settings = (
+        module("dcm_core.distill.trainer").Trainer,
+        config("semantic", held_out=1, held_out_every=2),
+    )
     whole = train(model, data, settings, tmp_path / "whole")
 
     def pressed(self):

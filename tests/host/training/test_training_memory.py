@@ -35,7 +35,9 @@ def trainer(module, config, tmp_path):
     import comfy.sd
 
     def make(side, dtype=torch.float32, size=SIZES[0], layers=4, **values):
-        model = comfy.sd.load_diffusion_model_state_dict(native_wan(width=128, layers=layers), model_options={"dtype": dtype})
+        model = comfy.sd.load_diffusion_model_state_dict(
+            native_wan(width=128, layers=layers), model_options={"dtype": dtype}
+        )
         data = random_data(module("dcm_core.distill.data.dataset"), size=size)
         return make_trainer(module, model, data, config(side, **values), tmp_path)
 
@@ -94,8 +96,11 @@ def small_card(pack, monkeypatch):
             return (left, left) if torch_free_too else left
 
         changes = {
-            "get_free_memory": free, "is_device_cpu": lambda device: str(device) == "cpu", "vram_state": management.VRAMState.NORMAL_VRAM,
-            "minimum_inference_memory": lambda: 0, "extra_reserved_memory": lambda: 0,
+            "get_free_memory": free,
+            "is_device_cpu": lambda device: str(device) == "cpu",
+            "vram_state": management.VRAMState.NORMAL_VRAM,
+            "minimum_inference_memory": lambda: 0,
+            "extra_reserved_memory": lambda: 0,
         }
         for name, value in changes.items():
             monkeypatch.setattr(management, name, value)
@@ -157,9 +162,13 @@ def run_on_card(module, train, config, small_card, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize(("settings", "first", "advice"), [
-    ({"rank": 0}, "first_expert", r"set rank above 0 \(a LoRA instead"), ({"rank": 128, "alpha": 128.0}, "Trainer", "lower rank from 128"),
-])
+@pytest.mark.parametrize(
+    ("settings", "first", "advice"),
+    [
+        ({"rank": 0}, "first_expert", r"set rank above 0 \(a LoRA instead"),
+        ({"rank": 128, "alpha": 128.0}, "Trainer", "lower rank from 128"),
+    ],
+)
 def test_tensors_that_cannot_fit_are_refused_before_they_are_made(
     settings, first, advice, wan, train, data, config, module, small_card, tmp_path, monkeypatch
 ):
@@ -168,7 +177,9 @@ def test_tensors_that_cannot_fit_are_refused_before_they_are_made(
 
     monkeypatch.setattr(module("nodes.host.training.run"), first, never)
     card = small_card(wan(layers=2), 8 * 2**20, ())
-    with pytest.raises(module("dcm_core.errors").DCMError, match=rf"Training needs about .* GiB beside the base model.*{advice}"):
+    with pytest.raises(
+        module("dcm_core.errors").DCMError, match=rf"Training needs about .* GiB beside the base model.*{advice}"
+    ):
         train(card, data, config("semantic", **settings), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -17,7 +17,11 @@ def numbers(model):
     network = model.model.diffusion_model
     found = {name: value.detach() for name, value in network.named_parameters() if name.rpartition(".")[2] in KEPT}
     for name, value in found.items():
-        scale = getattr(network.get_submodule(name.rpartition(".")[0]), "scale_weight", None) if name.endswith("weight") else None
+        scale = (
+            getattr(network.get_submodule(name.rpartition(".")[0]), "scale_weight", None)
+            if name.endswith("weight")
+            else None
+        )
         plain = value.dequantize() if type(value) is not torch.Tensor else value.float()
         found[name] = plain.float() if scale is None else plain * scale
     return found
@@ -83,8 +87,13 @@ def test_gradients_are_those_of_the_same_weights_in_float32(kind, side, rank, ba
     made, reference = trainer(model, side, rank=rank), trainer(plain, side, rank=rank)
     assert made.learner.parameters.keys() == reference.learner.parameters.keys()
     for name, value in made.learner.parameters.items():
-        assert value.dtype is torch.float32 and torch.allclose(value, reference.learner.parameters[name], rtol=1e-6), name
-    (terms, found), (expected_terms, expected) = gradients_of(places, model, made), gradients_of(places, plain, reference)
+        assert value.dtype is torch.float32 and torch.allclose(value, reference.learner.parameters[name], rtol=1e-6), (
+            name
+        )
+    (terms, found), (expected_terms, expected) = (
+        gradients_of(places, model, made),
+        gradients_of(places, plain, reference),
+    )
     assert terms == pytest.approx(expected_terms, rel=1e-4)
     for name, gradient in found.items():
         assert gradient is not None and gradient.abs().sum() > 0, name
@@ -130,7 +139,9 @@ def test_fp8_products_of_the_device_are_not_used(kind, base, train, data, config
         model, _ = load.load_file(path, "fp8_e4m3fn_fast" if kind == "fp8" else "default")
     fast = train(model, data, settings, tmp_path / "fast")
     # such a host keeps the rest of a quantised model in fp8 too
-    assert [entry["loss"] for entry in fast.history] == pytest.approx([entry["loss"] for entry in plain.history], rel=1e-3)
+    assert [entry["loss"] for entry in fast.history] == pytest.approx(
+        [entry["loss"] for entry in plain.history], rel=1e-3
+    )
     assert products == []
     layer = model.model.diffusion_model.blocks[0].ffn[0]
     with torch.no_grad():

@@ -28,7 +28,9 @@ def trainer(module, model, data, config, tmp_path):
 # Ending early
 
 
-def test_states_without_room_are_refused_before_the_first_step(train, module, model, data, config, tmp_path, monkeypatch):
+def test_states_without_room_are_refused_before_the_first_step(
+    train, module, model, data, config, tmp_path, monkeypatch
+):
     errors, trainer_class = module("dcm_core.errors"), module("dcm_core.distill.trainer").Trainer
     whole = train(model, data, config("detail", save_every=1), tmp_path / "whole")
     assert len(whole.history) == 4
@@ -55,7 +57,9 @@ def test_states_without_room_are_refused_before_the_first_step(train, module, mo
 
 
 @pytest.mark.parametrize("done", [0, 2])
-def test_a_step_that_fails_leaves_no_state_that_is_there_already(done, train, module, model, data, config, tmp_path, monkeypatch):
+def test_a_step_that_fails_leaves_no_state_that_is_there_already(
+    done, train, module, model, data, config, tmp_path, monkeypatch
+):
     """Nothing at all of a first step, so that its settings can be changed."""
     if done:
         train(model, data, config("semantic", steps=done, save_every=done), tmp_path)
@@ -90,7 +94,9 @@ def test_another_process_that_is_lost_costs_the_step_alone(train, module, model,
     assert module("dcm_core.distill.checkpoints").newest_state(tmp_path)[1].steps == 2
 
 
-def test_a_diverging_run_is_ended_and_the_states_before_are_kept(train, module, model, data, config, tmp_path, monkeypatch):
+def test_a_diverging_run_is_ended_and_the_states_before_are_kept(
+    train, module, model, data, config, tmp_path, monkeypatch
+):
     divergence, trainer_module = module("dcm_core.distill.divergence"), module("dcm_core.distill.trainer")
     monkeypatch.setattr(divergence, "WINDOW", 2)
     update = trainer_module.Trainer._update
@@ -139,7 +145,9 @@ def test_the_expert_it_starts_from_does_not_stay_in_memory(train, module, model,
     update = trainer_module.Trainer._update
     monkeypatch.setattr(training, "first_expert", remembered)
     monkeypatch.setattr(
-        trainer_module.Trainer, "_update", lambda self: (alive.append(sum(ref() is not None for ref in made)), update(self))
+        trainer_module.Trainer,
+        "_update",
+        lambda self: (alive.append(sum(ref() is not None for ref in made)), update(self)),
     )
     train(model, data, config("semantic", rank=0, steps=1), tmp_path)
     assert len(made) > 50 and alive == [0]
@@ -166,7 +174,9 @@ def semantic_expert(module, model):
     return make
 
 
-def test_a_detail_expert_goes_on_top_of_an_extracted_one(module, model, data, config, semantic_expert, sample, tmp_path):
+def test_a_detail_expert_goes_on_top_of_an_extracted_one(
+    module, model, data, config, semantic_expert, sample, tmp_path
+):
     """A fresh detail expert changes nothing: the pair samples as the semantic expert alone."""
     training, attach = module("nodes.host.training.run"), module("nodes.host.experts.attach")
     below, family = semantic_expert(), module("dcm_core.families").WAN
@@ -206,22 +216,36 @@ def test_experts_of_two_pairs_are_not_trained_together(module, model, data, conf
         training.train_expert(model, data, settings, tmp_path, below=semantic_expert(boundary=0.76), start=start)
 
 
-def test_a_semantic_expert_that_is_only_on_the_model_is_refused(train, module, model, data, config, semantic_expert, tmp_path):
+def test_a_semantic_expert_that_is_only_on_the_model_is_refused(
+    train, module, model, data, config, semantic_expert, tmp_path
+):
     """A run takes it off: the detail expert would stand on the base alone."""
     expert = semantic_expert(boundary=0.9)
     attached = module("nodes.host.experts.attach").attach_experts(model, expert)
-    with pytest.raises(ValueError, match=r"has a semantic expert attached. Training removes it.*[Cc]onnect that expert to semantic_expert"):
+    with pytest.raises(
+        ValueError,
+        match=r"has a semantic expert attached. Training removes it.*[Cc]onnect that expert to semantic_expert",
+    ):
         train(attached, data, config("detail"), tmp_path)
     assert train(attached, data, config("detail", steps=1), tmp_path, below=expert).history
 
 
-@pytest.mark.parametrize(("form", "settings", "message"), [
-    ({"rank": 2, "alpha": 4.0}, {}, r"rank is 4 and alpha is 8, but .* has rank 2 and alpha 4\. Set rank to 2 and alpha to 4\."),
-    ({"alpha": 4.0}, {}, r"has rank 4 and alpha 4\."),
-    ({"rank": 0}, {}, r"is no LoRA: all its weights were trained\. Set rank to 0\."),
-    ({}, {"rank": 0}, r"rank is 0 .* has rank 4 and alpha 8\."),
-])
-def test_a_form_that_the_expert_to_continue_from_has_not_is_refused(form, settings, message, train, module, model, data, config, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "settings", "message"),
+    [
+        (
+            {"rank": 2, "alpha": 4.0},
+            {},
+            r"rank is 4 and alpha is 8, but .* has rank 2 and alpha 4\. Set rank to 2 and alpha to 4\.",
+        ),
+        ({"alpha": 4.0}, {}, r"has rank 4 and alpha 4\."),
+        ({"rank": 0}, {}, r"is no LoRA: all its weights were trained\. Set rank to 0\."),
+        ({}, {"rank": 0}, r"rank is 0 .* has rank 4 and alpha 8\."),
+    ],
+)
+def test_a_form_that_the_expert_to_continue_from_has_not_is_refused(
+    form, settings, message, train, module, model, data, config, tmp_path
+):
     family = module("dcm_core.families").WAN
     start = module("nodes.host.training.run").first_expert(model, family, config("semantic", **form), None, None)
     with pytest.raises(ValueError, match=message):
@@ -232,13 +256,17 @@ def test_a_plain_lora_to_continue_from_gets_embedders_and_head_of_its_own(module
     training, family = module("nodes.host.training.run"), module("dcm_core.families").WAN
     settings = config("detail")
     fresh = training.first_expert(model, family, settings, None, None)
-    again = training.first_expert(model, family, settings, dataclasses.replace(fresh, role="semantic", replaced={}), None)
+    again = training.first_expert(
+        model, family, settings, dataclasses.replace(fresh, role="semantic", replaced={}), None
+    )
     assert again.role == "detail" and same(fresh, again) and set(again.replaced) == set(fresh.replaced) != set()
 
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
 def test_a_schedule_without_a_step_for_an_expert_is_refused(side, train, model, data, config, tmp_path):
-    with pytest.raises(ValueError, match=r"detail \(low-noise\) side is empty.*the boundary is 0\.3.*shift, sample_steps and boundary"):
+    with pytest.raises(
+        ValueError, match=r"detail \(low-noise\) side is empty.*the boundary is 0\.3.*shift, sample_steps and boundary"
+    ):
         train(model, data, config(side, boundary=0.3, shift=17.0), tmp_path)
 
 
@@ -246,7 +274,9 @@ def test_a_run_does_not_write_over_what_it_continues_from(module, model, data, c
     path = module("nodes.host.folders").new_file("loras", "dcm/again", overwrite=True)
     path.write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"continue_from is dcm/again\.safetensors, the file that this run writes"):
-        module("nodes.host.training.run").train_and_save(model, data, config("semantic"), "again", "dcm/again.safetensors")
+        module("nodes.host.training.run").train_and_save(
+            model, data, config("semantic"), "again", "dcm/again.safetensors"
+        )
     assert path.read_bytes() == b"mine"
     path.unlink()
 
@@ -259,18 +289,28 @@ def test_data_of_another_family_is_refused(train, module, model, data, config, t
         train(model, pooled, config("semantic"), tmp_path)
 
 
-@pytest.mark.parametrize(("dtype", "rank", "stored"), [
-    ("float32", 0, "float32"), ("float16", 0, "float16"), ("bfloat16", 0, "bfloat16"), ("float32", 2, "bfloat16"),
-])
+@pytest.mark.parametrize(
+    ("dtype", "rank", "stored"),
+    [
+        ("float32", 0, "float32"),
+        ("float16", 0, "float16"),
+        ("bfloat16", 0, "bfloat16"),
+        ("float32", 2, "bfloat16"),
+    ],
+)
 def test_a_full_fine_tune_is_kept_in_the_base_s_precision(dtype, rank, stored, module, pack, tmp_path):
     import comfy.sd
 
     training, trainee = module("nodes.host.training.run"), module("dcm_core.distill.student")
-    base = comfy.sd.load_diffusion_model_state_dict(native_wan(layers=1), model_options={"dtype": getattr(torch, dtype)})
+    base = comfy.sd.load_diffusion_model_state_dict(
+        native_wan(layers=1), model_options={"dtype": getattr(torch, dtype)}
+    )
     modules = dict(base.model.diffusion_model.named_modules())
     expert = trainee.new_semantic(module("dcm_core.families").WAN, modules, rank, 4.0, torch.Generator().manual_seed(0))
     training.save_expert(tmp_path / "expert.safetensors", expert, base)
-    kinds = {value.dtype for key, value in load_file(tmp_path / "expert.safetensors").items() if not key.endswith("alpha")}
+    kinds = {
+        value.dtype for key, value in load_file(tmp_path / "expert.safetensors").items() if not key.endswith("alpha")
+    }
     assert kinds == {getattr(torch, stored)}
 
 
@@ -324,6 +364,10 @@ def test_a_batch_of_mixed_captions_is_the_mean_of_its_videos(trainer, module):
 
 def test_texts_of_another_encoder_are_refused(train, module, model, config, tmp_path):
     dataset, errors = module("dcm_core.distill.data.dataset"), module("dcm_core.errors")
-    data = dataset.TensorData([torch.zeros(16, 2, 4, 6)], [[[torch.zeros(1, 3, 768), {}]]], [0], [[torch.zeros(1, 3, 4096), {}]])
-    with pytest.raises(errors.DCMError, match=r"dataset has text embeddings of width 768 .* takes 4096. Load .* type `wan`"):
+    data = dataset.TensorData(
+        [torch.zeros(16, 2, 4, 6)], [[[torch.zeros(1, 3, 768), {}]]], [0], [[torch.zeros(1, 3, 4096), {}]]
+    )
+    with pytest.raises(
+        errors.DCMError, match=r"dataset has text embeddings of width 768 .* takes 4096. Load .* type `wan`"
+    ):
         train(model, data, config("semantic"), tmp_path)

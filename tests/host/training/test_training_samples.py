@@ -32,10 +32,17 @@ def test_they_are_what_the_sampler_node_makes(train, module, node, model, data, 
     strip = show.preview_strip
     monkeypatch.setattr(show, "preview_strip", lambda *args: seen.append(args) or strip(*args))
     expert = train("semantic", tmp_path, steps=1, sample_every=1, seed=3).expert
-    (_, latent), = seen
+    ((_, latent),) = seen
     sampled = node(
-        "DCMSampler", model=show.with_experts(model, expert, None), positive=data.conditioning(0), seed=3,
-        latent_image={"samples": torch.zeros(1, *data.shape(0))}, schedule="auto", steps=9, cfg=1.0, denoise=1.0,
+        "DCMSampler",
+        model=show.with_experts(model, expert, None),
+        positive=data.conditioning(0),
+        seed=3,
+        latent_image={"samples": torch.zeros(1, *data.shape(0))},
+        schedule="auto",
+        steps=9,
+        cfg=1.0,
+        denoise=1.0,
     ).result[0]["samples"]
     assert torch.equal(latent, model.model.process_latent_in(sampled))
 

@@ -32,7 +32,9 @@ def test_utf16_without_a_nul_is_told_by_its_mark(tmp_path, encoding):
         read_text(written(tmp_path, "\ufeff猫坐在窗台".encode(encoding)), 100)
 
 
-@pytest.mark.parametrize("data", ["Bär".encode("latin-1"), "猫坐在窗台".encode("utf-16-le"), "坐在窗台上的猫".encode("gbk"), b"\xff"])
+@pytest.mark.parametrize(
+    "data", ["Bär".encode("latin-1"), "猫坐在窗台".encode("utf-16-le"), "坐在窗台上的猫".encode("gbk"), b"\xff"]
+)
 def test_old_encodings_are_named(tmp_path, data):
     with pytest.raises(TextError, match=r"is not UTF-8\. Save it as UTF-8"):
         read_text(written(tmp_path, data), 100)
@@ -60,7 +62,9 @@ def test_any_bytes_are_text_or_a_text_error(tmp_path_factory, data, limit):
 # What can be trained on
 
 
-@pytest.mark.parametrize("caption", ["a cat", "一只猫", "🐈", "a\tcat\r\nand\x0b a dog", "e\u0301", "👨\u200d👩 walk", "!", "7", ""])
+@pytest.mark.parametrize(
+    "caption", ["a cat", "一只猫", "🐈", "a\tcat\r\nand\x0b a dog", "e\u0301", "👨\u200d👩 walk", "!", "7", ""]
+)
 def test_captions_that_can_be_seen_are_fine(caption):
     assert fault_of(caption) is None
 

@@ -128,7 +128,9 @@ def test_pixels_of_no_width_are_too_small_a_clip(tmp_path):
 def test_no_good_clip_is_an_error_with_three_reasons(clip, tmp_path):
     for name in "abcde":
         clip(f"{name}.mkv", frames=2)
-    with pytest.raises(DCMError, match=r"(?s)No clip can be used: 5 clips left out.*a\.mkv: lasts.*c\.mkv.*and 2 more") as error:
+    with pytest.raises(
+        DCMError, match=r"(?s)No clip can be used: 5 clips left out.*a\.mkv: lasts.*c\.mkv.*and 2 more"
+    ) as error:
         check_clips(find_clips(tmp_path).clips, SMALL)
     assert "d.mkv" not in str(error.value)
 
@@ -138,7 +140,9 @@ def test_what_is_unusual_is_noted(video, tmp_path):
         return inspect_clip(Clip(video(tmp_path / name, **options), "x"), SMALL).notes
 
     assert notes("plain.mkv", frames=30, fps=30) == ()
-    assert notes("variable.mkv", times=[0, 40, 100, 140, 300, 500, 540, 600]) == ("variable frame rate, frames taken by their time",)
+    assert notes("variable.mkv", times=[0, 40, 100, 140, 300, 500, 540, 600]) == (
+        "variable frame rate, frames taken by their time",
+    )
     assert notes("slow.mkv", fps=8) == ("8 fps, so frames repeat at 16 fps",)
     assert notes("little.mkv", size=(60, 45)) == ("60x45 enlarged to 64x48",)
     whole = dataclasses.replace(SMALL, buckets=False)
@@ -160,7 +164,9 @@ def test_bucket_has_the_area_and_the_nearest_aspect(width, height, own_width, ow
     if area >= 256 * 256:
         assert 0.9 < w * h / area < 1.1, "rounding of the shorter side, 8 or more steps"
     wanted = math.log(width / height)
-    assert abs(math.log(w / h) - wanted) <= abs(math.log(own_width / own_height) - wanted), "the settings' own size is one of them"
+    assert abs(math.log(w / h) - wanted) <= abs(math.log(own_width / own_height) - wanted), (
+        "the settings' own size is one of them"
+    )
 
 
 def test_common_sizes_have_the_buckets_one_expects():
@@ -199,7 +205,9 @@ def test_time_begins_with_the_first_frame(video, tmp_path):
 
 def test_a_gif_is_read(video, tmp_path):
     settings = ClipSettings(frames=5, fps=10, width=64, height=48)
-    pixels = read_clip(inspect_clip(Clip(video(tmp_path / "a.gif", fps=10, paint=lambda i: 51 * i, frames=5), "x"), settings), settings)
+    pixels = read_clip(
+        inspect_clip(Clip(video(tmp_path / "a.gif", fps=10, paint=lambda i: 51 * i, frames=5), "x"), settings), settings
+    )
     assert pixels.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8], abs=0.08)
 
 
@@ -233,7 +241,9 @@ def test_scaling_covers_the_size_and_crops_the_centre(video, tmp_path):
     image = np.zeros((128, 384, 3), dtype=np.uint8)
     image[:, 128:256] = 255
     settings = ClipSettings(frames=1, width=64, height=64, buckets=False)
-    pixels = read_clip(inspect_clip(Clip(video(tmp_path / "a.mkv", size=(384, 128), paint=lambda i: image), "x"), settings), settings)
+    pixels = read_clip(
+        inspect_clip(Clip(video(tmp_path / "a.mkv", size=(384, 128), paint=lambda i: image), "x"), settings), settings
+    )
     assert pixels[0, :, 2:-2].min() == 1
     assert pixels.min() >= 0 and pixels.max() <= 1
 

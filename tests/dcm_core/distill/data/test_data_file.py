@@ -112,14 +112,20 @@ FACTS = {"which": [0, 1, 0], "unconditional": 1, "texts": [{"guidance": 6.0}, {}
 
 def content(**changed):
     tensors = {f"latent.{index}": torch.full((2, 1, 2, 2), float(index)) for index in range(3)}
-    tensors |= {f"text.{index}.context": torch.ones(1, 3, 8) for index in range(2)} | {"text.0.pooled_output": torch.ones(1, 4)}
+    tensors |= {f"text.{index}.context": torch.ones(1, 3, 8) for index in range(2)} | {
+        "text.0.pooled_output": torch.ones(1, 4)
+    }
     return {name: value for name, value in (tensors | changed).items() if value is not None}
 
 
 NAN = float("nan")
 WRONG = {
     "nan": ({"latent.1": torch.full((2, 1, 2, 2), NAN)}, {}, r"latent\.1 has NaN or infinite values"),
-    "channels": ({"latent.1": torch.ones(3, 1, 2, 2)}, {}, r"latent\.1 is .* shape \(3, 1, 2, 2\); expected .* as in latent\.0"),
+    "channels": (
+        {"latent.1": torch.ones(3, 1, 2, 2)},
+        {},
+        r"latent\.1 is .* shape \(3, 1, 2, 2\); expected .* as in latent\.0",
+    ),
     "flat": ({"latent.0": torch.ones(2, 2, 2)}, {}, r"latent\.0 is torch\.float32 of shape \(2, 2, 2\)"),
     "empty": ({"latent.2": torch.ones(2, 0, 2, 2)}, {}, r"latent\.2 is torch\.float32 of shape \(2, 0, 2, 2\)"),
     "whole": ({"latent.2": torch.ones(2, 1, 2, 2, dtype=torch.int32)}, {}, r"latent\.2 is torch\.int32"),

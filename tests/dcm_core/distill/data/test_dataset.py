@@ -170,7 +170,11 @@ def test_clips_that_cannot_be_used_are_left_out_and_named(three, run, clip):
     assert str(data) == "3 clips, 1 size, 2 files left out"
     lines = data.report().split("\n")
     assert lines[1] == "64x48: 3"
-    assert [line[:21] for line in lines[2:]] == ["left out b.mkv: lasts", "left out d.mkv: has n", "note e.mkv: variable "]
+    assert [line[:21] for line in lines[2:]] == [
+        "left out b.mkv: lasts",
+        "left out d.mkv: has n",
+        "note e.mkv: variable ",
+    ]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs names that are bytes")
@@ -188,7 +192,9 @@ def test_a_name_that_is_no_text(three, run, clip, tmp_path):
 
 def test_a_caption_of_half_a_surrogate_is_left_out(clip, tmp_path, run):
     clip("a.mkv", "a cat")
-    (tmp_path / "list.jsonl").write_text('{"video": "a.mkv", "caption": "a cat"}\n{"video": "a.mkv", "caption": "a \\ud83d cat"}')
+    (tmp_path / "list.jsonl").write_text(
+        '{"video": "a.mkv", "caption": "a cat"}\n{"video": "a.mkv", "caption": "a \\ud83d cat"}'
+    )
     record = Recorder()
     data = prepare(tmp_path / "list.jsonl", SMALL, record.encoders(), tmp_path / ".cache")
     assert len(data) == 1 and "a.mkv: has a caption that is not UTF-8" in str(data.problems[0])
@@ -200,7 +206,11 @@ def test_the_report_names_what_is_no_clip_and_what_the_list_says(three, run, tmp
     (tmp_path / "captions.json").write_text(json.dumps({"a.mkv": ["a cat", "a small cat"]}))
     data, _ = run()
     lines = data.report().split("\n")
-    assert lines[0] == "3 clips, 2 sizes" and [entry.caption for entry in data.entries] == ["a cat", "a big dog", "a cat"]
+    assert lines[0] == "3 clips, 2 sizes" and [entry.caption for entry in data.entries] == [
+        "a cat",
+        "a big dog",
+        "a cat",
+    ]
     assert lines[-2:] == ["note a.mkv: 2 captions, the first is used", "ignored 1 .jpg file: cover.jpg"]
 
 
@@ -396,7 +406,12 @@ def test_every_epoch_has_every_clip_in_batches_of_one_size(buckets, batch_size, 
         assert sum(counts) - len(bucket) < max(batch_size, 2), "no more is filled up than one batch needs"
 
 
-@given(buckets=buckets, batch_size=st.integers(1, 5), seed=st.integers(0, 3), steps=st.lists(st.integers(0, 60), max_size=8))
+@given(
+    buckets=buckets,
+    batch_size=st.integers(1, 5),
+    seed=st.integers(0, 3),
+    steps=st.lists(st.integers(0, 60), max_size=8),
+)
 def test_a_batch_depends_on_its_step_alone(buckets, batch_size, seed, steps):
     straight = BatchOrder(buckets, batch_size, seed)
     expected = [straight.batch(step) for step in range(61)]
@@ -412,7 +427,11 @@ def test_no_batch_holds_a_clip_twice_if_its_bucket_is_large_enough(sizes, batch_
 
 def test_epochs_and_seeds_have_orders_of_their_own():
     orders = [BatchOrder([list(range(40))], 4, seed) for seed in (0, 1)]
-    epochs = {tuple(map(tuple, (order.batch(10 * epoch + step) for step in range(10)))) for order in orders for epoch in range(3)}
+    epochs = {
+        tuple(map(tuple, (order.batch(10 * epoch + step) for step in range(10))))
+        for order in orders
+        for epoch in range(3)
+    }
     assert len(epochs) == 6
 
 

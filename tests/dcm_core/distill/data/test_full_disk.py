@@ -42,7 +42,9 @@ def extract(folder, release, base):
 
 def expert(folder, *_):
     pair = LowRank(torch.ones(4, 4000), torch.ones(4000, 4), 1.0)
-    write_expert(folder / "expert.safetensors", Expert("wan", "detail", {"blocks.0": (pair,)}), {"blocks.0.weight": (4000, 4000)})
+    write_expert(
+        folder / "expert.safetensors", Expert("wan", "detail", {"blocks.0": (pair,)}), {"blocks.0.weight": (4000, 4000)}
+    )
 
 
 def conditioning(folder, *_):
@@ -54,7 +56,9 @@ def dataset(folder, *_):
 
 
 def cached_video(folder, release, _):
-    encoders = Encoders(lambda pixels: torch.ones(16, 2, 40, 40), lambda text: [[torch.ones(1, 1, 1), {}]], "vae", "t5", lambda: None)
+    encoders = Encoders(
+        lambda pixels: torch.ones(16, 2, 40, 40), lambda text: [[torch.ones(1, 1, 1), {}]], "vae", "t5", lambda: None
+    )
     prepare(release.parent / "clips", SMALL, encoders, folder)
 
 
@@ -160,7 +164,14 @@ def on_small_disk(folder, command):
     """What a command prints where `folder` is a disk of 100 kB, in a mount namespace of its own; None where that is not allowed."""
     if not shutil.which("unshare"):
         return None
-    mounted = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=100k tmpfs "$0" && echo mounted && exec "$@"', folder]
+    mounted = [
+        "unshare",
+        "-rm",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o size=100k tmpfs "$0" && echo mounted && exec "$@"',
+        folder,
+    ]
     result = subprocess.run([*mounted, *command], cwd=ROOT, capture_output=True, text=True)
     if not result.stdout.startswith("mounted\n"):
         return None

@@ -38,7 +38,9 @@ CAT_AND_DOG = [("a.mp4", "a cat"), ("b/b.mp4", "a dog")]
 )  # fmt: skip
 @pytest.mark.parametrize("many", [False, True])
 def test_every_pair_of_keys_is_read_from_every_kind_of_file(tmp_path, video, caption, many):
-    rows = [{video: name, "width": 832, "type": "video", caption: [text] if many else text} for name, text in CAT_AND_DOG]
+    rows = [
+        {video: name, "width": 832, "type": "video", caption: [text] if many else text} for name, text in CAT_AND_DOG
+    ]
     assert entries(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))) == CAT_AND_DOG
     assert entries(tmp_path, "a.json", json.dumps(rows, indent=2)) == CAT_AND_DOG
     assert entries(tmp_path, "b.jsonl", json.dumps(rows)) == CAT_AND_DOG, "an array under the name of lines"
@@ -60,14 +62,21 @@ def test_one_object_of_names_and_captions(tmp_path):
 @pytest.mark.parametrize("name", ["captions.txt", "caption.txt", "prompts.txt", "prompt.txt"])
 def test_two_files_of_lines(tmp_path, name):
     written(tmp_path, name, "a cat\na dog, and\x0b more\n")
-    assert entries(tmp_path, "videos.txt", "a.mp4\r\nb/b.mp4\n\n") == [("a.mp4", "a cat"), ("b/b.mp4", "a dog, and\x0b more")]
+    assert entries(tmp_path, "videos.txt", "a.mp4\r\nb/b.mp4\n\n") == [
+        ("a.mp4", "a cat"),
+        ("b/b.mp4", "a dog, and\x0b more"),
+    ]
 
 
 def test_two_files_that_do_not_fit(tmp_path):
-    with pytest.raises(DCMError, match=r"videos\.txt names videos, but the captions are missing\. Write them to captions\.txt"):
+    with pytest.raises(
+        DCMError, match=r"videos\.txt names videos, but the captions are missing\. Write them to captions\.txt"
+    ):
         read_list(written(tmp_path, "videos.txt", "a.mp4\nb.mp4"))
     written(tmp_path, "prompts.txt", "a cat")
-    with pytest.raises(DCMError, match=r"videos\.txt has 2 lines, prompts\.txt 1; expected one caption for every video"):
+    with pytest.raises(
+        DCMError, match=r"videos\.txt has 2 lines, prompts\.txt 1; expected one caption for every video"
+    ):
         read_list(tmp_path / "videos.txt")
 
 
@@ -77,7 +86,9 @@ def test_quotes_and_line_ends_in_a_csv_are_of_the_text(tmp_path):
 
 
 def test_line_separators_in_a_caption_do_not_end_its_line(tmp_path):
-    assert entries(tmp_path, "a.jsonl", '{"video": "a.mp4", "caption": " a\u2028cat "}\n\n') == [("a.mp4", "a\u2028cat")]
+    assert entries(tmp_path, "a.jsonl", '{"video": "a.mp4", "caption": " a\u2028cat "}\n\n') == [
+        ("a.mp4", "a\u2028cat")
+    ]
 
 
 def test_the_first_key_that_holds_something_counts(tmp_path):
@@ -103,8 +114,14 @@ def test_which_files_are_lists(tmp_path):
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ({"video": "a.mp4"}, "has no caption in the list: it has video; expected one of caption, text, prompt, cap, captions."),
-        ({"path": "a.mp4", "caption": " ", "tags": "x"}, "has no caption in the list: it has caption, path, tags; expected"),
+        (
+            {"video": "a.mp4"},
+            "has no caption in the list: it has video; expected one of caption, text, prompt, cap, captions.",
+        ),
+        (
+            {"path": "a.mp4", "caption": " ", "tags": "x"},
+            "has no caption in the list: it has caption, path, tags; expected",
+        ),
         ({"path": "a.mp4", "caption": 3}, "has no caption in the list"),
         ({"path": "a.mp4", "caption": {"en": "x"}}, "has no caption in the list"),
         ({"path": "a.mp4", "caption": [[["x"]]]}, "has no caption in the list"),
@@ -246,7 +263,7 @@ def test_any_json_is_a_list_or_our_error(tmp_path_factory, name, data, whole):
     reads_or_names(tmp_path_factory.getbasetemp(), name, text.encode(errors="replace"))
 
 
-good = json.dumps([{"video": "a.mp4", "caption": ["a", "b"]}, {"path": "b", "cap": "\\\"x"}]).encode()
+good = json.dumps([{"video": "a.mp4", "caption": ["a", "b"]}, {"path": "b", "cap": '\\"x'}]).encode()
 
 
 @given(name=names, place=st.integers(0, len(good)), length=st.integers(0, 6), new=st.binary(max_size=6))

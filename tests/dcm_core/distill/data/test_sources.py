@@ -32,12 +32,17 @@ def test_a_folder_gives_its_videos_by_name_with_their_captions(tmp_path):
     (tmp_path / "b.txt").write_text("\ufeff a dog \n", encoding="utf-8")
     (tmp_path / "c.TXT").write_text("a cow")
     assert find_clips(tmp_path).clips == [
-        Clip(tmp_path / "a.WEBM", ""), Clip(tmp_path / "b.mp4", "a dog"), Clip(tmp_path / "c.mov", "a cow")
+        Clip(tmp_path / "a.WEBM", ""),
+        Clip(tmp_path / "b.mp4", "a dog"),
+        Clip(tmp_path / "c.mov", "a cow"),
     ]
 
 
 def test_every_common_kind_of_video_is_read(tmp_path):
-    names = [f"a.{kind}" for kind in ("m4v", "ts", "mpg", "wmv", "flv", "mts", "m2ts", "mpeg", "ogv", "3gp", "vob", "mkv", "gif")]
+    names = [
+        f"a.{kind}"
+        for kind in ("m4v", "ts", "mpg", "wmv", "flv", "mts", "m2ts", "mpeg", "ogv", "3gp", "vob", "mkv", "gif")
+    ]
     touch(tmp_path, *names)
     assert sorted(name for name, _ in found(tmp_path)) == sorted(names)
 
@@ -48,7 +53,12 @@ def test_subfolders_are_read_also_behind_links(tmp_path):
     (tmp_path / "clips" / "cats" / "a.txt").write_text("a cat")
     (tmp_path / "clips" / "linked").symlink_to(tmp_path / "disk", target_is_directory=True)
     (tmp_path / "clips" / "cats" / "round").symlink_to(tmp_path / "clips", target_is_directory=True)
-    assert found(tmp_path / "clips") == [("b.mp4", ""), ("cats/a.mp4", "a cat"), ("cats/old/c.mp4", ""), ("linked/e.mp4", "")]
+    assert found(tmp_path / "clips") == [
+        ("b.mp4", ""),
+        ("cats/a.mp4", "a cat"),
+        ("cats/old/c.mp4", ""),
+        ("linked/e.mp4", ""),
+    ]
 
 
 def test_a_folder_of_subfolders_is_no_empty_one(tmp_path):
@@ -70,7 +80,9 @@ def test_a_source_without_clips_is_refused(tmp_path):
     for look in (check_source, find_clips):
         with pytest.raises(DCMError, match=r"holds no clips; expected videos \(.*\.mp4.*\.webm"):
             look(tmp_path)
-        with pytest.raises(DCMError, match=r"nowhere does not exist; expected a folder of videos, or a list \(\.jsonl, \.json, \.csv\)"):
+        with pytest.raises(
+            DCMError, match=r"nowhere does not exist; expected a folder of videos, or a list \(\.jsonl, \.json, \.csv\)"
+        ):
             look(tmp_path / "nowhere")
         with pytest.raises(DCMError, match="does not exist"):
             look(tmp_path / ("x" * 300))
@@ -101,7 +113,10 @@ def test_a_caption_file_that_is_no_utf8_is_a_fault_of_its_clip_alone(tmp_path):
     (tmp_path / "a.txt").write_text("a cat", encoding="utf-16")
     (tmp_path / "b.txt").write_text("a dog")
     first, second = find_clips(tmp_path).clips
-    assert (first.caption, first.fault) == ("", "has a caption file that is UTF-16, or not a text file. Save it as UTF-8.")
+    assert (first.caption, first.fault) == (
+        "",
+        "has a caption file that is UTF-16, or not a text file. Save it as UTF-8.",
+    )
     assert (second.caption, second.fault) == ("a dog", None)
 
 
@@ -112,10 +127,19 @@ def test_a_list_in_a_folder_gives_the_captions_that_are_not_beside_the_clips(tmp
     """As trainers lay folders out: metadata.csv or .jsonl beside videos, or beside a folder of them."""
     touch(tmp_path, "a.mp4", "videos/b.mp4", "c.mp4")
     (tmp_path / "c.txt").write_text("a cow, by hand")
-    lines = [{"file_name": "a.mp4", "text": "a cat"}, {"file_name": "videos/b.mp4", "text": "a dog"},
-             {"file_name": "c.mp4", "text": "a cow"}, {"file_name": "gone.mp4", "text": "a bird"}]
+    lines = [
+        {"file_name": "a.mp4", "text": "a cat"},
+        {"file_name": "videos/b.mp4", "text": "a dog"},
+        {"file_name": "c.mp4", "text": "a cow"},
+        {"file_name": "gone.mp4", "text": "a bird"},
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert found(tmp_path) == [("a.mp4", "a cat"), ("c.mp4", "a cow, by hand"), ("gone.mp4", "a bird"), ("videos/b.mp4", "a dog")]
+    assert found(tmp_path) == [
+        ("a.mp4", "a cat"),
+        ("c.mp4", "a cow, by hand"),
+        ("gone.mp4", "a bird"),
+        ("videos/b.mp4", "a dog"),
+    ]
     assert find_clips(tmp_path).others == ()
 
 
@@ -137,22 +161,34 @@ def test_videos_txt_in_a_folder(tmp_path):
 def test_a_folder_that_holds_a_list_alone(tmp_path):
     touch(tmp_path, "elsewhere/a.mp4")
     touch(tmp_path, "lists/metadata.jsonl")
-    (tmp_path / "lists" / "metadata.jsonl").write_text(json.dumps({"video_path": str(tmp_path / "elsewhere" / "a.mp4"), "caption": "a"}))
+    (tmp_path / "lists" / "metadata.jsonl").write_text(
+        json.dumps({"video_path": str(tmp_path / "elsewhere" / "a.mp4"), "caption": "a"})
+    )
     check_source(tmp_path / "lists")
     assert [clip.path for clip in find_clips(tmp_path / "lists").clips] == [tmp_path / "elsewhere" / "a.mp4"]
 
 
 def test_paths_of_a_list_start_at_its_folder_or_the_videos_beside_it(tmp_path):
     touch(tmp_path, "clips/a.mp4", "videos/0.mp4")
-    lines = [{"path": "clips/a.mp4", "cap": ["a cat"]}, {"path": "0.mp4", "cap": ["a dog"]}, {"path": "gone.mp4", "cap": "x"}]
+    lines = [
+        {"path": "clips/a.mp4", "cap": ["a cat"]},
+        {"path": "0.mp4", "cap": ["a dog"]},
+        {"path": "gone.mp4", "cap": "x"},
+    ]
     (tmp_path / "videos2caption.json").write_text(json.dumps(lines))
-    assert found(tmp_path / "videos2caption.json") == [("clips/a.mp4", "a cat"), ("videos/0.mp4", "a dog"), ("gone.mp4", "x")]
+    assert found(tmp_path / "videos2caption.json") == [
+        ("clips/a.mp4", "a cat"),
+        ("videos/0.mp4", "a dog"),
+        ("gone.mp4", "x"),
+    ]
 
 
 @pytest.mark.skipif(os.sep != "/", reason="of other systems")
 def test_a_path_written_on_windows_is_found(tmp_path):
     touch(tmp_path, "clips/a.mp4", "odd\\name.mp4", "name.mp4")
-    (tmp_path / "data.jsonl").write_text('{"video": "clips\\\\a.mp4", "caption": "a"}\n{"video": "odd\\\\name.mp4", "caption": "b"}')
+    (tmp_path / "data.jsonl").write_text(
+        '{"video": "clips\\\\a.mp4", "caption": "a"}\n{"video": "odd\\\\name.mp4", "caption": "b"}'
+    )
     assert found(tmp_path / "data.jsonl") == [("clips/a.mp4", "a"), ("odd\\name.mp4", "b")]
 
 
@@ -188,12 +224,16 @@ def test_links_that_leave_the_roots_are_named_and_not_followed(walled):
     assert others == ("ignored 1 other file: folder",)
 
 
-@pytest.mark.parametrize("pattern", ["{secret}/{name}", "../secret/{name}", "folder/{name}", "../../../../../..{secret}/{name}"])
+@pytest.mark.parametrize(
+    "pattern", ["{secret}/{name}", "../secret/{name}", "folder/{name}", "../../../../../..{secret}/{name}"]
+)
 def test_a_list_does_not_tell_what_exists_outside_the_roots(walled, pattern):
     inside, secret = walled
 
     def clip_of(name):
-        (inside / "data.jsonl").write_text(json.dumps({"video": pattern.format(secret=secret, name=name), "caption": "a"}))
+        (inside / "data.jsonl").write_text(
+            json.dumps({"video": pattern.format(secret=secret, name=name), "caption": "a"})
+        )
         (clip,) = find_clips(inside / "data.jsonl", roots=[inside]).clips
         return str(clip.path).replace(name, "?"), clip.fault
 
@@ -208,14 +248,22 @@ def test_nor_does_a_folder_of_videos_beside_the_list(walled):
     lines = [{"video": name, "caption": "a"} for name in ("s.mp4", "t.mp4")]
     path = inside / "lists" / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    assert [clip.path for clip in find_clips(path).clips] == [inside / "lists" / "videos" / "s.mp4", inside / "lists" / "t.mp4"]
-    assert [clip.path for clip in find_clips(path, roots=[inside]).clips] == [inside / "lists" / "s.mp4", inside / "lists" / "t.mp4"]
+    assert [clip.path for clip in find_clips(path).clips] == [
+        inside / "lists" / "videos" / "s.mp4",
+        inside / "lists" / "t.mp4",
+    ]
+    assert [clip.path for clip in find_clips(path, roots=[inside]).clips] == [
+        inside / "lists" / "s.mp4",
+        inside / "lists" / "t.mp4",
+    ]
 
 
 def test_files_inside_the_roots_are_found(walled):
     inside, _ = walled
     (inside / "data.jsonl").write_text(json.dumps({"video": str(inside / "a.mp4"), "caption": "a"}))
-    assert [clip.fault for clip in find_clips(inside / "data.jsonl", roots=[inside.parent / "other", inside]).clips] == [None]
+    assert [
+        clip.fault for clip in find_clips(inside / "data.jsonl", roots=[inside.parent / "other", inside]).clips
+    ] == [None]
 
 
 # State

@@ -22,7 +22,9 @@ WIDTH, HEIGHT, FRAMES = 64, 48, 9
 SMALL = ClipSettings(frames=FRAMES, fps=16, width=WIDTH, height=HEIGHT)
 
 
-def encode(path, codec, pixel_format, pixels, layout="rgb24", frames=FRAMES, setup=lambda stream: None, mark=lambda frame: None):
+def encode(
+    path, codec, pixel_format, pixels, layout="rgb24", frames=FRAMES, setup=lambda stream: None, mark=lambda frame: None
+):
     """Write one picture (height, width, channels) again and again."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=16)
@@ -60,7 +62,9 @@ def corners():
     image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     for corner in range(4):
         row, column = divmod(corner, 2)
-        image[row * HEIGHT // 2 : (row + 1) * HEIGHT // 2, column * WIDTH // 2 : (column + 1) * WIDTH // 2] = 80 * corner
+        image[row * HEIGHT // 2 : (row + 1) * HEIGHT // 2, column * WIDTH // 2 : (column + 1) * WIDTH // 2] = (
+            80 * corner
+        )
     return image
 
 
@@ -96,8 +100,10 @@ def test_pictures_are_shown_by_the_whole_display_matrix(tmp_path, matrix, shown)
     turned = abs(matrix[1]) > abs(matrix[0])
     assert (facts.width, facts.height) == ((HEIGHT, WIDTH) if turned else (WIDTH, HEIGHT))
     height, width = pixels.shape[1:3]
-    quarters = [[pixels[3, row, column].mean().item() * 255 / 80 for column in (width // 4, 3 * width // 4)]
-                for row in (height // 4, 3 * height // 4)]
+    quarters = [
+        [pixels[3, row, column].mean().item() * 255 / 80 for column in (width // 4, 3 * width // 4)]
+        for row in (height // 4, 3 * height // 4)
+    ]
     assert [[round(value) for value in row] for row in quarters] == shown
 
 
@@ -121,7 +127,9 @@ def test_what_is_shown_otherwise_has_another_name_in_the_cache(tmp_path):
 # Colours
 
 
-def coded(tmp_path, name, transfer, primaries, colour=(0.8, 0.2, 0.1), matrix=9, codec="libx264", pixel_format="yuv444p"):
+def coded(
+    tmp_path, name, transfer, primaries, colour=(0.8, 0.2, 0.1), matrix=9, codec="libx264", pixel_format="yuv444p"
+):
     """A picture of one colour, with these numbers of ffmpeg in its stream; BT.2020's matrix, full range."""
     kr, kb = (0.2627, 0.0593) if matrix == 9 else (0.2126, 0.0722)
     red, green, blue = colour
@@ -131,8 +139,17 @@ def coded(tmp_path, name, transfer, primaries, colour=(0.8, 0.2, 0.1), matrix=9,
 
     def setup(stream):
         context = stream.codec_context
-        context.colorspace, context.color_range, context.color_trc, context.color_primaries = matrix, 2, transfer, primaries
-        lossless = {"libx264": {"qp": "0"}, "libx265": {"x265-params": "lossless=1:log-level=none"}, "libvpx-vp9": {"lossless": "1"}}
+        context.colorspace, context.color_range, context.color_trc, context.color_primaries = (
+            matrix,
+            2,
+            transfer,
+            primaries,
+        )
+        lossless = {
+            "libx264": {"qp": "0"},
+            "libx265": {"x265-params": "lossless=1:log-level=none"},
+            "libvpx-vp9": {"lossless": "1"},
+        }
         stream.options = lossless.get(codec, {})
 
     def mark(frame):
@@ -157,7 +174,8 @@ def coded(tmp_path, name, transfer, primaries, colour=(0.8, 0.2, 0.1), matrix=9,
 
 @pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
 @pytest.mark.parametrize(
-    ("file", "codec"), [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.mov", "libx265"), ("a.webm", "libvpx-vp9"), ("a.mkv", "ffv1")]
+    ("file", "codec"),
+    [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.mov", "libx265"), ("a.webm", "libvpx-vp9"), ("a.mkv", "ffv1")],
 )
 def test_hdr_is_left_out_and_named(tmp_path, transfer, name, file, codec):
     path = coded(tmp_path, file, transfer, 9, codec=codec)
@@ -170,9 +188,13 @@ def test_the_wide_colours_of_sdr_become_those_of_bt709(tmp_path, transfer):
     """Against the primaries' chromaticities, worked out here; not against the matrix that the code holds."""
     colour = torch.tensor([0.5, 0.45, 0.4], dtype=torch.float64)
     facts, pixels = read(coded(tmp_path, "a.mp4", transfer, 9, colour.tolist()))
-    to_xyz = {kind: xyz_of(*points) for kind, points in {
-        "2020": ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)), "709": ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06)),
-    }.items()}
+    to_xyz = {
+        kind: xyz_of(*points)
+        for kind, points in {
+            "2020": ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
+            "709": ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06)),
+        }.items()
+    }
     expected = torch.linalg.solve(to_xyz["709"], to_xyz["2020"] @ colour.pow(2.4)).clamp(0, 1).pow(1 / 2.4)
     assert (expected - colour).abs().max() > 0.03, "it makes a difference"
     assert pixels.mean(dim=(0, 1, 2)).tolist() == pytest.approx(expected.tolist(), abs=0.012)
@@ -263,7 +285,9 @@ def test_transparent_areas_of_a_gif_are_black(tmp_path):
 def test_without_the_decoder_transparency_is_named(tmp_path, monkeypatch):
     path = encode(tmp_path / "a.webm", "libvpx-vp9", "yuva420p", even(200, 100, 60, 0), "rgba")
     monkeypatch.setattr("dcm_core.distill.data.video_file.ALPHA_DECODERS", {"vp9": "no-such-decoder"})
-    with pytest.raises(ClipError, match=r"has transparency that cannot be decoded here\. Encode it without transparency"):
+    with pytest.raises(
+        ClipError, match=r"has transparency that cannot be decoded here\. Encode it without transparency"
+    ):
         inspect_clip(Clip(path, "x"), SMALL)
 
 
@@ -287,7 +311,9 @@ def with_cover(path):
     picture = atom(b"ilst", atom(b"covr", atom(b"data", struct.pack(">II", 14, 0), cover())))
     added = atom(b"udta", atom(b"meta", bytes(4), atom(b"hdlr", bytes(8), b"mdirappl", bytes(9)), picture))
     place = moov + 8 + first
-    path.write_bytes(data[:moov] + struct.pack(">I", length + len(added)) + data[moov + 4 : place] + added + data[place:])
+    path.write_bytes(
+        data[:moov] + struct.pack(">I", length + len(added)) + data[moov + 4 : place] + added + data[place:]
+    )
     return path
 
 
@@ -392,7 +418,10 @@ def files(tmp_path_factory):
         *ALPHA, ("b.mp4", "libx264", "yuv420p"), ("b.mov", "libx265", "yuv420p10le"), ("b.mkv", "ffv1", "bgr0"), ("b.gif", "gif", "rgb8"),
         ("b.ts", "libx264", "yuv420p"), ("b.avi", "mpeg4", "yuv420p"), ("b.wmv", "wmv2", "yuv420p"), ("b.flv", "flv", "yuv420p"),
     ]  # fmt: skip
-    paths = [encode(folder / f"{index}{name}", codec, pixels, noise, "rgba") for index, (name, codec, pixels) in enumerate(kinds)]
+    paths = [
+        encode(folder / f"{index}{name}", codec, pixels, noise, "rgba")
+        for index, (name, codec, pixels) in enumerate(kinds)
+    ]
     return [with_matrix(path, (0, 1, -1, 0)) if path.suffix in (".mp4", ".mov") else path for path in paths]
 
 
@@ -425,7 +454,8 @@ def test_any_bytes_are_pixels_or_our_error(tmp_path_factory, content, suffix):
 
 
 @pytest.mark.parametrize(
-    "text", ["ffconcat version 1.0\nfile {other}\n", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{other}\n#EXT-X-ENDLIST\n"]
+    "text",
+    ["ffconcat version 1.0\nfile {other}\n", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{other}\n#EXT-X-ENDLIST\n"],
 )
 def test_a_file_does_not_lead_to_others(tmp_path, text):
     """A playlist under the name of a video would read files that no list names."""

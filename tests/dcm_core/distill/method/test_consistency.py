@@ -32,12 +32,16 @@ def test_on_straight_lines_both_sides_are_the_line_s_point_at_the_phase_s_end():
 def test_each_network_has_its_own_part():
     """pred = x_k + (end - k) s; target = x_k + (prev - k) t + (end - prev) g, of constant velocities s, t, g."""
     batch = make_batch()
-    pred, target = predict(Roles(*(lambda x, sigma, text, v=v: torch.full_like(x, v) for v in (1.0, 10.0, 100.0))), batch, PHASES, cfg=0.0)
+    pred, target = predict(
+        Roles(*(lambda x, sigma, text, v=v: torch.full_like(x, v) for v in (1.0, 10.0, 100.0))), batch, PHASES, cfg=0.0
+    )
     sigma, previous, end = PHASES.sigmas[batch.index], PHASES.previous[batch.index], PHASES.ends(batch.index)
     x = add_noise(batch.x0, batch.noise, sigma)
     shape = (-1, 1, 1, 1, 1)
     torch.testing.assert_close(pred - x, (end - sigma).view(shape).expand_as(x).double())
-    torch.testing.assert_close(target - x, (10 * (previous - sigma) + 100 * (end - previous)).view(shape).expand_as(x).double())
+    torch.testing.assert_close(
+        target - x, (10 * (previous - sigma) + 100 * (end - previous)).view(shape).expand_as(x).double()
+    )
 
 
 def test_networks_are_asked_at_the_levels_of_their_videos():
@@ -52,7 +56,11 @@ def test_networks_are_asked_at_the_levels_of_their_videos():
 
     predict(Roles(note("student"), note("teacher"), note("target")), batch, PHASES, cfg=0.0)
     sigma, previous = PHASES.sigmas[batch.index], PHASES.previous[batch.index]
-    assert torch.equal(asked["student"], sigma) and torch.equal(asked["teacher"], sigma) and torch.equal(asked["target"], previous)
+    assert (
+        torch.equal(asked["student"], sigma)
+        and torch.equal(asked["teacher"], sigma)
+        and torch.equal(asked["target"], previous)
+    )
 
 
 def test_only_the_prediction_has_a_gradient():

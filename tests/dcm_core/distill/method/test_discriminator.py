@@ -26,14 +26,19 @@ def test_frames_are_judged_apart():
 
 
 def test_its_tensors_are_the_official_ones(recipe):
-    official = {key.replace(".0.conv", ".conv", 1): tuple(shape) for key, shape in recipe.keys("wan_train")["discriminator"].items()}
+    official = {
+        key.replace(".0.conv", ".conv", 1): tuple(shape)
+        for key, shape in recipe.keys("wan_train")["discriminator"].items()
+    }
     ours = {key: tuple(value.shape) for key, value in Discriminator(2, 256).state_dict().items()}
     assert ours == official
 
 
 def test_checkpointing_keeps_less_and_changes_nothing():
     """Scores, and gradients of features and weights; of four heads' activations, about one head's is kept."""
-    features = [torch.randn(1, 400, 16, generator=torch.Generator().manual_seed(seed), requires_grad=True) for seed in range(4)]
+    features = [
+        torch.randn(1, 400, 16, generator=torch.Generator().manual_seed(seed), requires_grad=True) for seed in range(4)
+    ]
     plain, light = (Discriminator(4, 16, hidden=64, checkpointing=flag) for flag in (False, True))
     light.load_state_dict(plain.state_dict())
     found, kept = [], []

@@ -42,10 +42,14 @@ def test_every_point_has_one_owner_and_phases_follow_each_other(boundary, shift,
         index = phases.draw(20, torch.Generator().manual_seed(0))
         assert set(index.tolist()) <= set(phases.owned.tolist())
         level = phases.draw_above_phase(index, torch.Generator().manual_seed(0))
-        assert (phases.previous[level] >= phases.ends(index)).all() and set(level.tolist()) <= set(phases.owned.tolist())
+        assert (phases.previous[level] >= phases.ends(index)).all() and set(level.tolist()) <= set(
+            phases.owned.tolist()
+        )
 
 
-@pytest.mark.parametrize(("family", "counts"), [(WAN, {"semantic": 3, "detail": 3}), (HUNYUAN_VIDEO, {"semantic": 2, "detail": 2})])
+@pytest.mark.parametrize(
+    ("family", "counts"), [(WAN, {"semantic": 3, "detail": 3}), (HUNYUAN_VIDEO, {"semantic": 2, "detail": 2})]
+)
 def test_as_many_phases_as_steps_end_where_the_steps_end(family, counts):
     """At the point nearest to each, and at the end of the side."""
     steps = [timestep / 1000 for timestep in family.preset.timesteps]

@@ -70,7 +70,9 @@ def test_detail(roles, weight):
     fake, real = (features_of(renoise(video, batch.level_noise, end, sigma), sigma, TEXT) for video in (pred, target))
     gan, matching = generator_hinge(judge(fake.raw, fake.grid)), feature_matching(fake.projected, real.projected)
     torch.testing.assert_close(loss, pseudo_huber(pred, target) + 0.1 * (5 * gan + 10 * matching))
-    torch.testing.assert_close(discriminator_loss(), discriminator_hinge(judge(real.raw, real.grid), judge(fake.raw, fake.grid)))
+    torch.testing.assert_close(
+        discriminator_loss(), discriminator_hinge(judge(real.raw, real.grid), judge(fake.raw, fake.grid))
+    )
     assert set(terms) == {"huber", "gan", "feature_matching"}
 
 
