@@ -1,4 +1,4 @@
-"""The documentation speaks of what is there: links lead to files, the method map names functions and tests that exist."""
+"""The documentation speaks of what is there, in plain English: links lead to files, the method map names what exists."""
 
 import ast
 import dataclasses
@@ -9,8 +9,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from PIL import Image
 
 from dcm_core.distill.config import TrainingConfig
+
+from .host.graphs import WORKFLOWS, read
 
 ROOT = Path(__file__).parents[1]
 METHOD_MAP = ROOT / "docs" / "method-map.md"
@@ -23,6 +26,27 @@ PAGES = [
 ]
 # [text](target), ![text](target), [text](<target>) and <img src="target">
 LINK = re.compile(r"\]\(<([^>]+)>\)|\]\(([^\s()<>]+)\)|(?:src|href)=\"([^\"]+)\"")
+# What people read besides the pages.
+HELP = sorted((ROOT / "web" / "docs").glob("*.md"))
+# Words of a sentence.
+LONGEST = 25
+# Words and forms that read as translated; the field has better ones (checkpoint, resume, LoRA, full, unchanged ...).
+BANNED = re.compile(
+    r"""
+    ^Of\b                                      # a fragment for a sentence
+    | \b(?:go|goes|going|gone|went)\ on\b
+    | \b(?:is|are|was|were)\ told\b
+    | \b(?:holds?|carry|carries|carried|carrying|weighs?)\b
+    | (?<!there\ )\b(?:is|are)\ no\b(?!\ longer)  # "X is no Y"
+    | \bas\ (?:it|they)\ (?:is|are|stands?)\b
+    | \bgoes\ before\b
+    | \b(?:pairs?|trainees?|facts?|fresh(?:ly)?|whole|given|uneven(?:ness)?|states)\b
+    | \bbelow(?=[.,;:)]|$)                     # for "under it" or "on the detail side"; "below 1" is fine
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+# Not in the changelog, which is a history.
+HISTORY = re.compile(r"\b(?:no longer|anew|former(?:ly)?|previously|since then|up to now)\b", re.IGNORECASE)
 PLACE = re.compile(r"`([\w/.-]+\.py): ([\w.]+)`")
 ROW = re.compile(r"^\| (.+) \| (.+) \| (.+) \|$", re.MULTILINE)
 
@@ -42,6 +66,45 @@ def anchors(page):
     """What the headings of a page are called in links to it."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def blocks(text):
+    """Headings, paragraphs, list items and cells of a table, without their marks; inline code counts as one word."""
+    text = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"`[^`]+`", "Code", re.sub(r"!?\[([^\]]*)\]\((?:<[^>]+>|[^()\s]*)\)", r"\1", text))
+    found = [""]
+    for line in map(str.strip, text.replace("**", "").splitlines()):
+        if line.startswith("|"):
+            found += [*line.strip("|").split("|"), ""]
+        elif not line:
+            found.append("")
+        elif line.startswith("#"):
+            found += [line.lstrip("# "), ""]
+        elif re.match(r"[-*] |\d+\. ", line):
+            found.append(line.partition(" ")[2])
+        else:
+            found[-1] += f" {line}"
+    return [block.strip() for block in found if re.search(r"\w", block)]
+
+
+def sentences(text):
+    return [sentence for block in blocks(text) for sentence in re.split(r"(?<=[.!?])\W*\s+(?=[^a-z])", block)]
+
+
+def faults(text, history=False):
+    """Sentences that are too long or not plain English; `history` allows what was before."""
+    found = []
+    for sentence in map(str.strip, sentences(text)):
+        words = [word for word in sentence.split() if re.search(r"\w", word)]
+        if len(words) > LONGEST:
+            found.append(f"{len(words)} words: {sentence}")
+        matches = [BANNED.search(sentence.lstrip("*_")), None if history else HISTORY.search(sentence)]
+        found += [f"{match[0]!r}: {sentence}" for match in matches if match]
+    return found
+
+
+def unreleased():
+    return (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("## [Unreleased]")[1].partition("\n## ")[0]
 
 
 @cache
@@ -77,6 +140,80 @@ def test_paths_in_code_marks_exist(page):
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.parametrize(
+    "page",
+    [page for page in (*PAGES, *HELP) if page.name != "CHANGELOG.md"],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
+def test_pages_are_plain_english(page):
+    assert faults(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_notes_in_workflows_are_plain_english(path):
+    notes = [node["widgets_values"][0] for node in read(path)["nodes"] if node["type"] == "MarkdownNote"]
+    assert notes and [fault for note in notes for fault in faults(note)] == []
+
+
+def test_the_changelog_is_plain_english():
+    assert faults(unreleased(), history=True) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " ".join(["word"] * (LONGEST + 1)) + ".",
+        "Short. " + " ".join(["`code`"] * (LONGEST + 1)),
+        "| cell | " + " ".join(["word"] * (LONGEST + 1)) + " |",
+        "A list:\n- " + " ".join(["[a](b)"] * (LONGEST + 1)),
+        "Of the generic schedule.",
+        "Short. *Of* the generic schedule.",
+        "The run goes on.",
+        "What is told in the log.",
+        "A file holds the pairs.",
+        "This is no model.",
+        "Above it works, below, it does not.",
+        "The file is written anew.",
+    ],
+)
+def test_long_and_translated_sentences_are_found(text):
+    assert faults(text)
+
+
+def test_plain_sentences_pass():
+    words = "A" + " word" * (LONGEST - 2)
+    assert (
+        faults(f"# {words}\n{words}. {words}: 0.5!\n\n1. {words}\n```\n{words} {words}\n```\n| {words} | {words} |")
+        == []
+    )
+    assert faults("Set denoise below 1. There are no pages. It works on `pairs`, for example here.") == []
+    assert faults("It is no longer refused.", history=True) == [] != faults("It is no longer refused.")
+
+
+def test_the_readme_is_short_and_sets_up_with_two_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    assert re.findall(r"^python scripts/.+$", text, re.MULTILINE) == [
+        "python scripts/demo.py",
+        "python scripts/test.py",
+    ]
+
+
+def test_downloads_are_those_of_the_workflows():
+    known = {
+        (f"models/{model['directory']}/{model['name']}", model["url"])
+        for path in WORKFLOWS
+        for node in read(path)["nodes"]
+        for model in node["properties"].get("models", [])
+    }
+    lines = {
+        page: re.findall(r"^curl -L -o (\S+) (\S+)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+        for page in ("README.md", "docs/models.md")
+    }
+    assert lines["README.md"] and set(lines["README.md"]) < known
+    assert set(lines["docs/models.md"]) == known
+
+
 ASKED = (
     "boundary",
     "3 + 3",
@@ -90,10 +227,14 @@ ASKED = (
 )
 
 
-def test_the_readme_shows_a_picture_and_answers_what_is_asked():
-    text = prose(ROOT / "README.md")
-    assert re.search(r"!\[.+\]\(.+\)", "\n".join(text.splitlines()[:8]))
-    questions = re.findall(r"^\*\*(.+\?)\*\* \w", text, re.MULTILINE)
+def test_the_readme_shows_an_animated_result():
+    first = re.findall(r"!\[.+\]\((docs/images/.+\.webp)\)", "\n".join(prose(ROOT / "README.md").splitlines()[:8]))
+    with Image.open(ROOT / first[0]) as picture:
+        assert picture.n_frames > 10
+
+
+def test_the_questions_page_answers_what_is_asked():
+    questions = re.findall(r"^\*\*(.+\?)\*\* \w", prose(ROOT / "docs" / "questions.md"), re.MULTILINE)
     assert [topic for topic in ASKED if not any(topic in question for question in questions)] == []
 
 
