@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .errors import CheckpointError, counted
 from .experts.expert import expert_entries, expert_metadata, write_expert
-from .files.checkpoint import Contents, Layout, detail_expert, each_native, recognise
+from .experts.reader import read_release
+from .files.checkpoint import Contents, Layout, each_native, recognise
 from .files.storage import Entries, Progress, TensorFile, file_size, write_stream
 from .files.unfinished import check_room, unfinished_file
 from .files.values import cast
@@ -73,7 +74,7 @@ def convert_release(
     released = contents.layout is Layout.RELEASE
     targets = [base, expert] if released else [base]
     _check_targets(source, targets, overwrite)
-    found = detail_expert(file, contents) if released else None
+    found = read_release(file, contents) if released else None
     shapes = contents.native_shapes(file)
     entries = _base_entries(file, contents, dtype)
     metadata = _base_metadata(contents)

@@ -13,10 +13,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..errors import ExpertError, counted, name_some
+from ..errors import counted
 from ..families import Family
-from ..families.keymap import Piece, fuse
-from ..families.lora_names import split_key
+from ..families.keymap import Piece
 from ..files.metadata import FORMAT
 from ..files.storage import write_stream
 from ..files.unfinished import Unfinished
@@ -130,47 +129,6 @@ def merged(expert: Expert, name: str, weight_of: Callable[[str], Tensor]) -> Ten
 def place_low_rank(piece: Piece, down: Tensor, up: Tensor, scale: float) -> LowRank:
     """A source module's pair as an update of its native module's rows (see `keymap.Rule.part`)."""
     return LowRank(down, piece.in_native_order(up), scale, start=(piece.part or 0) * down.shape[1])
-
-
-def expert_from_release(family: Family, tensors: Mapping[str, Tensor]) -> Expert:
-    """The detail expert inside a released checkpoint (diffusers names).
-
-    Args:
-        tensors: `<module>.lora_A.<name>.weight` (rank, in), `<module>.lora_B.<name>.weight` (out, rank) and the detail
-            copies `<module>_lora.*`.
-
-    Raises:
-        ExpertError: a key that is none of these, or half a pair.
-    """
-    pairs: dict[str, dict[str, Tensor]] = {}
-    copies: dict[str, list[Piece]] = {}
-    for key, tensor in tensors.items():
-        source = family.detail_source(key)
-        piece = family.key_map.find(source) if source else None
-        name = split_key(key)
-        if piece is not None:
-            copies.setdefault(piece.target, []).append(Piece(key, piece.target, piece.part, piece.swap_halves))
-        elif name is not None and name.kind in ("down", "up") and family.lora_target_pattern.fullmatch(name.module):
-            pairs.setdefault(name.module, {})[name.kind] = tensor
-        else:
-            raise ExpertError(
-                f"{key} is no part of a released {family.title} detail expert. Load the unchanged release file."
-            )
-    halves = [module for module, pair in pairs.items() if len(pair) != 2]
-    if halves:
-        raise ExpertError(f"{name_some(halves)} has only one of lora_A and lora_B. Download the release file again.")
-    low_rank: dict[str, list[LowRank]] = {}
-    for module, pair in pairs.items():
-        piece = family.key_map.find_module(module)
-        low_rank.setdefault(piece.target, []).append(place_low_rank(piece, pair["down"], pair["up"], family.lora_scale))
-    return Expert(
-        family.name,
-        "detail",
-        low_rank={module: _in_row_order(updates) for module, updates in low_rank.items()},
-        replaced={target: fuse(pieces, tensors) for target, pieces in copies.items()},
-        boundary=family.preset.boundary,
-        timesteps=family.preset.timesteps,
-    )
 
 
 def _in_row_order(updates: Iterable[LowRank]) -> tuple[LowRank, ...]:

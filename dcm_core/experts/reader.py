@@ -1,20 +1,25 @@
-"""Read an expert from LoRA files of any common naming: ours, ComfyUI, kohya, diffusers, PEFT, the release's own.
+"""Read an expert from a release, or from LoRA files of any common naming: ours, ComfyUI, kohya, diffusers, PEFT.
 
 Every tensor is placed, left out with a note where the model can do without it, or named in an error.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..errors import ExpertError, counted, name_some
+from ..errors import CheckpointError, ExpertError, counted, name_some
 from ..families import FAMILIES, Family
 from ..families.keymap import Shape
 from ..families.lora_names import LOW_RANK, Kind, Shapes, count_known, is_release_part
+from ..files.checkpoint import Contents
+from ..files.mapped import views
 from ..files.metadata import FORMAT, Facts, read_facts
+from ..files.storage import TensorFile
+from ..files.values import is_finite
 from ..routing import Side
 from ..text import given
 from .expert import Expert, LowRank, split_fused
@@ -76,6 +81,26 @@ def read_expert(
         timesteps=facts.timesteps,
         notes=(*default_scale.notes, *(_left_out_note(why, keys) for why, keys in left_out.items())),
     )
+
+
+def read_release(file: TensorFile, contents: Contents, copied: bool = True) -> Expert:
+    """The detail expert inside a release.
+
+    Args:
+        copied: read the tensors; else they are views of the file, to be copied by the caller.
+
+    Raises:
+        CheckpointError: NaN or infinite weights.
+    """
+    family = contents.family
+    read = file.read if copied else views(file).__getitem__
+    tensors = {bare: read(key) for key, bare in contents.detail.items()}
+    try:
+        expert = read_expert(tensors, {}, "detail", family, contents.native_shapes(file))
+    except ExpertError as error:
+        raise CheckpointError(f"{file.path}: {error}") from error
+    # a release says neither; its scale is the family's, too, which needs no note
+    return replace(expert, boundary=family.preset.boundary, timesteps=family.preset.timesteps, notes=())
 
 
 def _left_out_note(why: str, keys: Sequence[str]) -> str:
@@ -261,7 +286,8 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
             f"{counted(len(whole), 'tensor')} stored as {tensors[whole[0]].dtype}, not as floating-point numbers: {name_some(whole)}. "
             "Quantised LoRAs cannot be read; use the float16 or bfloat16 version."
         )
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+    # of a float64 what counts is whether float32 can hold it
+    broken = [key for key, t in tensors.items() if not is_finite(t.float() if t.dtype is torch.float64 else t)]
     if broken:
         raise ExpertError(
             f"NaN or infinite values in {counted(len(broken), 'tensor')}: {name_some(broken)}. Download or train the file again."

@@ -141,9 +141,9 @@ def site_updates(
         yield Update(bias, diff=bias_diff, start=start)
     if "diff_m" in whole:
         yield Update(tensor_name(piece, "diff_m", shapes), diff=whole["diff_m"])
-    for kind, name in (("set_weight", weight), ("set_bias", bias)):
-        if kind in whole:
-            yield Update(name, replaced=whole[kind])
+    for kind, tensor in whole.items():
+        if kind in ("set_weight", "set_bias"):
+            yield Update(weight if kind == "set_weight" else bias, replaced=tensor)
 
 
 def _matrices(tensors: Mapping[Kind, Tensor]) -> tuple[Tensor, Tensor]:

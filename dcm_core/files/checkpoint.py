@@ -8,7 +8,6 @@ from enum import Enum
 from torch import Tensor
 
 from ..errors import CheckpointError, counted, name_some
-from ..experts.expert import Expert, expert_from_release
 from ..families import FAMILIES, Family
 from ..families.keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from ..families.lora_names import split_key
@@ -245,21 +244,6 @@ def check_base(file: TensorFile, contents: Contents) -> None:
 def _sources(contents: Contents) -> list[str]:
     """The file's keys of the base, in the order in which its native tensors are made."""
     return [piece.source for pieces in contents.matched.values() for piece in pieces]
-
-
-def detail_expert(file: TensorFile, contents: Contents, copied: bool = True) -> Expert:
-    """The detail expert inside a release.
-
-    Args:
-        copied: as for `semantic_state_dict`.
-
-    Raises:
-        CheckpointError: NaN or infinite weights.
-    """
-    read = file.read if copied else views(file).__getitem__
-    tensors = {bare: read(key) for key, bare in contents.detail.items()}
-    check_finite(file, tensors)
-    return expert_from_release(contents.family, tensors)
 
 
 def check_finite(file: TensorFile, tensors: Mapping[str, Tensor]) -> None:

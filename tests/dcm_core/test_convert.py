@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from dcm_core import convert
 from dcm_core.convert import DTYPES, convert_release
 from dcm_core.errors import CheckpointError
-from dcm_core.experts.reader import read_expert
+from dcm_core.experts.reader import read_expert, read_release
 from dcm_core.families import HUNYUAN_VIDEO
 from dcm_core.files import storage, unfinished
-from dcm_core.files.checkpoint import Layout, detail_expert, recognise, semantic_state_dict
+from dcm_core.files.checkpoint import Layout, recognise, semantic_state_dict
 from dcm_core.files.storage import TensorFile
 
 from .conftest import make_release, release_shapes
@@ -69,7 +69,7 @@ def test_expert_file(family, save, release, targets):
     assert float(facts["dcm.boundary"]) == family.preset.boundary
     shapes = TensorFile(targets[0]).shapes
     again = read_expert(expert.read_all(), facts, "detail", family, shapes)
-    original = detail_expert(file, recognise(file))
+    original = read_release(file, recognise(file))
     assert again.timesteps == original.timesteps
     assert again.replaced.keys() == original.replaced.keys()
     assert all(torch.equal(again.replaced[name], tensor) for name, tensor in original.replaced.items())
@@ -254,14 +254,14 @@ def test_truncated_release(family, save, release, targets):
 def test_the_expert_is_written_and_freed_before_the_base(save, release, targets, monkeypatch):
     """Both in memory are more than 2 GB for HunyuanVideo in float32."""
     experts, alive = [], []
-    original = convert.detail_expert
+    original = convert.read_release
 
     def watched(*arguments):
         expert = original(*arguments)
         experts.append(weakref.ref(expert))
         return expert
 
-    monkeypatch.setattr(convert, "detail_expert", watched)
+    monkeypatch.setattr(convert, "read_release", watched)
     convert_release(save(release), *targets, progress=lambda *_: alive.append(experts[0]() is not None))
     assert alive and not any(alive)
 

@@ -12,7 +12,8 @@ import comfy.utils
 import torch
 
 from ....dcm_core.errors import CheckpointError, check_choice
-from ....dcm_core.files.checkpoint import Layout, check_base, detail_expert, recognise, semantic_state_dict
+from ....dcm_core.experts.reader import read_release
+from ....dcm_core.files.checkpoint import Layout, check_base, recognise, semantic_state_dict
 from ....dcm_core.files.storage import Progress, TensorFile
 from ....dcm_core.text import one_line
 from ..compat import LAYER_FORMATS, host_version
@@ -72,7 +73,7 @@ def load_file(path: Path, weight_dtype: str, node_id: str | None = None) -> tupl
     if contents.layout is Layout.DIFFUSERS:
         return model, f"{name}: {contents.family.title} in diffusers layout, no experts inside"
     # attaching makes a copy
-    expert = detail_expert(file, contents, copied=comfy.utils.DISABLE_MMAP)
+    expert = read_release(file, contents, copied=comfy.utils.DISABLE_MMAP)
     return attach_experts(model, detail=expert), f"{name}: {contents.family.title} release, semantic base with {expert}"
 
 

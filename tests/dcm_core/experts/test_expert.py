@@ -13,7 +13,6 @@ from dcm_core.errors import ExpertError
 from dcm_core.experts.expert import (
     Expert,
     LowRank,
-    expert_from_release,
     expert_id,
     expert_to_state_dict,
     place_low_rank,
@@ -37,13 +36,20 @@ def random_like(shapes, seed=0):
 
 
 def release(family):
-    """(detail tensors, native shapes of the base) of a small release."""
+    """(detail tensors, what makes each native tensor of the base, native shapes of the base) of a small release."""
     keys = json.loads((GOLDEN / f"{RELEASES[family.name]}.keys.json").read_text())
     detail = {k: s for k, s in keys.items() if ".lora_" in k or family.detail_source(k)}
     semantic = {k.replace(".base_layer", ""): s for k, s in keys.items() if k not in detail}
     matched = family.key_map.match(semantic).matched
     shapes = {target: fused_shape([semantic[p.source] for p in pieces]) for target, pieces in matched.items()}
-    return random_like(detail), shapes
+    return random_like(detail), matched, shapes
+
+
+def read_detail(family):
+    """(the expert of a small release, native shapes of its base)."""
+    tensors, _, shapes = release(family)
+    facts = {"dcm.boundary": "0.5", "dcm.timesteps": "[1000, 500]"}
+    return read_expert(tensors, facts, "detail", family, shapes), shapes
 
 
 @pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
@@ -70,20 +76,33 @@ def assert_same(a, b, shapes):
 
 
 def test_release_is_placed_whole(family):
-    tensors, shapes = release(family)
-    expert = expert_from_release(family, tensors)
-    assert expert.boundary == family.preset.boundary
+    """Each layer changes as the diffusers layers that it is made of: W + 2 B A, or the copy in its place."""
+    tensors, matched, shapes = release(family)
+    expert, _ = read_detail(family)
+    pairs = {key.split(".lora_")[0] for key in tensors if ".lora_" in key}
+    copies = {family.detail_source(key): key for key in tensors if family.detail_source(key)}
+    placed = set()
+    for name, pieces in matched.items():
+        module, sources = name.removesuffix(".weight"), [piece.source for piece in pieces]
+        if sources[0] in copies:
+            whole = fuse(pieces, {source: tensors[copies[source]] for source in sources})
+            assert torch.equal(expert.replaced[name], whole), name
+            placed.add(name)
+        elif own := pairs & {source.removesuffix(".weight") for source in sources}:
+            rows = [shapes[name][0]] if len(sources) == 1 else [shapes[name][1]] * 3
+            rows += [shapes[name][0] - sum(rows)] if len(sources) > 3 else []
+            dense = {source: torch.zeros(count, shapes[name][1]) for source, count in zip(sources, rows, strict=True)}
+            for source in own:
+                down, up = (tensors[f"{source}.lora_{part}.lora1.weight"] for part in "AB")
+                dense[f"{source}.weight"] = 2 * up @ down
+            torch.testing.assert_close(delta(expert, module, shapes[name]), fuse(pieces, dense), msg=name)
+            placed.add(module)
+    assert placed == {*expert.low_rank, *expert.replaced}
     assert expert.ranks == (8,)
-    assert set(expert.replaced) <= set(shapes)
-    assert all(tuple(tensor.shape) == tuple(shapes[name]) for name, tensor in expert.replaced.items())
-    pairs = sum(".lora_A." in key for key in tensors)
-    assert sum(len(updates) for updates in expert.low_rank.values()) == pairs
-    assert all(update.scale == 2.0 for updates in expert.low_rank.values() for update in updates)
 
 
 def test_fused_rows_start_where_their_part_starts():
-    tensors, _ = release(HUNYUAN_VIDEO)
-    updates = expert_from_release(HUNYUAN_VIDEO, tensors).low_rank["single_blocks.1.linear1"]
+    updates = read_detail(HUNYUAN_VIDEO)[0].low_rank["single_blocks.1.linear1"]
     assert [update.start for update in updates] == [0, 256, 512]
 
 
@@ -97,23 +116,13 @@ def test_a_pair_s_rows_are_in_native_order():
     assert not torch.equal(placed.up, up)
 
 
-def test_release_with_half_a_pair_or_a_stranger_is_refused(family):
-    tensors, _ = release(family)
-    key = next(k for k in tensors if ".lora_B." in k)
-    with pytest.raises(ExpertError, match="only one of lora_A and lora_B"):
-        expert_from_release(family, {k: v for k, v in tensors.items() if k != key})
-    with pytest.raises(ExpertError, match=r"nothing\.weight is no part"):
-        expert_from_release(family, tensors | {"nothing.weight": torch.zeros(1)})
-
-
 def test_our_file_round_trips(family):
-    tensors, shapes = release(family)
-    expert = expert_from_release(family, tensors)
+    expert, shapes = read_detail(family)
     stored, metadata = expert_to_state_dict(expert, shapes)
     again = read_expert(stored, metadata, "detail", family, shapes)
     assert_same(expert, again, shapes)
     assert again.boundary == expert.boundary
-    assert again.timesteps == expert.timesteps
+    assert again.timesteps == expert.timesteps == (1000, 500)
     assert again.ranks == (8,), "fused pairs are taken apart again"
 
 
@@ -140,8 +149,8 @@ def diffusers_namings(detail):
 
 
 def test_every_naming_means_the_same(family):
-    detail, shapes = release(family)
-    expert = expert_from_release(family, detail)
+    detail, _, shapes = release(family)
+    expert, _ = read_detail(family)
     for name, tensors, scale in diffusers_namings(detail):
         read = read_expert(tensors, {}, "detail", family, shapes)
         assert read.low_rank.keys() == expert.low_rank.keys(), name
@@ -151,8 +160,8 @@ def test_every_naming_means_the_same(family):
 
 
 def test_native_namings(family):
-    detail, shapes = release(family)
-    stored, _ = expert_to_state_dict(expert_from_release(family, detail), shapes)
+    expert, shapes = read_detail(family)
+    stored, _ = expert_to_state_dict(expert, shapes)
     lora = {k: v for k, v in stored.items() if "set_weight" not in k}
     expected = read_expert(lora, {}, "detail", family, shapes)
     kohya = {}
@@ -283,8 +292,7 @@ def test_bad_files(tensors, metadata, message):
 
 
 def test_an_expert_that_is_no_file_is_checked_for_its_sizes(family):
-    detail, shapes = release(family)
-    expert = expert_from_release(family, detail)
+    expert, shapes = read_detail(family)
     check_sizes(expert, shapes)
     module, name = next(iter(expert.low_rank)), next(iter(expert.replaced))
     pair = expert.low_rank[module][-1]
@@ -303,8 +311,8 @@ def test_an_expert_that_is_no_file_is_checked_for_its_sizes(family):
 
 
 def test_wrong_family_is_recognised_by_its_keys():
-    tensors, _ = release(HUNYUAN_VIDEO)
-    _, shapes = release(WAN)
+    tensors, *_ = release(HUNYUAN_VIDEO)
+    *_, shapes = release(WAN)
     lora = {k: v for k, v in tensors.items() if ".lora_" in k and "single" in k}
     with pytest.raises(ExpertError, match=r"is for HunyuanVideo .* the model is Wan 2.1"):
         read_expert(lora, {}, "detail", WAN, shapes)
@@ -340,8 +348,8 @@ def test_stacking_is_exact_and_undone(seed, parts, width, extra, ranks):
 
 @given(data=st.data())
 def test_mangled_files_are_read_right_or_refused(data):
-    detail, shapes = release(WAN)
-    stored, metadata = expert_to_state_dict(expert_from_release(WAN, detail), shapes)
+    expert, shapes = read_detail(WAN)
+    stored, metadata = expert_to_state_dict(expert, shapes)
     key = data.draw(st.sampled_from(sorted(stored)))
     how = data.draw(st.sampled_from(["drop", "rename", "reshape", "nan"]))
     mangled = dict(stored)

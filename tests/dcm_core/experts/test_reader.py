@@ -8,11 +8,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dcm_core.errors import DCMError, ExpertError
+from dcm_core.errors import CheckpointError, DCMError, ExpertError
 from dcm_core.experts.expert import expert_to_state_dict
 from dcm_core.experts.match import AnyModel, Target, match_expert
-from dcm_core.experts.reader import WrongSideError, read_expert
+from dcm_core.experts.reader import WrongSideError, read_expert, read_release
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
+from dcm_core.files.checkpoint import recognise
+from dcm_core.files.storage import TensorFile
 from dcm_core.inspection.inspect import inspect_file
 
 from ..conftest import limits, release_shapes
@@ -59,6 +61,30 @@ def change(expert, name, shape):
     for update in expert.low_rank.get(name.removesuffix(".weight"), ()):
         total[update.start : update.start + len(update.up)] += update.scale * update.up.float() @ update.down.float()
     return total
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_the_expert_of_a_release(family, save, release, copied):
+    file = TensorFile(save({f"transformer.{key}": tensor for key, tensor in release.items()}))
+    expert = read_release(file, recognise(file), copied)
+    preset = family.preset
+    assert (expert.family, expert.role, expert.notes) == (family.name, "detail", ())
+    assert (expert.boundary, expert.timesteps) == (preset.boundary, preset.timesteps)
+    assert expert.ranks == (8,)
+    assert sum(len(updates) for updates in expert.low_rank.values()) == sum(".lora_A." in key for key in release)
+    assert all(update.scale == 2 for updates in expert.low_rank.values() for update in updates)
+    last = "head.head" if family is WAN else "final_layer.linear"
+    assert torch.equal(expert.replaced[f"{last}.weight"], release["proj_out_lora.weight"])
+    assert torch.equal(expert.replaced[f"{last}.bias"], release["proj_out_lora.bias"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_release_whose_expert_has_weights_that_are_no_numbers(save, release, value):
+    key = next(k for k in release if ".lora_B." in k)
+    release[key][0, 0] = value
+    file = TensorFile(save(release))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: NaN or infinite values in 1 tensor: .*lora_B"):
+        read_release(file, recognise(file))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from dcm_core.files.checkpoint import (
     PREFIXES,
     Layout,
     check_finite,
-    detail_expert,
     each_native,
     recognise,
     semantic_state_dict,
@@ -420,26 +419,6 @@ def test_reading_can_be_interrupted(family, save, release):
 
     with pytest.raises(KeyboardInterrupt):
         semantic_state_dict(file, recognise(file), stop)
-
-
-def test_detail_expert(family, save, release):
-    file = TensorFile(save({f"transformer.{key}": tensor for key, tensor in release.items()}))
-    expert = detail_expert(file, recognise(file))
-    assert (expert.family, expert.role, expert.boundary) == (family.name, "detail", family.preset.boundary)
-    assert expert.ranks == (8,)
-    assert sum(len(updates) for updates in expert.low_rank.values()) == sum(".lora_A." in key for key in release)
-    last = "head.head" if family is WAN else "final_layer.linear"
-    assert torch.equal(expert.replaced[f"{last}.weight"], release["proj_out_lora.weight"])
-    assert torch.equal(expert.replaced[f"{last}.bias"], release["proj_out_lora.bias"])
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_detail_weights_that_are_no_numbers(family, save, release, value):
-    key = next(k for k in release if ".lora_B." in k)
-    release[key][0, 0] = value
-    file = TensorFile(save(release))
-    with pytest.raises(CheckpointError, match=r"lora_B.* hold NaN or infinite"):
-        detail_expert(file, recognise(file))
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from dcm_core.errors import CheckpointError, DCMError
 from dcm_core.experts.expert import Expert, LowRank, write_expert
 from dcm_core.experts.match import Target
 from dcm_core.experts.modules import RoutedExpert
-from dcm_core.experts.reader import read_expert
+from dcm_core.experts.reader import read_expert, read_release
 from dcm_core.experts.updates import Update, file_updates, routed_updates
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
-from dcm_core.files.checkpoint import detail_expert, recognise, semantic_state_dict
+from dcm_core.files.checkpoint import recognise, semantic_state_dict
 from dcm_core.files.storage import TensorFile
 from dcm_core.inspection import magnitude
 from dcm_core.inspection.magnitude import (
@@ -328,7 +328,7 @@ def test_an_attached_expert_is_read_as_its_file(family, save, release):
     file = TensorFile(save(release))
     contents = recognise(file)
     shapes = contents.native_shapes(file)
-    expert = detail_expert(file, contents)
+    expert = read_release(file, contents)
     fused = next(
         (module for module, updates in expert.low_rank.items() if len(updates) > 1), next(iter(expert.low_rank))
     )

@@ -61,23 +61,23 @@ def test_velocity_on_each_side_of_the_boundary(golden):
         assert relative(velocity(model, expected["noise"], timestep / 1000, cond), expected[key]) < TOLERANCE, key
 
 
-def test_every_step_of_the_schedule(golden, node):
+def test_every_step_of_the_schedule(golden):
     model, expected, family = golden
-    states = []
     import comfy.samplers
 
-    def euler(denoise, x, sigmas, extra_args=None, callback=None, disable=None):
-        for i in range(len(sigmas) - 1):
-            denoised = denoise(x, sigmas[i : i + 1].expand(len(x)), **extra_args)
-            x = x + (sigmas[i + 1] - sigmas[i]) * (x - denoised) / sigmas[i]
-            states.append(x)
-        return x
-
+    noise, starts = expected["noise"], []
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": conditioning(expected)})
-    noise = expected["noise"]
     with torch.inference_mode():
-        guider.sample(noise, torch.zeros_like(noise), comfy.samplers.KSAMPLER(euler), family.preset.sigmas, seed=0)
+        out = guider.sample(
+            noise,
+            torch.zeros_like(noise),
+            comfy.samplers.sampler_object("euler"),
+            family.preset.sigmas,
+            callback=lambda step, denoised, x, steps: starts.append(x),
+            seed=0,
+        )
+    states = [*starts[1:], model.model.process_latent_in(out)]
     assert len(states) == len(family.preset.timesteps)
     for step, state in enumerate(states):
         assert relative(state, expected[f"latent.{step}"]) < TOLERANCE, step

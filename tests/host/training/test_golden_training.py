@@ -193,7 +193,8 @@ def detail_pair(core, recipe, tensors):
         for name in student
     }
     replaced = {name: value for name, value in student.items() if set(own[name]) & set(wan.detail_modules)}
-    low_rank = experts.expert_from_release(wan, pairs).low_rank
+    shapes = {name: tuple(value.shape) for name, value in student.items()}
+    low_rank = core("experts.reader").read_expert(pairs, {}, "detail", wan, shapes).low_rank
     return experts.Expert("wan", "semantic", replaced=student), experts.Expert("wan", "detail", low_rank, replaced)
 
 
