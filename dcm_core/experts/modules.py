@@ -17,8 +17,8 @@ from .expert import Expert, LowRank
 # (linear, out (rows, features), x (rows, in), alpha): out += alpha linear(x), in place
 AddLinear = Callable[[nn.Linear, Tensor, Tensor, float], None]
 Forward = Callable[..., Tensor]
-# what a host may have a linear do to its input first, by name
-Activations = Mapping[str, Callable[[Tensor], Tensor]]
+# what a host may have a linear do to its input first, by name; norms take their weight and eps, too
+Activations = Mapping[str, Callable[..., Tensor]]
 NONE: Activations = {}
 
 
@@ -94,19 +94,24 @@ class RoutedSite(nn.Module):
     ) -> Tensor:
         """Output of the module `base` with this expert's part in it; x: (..., in) -> (..., out).
 
+        Newer hosts have a linear do what stands before and after it: `residual + residual_scale * linear(input_act(x))`, or with
+        `act_weight` and `act_eps` where the activation is a norm. Both are done here, as they concern the expert's part, too.
+
         Args:
-            activations: by name; the one that a host names in `input_act` is applied to x first, as the expert's part needs it, too.
+            activations: by name, for `input_act`.
             args, kwargs: what else the host passes to its layers.
 
         Raises:
             ExpertError: an activation that is not among them.
         """
-        if (activation := kwargs.pop("input_act", None)) is not None:
-            if activation not in activations:
-                raise ExpertError(
-                    f"This ComfyUI passes input_act={activation!r} to a layer, which ComfyUI-DCM does not know. Update it."
-                )
-            x = activations[activation](x)
+        fused = {name: kwargs.pop(name, None) for name in FUSED}
+        out = self._routed(_activated(x, fused, activations), base, strength, add, *args, **kwargs)
+        residual, scale = fused["residual"], fused["residual_scale"]
+        if residual is None:
+            return out
+        return residual + out if scale is None else torch.addcmul(residual, out, scale)
+
+    def _routed(self, x: Tensor, base: Forward, strength: float, add: AddLinear, *args: Any, **kwargs: Any) -> Tensor:
         if self.replaced is not None:
             out = self._replacement(x, base, add, *args, **kwargs)
             return out if strength == 1 else torch.lerp(base(x, *args, **kwargs), out, strength)
@@ -204,6 +209,9 @@ class RoutedExpert(nn.Module):
 
 LAYER_PARAMS = ("weight", "bias")
 
+# Keywords of newer hosts' linears: see `RoutedSite.forward`.
+FUSED = ("input_act", "act_weight", "act_eps", "residual", "residual_scale")
+
 # The layers that can be routed, and the settings that make another of the same kind. All are linear in their weights, so
 # that a layer of differences adds its output to the base's.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -294,6 +302,18 @@ def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: 
     if bias is not None:
         module.bias = _parameter(bias, factory.dtype, factory.device)
     return module
+
+
+def _activated(x: Tensor, fused: Mapping[str, Any], activations: Activations) -> Tensor:
+    name = fused["input_act"]
+    if name is None:
+        return x
+    if name not in activations:
+        raise ExpertError(
+            f"This ComfyUI passes input_act={name!r} to a layer, which ComfyUI-DCM does not know. Update it."
+        )
+    weight = fused["act_weight"]
+    return activations[name](x) if weight is None else activations[name](x, weight, fused["act_eps"] or 0.0)
 
 
 def _parameter(value: Tensor, dtype: torch.dtype, device: torch.device, copy: bool = True) -> nn.Parameter:

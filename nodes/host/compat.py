@@ -12,6 +12,7 @@ from typing import Any
 import comfy.model_management
 import comfy.ops
 import comfy.quant_ops
+import comfy.rmsnorm
 import comfy.utils
 import comfyui_version
 from comfy.model_patcher import get_key_weight
@@ -24,7 +25,7 @@ logger = logging.getLogger("ComfyUI-DCM")
 NEWEST_TRIED = "0.33.0"
 
 # What newer hosts may ask a linear to do to its input first.
-ACTIVATIONS = getattr(comfy.ops, "INPUT_ACT_EAGER", {})
+ACTIVATIONS = {**getattr(comfy.ops, "INPUT_ACT_EAGER", {}), "rms_norm": comfy.rmsnorm.rms_norm}
 
 # How layers may be quantised in a file whose `<layer>.comfy_quant` says so; older hosts read none of it.
 LAYER_FORMATS = (

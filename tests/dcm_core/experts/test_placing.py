@@ -269,6 +269,70 @@ def test_an_activation_that_the_host_asks_of_the_layer_comes_before_the_expert_s
             root["a"](x, input_act="swish")
 
 
+class Fusing(nn.Linear):
+    """A linear of newer hosts, which does what stands before and after it."""
+
+    def forward(self, x, input_act=None, act_weight=None, act_eps=0.0, residual=None, residual_scale=None):
+        if input_act is not None:
+            x = ACTIVATIONS[input_act](*((x,) if act_weight is None else (x, act_weight, act_eps)))
+        out = super().forward(x)
+        return out if residual is None else torch.addcmul(residual, out, residual_scale)
+
+
+ACTIVATIONS = {
+    "relu": torch.relu,
+    "rms_norm": lambda x, weight, eps: nn.functional.rms_norm(x, weight.shape, weight, eps),
+}
+BESIDES = {
+    "none of it": {"input_act": None, "act_weight": None, "act_eps": 0.0, "residual": None, "residual_scale": None},
+    "activation": {"input_act": "relu"},
+    "norm": {"input_act": "rms_norm", "act_weight": randn(WIDTH, seed=6), "act_eps": 0.1},
+    "residual": {"residual": randn(5, WIDTH, seed=4), "residual_scale": randn(WIDTH, seed=5)},
+}
+BESIDES["all of it"] = BESIDES["norm"] | BESIDES["residual"]
+
+
+@pytest.mark.parametrize("besides", BESIDES.values(), ids=BESIDES)
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+@pytest.mark.parametrize(
+    ("paired", "replaced", "changed"),
+    [
+        (True, (), ()),
+        (True, (), ("bias",)),
+        (False, (), ("weight", "bias")),
+        (False, ("weight", "bias"), ()),
+        (False, ("weight",), ("bias",)),
+    ],
+)
+def test_a_linear_that_does_more_gives_what_one_with_the_expert_merged_gives(
+    paired, replaced, changed, strength, besides
+):
+    root = nn.ModuleDict({"a": Fusing(WIDTH, WIDTH)})
+    tensors = {"weight": randn(WIDTH, WIDTH, seed=3), "bias": randn(WIDTH, seed=3)}
+    pair = LowRank(randn(2, WIDTH), randn(WIDTH, 2, seed=1), 0.5)
+    expert = Expert(
+        "wan",
+        "detail",
+        {"a": (pair,)} if paired else {},
+        {f"a.{name}": tensors[name] for name in replaced},
+        {f"a.{name}": tensors[name] for name in changed},
+    )
+    routed = RoutedExpert(
+        expert, dict(root.named_modules()), SimpleNamespace(Linear=Fusing), torch.float32, torch.device("cpu")
+    )
+    merged = copy.deepcopy(root["a"])
+    with torch.no_grad():
+        for name in replaced:
+            getattr(merged, name).lerp_(tensors[name], strength)
+        for name in changed:
+            getattr(merged, name).add_(tensors[name], alpha=strength)
+        if paired:
+            merged.weight.add_(pair.up @ pair.down, alpha=strength * pair.scale)
+        x = randn(5, WIDTH)
+        with in_place(root, [(routed, strength)], activations=ACTIVATIONS):
+            torch.testing.assert_close(root["a"](x, **besides), merged(x, **besides))
+
+
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 def test_compiled_code_is_known_from_its_making_and_not_made_again(whole, fullgraph):
