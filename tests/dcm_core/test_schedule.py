@@ -124,7 +124,8 @@ def test_even_spacing_is_even_before_the_shift(steps, shift, denoise):
 
 
 @pytest.mark.parametrize(
-    "steps, denoise, levels", [(4, 1, 4), (4, 0.99995, 4), (4, 0.999, 4), (4, 0.5, 8), (20, 0.3, 66), (1, 0.01, 100)]
+    "steps, denoise, levels",
+    [(4, 1, 4), (4, 0.99995, 4), (4, 0.999, 4), (4, 0.5, 8), (20, 0.3, 66), (1, 0.01, 100), (1000, 1, 1000)],
 )
 def test_denoise_takes_as_many_levels_as_ksampler(steps, denoise, levels):
     assert levels_for(steps, denoise) == levels

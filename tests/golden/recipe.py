@@ -9,9 +9,11 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -109,3 +111,28 @@ def discriminator(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
 def expected(model: str) -> dict[str, Tensor]:
     """The official code's numbers."""
     return load_file(FOLDER / f"{model}.expected.safetensors")
+
+
+def metadata(model: str) -> dict[str, Any]:
+    """How the official code made them: config, timesteps, boundary, and guidance where the model takes it."""
+    with safe_open(FOLDER / f"{model}.expected.safetensors", "pt") as file:
+        return {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+
+
+def conditioning(model: str) -> list[list[Any]]:
+    """The golden text as the host passes it; of masked text only the valid tokens."""
+    tensors = expected(model)
+    context, extras = tensors["context"].float(), {}
+    if "mask" in tensors:
+        context = context[:, : int(tensors["mask"].sum())]
+        extras = {"pooled_output": tensors["pooled"].float(), "guidance": metadata(model)["guidance"]}
+    return [[context, extras]]
+
+
+def _families() -> dict[str, str]:
+    names = (path.name.removesuffix(".expected.safetensors") for path in sorted(FOLDER.glob("*.expected.safetensors")))
+    return {name: metadata(name)["config"]["arch"] for name in names if "config" in metadata(name)}
+
+
+# Golden release -> its family.
+RELEASES = _families()

@@ -126,7 +126,7 @@ def node(module):
 def releases(pack, models, recipe):
     """Files of the golden releases among the host's diffusion models: model name -> file name."""
     names = {}
-    for model in ("wan_tiny", "hy_tiny"):
+    for model in recipe.RELEASES:
         names[model] = f"{model}.safetensors"
         save_file(recipe.release(model), models / "diffusion_models" / names[model])
     return names

@@ -179,6 +179,20 @@ def test_a_path_that_no_disk_has_is_refused(module, name):
         module("nodes.host.folders").source_path(name)
 
 
+def test_a_file_written_again_is_another_state(module, tmp_path, monkeypatch):
+    import folder_paths
+
+    folders = module("nodes.host.folders")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(tmp_path)], {".safetensors"}))
+    file, states = tmp_path / "a.safetensors", []
+    for seconds in (1, 2):
+        file.touch()
+        os.utime(file, (seconds, seconds))
+        states.append(folders.state_of("loras", file.name))
+    assert states == [10**9, 2 * 10**9]
+    assert folders.state_of("loras", "none") == folders.state_of("loras", None) == 0
+
+
 def test_no_fingerprint_raises(node):
     """Neither for what clients may send, nor for files that are gone."""
     names = [name for name, _ in EACH] + [

@@ -123,10 +123,11 @@ def steps_in(folder):
     return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*"))
 
 
-def test_the_newest_state_before_the_lowest_loss_is_kept(tmp_path):
+@pytest.mark.parametrize("lowest", [200, 250])
+def test_the_newest_state_up_to_the_lowest_loss_is_kept(tmp_path, lowest):
     """A run that diverges goes on from it."""
     for steps in (100, 200, 300, 400, 500):
-        save_state(tmp_path, saved_at(steps), keep=2, lowest=min(steps, 250))
+        save_state(tmp_path, saved_at(steps), keep=2, lowest=min(steps, lowest))
     assert steps_in(tmp_path) == [200, 400, 500]
     save_state(tmp_path, saved_at(600), keep=2, lowest=50)
     assert steps_in(tmp_path) == [500, 600]

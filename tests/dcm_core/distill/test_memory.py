@@ -47,6 +47,12 @@ def test_what_a_graph_keeps_counts():
         assert alive.now == 2 * 4096, "the first result is gone, the gradient is there"
 
 
+def test_what_is_measured_is_what_runs():
+    with Alive() as alive:
+        made = torch.full((1024,), 3, dtype=torch.float64)
+    assert made.dtype is torch.float64 and alive.most == 8 * KIB
+
+
 def test_tokens():
     assert tokens_of((2, 5, 6, 7)) == 2 * 5 * 3 * 4
 

@@ -80,6 +80,19 @@ def test_fused_layers_get_a_pair_for_each_of_q_k_and_v():
     assert {name.rpartition(".")[0] for name in expert.replaced} == {"time_in.in_layer", "final_layer.linear"}
 
 
+@pytest.mark.parametrize("new", [new_semantic, new_detail])
+def test_a_new_pair_begins_like_a_linear_layer(new):
+    """Its down as torch begins a linear of as many inputs: uniform within 1 / sqrt(inputs)."""
+    modules = {
+        name: nn.Linear(inputs, 4) for name, inputs in (("blocks.0.self_attn.q", 16), ("blocks.0.self_attn.o", 400))
+    }
+    expert = new(WAN, modules, 64, 128.0, generator())
+    for name, (update,) in expert.low_rank.items():
+        bound = modules[name].in_features ** -0.5
+        assert 0.95 * bound < update.down.abs().max() <= bound and abs(update.down.mean()) < 0.1 * bound
+        assert not update.up.any() and update.scale == 2.0
+
+
 @pytest.mark.parametrize(
     ("family", "modules"), [(WAN, WAN_MODULES), (HUNYUAN_VIDEO, HUNYUAN_MODULES)], ids=["wan", "hunyuan"]
 )

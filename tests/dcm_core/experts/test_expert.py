@@ -373,6 +373,7 @@ def test_what_replaces_the_base_s_tensors_can_be_written_in_another_dtype(tmp_pa
     dtypes = TensorFile(path).dtypes
     assert dtypes["diffusion_model.head.head.set_weight"] is torch.float16
     assert dtypes["diffusion_model.blocks.0.self_attn.q.lora_up.weight"] is torch.bfloat16
+    assert dtypes["diffusion_model.blocks.0.self_attn.q.alpha"] is torch.float32, "a scale is not rounded"
 
 
 def test_an_expert_s_id_is_of_all_it_does():

@@ -107,6 +107,11 @@ def test_parts_of_a_fused_layer():
 
     assert misfits("attn.to_k", 8) == misfits("proj_mlp", 20) == {}
     assert list(misfits("proj_mlp", 21)) == ["another size"]
+    changes = {f"{stem}.attn.to_k.diff": (8, 8), f"{stem}.attn.to_k.diff_b": (8,)}
+    assert match_expert(changes, HUNYUAN_VIDEO, shapes).misfits == {}
+    for shape in ((8, 9), (37, 8)):
+        wrong = changes | {f"{stem}.attn.to_k.diff": shape}
+        assert list(match_expert(wrong, HUNYUAN_VIDEO, shapes).misfits) == ["another size"], shape
     rows = {f"{stem}.attn.to_k.set_weight": (8, 8)}
     assert list(match_expert(rows, HUNYUAN_VIDEO, shapes).misfits) == ["only some rows"], "rows are not replaced"
 

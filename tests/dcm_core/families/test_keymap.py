@@ -93,6 +93,12 @@ def test_missing_key_is_named(family):
     assert key in family.key_map.match(semantic_keys(family) - {key}).missing
 
 
+def test_what_is_missing_is_named_in_the_same_order_every_time(family):
+    half = sorted(semantic_keys(family))[::2]
+    missing = family.key_map.match(half).missing
+    assert len(missing) > 20 and list(missing) == sorted(missing)
+
+
 def test_collision_is_an_error():
     key_map = KeyMap([Rule("a", "x"), Rule("b", "x")])
     with pytest.raises(CheckpointError, match=r"a\.weight, b\.weight would all become x\.weight"):

@@ -154,6 +154,11 @@ def test_brackets_in_texts_are_no_depth():
             {"adapter_config.json": {"lora_alpha": 1}},
             LoraSettings("its metadata lora_config", 8, rank=4),
         ),
+        (
+            {"lora_config": {"peft_type": "LORA"}},
+            {"adapter_config.json": {"lora_alpha": 1}},
+            LoraSettings("adapter_config.json", 1),
+        ),
         ({"ss_network_alpha": "1", "ss_network_dim": "32"}, {}, None),
     ],
 )

@@ -7,7 +7,7 @@ from PIL import ImageColor
 from dcm_core.errors import ScheduleError
 from dcm_core.families import WAN
 from dcm_core.inspection.magnitude import Profile
-from dcm_core.inspection.plot import BACKGROUND, COLOURS, NEUTRAL, plot_profile, plot_schedule
+from dcm_core.inspection.plot import BACKGROUND, COLOURS, NEUTRAL, Canvas, plot_profile, plot_schedule
 from dcm_core.schedule import generic_sigmas
 
 
@@ -52,6 +52,17 @@ def test_the_words_of_the_header_do_not_touch(width, height):
     for colour in COLOURS.values():
         dot = of_colour(image, colour)[: header_height(image)].any(0).nonzero()[0].item()
         assert empty(image)[: header_height(image), dot - 12 : dot - 5].all()
+
+
+def test_words_have_the_size_of_their_font():
+    heights = []
+    for units in (4, 8):
+        for small in (False, True):
+            canvas = Canvas(400, 400, (5, 5, 5, 5), text=units)
+            canvas.text(canvas.at(0.5, 0.5), "H", "mm", canvas.small if small else None)
+            heights.append(empty(canvas.finished()).logical_not().any(1).sum().item())
+    # a capital letter takes seven tenths of its font's size, smoothing a row or so more
+    assert heights == pytest.approx([0.7 * size + 2 for size in (16, 0.81 * 16, 32, 0.81 * 32)], abs=2)
 
 
 def test_semantic_steps_lie_left_of_detail_steps():

@@ -198,20 +198,24 @@ def test_calls_between_the_steps_go_by_their_own_noise_level(attach, base, rando
     assert sides == [sigma < 0.979 for sigma in called]
 
 
-def test_patches_that_change_have_an_identity_of_their_own(attach, base, random_expert, module):
-    """The host loads a model anew only if its patches have another identity than those that are loaded."""
+def test_patches_that_change_have_an_identity_of_their_own(attach, base, wan, random_expert, sample):
+    """The host loads a model again only if its patches have another identity than those that are loaded."""
     stacked = attach.attach_experts(base, random_expert(base, "semantic"))
     assert attach.detach_experts(stacked).patches_uuid not in (stacked.patches_uuid, base.patches_uuid)
 
-    prepare = module("nodes.host.experts.prepare")
-    model = attach.attach_experts(base, detail=random_expert(base))
-    (patcher,) = model.get_additional_models_with_key("dcm")
-    known = [patcher.patches_uuid]
-    for strength in (0.8, 0.5):
+    model, sigmas = attach.attach_experts(base, detail=random_expert(base)), [1.0, 0.9, 0.0]
+
+    def patched(model, strength):
         clone = model.clone()
         clone.add_patches({"diffusion_model.head.head.weight": ("diff", (torch.ones(64, 256),))}, strength)
-        prepare._hand_over(clone, patcher, clone.get_attachment("dcm"))
-        known.append(patcher.patches_uuid)
-        prepare._hand_over(clone, patcher, clone.get_attachment("dcm"))
-        assert patcher.patches_uuid == known[-1], "the same patches are not loaded again"
-    assert len(set(known)) == 3
+        return clone
+
+    for strength in (0.08, 0.05):
+        clone = patched(model, strength)
+        first = sample(clone, sigmas)
+        alone = attach.attach_experts(wan(), detail=random_expert(base))
+        assert torch.equal(first, sample(patched(alone, strength), sigmas)), "not the patches of the run before"
+        (patcher,) = clone.get_additional_models_with_key("dcm")
+        known = patcher.patches_uuid
+        assert torch.equal(sample(clone, sigmas), first)
+        assert patcher.patches_uuid == known, "the same patches are not loaded again"

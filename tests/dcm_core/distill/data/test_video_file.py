@@ -342,6 +342,13 @@ def test_a_track_of_one_picture_is_passed_over(tmp_path):
     assert pixels.mean(dim=(0, 1, 2)).tolist() == pytest.approx([0, 0, 1], abs=0.03)
 
 
+def test_a_bare_stream_says_no_times(tmp_path):
+    stream, file = encode(tmp_path / "a.h264", "libx264", "yuv420p", even(9, 9, 9)), tmp_path / "a.mp4"
+    stream.rename(file)
+    with pytest.raises(ClipError, match=r"holds no frame that can be decoded\. Encode or download it again"):
+        probe(file)
+
+
 def test_a_file_of_sound_with_a_cover_holds_no_video(tmp_path):
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:

@@ -113,6 +113,12 @@ def test_one_expert_for_all_levels_has_the_phases_of_both():
         Phases("semantic", 0.1, shared=True)
 
 
+@pytest.mark.parametrize("boundary", [0.0, 1.0, 1.5, float("nan")])
+def test_a_boundary_that_sampling_refuses_is_refused(boundary):
+    with pytest.raises(ScheduleError, match=rf"boundary is {boundary}; .* between 0 and 1, exclusive"):
+        Phases("detail", boundary)
+
+
 def test_a_side_without_points_is_refused():
     with pytest.raises(ScheduleError, match=r"leaves the detail expert no noise level.*Move the boundary"):
         Phases("detail", 0.1)
