@@ -16,7 +16,6 @@ from ..families import FAMILIES, Family
 from ..families.keymap import Shape
 from ..families.lora_names import LOW_RANK, Kind, Shapes, count_known, is_release_part
 from ..files.checkpoint import Contents
-from ..files.mapped import views
 from ..files.metadata import FORMAT, Facts, read_facts
 from ..files.storage import TensorFile
 from ..files.values import is_finite
@@ -83,20 +82,20 @@ def read_expert(
     )
 
 
-def read_release(file: TensorFile, contents: Contents, copied: bool = True) -> Expert:
+def read_release(file: TensorFile, contents: Contents, tensors: Mapping[str, Tensor] | None = None) -> Expert:
     """The detail expert inside a release.
 
     Args:
-        copied: read the tensors; else they are views of the file, to be copied by the caller.
+        tensors: the file's, where the caller has them; else they are read.
 
     Raises:
         CheckpointError: NaN or infinite weights.
     """
     family = contents.family
-    read = file.read if copied else views(file).__getitem__
-    tensors = {bare: read(key) for key, bare in contents.detail.items()}
+    read = file.read if tensors is None else tensors.__getitem__
+    found = {bare: read(key) for key, bare in contents.detail.items()}
     try:
-        expert = read_expert(tensors, {}, "detail", family, contents.native_shapes(file))
+        expert = read_expert(found, {}, "detail", family, contents.native_shapes(file))
     except ExpertError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
     # a release says neither; its scale is the family's, too, which needs no note

@@ -12,7 +12,6 @@ from ..families import FAMILIES, Family
 from ..families.keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from ..families.lora_names import split_key
 from .fit import misfits
-from .mapped import views
 from .storage import Progress, TensorFile, each_read
 from .values import is_finite
 
@@ -201,20 +200,23 @@ def _half_message(file: TensorFile, family: Family, layout: Layout, missing: set
 
 
 def semantic_state_dict(
-    file: TensorFile, contents: Contents, progress: Progress | None = None, copied: bool = True
+    file: TensorFile,
+    contents: Contents,
+    progress: Progress | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The base (semantic) weights of a diffusers-layout file in native names, each tensor read once.
+    """The base (semantic) weights of a diffusers-layout file in native names.
 
     Args:
-        copied: read and check them all; else only fused tensors are in memory, the others are views of the file, to be copied by
-            the caller, and none is checked (`check_base`).
+        tensors: the file's, where the caller has them; they are used as they are, and `check_base` checks them. Else each is read
+            once and checked.
 
     Raises:
         CheckpointError: NaN or infinite weights.
     """
-    if copied:
+    if tensors is None:
         return dict(each_native(file, contents, progress))
-    reader = each_read(file, _sources(contents), progress, views(file).__getitem__)
+    reader = each_read(file, _sources(contents), progress, tensors.__getitem__)
     return {target: fuse(pieces, dict(next(reader) for _ in pieces)) for target, pieces in contents.matched.items()}
 
 
@@ -231,13 +233,12 @@ def each_native(file: TensorFile, contents: Contents, progress: Progress | None 
         yield target, fuse(pieces, tensors)
 
 
-def check_base(file: TensorFile, contents: Contents) -> None:
-    """Refuse base weights that are no numbers, in one pass over the mapped file.
+def check_base(file: TensorFile, contents: Contents, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse base weights that are no numbers.
 
     Raises:
         CheckpointError: NaN or infinite weights.
     """
-    tensors = views(file)
     check_finite(file, {source: tensors[source] for source in _sources(contents)})
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 
 from ....dcm_core.errors import CheckpointError, check_choice
 from ....dcm_core.experts.reader import read_release
-from ....dcm_core.files.checkpoint import Layout, check_base, recognise, semantic_state_dict
+from ....dcm_core.files.checkpoint import Contents, Layout, check_base, recognise, semantic_state_dict
+from ....dcm_core.files.mapped import views
 from ....dcm_core.files.storage import Progress, TensorFile
 from ....dcm_core.text import one_line
 from ..compat import LAYER_FORMATS, host_version
@@ -69,11 +70,11 @@ def load_file(path: Path, weight_dtype: str, node_id: str | None = None) -> tupl
     if contents.layout in (Layout.NATIVE, Layout.OTHER):
         model = load_native(file, weight_dtype)
         return model, f"{name}: {type(model.model).__name__}, loaded by the host as it is"
-    model = load_base(path, weight_dtype, byte_progress(node_id))
+    model = _load_base(file, contents, weight_dtype, byte_progress(node_id))
     if contents.layout is Layout.DIFFUSERS:
         return model, f"{name}: {contents.family.title} in diffusers layout, no experts inside"
-    # attaching makes a copy
-    expert = read_release(file, contents, copied=comfy.utils.DISABLE_MMAP)
+    # mapped again: the pages of the base are not kept while the expert is copied
+    expert = read_release(file, contents, _views(file))
     return attach_experts(model, detail=expert), f"{name}: {contents.family.title} release, semantic base with {expert}"
 
 
@@ -126,23 +127,30 @@ def other_use(keys: Iterable[str]) -> str:
     return ""
 
 
-def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, **newer: bool) -> Any:
+def load_base(path: Path, weight_dtype: str, **newer: bool) -> Any:
     """The base (semantic) model of a diffusers-layout file.
 
     Args:
         newer: what newer hosts pass when they need the model a second time (`disable_dynamic`).
 
     Raises:
-        CheckpointError: sizes this ComfyUI has no model for.
+        CheckpointError: NaN or infinite weights, or sizes this ComfyUI has no model for.
     """
     file = TensorFile(path)
-    contents = recognise(file)
-    # the host's own loader takes views, too, unless told otherwise
-    mapped = not comfy.utils.DISABLE_MMAP
-    weights = semantic_state_dict(file, contents, progress, copied=not mapped)
+    return _load_base(file, recognise(file), weight_dtype, **newer)
+
+
+def _load_base(
+    file: TensorFile, contents: Contents, weight_dtype: str, progress: Progress | None = None, **newer: bool
+) -> Any:
+    path, title = file.path, contents.family.title
+    tensors = _views(file)
+    weights = semantic_state_dict(file, contents, progress, tensors)
     with ThreadPoolExecutor(max_workers=1) as beside:
-        # both wait for memory and disk most of the time
-        checked = beside.submit(check_base, file, contents) if mapped else None
+        # one reads what the other has brought into memory
+        checked = beside.submit(check_base, file, contents, tensors) if tensors is not None else None
+        # the mapping goes with the last of its tensors
+        del tensors
         try:
             model = comfy.sd.load_diffusion_model_state_dict(
                 weights, model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer
@@ -152,14 +160,17 @@ def load_base(path: Path, weight_dtype: str, progress: Progress | None = None, *
             if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise
             raise CheckpointError(
-                f"{path} cannot be loaded: no {contents.family.title} model has its sizes ({one_line(error, 400)}). Download it again."
+                f"{path} cannot be loaded: no {title} model has its sizes ({one_line(error, 400)}). Download it again."
             ) from error
     if checked is not None:
         checked.result()
     if model is None:
-        raise CheckpointError(
-            f"{path} is a {contents.family.title} file, but this ComfyUI cannot build a model of its sizes."
-        )
+        raise CheckpointError(f"{path} is a {title} file, but this ComfyUI cannot build a model of its sizes.")
     # newer hosts make a second, independent model with it (several GPUs, hooks under dynamic VRAM)
     model.cached_patcher_init = (load_base, (path, weight_dtype))
     return model
+
+
+def _views(file: TensorFile) -> Mapping[str, torch.Tensor] | None:
+    """The file's tensors to be copied by the host, whose own loader takes views, too; None where it is told not to."""
+    return None if comfy.utils.DISABLE_MMAP else views(file)

@@ -14,6 +14,7 @@ from dcm_core.experts.match import AnyModel, Target, match_expert
 from dcm_core.experts.reader import WrongSideError, read_expert, read_release
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
 from dcm_core.files.checkpoint import recognise
+from dcm_core.files.mapped import views
 from dcm_core.files.storage import TensorFile
 from dcm_core.inspection.inspect import inspect_file
 
@@ -63,10 +64,10 @@ def change(expert, name, shape):
     return total
 
 
-@pytest.mark.parametrize("copied", [True, False])
-def test_the_expert_of_a_release(family, save, release, copied):
+@pytest.mark.parametrize("given", [None, views])
+def test_the_expert_of_a_release(family, save, release, given):
     file = TensorFile(save({f"transformer.{key}": tensor for key, tensor in release.items()}))
-    expert = read_release(file, recognise(file), copied)
+    expert = read_release(file, recognise(file), given and given(file))
     preset = family.preset
     assert (expert.family, expert.role, expert.notes) == (family.name, "detail", ())
     assert (expert.boundary, expert.timesteps) == (preset.boundary, preset.timesteps)
