@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..families.keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from ..families.lora_names import split_key
 from .fit import misfits
 from .mapped import views
+from .metadata import Facts, read_facts
 from .storage import Progress, TensorFile, each_read
 from .values import is_finite
 
@@ -255,11 +256,27 @@ def detail_expert(file: TensorFile, contents: Contents, copied: bool = True) -> 
 
     Raises:
         CheckpointError: NaN or infinite weights.
+        ExpertError: metadata that cannot be read.
     """
     read = file.read if copied else views(file).__getitem__
     tensors = {bare: read(key) for key, bare in contents.detail.items()}
     check_finite(file, tensors)
-    return expert_from_release(contents.family, tensors)
+    facts = release_facts(file, contents.family)
+    expert = expert_from_release(contents.family, tensors)
+    return replace(expert, boundary=facts.boundary, timesteps=facts.timesteps)
+
+
+def release_facts(file: TensorFile, family: Family) -> Facts:
+    """Of a release's detail expert: what the file says, which ours do; else what the official code has for it.
+
+    Raises:
+        ExpertError: metadata that cannot be read.
+    """
+    said, preset = read_facts(file.metadata), family.preset
+    boundary, timesteps = (
+        (preset.boundary, preset.timesteps) if said.boundary is None else (said.boundary, said.timesteps)
+    )
+    return Facts(family.name, "detail", boundary=boundary, timesteps=timesteps)
 
 
 def check_finite(file: TensorFile, tensors: Mapping[str, Tensor]) -> None:
