@@ -74,7 +74,7 @@ def recognise(file: TensorFile) -> Contents:
             _check_blocks(file, family, keys)
             return Contents(Layout.NATIVE, family)
     lora = {key for key in keys if split_key(key)}
-    if lora and not any(BASE_LAYER in key for key in keys) and len(lora) > len(keys) // 2:
+    if lora and not any(BASE_LAYER in key for key in keys.keys() - lora) and len(lora) > len(keys) // 2:
         return Contents(Layout.EXPERT)
     known = {name: _known(family, keys) for name, family in FAMILIES.items()}
     family = FAMILIES[max(known, key=known.__getitem__)]
