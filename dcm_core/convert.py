@@ -12,9 +12,9 @@ from torch import Tensor
 from .errors import CheckpointError, counted
 from .experts.expert import expert_entries, expert_metadata, write_expert
 from .experts.reader import read_release
-from .files.checkpoint import Contents, Layout, each_native, recognise
+from .files.checkpoint import Contents, Layout, each_native, recognise, release_facts
 from .files.storage import Entries, Progress, TensorFile, file_size, write_stream
-from .files.unfinished import check_room, unfinished_file
+from .files.unfinished import check_room, check_targets, unfinished_file
 from .files.values import cast
 
 KEEP = "keep"
@@ -73,11 +73,11 @@ def convert_release(
         )
     released = contents.layout is Layout.RELEASE
     targets = [base, expert] if released else [base]
-    _check_targets(source, targets, overwrite)
+    check_targets([source], targets, overwrite)
     found = read_release(file, contents) if released else None
     shapes = contents.native_shapes(file)
     entries = _base_entries(file, contents, dtype)
-    metadata = _base_metadata(contents)
+    metadata = _base_metadata(file, contents)
     sizes = {base: file_size(entries, metadata)}
     expert_dtype = dtype if dtype is not None and dtype.itemsize > 1 else None
     if found is not None:
@@ -96,18 +96,6 @@ def convert_release(
     return Conversion(contents.family.title, base, len(contents.matched), expert if released else None, line)
 
 
-def _check_targets(source: Path, targets: list[Path], overwrite: bool) -> None:
-    resolved = [target.resolve() for target in targets]
-    if source.resolve() in resolved or len(set(resolved)) < len(resolved):
-        raise CheckpointError(
-            f"The outputs {', '.join(map(str, targets))} must be different files, and not the input {source}."
-        )
-    existing = [str(target) for target in targets if target.exists()]
-    if existing and not overwrite:
-        verb = "exists" if len(existing) == 1 else "exist"
-        raise CheckpointError(f"{' and '.join(existing)} {verb} already. Choose another name, or allow overwriting.")
-
-
 def _base_entries(file: TensorFile, contents: Contents, dtype: torch.dtype | None) -> Entries:
     stored = {target: file.dtypes[pieces[0].source] for target, pieces in contents.matched.items()}
     return {
@@ -123,10 +111,10 @@ def _base_tensors(
         yield target, cast(target, tensor, entries[target][0])
 
 
-def _base_metadata(contents: Contents) -> dict[str, str]:
+def _base_metadata(file: TensorFile, contents: Contents) -> dict[str, str]:
     metadata = {"dcm.family": contents.family.name}
     if contents.layout is Layout.RELEASE:
-        metadata |= {"dcm.expert": "semantic", "dcm.boundary": repr(contents.family.preset.boundary)}
+        metadata |= {"dcm.expert": "semantic", "dcm.boundary": repr(release_facts(file, contents.family).boundary)}
     return metadata
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .errors import CheckpointError, counted, name_some
 from .experts.expert import Expert, LowRank, write_expert
-from .families import Family
-from .families.keymap import Piece, Shape, fuse, fused_shape
-from .files.checkpoint import Contents, Layout, check_finite, recognise, without_prefix
-from .files.storage import Progress, TensorFile
+from .families.keymap import Shape
+from .files.checkpoint import Layout
+from .files.native import NativeView
+from .files.storage import Progress
 from .files.unfinished import check_room
 from .text import one_line
 
@@ -22,8 +22,6 @@ OVERSAMPLING = 16
 POWER_ITERATIONS = 4
 # Below this many rows or columns the whole SVD is as fast and exact.
 SMALL = 512
-# How quantised files name what belongs to a weight.
-QUANTISED = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
 
 
 @dataclass(frozen=True)
@@ -70,54 +68,6 @@ class Extraction:
         return "\n".join(
             f"{one_line(n)}\t{r.rank}\t{r.energy:.4%}\t{r.error:.4f}" for n, r in sorted(self.layers.items())
         )
-
-
-class NativeView:
-    """A model file of any layout, read by native names."""
-
-    def __init__(self, path: str | os.PathLike):
-        self.file = TensorFile(path)
-        self.contents: Contents = recognise(self.file)
-        if self.contents.family is None:
-            raise CheckpointError(f"{path} is {self.contents.layout.value}; expected a Wan or HunyuanVideo model file.")
-        self.pieces = self.contents.matched or self._native_pieces()
-
-    @property
-    def family(self) -> Family:
-        return self.contents.family
-
-    def _native_pieces(self) -> dict[str, list[Piece]]:
-        mark = self.family.native_marks[0]
-        prefix = next(key for key in self.file.shapes if without_prefix(key) == mark).removesuffix(mark)
-        # a whole checkpoint holds a VAE and text encoders too
-        keys = [key for key in self.file.shapes if key.startswith(prefix)]
-        quantised = [key for key in keys if key.endswith(QUANTISED)]
-        if quantised:
-            raise CheckpointError(
-                f"{self.file.path} is quantised: its weights need the scales beside them ({name_some(quantised)}). "
-                "Use the bf16, fp16 or fp32 version of the model."
-            )
-        pieces: dict[str, list[Piece]] = {}
-        for key in keys:
-            bare = key.removeprefix(prefix)
-            name = alias.target if (alias := self.family.alias_map.find(bare)) else bare
-            pieces.setdefault(name, []).append(Piece(key, name))
-        double = [piece.source for found in pieces.values() if len(found) > 1 for piece in found]
-        if double:
-            raise CheckpointError(
-                f"{self.file.path} holds the same tensors under two names ({name_some(double)}). Load a clean file."
-            )
-        return pieces
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return fused_shape([self.file.shapes[piece.source] for piece in self.pieces[name]])
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, float32."""
-        pieces = self.pieces[name]
-        tensor = fuse(pieces, {piece.source: self.file.read(piece.source) for piece in pieces}).float()
-        check_finite(self.file, {name: tensor})
-        return tensor
 
 
 def extract_lora(
@@ -213,7 +163,7 @@ def _check_same(new: NativeView, old: NativeView) -> None:
 def _differences(new: NativeView, old: NativeView, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
     """(name, tuned - base) of every tensor that changed, float32."""
     for done, name in enumerate(new.pieces):
-        difference = new.read(name) - old.read(name)
+        difference = new.read(name).float() - old.read(name).float()
         if bool(difference.any()):
             yield name, difference
         if progress is not None:

@@ -219,19 +219,22 @@ def stack_updates(updates: Sequence[LowRank], rows: int) -> tuple[Tensor, Tensor
     return torch.cat([update.down for update in updates]), up, first.scale * rank
 
 
-def split_update(update: LowRank, parts: int) -> tuple[LowRank, ...]:
+def split_update(update: LowRank, parts: int, used_parts: int = 0) -> tuple[LowRank, ...]:
     """Undo `stack_updates` for a fused module: one update a row block whose columns of `up` are its own.
 
     Args:
         parts: number of row blocks, each as high as the input is wide, the last one taking the rest.
+        used_parts: how many of them, from the first, the release has an update for.
     """
     height, rows = update.down.shape[1], update.up.shape[0]
     if parts < 2 or update.start or rows < parts * height:
         return (update,)
     edges = [*(part * height for part in range(parts)), rows]
-    used = [(update.up[a:b].float() != 0).any(0) for a, b in pairwise(edges)]
-    owners = torch.stack(used).sum(0)
-    if int(owners.max()) != 1:
+    used = torch.stack([(update.up[a:b].float() != 0).any(0) for a, b in pairwise(edges)])
+    if not bool(used.any(0).all()):
+        # a column of zeros shows no owner; stacks of equal ranks have their columns in the order of the rows
+        used = next((even for count in (used_parts, parts) if (even := _even_columns(used, count)) is not None), used)
+    if int(used.sum(0).max()) != 1:
         return (update,)
     return tuple(
         LowRank(update.down[columns], update.up[edges[part] : edges[part + 1], columns], update.scale, edges[part])
@@ -240,10 +243,21 @@ def split_update(update: LowRank, parts: int) -> tuple[LowRank, ...]:
     )
 
 
+def _even_columns(used: Tensor, count: int) -> Tensor | None:
+    """(part, column) -> whether the column is the part's, if each of the first `count` has the same number; None if that is not so."""
+    parts, columns = used.shape
+    if not 0 < count <= parts or columns % count:
+        return None
+    owner = torch.arange(columns, device=used.device) // (columns // count)
+    even = owner == torch.arange(parts, device=used.device)[:, None]
+    return even if not bool((used & ~even).any()) else None
+
+
 def split_fused(module: str, updates: Iterable[LowRank], family: Family) -> tuple[LowRank, ...]:
     """A module's updates in row order, one for each row block they were stacked from."""
-    parts = len(family.key_map.sources_of(module))
-    return tuple(piece for update in _in_row_order(updates) for piece in split_update(update, parts))
+    sources = family.key_map.sources_of(module)
+    released = sum(family.lora_target_pattern.fullmatch(piece.source) is not None for piece in sources)
+    return tuple(piece for update in _in_row_order(updates) for piece in split_update(update, len(sources), released))
 
 
 def expert_metadata(expert: Expert, count: int) -> dict[str, str]:

@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ExpertError, counted, name_some
 from ..families import FAMILIES, Family
 from ..families.keymap import Shape
 from ..families.lora_names import LOW_RANK, Kind, Shapes, count_known, is_release_part
-from ..files.checkpoint import Contents
+from ..files.checkpoint import Contents, release_facts
 from ..files.metadata import FORMAT, Facts, read_facts
 from ..files.storage import TensorFile
 from ..files.values import is_finite
@@ -57,9 +57,9 @@ def read_expert(
     """
     facts = read_facts(metadata)
     check_facts(facts, role, family)
-    sites, left_out = _places({key: tuple(tensor.shape) for key, tensor in tensors.items()}, family, shapes)
-    _check_values({key: tensors[key] for site in sites for key in site.keys.values()})
-    _check_reshapes(sites, tensors, shapes)
+    sites, left_out = find_places({key: tuple(tensor.shape) for key, tensor in tensors.items()}, family, shapes)
+    check_values({key: tensors[key] for site in sites for key in site.keys.values()})
+    check_reshapes(sites, tensors, shapes)
     default_scale = DefaultScale(family, metadata, path, released=is_release_part(tensors, family))
     low_rank: dict[str, list[LowRank]] = {}
     replaced: dict[str, Tensor] = {}
@@ -67,9 +67,9 @@ def read_expert(
     for site in sites:
         held = {kind: tensors[key] for kind, key in site.keys.items()}
         for update in site_updates(site.piece, held, family, shapes, default_scale):
-            _gather(update, shapes[update.name], low_rank, replaced, diff)
+            gather(update, shapes[update.name], low_rank, replaced, diff)
     if facts.format is not None:
-        _check_complete(tensors, facts, shapes)
+        check_complete(tensors, facts, shapes)
     return Expert(
         family.name,
         role,
@@ -98,8 +98,9 @@ def read_release(file: TensorFile, contents: Contents, tensors: Mapping[str, Ten
         expert = read_expert(found, {}, "detail", family, contents.native_shapes(file))
     except ExpertError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
-    # a release says neither; its scale is the family's, too, which needs no note
-    return replace(expert, boundary=family.preset.boundary, timesteps=family.preset.timesteps, notes=())
+    facts = release_facts(file, family)
+    # its scale is the family's, which needs no note
+    return replace(expert, boundary=facts.boundary, timesteps=facts.timesteps, notes=())
 
 
 def _left_out_note(why: str, keys: Sequence[str]) -> str:
@@ -151,8 +152,12 @@ def _other_size(given: str, name: str, shape: Sequence[int]) -> ExpertError:
     return ExpertError(f"{given}; {says}. Use an expert made for a model of this size.")
 
 
-def _places(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> tuple[list[Site], Reasons]:
-    """Where every tensor belongs, and what the model can do without."""
+def find_places(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> tuple[list[Site], Reasons]:
+    """Where every tensor belongs, and what the model can do without.
+
+    Raises:
+        ExpertError: as for `read_expert`, of names and shapes.
+    """
     sites, left_out, strangers = find_sites(keys, family, shapes)
     unplaced = strangers.pop(NO_LAYER, [])
     if strangers:
@@ -239,7 +244,7 @@ def _refusal(site: Site, wrong: Mapping[Kind, str], keys: Mapping[str, Shape], s
     return _other_size(f"{held[kind]} has shape {tuple(keys[held[kind]])}", name, shapes[name])
 
 
-def _check_reshapes(sites: Sequence[Site], tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
+def check_reshapes(sites: Sequence[Site], tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
     """`reshape_weight` names the shape that the layer gets; an expert cannot change it."""
     for site in sites:
         key = site.keys.get("reshape")
@@ -251,7 +256,7 @@ def _check_reshapes(sites: Sequence[Site], tensors: Mapping[str, Tensor], shapes
             )
 
 
-def _gather(
+def gather(
     update: Update,
     shape: Shape,
     low_rank: dict[str, list[LowRank]],
@@ -274,7 +279,7 @@ def _gather(
         whole[update.start : update.start + update.rows] += update.diff
 
 
-def _check_values(tensors: Mapping[str, Tensor]) -> None:
+def check_values(tensors: Mapping[str, Tensor]) -> None:
     whole = [
         key
         for key, tensor in tensors.items()
@@ -293,7 +298,7 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_complete(tensors: Mapping[str, Tensor], facts: Facts, shapes: Shapes) -> None:
+def check_complete(tensors: Mapping[str, Tensor], facts: Facts, shapes: Shapes) -> None:
     """A file of ours has the same keys in every block it touches; name what a cut-down one lacks."""
     expected = len(tensors) if facts.tensors is None else facts.tensors
     if len(tensors) == expected:

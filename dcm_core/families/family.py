@@ -20,6 +20,7 @@ class Family:
         lora_scale: alpha / rank of the release, whose files store no alpha.
         native_marks: native keys that only this family has.
         text_module: native module that takes the text embeddings.
+        convolutions: native modules that are no linear layers, norms aside.
         clip_type: what the host's CLIPLoader calls the text encoder.
         block_lists: native module lists of transformer blocks.
         feature_blocks: the list whose outputs the discriminator sees.
@@ -41,6 +42,7 @@ class Family:
     detail_modules: tuple[str, ...]
     native_marks: tuple[str, ...]
     text_module: str
+    convolutions: tuple[str, ...]
     clip_type: str
     block_lists: tuple[str, ...]
     feature_blocks: str

@@ -137,6 +137,7 @@ HUNYUAN_VIDEO = Family(
     detail_modules=("time_text_embed", "norm_out", "proj_out"),
     native_marks=("txt_in.input_embedder.weight", "single_blocks.0.linear1.weight", "final_layer.linear.weight"),
     text_module="txt_in.input_embedder",
+    convolutions=("img_in.proj",),
     clip_type="hunyuan_video",
     block_lists=("double_blocks", "single_blocks"),
     feature_blocks="single_blocks",

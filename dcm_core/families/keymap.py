@@ -5,7 +5,7 @@ rows of one target (`part`): a fused qkv, or `linear1` with its q, k, v and mlp 
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -165,6 +165,17 @@ class KeyMap:
         ]
         return sorted(pieces, key=lambda piece: piece.part or 0)
 
+    def sources_of_tensor(self, name: str) -> list[Piece]:
+        """The source tensors that make up a target tensor, in row order; none if the table does not know it."""
+        template, index = self._targets.split(name)
+        pieces = [
+            Piece(_fill(source, index), name, rule.part, rule.swap_halves, rule.optional)
+            for rule in self.rules
+            for source, target in rule.key_pairs()
+            if target == template
+        ]
+        return sorted(pieces, key=lambda piece: piece.part or 0)
+
     def match(self, keys: Iterable[str]) -> MatchReport:
         """Account for every key: what it becomes, which are unknown, which are missing.
 
@@ -245,3 +256,28 @@ def fuse(pieces: Sequence[Piece], tensors: Mapping[str, Tensor]) -> Tensor:
         )
     value = values[0] if len(values) == 1 else torch.cat(values)
     return pieces[0].in_native_order(value)
+
+
+def part_rows(piece: Piece, parts: int, rows: int, width: int) -> slice:
+    """The rows of a target that a source is.
+
+    Args:
+        parts: number of sources of the target.
+        rows: of the target.
+        width: columns of the target's weight: the height of every part but the last.
+    """
+    if piece.part is None:
+        return slice(0, rows)
+    start = piece.part * width
+    return slice(start, rows if piece.part == parts - 1 else start + width)
+
+
+def unfuse(pieces: Sequence[Piece], tensor: Tensor, width: int) -> Iterator[tuple[str, Tensor]]:
+    """Undo `fuse`: (source, tensor) of every source of a target tensor.
+
+    Args:
+        width: columns of the target's weight.
+    """
+    for piece in pieces:
+        rows = part_rows(piece, len(pieces), len(tensor), width)
+        yield piece.source, piece.in_native_order(tensor[rows])

@@ -60,11 +60,15 @@ UNROUTABLE: tuple[tuple[str, str], ...] = (
     (r"\.vera_lambda_.+", "VeRA"),
     (r"\.(lora_E|ranknum).*", "AdaLoRA"),
 )
+# Plain names after PEFT's own prefix: its `modules_to_save`, and the base's biases that it trained (`bias`).
+PEFT_PREFIX = "base_model.model."
+SAVED: tuple[tuple[str, Kind], ...] = ((r"\.weight", "set_weight"), (r"(\.base_layer)?\.bias", "set_bias"))
 PATTERNS = tuple(
-    (re.compile(rf"(?P<module>.+?){ending}"), kind, method)
-    for ending, kind, method in (
-        *((ending, kind, "") for ending, kind in ENDINGS),
-        *((ending, "unroutable", method) for ending, method in UNROUTABLE),
+    (re.compile(rf"(?P<module>{start}.+?){ending}"), kind, method)
+    for start, ending, kind, method in (
+        *(("", ending, kind, "") for ending, kind in ENDINGS),
+        *(("", ending, "unroutable", method) for ending, method in UNROUTABLE),
+        *((re.escape(PEFT_PREFIX), ending, kind, "") for ending, kind in SAVED),
     )
 )
 # No tensor has a longer name; matching a crafted one would take long.
@@ -72,7 +76,7 @@ LONGEST_KEY = 500
 
 # Stripped as long as one leads and the rest is no module of the model.
 PREFIXES = (
-    "base_model.model.",
+    PEFT_PREFIX,
     "model.diffusion_model.",
     "diffusion_model.",
     "transformer.",

@@ -84,6 +84,7 @@ WAN = Family(
     detail_modules=("condition_embedder", "proj_out"),
     native_marks=("patch_embedding.weight", "head.modulation", "time_projection.1.weight"),
     text_module="text_embedding.0",
+    convolutions=("patch_embedding", "vace_patch_embedding"),
     clip_type="wan",
     block_lists=("blocks",),
     feature_blocks="blocks",

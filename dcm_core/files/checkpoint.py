@@ -12,6 +12,7 @@ from ..families import FAMILIES, Family
 from ..families.keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from ..families.lora_names import split_key
 from .fit import misfits
+from .metadata import Facts, read_facts
 from .storage import Progress, TensorFile, each_read
 from .values import is_finite
 
@@ -71,7 +72,7 @@ def recognise(file: TensorFile) -> Contents:
             _check_blocks(file, family, keys)
             return Contents(Layout.NATIVE, family)
     lora = {key for key in keys if split_key(key)}
-    if lora and not any(BASE_LAYER in key for key in keys) and len(lora) > len(keys) // 2:
+    if lora and not any(BASE_LAYER in key for key in keys.keys() - lora) and len(lora) > len(keys) // 2:
         return Contents(Layout.EXPERT)
     known = {name: _known(family, keys) for name, family in FAMILIES.items()}
     family = FAMILIES[max(known, key=known.__getitem__)]
@@ -245,6 +246,19 @@ def check_base(file: TensorFile, contents: Contents, tensors: Mapping[str, Tenso
 def _sources(contents: Contents) -> list[str]:
     """The file's keys of the base, in the order in which its native tensors are made."""
     return [piece.source for pieces in contents.matched.values() for piece in pieces]
+
+
+def release_facts(file: TensorFile, family: Family) -> Facts:
+    """Of a release's detail expert: what the file says, which ours do; else what the official code has for it.
+
+    Raises:
+        ExpertError: metadata that cannot be read.
+    """
+    said, preset = read_facts(file.metadata), family.preset
+    boundary, timesteps = (
+        (preset.boundary, preset.timesteps) if said.boundary is None else (said.boundary, said.timesteps)
+    )
+    return Facts(family.name, "detail", boundary=boundary, timesteps=timesteps)
 
 
 def check_finite(file: TensorFile, tensors: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,18 @@ SETTINGS_FILES = ("adapter_config.json", "lora_config.json")
 # (metadata key, prefix of its entries) of settings inside a file: diffusers, finetrainers.
 INNER_SETTINGS = (("lora_adapter_metadata", "transformer."), ("lora_config", ""))
 ALPHAS, RANKS = ("lora_alpha", "alpha"), ("r", "lora_rank", "rank")
+
+# What PEFT calls kinds of LoRA that are more than a product added to a layer's output, by their setting.
+UNROUTABLE_LORA = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "layer_replication": "made for replicated layers",
+}
+# Ways to begin a LoRA that take something out of the base.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 TOKENS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
 LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
@@ -180,8 +192,9 @@ class LoraSettings:
         source: where it was found.
         alpha: for every layer that is not in `alphas`.
         alphas: (name of a layer or the end of one, alpha); the first that fits counts. A name that begins with ^ is whole.
-        rank: None if it differs by layer, or is not known.
+        rank: of every layer that is not in `ranks`; None if it differs by layer, or is not known.
         root: alpha is divided by the root of the rank (rsLoRA).
+        ranks: as `alphas`.
     """
 
     source: str
@@ -189,11 +202,13 @@ class LoraSettings:
     alphas: tuple[tuple[str, float], ...] = ()
     rank: int | None = None
     root: bool = False
+    ranks: tuple[tuple[str, int], ...] = ()
 
     def scale(self, module: str, rank: int) -> float | None:
         """alpha / rank of a layer; None where these settings say nothing of it, as they are of a file of another rank."""
         alpha = next((alpha for name, alpha in self.alphas if _is_for(name, module)), self.alpha)
-        if alpha is None or self.rank not in (None, rank):
+        own = next((own for name, own in self.ranks if _is_for(name, module)), self.rank)
+        if alpha is None or own not in (None, rank):
             return None
         return alpha / (math.sqrt(rank) if self.root else rank)
 
@@ -240,22 +255,81 @@ def _settings(values: Any, source: str, prefix: str) -> LoraSettings:
         raise ExpertError(f"{source} is not a table of settings. Save or download it again.")
     # without a pipeline's prefix where the layers were saved alone
     values = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)} or values
+    if values.get("peft_type") is not None:
+        return _peft_settings(values, source)
     inner = values.get("lora_params")
     values |= inner if isinstance(inner, dict) else {}
-    patterns = values.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or len(patterns) > MOST_LAYERS:
-        raise ExpertError(
-            f"{source}: alpha_pattern is {given(patterns)}; expected at most {MOST_LAYERS:,} layers with a number each. "
-            "Save the LoRA again."
-        )
+    patterns = _pattern(values.get("alpha_pattern"), "alpha_pattern", source)
     rank = _first_number(values, RANKS, source)
     return LoraSettings(
         source,
         _first_number(values, ALPHAS, source),
-        tuple((_layer_name(name, source), _alpha(name, value, source)) for name, value in patterns.items()),
+        tuple((_layer_name(name, source), alpha) for name, alpha in patterns.items()),
         None if values.get("rank_pattern") or rank is None else int(rank),
         values.get("use_rslora") is True,
     )
+
+
+def _peft_settings(values: Mapping[str, Any], source: str) -> LoraSettings:
+    """What PEFT wrote, read through its own class; what is left out there is not known, though PEFT has a default for it."""
+    if values["peft_type"] != "LORA":
+        raise ExpertError(
+            f"{source} is for the method {given(values['peft_type'])}. Experts are made of plain LoRA; only that can be switched during "
+            "sampling."
+        )
+    alpha, rank = (
+        None if values.get(name) is None else _alpha(name, values[name], source) for name in ("lora_alpha", "r")
+    )
+    config = _lora_config(values, source)
+    if method := next((title for name, title in UNROUTABLE_LORA.items() if getattr(config, name, None)), None):
+        raise ExpertError(
+            f"{source} says that the file is {method}, which cannot be switched during sampling. Convert it to plain LoRA, or load it "
+            "with LoraLoaderModelOnly for all steps."
+        )
+    if str(config.init_lora_weights).split("_niter")[0] in CHANGES_BASE:
+        raise ExpertError(
+            f"{source} says init_lora_weights = {given(config.init_lora_weights)}: the LoRA belongs to a base that was changed with it. "
+            "Save it with PEFT's path_initial_model_for_weight_conversion, which makes it a LoRA of the plain base."
+        )
+    alphas, ranks = (_pattern(getattr(config, name), name, source) for name in ("alpha_pattern", "rank_pattern"))
+    plain = {_plain_name(name): int(value) for name, value in ranks.items()}
+    if (
+        None in plain
+    ):  # a rank only tells whether the settings are the file's; which layers it is for is not looked into
+        plain, rank = {}, None
+    return LoraSettings(
+        source,
+        alpha,
+        tuple((_layer_name(name, source), value) for name, value in alphas.items()),
+        None if rank is None else int(rank),
+        config.use_rslora is True,
+        tuple(plain.items()),
+    )
+
+
+def _lora_config(values: Mapping[str, Any], source: str) -> Any:
+    """PEFT's LoraConfig; entries of newer versions are passed over, as PEFT does."""
+    try:
+        # late: it imports transformers
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ExpertError(
+            f"{source} is read with the package peft, which cannot be imported ({error}). Install the pack's requirements.txt."
+        ) from error
+    known = {field.name for field in fields(LoraConfig)} - {"peft_type", "runtime_config"}
+    try:
+        return LoraConfig(**{name: value for name, value in values.items() if name in known})
+    except Exception as error:  # whatever it makes of values of other types
+        raise ExpertError(f"{source} is no LoRA configuration of PEFT ({error}). Save the LoRA again.") from error
+
+
+def _pattern(values: Any, name: str, source: str) -> dict[str, float]:
+    """Layer -> number."""
+    if not isinstance(values or {}, dict) or len(values or {}) > MOST_LAYERS:
+        raise ExpertError(
+            f"{source}: {name} is {given(values)}; expected at most {MOST_LAYERS:,} layers with a number each. Save the LoRA again."
+        )
+    return {layer: _alpha(layer, value, source) for layer, value in (values or {}).items()}
 
 
 def _first_number(values: Mapping[str, Any], names: tuple[str, ...], source: str) -> float | None:
@@ -277,11 +351,16 @@ def _layer_name(pattern: str, source: str) -> str:
     Raises:
         ExpertError: a regular expression; it is not run, as it may take forever.
     """
-    name = pattern.removesuffix("$").replace("\\.", ".")
-    name = next((name[len(start) :] for start in (".*.", "(.*.)?") if name.startswith(start)), name)
-    if not LAYER_NAME.fullmatch(name.removeprefix("^")):
+    if (name := _plain_name(pattern)) is None:
         raise ExpertError(
             f"{source}: alpha_pattern has {given(pattern)}, a regular expression; expected a plain layer name such as "
             "'blocks.0.self_attn.q'. Write one entry for each layer."
         )
     return name
+
+
+def _plain_name(pattern: str) -> str | None:
+    """None for a regular expression."""
+    name = pattern.removesuffix("$").replace("\\.", ".")
+    name = next((name[len(start) :] for start in (".*.", "(.*.)?") if name.startswith(start)), name)
+    return name if LAYER_NAME.fullmatch(name.removeprefix("^")) else None

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -128,6 +128,22 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a small file, as `unfinished_file`."""
     with unfinished_file(path, len(data)) as file:
         file.write(data)
+
+
+def check_targets(sources: Sequence[Path], targets: Sequence[Path], overwrite: bool) -> None:
+    """See that files may be written before any work is done.
+
+    Raises:
+        CheckpointError: a target that is a source, two of one place, or one that exists without `overwrite`.
+    """
+    resolved = [target.resolve() for target in targets]
+    if {source.resolve() for source in sources} & set(resolved) or len(set(resolved)) < len(resolved):
+        inputs = f"the input{'s' if len(sources) > 1 else ''} {', '.join(map(str, sources))}"
+        raise CheckpointError(f"The outputs {', '.join(map(str, targets))} must be different files, and not {inputs}.")
+    existing = [str(target) for target in targets if target.exists()]
+    if existing and not overwrite:
+        verb = "exists" if len(existing) == 1 else "exist"
+        raise CheckpointError(f"{' and '.join(existing)} {verb} already. Choose another name, or allow overwriting.")
 
 
 def check_room(sizes: Mapping[Path, int]) -> None:

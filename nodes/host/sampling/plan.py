@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....dcm_core.errors import ScheduleError, check_choice
 from ....dcm_core.families import FAMILIES
-from ....dcm_core.files.checkpoint import Layout, recognise, without_prefix
+from ....dcm_core.files.checkpoint import Layout, recognise, release_facts, without_prefix
 from ....dcm_core.files.metadata import read_facts
 from ....dcm_core.files.storage import TensorFile
 from ....dcm_core.routing import Plan, Setup
@@ -77,8 +77,7 @@ def _setup(asked: Mapping[str, Any]) -> Setup | None:
     if "semantic" in asked and not experts:
         return None  # DCM Attach Experts refuses that
     if base and base["layout"] is Layout.RELEASE and not experts:
-        preset = base["family"].preset
-        detail = {**base, "boundary": preset.boundary, "timesteps": preset.timesteps}
+        detail = base
         experts = [detail]
     family = next((found["family"] for found in (*experts, base) if found and found["family"]), None)
     if not (experts or two_models or family):
@@ -107,7 +106,9 @@ def _look(category: str, name: str | None) -> Mapping[str, Any] | None:
 @functools.lru_cache(maxsize=64)
 def _header(path: Path, changed: int) -> Mapping[str, Any]:
     file = TensorFile(path)
-    contents, facts = recognise(file), read_facts(file.metadata)
+    contents = recognise(file)
+    released = contents.layout is Layout.RELEASE
+    facts = release_facts(file, contents.family) if released else read_facts(file.metadata)
     shapes = (
         contents.native_shapes(file)
         if contents.matched

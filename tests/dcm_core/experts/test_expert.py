@@ -346,6 +346,25 @@ def test_stacking_is_exact_and_undone(seed, parts, width, extra, ranks):
         assert [u.rank for u in split] == [u.rank for u in updates]
 
 
+@pytest.mark.parametrize("used", [2, 3])
+@pytest.mark.parametrize("empty", [(), (0,), (0, 1), (0, 1, 2)])
+def test_columns_of_zeros_stay_with_their_rows(used, empty):
+    """An expert that was barely trained: which part a column is of shows in its place alone."""
+    width, ranks = 4, 2
+    updates = tuple(
+        LowRank(torch.rand(ranks, width) + 1, torch.rand(width, ranks) + 1, 1.0, part * width) for part in range(used)
+    )
+    for part in range(used):
+        updates[part].up[:, 0] = 0
+        if part in empty:
+            updates[part].up.zero_()
+    down, up, alpha = stack_updates(updates, 4 * width)
+    split = split_update(LowRank(down, up, alpha / len(down)), 4, used)
+    assert [update.start for update in split] == [update.start for update in updates]
+    for found, wanted in zip(split, updates, strict=True):
+        assert torch.equal(found.down, wanted.down) and torch.equal(found.up, wanted.up)
+
+
 @given(data=st.data())
 def test_mangled_files_are_read_right_or_refused(data):
     expert, shapes = read_detail(WAN)

@@ -154,6 +154,21 @@ def test_a_bias_of_an_adapter_has_the_scale_of_its_weights(adapter, alpha, scale
     torch.testing.assert_close(expert.diff[f"{Q}.bias"], scale * randn(4))
 
 
+def test_what_peft_saves_beside_its_lora():
+    """`modules_to_save`, whole layers under plain names; with `bias` the base's own biases."""
+    lora = pair(f"base_model.model.{Q}", down="lora_A.weight", up="lora_B.weight")
+    lora |= {
+        "base_model.model.transformer.proj_out.weight": randn(8, 4),
+        "base_model.model.blocks.0.attn1.norm_q.weight": randn(4),
+        f"base_model.model.{Q}.base_layer.bias": randn(4),
+    }
+    expert = read(lora)
+    assert list(expert.low_rank) == [Q]
+    assert set(expert.replaced) == {"head.head.weight", "blocks.0.self_attn.norm_q.weight", f"{Q}.bias"}
+    with pytest.raises(ExpertError, match="fit nothing"):
+        read({"proj_out.weight": randn(8, 4)})
+
+
 @pytest.mark.parametrize(
     ("name", "up", "down"),
     [

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from dcm_core.errors import CheckpointError
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
-from dcm_core.families.keymap import KeyMap, Piece, Rule, fuse
+from dcm_core.families.keymap import KeyMap, Piece, Rule, fuse, unfuse
+
+from ..conftest import make_release, without_experts
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 RELEASES = {"wan": "wan_tiny", "hunyuan_video": "hy_tiny"}
@@ -110,6 +112,24 @@ def test_fuse_stacks_rows_and_swaps_halves():
     fused = fuse([Piece("q", "qkv", 0), Piece("k", "qkv", 1)], tensors)
     assert fused.tolist() == [[0, 0], [0, 0], [1, 1], [1, 1]]
     assert fuse([Piece("s", "t", swap_halves=True)], tensors).tolist() == [2, 3, 0, 1]
+
+
+def test_what_was_fused_comes_apart_again(family):
+    """Every native tensor of a small release: names, rows and the order of halves."""
+    for weights in (make_release(family), make_release(family, torch.float32)):
+        tensors = without_experts(family, weights)
+        for target, pieces in family.key_map.match(tensors).matched.items():
+            assert family.key_map.sources_of_tensor(target) == pieces
+            fused = fuse(pieces, tensors)
+            weight = target.rpartition(".")[0] + ".weight"
+            beside = family.key_map.sources_of_tensor(weight)
+            width = tensors[beside[0].source].shape[1] if beside and tensors[beside[0].source].ndim > 1 else 0
+            for source, tensor in unfuse(pieces, fused, width):
+                assert torch.equal(tensor, tensors[source]), source
+
+
+def test_a_tensor_of_no_table_has_no_sources(family):
+    assert family.key_map.sources_of_tensor("strange.weight") == []
 
 
 def test_fuse_needs_every_part():

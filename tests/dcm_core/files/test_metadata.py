@@ -2,11 +2,14 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
+import peft
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from dcm_core.errors import DCMError, ExpertError
 from dcm_core.files.metadata import (
@@ -187,6 +190,95 @@ def test_the_scale_of_a_layer(values, module, rank, scale):
     assert LoraSettings("x", **values).scale(module, rank) == scale
 
 
+LAYERS = ("blocks.0.q", "blocks.1.q", "blocks.1.xq", "out")
+
+
+@given(
+    rank=st.integers(1, 9),
+    alpha=st.integers(1, 9) | st.floats(0.5, 9),
+    ranks=st.dictionaries(st.sampled_from(["q", "^out", "1.q", "blocks.0.q", "^q"]), st.integers(1, 9), max_size=3),
+    alphas=st.dictionaries(st.sampled_from(["q", "^out", "1.q", "blocks.0.q", "^q"]), st.integers(1, 9), max_size=3),
+    root=st.booleans(),
+    bias=st.booleans(),
+)
+@settings(suppress_health_check=list(HealthCheck), deadline=None)
+def test_the_scale_that_peft_itself_gives_each_layer(tmp_path, rank, alpha, ranks, alphas, root, bias):
+    """A configuration that PEFT wrote, read here and made into layers there."""
+    model = nn.Module()
+    for name in LAYERS:
+        parent = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(name.split(".")[-1], nn.Linear(2, 2))
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        use_rslora=root,
+        lora_bias=bias,
+        target_modules=list(LAYERS),
+    )
+    config.save_pretrained(tmp_path)
+    # as PEFT finds it in the file, whose entries are in another order
+    peft.inject_adapter_in_model(peft.LoraConfig.from_pretrained(str(tmp_path)), model)
+    found = lora_settings({}, tmp_path / "adapter_model.safetensors")
+    for name in LAYERS:
+        layer = model.get_submodule(name)
+        own = layer.lora_A["default"].weight.shape[0]
+        assert found.scale(name, own) == pytest.approx(layer.scaling["default"], rel=1e-6)
+        assert found.scale(name, own + 1) is None, "the settings of another file"
+
+
+def test_a_rank_for_a_regular_expression_is_not_looked_into(tmp_path):
+    peft.LoraConfig(r=4, lora_alpha=8, rank_pattern={"blocks.(0|1).q": 2}).save_pretrained(tmp_path)
+    found = lora_settings({}, tmp_path / "adapter_model.safetensors")
+    assert [found.scale("blocks.0.q", rank) for rank in (2, 4)] == [4, 2]
+
+
+def test_metadata_of_diffusers_are_read_in_the_same_way():
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True).to_dict()
+    text = json.dumps({f"transformer.{name}": value for name, value in config.items()})
+    assert lora_settings({"lora_adapter_metadata": text}).scale("q", 4) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "says that the file is DoRA, which cannot be switched during sampling"),
+        ({"layer_replication": [[0, 2]]}, "is made for replicated layers, which cannot"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4': .*a base that was changed"),
+        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+        ({"peft_type": "LOKR"}, "is for the method 'LOKR'. Experts are made of plain LoRA"),
+        ({"task_type": "PAINTING"}, "adapter_config.json is no LoRA configuration of PEFT .*PAINTING"),
+        ({"target_modules": [[]]}, "is no LoRA configuration of PEFT"),
+        ({"r": "4"}, "r is '4'; expected a number"),
+        ({"rank_pattern": [4]}, "rank_pattern is .*expected at most"),
+        ({"alpha_pattern": {"(a+)+b": 1}}, "a regular expression"),
+    ],
+)
+def test_peft_settings_that_make_no_expert_are_named(tmp_path, settings, message):
+    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8} | settings
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(ExpertError, match=message):
+        lora_settings({}, tmp_path / "lora.safetensors")
+
+
+def test_settings_of_a_newer_peft_are_read(tmp_path):
+    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "of_next_year": True, "runtime_config": 3}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    assert lora_settings({}, tmp_path / "lora.safetensors") == LoraSettings("adapter_config.json", 8, rank=4)
+
+
+def test_without_peft_the_fix_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 8}))
+    with pytest.raises(ExpertError, match=r"the package peft, which cannot be imported .*requirements\.txt"):
+        lora_settings({}, tmp_path / "lora.safetensors")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -212,10 +304,14 @@ def test_settings_that_cannot_be_read_are_named(tmp_path, text, message):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    lambda inner: st.just("LORA") | st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 names = st.sampled_from(
     [
+        "peft_type",
+        "use_dora",
+        "target_modules",
+        "eva_config",
         "lora_alpha",
         "alpha",
         "r",

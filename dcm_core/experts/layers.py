@@ -1,0 +1,110 @@
+"""What an expert does to the layers of diffusers' models, as LoRA formats can say it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..families import Family
+from ..families.keymap import part_rows, unfuse
+from .expert import LowRank
+from .sources import at_scale, source_updates
+from .updates import Update
+
+
+@dataclass
+class Layer:
+    """What an expert does to one layer of diffusers' model.
+
+    Attributes:
+        pair: a low-rank update of its weight.
+        bias: added to its output, beside the pair.
+        replaced: the tensors in the place of its own, all of them, by parameter.
+    """
+
+    name: str
+    pair: LowRank | None = None
+    bias: Tensor | None = None
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+
+
+def layers_of(module: str, updates: Sequence[Update], family: Family) -> tuple[list[Layer], list[str]]:
+    """The diffusers layers behind a native module, and the diffusers names of tensors whose change is none of these forms.
+
+    Args:
+        updates: of the module, from `ExpertView.updates`.
+    """
+    linear = _is_linear(module, family)
+    pairs = [update.low_rank for update in updates if update.low_rank and linear and update.name == f"{module}.weight"]
+    layers = {
+        # a bias could not be divided by 0
+        piece.source: Layer(piece.source, pair if pair.scale else at_scale(pair, 1.0))
+        for piece, pair in source_updates(module, pairs, family)
+    }
+    left_out: list[str] = []
+    replaced: dict[str, Tensor] = {}
+    for update in updates:
+        if update.replaced is not None:
+            replaced[update.name] = update.replaced
+        elif update.name == f"{module}.bias" and update.low_rank is None and pairs:
+            left_out += _add_bias(layers, update, pairs[0].down.shape[1], family)
+        elif update.diff is not None or not (linear and update.name == f"{module}.weight"):
+            left_out += _names(update.name, family)
+    whole, loose = _replaced_layers(replaced, family)
+    left_out += loose
+    for layer in whole:
+        needed = {param for param in ("weight", "bias") if family.key_map.find(f"{layer.name}.{param}")}
+        if layer.name in layers or layer.replaced.keys() != needed:
+            left_out += [f"{layer.name}.{param}" for param in layer.replaced]
+        else:
+            layers[layer.name] = layer
+    return list(layers.values()), left_out
+
+
+def _is_linear(module: str, family: Family) -> bool:
+    """Whether a LoRA of two matrices can be on it elsewhere, too: not on a norm or a convolution."""
+    pieces = family.key_map.sources_of(module)
+    last = {piece.source.rpartition(".")[2] for piece in pieces}
+    return bool(pieces) and module not in family.convolutions and not any(name.startswith("norm") for name in last)
+
+
+def _names(name: str, family: Family) -> list[str]:
+    """What diffusers calls a native tensor."""
+    return [piece.source for piece in family.key_map.sources_of_tensor(name)] or [name]
+
+
+def _add_bias(layers: Mapping[str, Layer], update: Update, width: int, family: Family) -> Iterator[str]:
+    """Give each layer with a pair its rows of the difference; the names of others that have any."""
+    pieces = family.key_map.sources_of_tensor(update.name)
+    end = update.start + len(update.diff)
+    for piece in pieces:
+        rows = part_rows(piece, len(pieces), end, width)
+        start, stop = max(rows.start, update.start), min(rows.stop, end)
+        part = update.diff[max(0, start - update.start) : max(0, stop - update.start)]
+        layer = layers.get(piece.source.removesuffix(".bias"))
+        if layer is not None and len(part) == len(layer.pair.up):
+            part = piece.in_native_order(part)
+            layer.bias = part if layer.bias is None else layer.bias + part
+        elif bool(part.any()):
+            yield piece.source
+
+
+def _replaced_layers(replaced: Mapping[str, Tensor], family: Family) -> tuple[list[Layer], list[str]]:
+    """By diffusers layer; and the names of what is no layer's, or of parts of a fused bias alone, whose rows are not known."""
+    layers: dict[str, Layer] = {}
+    loose: list[str] = []
+    weights = [tensor for name, tensor in replaced.items() if name.endswith(".weight") and tensor.ndim > 1]
+    width = weights[0].shape[1] if weights else 0
+    for name, tensor in replaced.items():
+        pieces = family.key_map.sources_of_tensor(name)
+        if (
+            not pieces
+            or pieces[0].source.rpartition(".")[2] not in ("weight", "bias")
+            or (len(pieces) > 1 and not width)
+        ):
+            loose += _names(name, family)
+            continue
+        for source, part in unfuse(pieces, tensor, width):
+            layer, _, param = source.rpartition(".")
+            layers.setdefault(layer, Layer(layer)).replaced[param] = part
+    return list(layers.values()), loose

@@ -1,0 +1,114 @@
+"""An expert in its file, read a layer at a time: for what is written from it, whatever its size."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import CheckpointError, DCMError, ExpertError
+from ..families import Family
+from ..families.lora_names import Shapes, is_release_part
+from ..files.checkpoint import Layout, recognise, release_facts
+from ..files.metadata import read_facts
+from ..files.storage import TensorFile
+from ..routing import Side
+from .expert import Expert, LowRank, split_fused
+from .match import AnyModel, Site, expert_part, tensor_name
+from .reader import check_complete, check_facts, check_reshapes, check_values, find_places, gather
+from .updates import DefaultScale, Update, site_updates
+
+
+class ExpertView:
+    """What the expert in a file does to each layer of its base. A release's detail expert counts.
+
+    Attributes:
+        facts: what the file says of itself.
+        modules: native names of the layers it changes.
+
+    Args:
+        shapes: native tensor name -> shape of the base; None for any model of the family.
+        role: the side it is to be used for; None for whichever it is.
+
+    Raises:
+        CheckpointError: a file that cannot be read, is damaged, or holds no expert.
+        ExpertError: an expert of another family or side, or tensors that fit no layer.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        family: Family | None = None,
+        shapes: Shapes | None = None,
+        role: Side | None = None,
+    ):
+        self.file = TensorFile(path)
+        contents = recognise(self.file)
+        found, self._keys = expert_part(self.file, contents)
+        if not self._keys:
+            raise CheckpointError(f"{path} is {contents.layout.value}; expected an expert file (a LoRA), or a release.")
+        with self._named():
+            released = contents.layout is Layout.RELEASE
+            self.facts = release_facts(self.file, found) if released else read_facts(self.file.metadata)
+            family = family or found
+            if family is None:
+                raise ExpertError("Its layers are neither Wan's nor HunyuanVideo's. Choose an expert of one of these.")
+            self.family = family
+            check_facts(self.facts, role or self.facts.side, family)
+            self._shapes = AnyModel(family) if shapes is None else shapes
+            keys = {name: self.file.shapes[key] for name, key in self._keys.items()}
+            sites, self._left_out = find_places(keys, family, self._shapes)
+            if self.facts.format is not None:
+                check_complete(self._keys, self.facts, self._shapes)
+            self._scale = DefaultScale(
+                family, self.file.metadata, self.file.path, released=is_release_part(self._keys, family)
+            )
+        self._sites: dict[str, list[Site]] = {}
+        for site in sites:
+            name = tensor_name(site.piece, next(iter(site.keys)), self._shapes)
+            self._sites.setdefault(name.rpartition(".")[0], []).append(site)
+        self.modules = tuple(self._sites)
+        self.file.verify()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors begin with the file."""
+        try:
+            yield
+        except DCMError as error:
+            raise ExpertError(f"{self.file.path}: {error}") from error
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to tell of how it was read, once its layers were."""
+        return self._scale.notes
+
+    @property
+    def left_out(self) -> list[str]:
+        """Tensors of the file that belong to no transformer, or to a part that this one lacks."""
+        return [key for keys in self._left_out.values() for key in keys]
+
+    def updates(self, module: str) -> list[Update]:
+        """What it does to a layer.
+
+        Raises:
+            CheckpointError: a file that changed since it was opened.
+            ExpertError: NaN or infinite values, or a trainer's settings that cannot be read.
+        """
+        found: list[Update] = []
+        for site in self._sites.get(module, ()):
+            tensors = {kind: self.file.read(self._keys[key]) for kind, key in site.keys.items()}
+            with self._named():
+                held = {site.keys[kind]: tensor for kind, tensor in tensors.items()}
+                check_values(held)
+                if self._shapes.get(tensor_name(site.piece, "diff", self._shapes)):
+                    check_reshapes([site], held, self._shapes)
+                found += site_updates(site.piece, tensors, self.family, self._shapes, self._scale)
+        return found
+
+    def layer(self, module: str) -> Expert:
+        """The same as an expert that changes nothing else; the base's shapes have to be known. Raises as `updates`."""
+        low_rank: dict[str, list[LowRank]] = {}
+        expert = Expert(self.family.name, self.facts.side or "semantic")
+        for update in self.updates(module):
+            gather(update, self._shapes[update.name], low_rank, expert.replaced, expert.diff)
+        expert.low_rank.update({name: split_fused(name, pairs, self.family) for name, pairs in low_rank.items()})
+        return expert
