@@ -27,8 +27,7 @@ class Rule:
     Attributes:
         params: the tensor names behind the module; ("",) where the rule names a whole key.
         target_params: their names in the target, same order; empty if equal.
-        part: index among the row blocks of a fused target, each as high as the target's input is wide
-            (the last one takes what remains); None if the source is the whole target.
+        part: index among the sources of a fused target, see `Piece.rows`; None if the source is the whole target.
         swap_halves: the two halves of the rows change places.
         optional: what the layer is for, if only some models of the family have it; "" if all do.
     """
@@ -49,13 +48,23 @@ class Rule:
 
 @dataclass(frozen=True)
 class Piece:
-    """A source tensor's place in its target; the last three fields as in `Rule`."""
+    """A source tensor's place in its target; `part`, `swap_halves` and `optional` as in `Rule`.
+
+    Attributes:
+        last: no part of the target comes after this one.
+    """
 
     source: str
     target: str
     part: int | None = None
     swap_halves: bool = False
     optional: str = ""
+    last: bool = True
+
+    def rows(self, width: int) -> slice:
+        """The source's rows in a target whose input is `width` wide: parts have `width` rows each, the last all that remain."""
+        start = (self.part or 0) * width
+        return slice(start, None if self.last else start + width)
 
     def in_native_order(self, tensor: Tensor) -> Tensor:
         """The source's rows in the order of the target's."""
@@ -139,31 +148,40 @@ class KeyMap:
     def _targets(self) -> Templates:
         return Templates(rule.target for rule in self.rules)
 
+    @cached_property
+    def _parts(self) -> dict[str, int]:
+        """Fused target module -> the last of its parts."""
+        return {rule.target: max(r.part or 0 for r in self.rules if r.target == rule.target) for rule in self.rules}
+
     def find(self, key: str) -> Piece | None:
         """The place of a source key, None if the table does not know it."""
         template, index = self._sources.split(key)
         found = self._by_key.get(template)
-        return found and _piece(key, found[0], index, found[1])
+        return found and self._piece(key, found[0], index, found[1])
 
     def find_module(self, module: str) -> Piece | None:
         """The place of a source module (no `.weight`), None if the table does not know it."""
         template, index = self._sources.split(module)
         rule = self._by_module.get(template)
-        return rule and _piece(module, rule.target, index, rule)
+        return rule and self._piece(module, rule.target, index, rule)
 
     def find_flat(self, name: str) -> Piece | None:
         """The same for a module with `_` in place of every dot, as kohya writes it."""
         template, index = self._flat_sources.split(name)
         rule = self._by_flat_name.get(template)
-        return rule and _piece(_fill(rule.source, index), rule.target, index, rule)
+        return rule and self._piece(_fill(rule.source, index), rule.target, index, rule)
 
     def sources_of(self, module: str) -> list[Piece]:
         """The source modules that make up a target module, in row order."""
         template, index = self._targets.split(module)
         pieces = [
-            _piece(_fill(rule.source, index), module, None, rule) for rule in self.rules if rule.target == template
+            self._piece(_fill(rule.source, index), module, None, rule) for rule in self.rules if rule.target == template
         ]
         return sorted(pieces, key=lambda piece: piece.part or 0)
+
+    def _piece(self, source: str, target: str, index: str | None, rule: Rule) -> Piece:
+        last = (rule.part or 0) == self._parts[rule.target]
+        return Piece(source, _fill(target, index), rule.part, rule.swap_halves, rule.optional, last)
 
     def match(self, keys: Iterable[str]) -> MatchReport:
         """Account for every key: what it becomes, which are unknown, which are missing.
@@ -215,10 +233,6 @@ def _with_gaps(indices: set[int]) -> Iterable[int]:
     depth = max(indices, default=-1) + 1
     # one index far beyond the others is no block of the model
     return range(depth) if depth <= 2 * len(indices) else sorted(indices)
-
-
-def _piece(source: str, target: str, index: str | None, rule: Rule) -> Piece:
-    return Piece(source, _fill(target, index), rule.part, rule.swap_halves, rule.optional)
 
 
 def fused_shape(shapes: Sequence[Shape]) -> tuple[int, ...]:

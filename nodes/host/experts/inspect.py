@@ -11,7 +11,7 @@ from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor, nn
 
 from ....dcm_core.errors import DCMError, counted
-from ....dcm_core.experts.expert import FILE_PREFIX, LowRank, split_fused
+from ....dcm_core.experts.expert import FILE_PREFIX, LowRank, split_update
 from ....dcm_core.experts.match import Target
 from ....dcm_core.experts.updates import Update, routed_updates
 from ....dcm_core.families import Family
@@ -181,8 +181,8 @@ def _patch_updates(name: str, patch: Any, family: Family) -> Iterator[Update]:
     if isinstance(patch, LoRAAdapter):
         up, down, alpha = patch.weights[:3]
         pair = LowRank(down, up, 1.0 if alpha is None else alpha / down.shape[0])
-        for update in split_fused(name.removesuffix(".weight"), [pair], family):
-            yield Update(name, update, start=update.start)
+        for update in split_update(pair, family.key_map.sources_of(name.removesuffix(".weight"))):
+            yield Update(name, (update,), start=update.start)
     else:
         kind, (tensor, *_) = patch
         yield Update(name, **{"replaced" if kind == "set" else "diff": tensor})
