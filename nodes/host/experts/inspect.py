@@ -15,6 +15,7 @@ from ....dcm_core.experts.expert import FILE_PREFIX, LowRank, split_update
 from ....dcm_core.experts.match import Target
 from ....dcm_core.experts.updates import Update, routed_updates
 from ....dcm_core.families import Family
+from ....dcm_core.families.lora_names import unwrapped
 from ....dcm_core.inspection.inspect import in_lines, inspect_file
 from ....dcm_core.inspection.magnitude import Base, Change, Profile, file_profile, is_plain, make_profile, measure
 from ....dcm_core.inspection.plot import plot_profile
@@ -192,7 +193,7 @@ def originals(patcher: Any, module: nn.Module, prefix: str = "") -> dict[str, Te
     """Parameter name -> its value without patches: the host keeps that aside while they are in the weights."""
     found = {}
     for name, tensor in module.named_parameters():
-        name = name.replace("_orig_mod.", "")
+        name = unwrapped(name)
         hooked, kept = patcher.hook_backup.get(prefix + name), patcher.backup.get(prefix + name)
         found[name] = hooked[0] if hooked else kept.weight if kept else tensor
     return found
