@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..families import Family
@@ -159,9 +160,11 @@ def site_updates(
 
 def _matrices(tensors: Mapping[Kind, Tensor]) -> tuple[Tensor, Tensor]:
     """down (rank, in) and up (rows, rank) of a low-rank update, kernels flattened; a Tucker core goes into `down`."""
-    down, up = tensors["down"].flatten(1), tensors["up"].flatten(1)
+    down = rearrange(tensors["down"], "rank ... -> rank (...)")
+    up = rearrange(tensors["up"], "rows ... -> rows (...)")
     if "mid" in tensors:
-        down = torch.einsum("ji...,ik->jk...", tensors["mid"].float(), down.float()).flatten(1)
+        core = torch.einsum("ji...,ik->jk...", tensors["mid"].float(), down.float())
+        down = rearrange(core, "rank ... -> rank (...)")
     return down, up
 
 
