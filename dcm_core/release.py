@@ -15,7 +15,7 @@ from .experts.expert import Expert, merged
 from .experts.sources import at_scale, padded, source_updates
 from .experts.view import ExpertView
 from .families import Family
-from .families.keymap import Piece, part_rows, unfuse
+from .families.keymap import Piece, unfuse
 from .families.lora_names import RELEASE_ADAPTER
 from .files.native import NativeView
 from .files.storage import Entries, Progress, write_stream
@@ -219,7 +219,7 @@ def _base_entries(parts: _Parts) -> Iterator[tuple[str, tuple[torch.dtype, tuple
 def _source_shapes(parts: _Parts, name: str) -> Iterator[tuple[Piece, tuple[int, ...]]]:
     pieces, shape = parts.sources(name), parts.base.shape(name)
     for piece in pieces:
-        rows = part_rows(piece, len(pieces), shape[0], parts.width(name))
+        rows = piece.rows(parts.width(name), shape[0])
         yield piece, (rows.stop - rows.start, *shape[1:])
 
 

@@ -4,12 +4,13 @@ The semantic expert owns sigma >= boundary, the detail expert the rest (paper, s
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from .errors import ScheduleError, counted
+from .errors import ExpertError, ScheduleError, counted
 from .families import PRESETS, Family
 from .schedule import AUTO, DCM_GRID, EVEN, GENERIC, check_sigmas
 
@@ -20,6 +21,8 @@ SIDES: tuple[Owner, Owner] = ("semantic", "detail")
 
 # timestep / 1000 in float32 may land one float below the boundary it equals.
 SIGMA_TOLERANCE = 1e-6
+# Boundaries go through text in files and widgets.
+SAME_BOUNDARY = 1e-6
 
 
 def check_boundary(boundary: float) -> float:
@@ -41,11 +44,32 @@ def is_detail(sigma: Tensor, boundary: float) -> Tensor:
     return sigma < boundary - SIGMA_TOLERANCE
 
 
+def own_boundary(experts: Iterable[float | None], given: float | None = None) -> float | None:
+    """The boundary of experts on a model: the one given with them, else the one they were made for; None where neither is known.
+
+    Raises:
+        ExpertError: experts that were made for different ones, and none is given.
+    """
+    found = sorted({boundary for boundary in experts if boundary})
+    if not given and found and found[-1] - found[0] > SAME_BOUNDARY:
+        raise ExpertError(
+            f"The experts were made for different boundaries ({found[0]:g} and {found[-1]:g}), so that between these one of them is "
+            "wrong. Choose experts of one pair, or set `boundary` here."
+        )
+    return given or (found[0] if found else None)
+
+
+def own_timesteps(experts: Iterable[tuple[float, ...] | None]) -> tuple[float, ...] | None:
+    """The timesteps that experts were made for, the first that are known."""
+    return next((timesteps for timesteps in experts if timesteps), None)
+
+
 @dataclass(frozen=True)
 class Setup:
     """The models and experts of a run, and what follows from them.
 
     Attributes:
+        seen: the MODEL itself was looked at, so that no family means another family; else only what its files and widgets say is known.
         family: of the model; None for a model that has no DCM experts, or is not known.
         two_models: two full models with weights of their own (Wan 2.2 A14B).
         two_sides: the low-noise side has a MODEL that differs in anything: weights, LoRAs, experts.
@@ -56,6 +80,7 @@ class Setup:
     """
 
     family: Family | None = None
+    seen: bool = False
     two_models: bool = False
     two_sides: bool = False
     takes_image: bool | None = None
@@ -83,29 +108,30 @@ class Setup:
 
     def boundary_for(self, given: float | None) -> float | None:
         """The sigma where the detail side begins: as given, else the experts' own, else the usual one; None if there is none."""
-        if given:
-            return check_boundary(given)
-        if self.boundary:
-            return self.boundary
+        if given or self.boundary:
+            return check_boundary(given or self.boundary)
         if self.family is None:
             return None
         if self.two_models and self.family.pair_boundary:
             return self.family.pair_boundary.get(self.takes_image)
         return self.family.preset.boundary
 
-    def schedule(self, chosen: str) -> str | tuple[float, ...]:
+    def schedule(self, chosen: str) -> str | tuple[float, ...] | None:
         """The schedule that counts where `chosen` is asked for: fixed timesteps, or the name of a spacing.
 
-        auto: the experts' own, else the family's, else (two full models, other families) even spacing. generic: the DCM grid for
-        DCM experts, else even spacing.
+        auto: the experts' own, else the family's, else (two full models, other families) even spacing; None where the model is not
+        known. generic: the DCM grid for DCM experts or where nothing is known, else even spacing.
         """
         if chosen == AUTO:
             if self.timesteps:
                 return self.timesteps
-            return self.family.preset.timesteps if self.family is not None and not self.two_models else EVEN
+            if self.family is not None and not self.two_models:
+                return self.family.preset.timesteps
+            return EVEN if self.seen or self.two_models else None
         if chosen == GENERIC:
             # a LoRA on one of two full models is no DCM expert unless its file says so
-            return DCM_GRID if self.attached and (self.timesteps or not self.two_models) else EVEN
+            of_dcm = self.attached and (self.timesteps or not self.two_models)
+            return DCM_GRID if of_dcm or self == Setup() else EVEN
         return PRESETS.get(chosen, chosen)
 
     def changes(self, two_cfgs: bool = False) -> bool:
@@ -119,7 +145,7 @@ class Setup:
     def notes(self, chosen: str) -> list[str]:
         """What the user has to know of a chosen schedule: settings without effect, a base that needs more steps."""
         schedule = self.schedule(chosen)
-        if isinstance(schedule, str):
+        if schedule is None or isinstance(schedule, str):
             return []
         notes = []
         if chosen == AUTO and not (self.semantic or self.detail):

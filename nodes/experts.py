@@ -132,7 +132,7 @@ class DCMAttachExperts(io.ComfyNode):
             detail,
             semantic_strength=semantic_strength,
             detail_strength=detail_strength,
-            boundary=boundary or None,
+            boundary=boundary,
             stacked=experts == STACKED,
         )
         facts = attached_experts(model)

@@ -174,7 +174,7 @@ def prepare(host: Part = OLDEST) -> Environment:
                 f"COMFYUI_PATH is {comfyui}, which holds no ComfyUI (no comfy/sd.py). Set it to ComfyUI's folder."
             )
         environment = Environment(Path(os.environ.get("COMFYUI_PYTHON", sys.executable)), comfyui)
-        environment.require("torch", "safetensors", "aiohttp", "PIL")
+        environment.require("torch", "safetensors", "einops", "aiohttp", "PIL")
         return environment
     cache = cache_folder()
     with lock(cache / ".lock"):

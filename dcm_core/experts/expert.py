@@ -6,9 +6,8 @@ Also our expert file: keys that ComfyUI's own LoRA loader applies exactly, plus 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -127,12 +126,8 @@ def merged(expert: Expert, name: str, weight_of: Callable[[str], Tensor]) -> Ten
 
 
 def place_low_rank(piece: Piece, down: Tensor, up: Tensor, scale: float) -> LowRank:
-    """A source module's pair as an update of its native module's rows (see `keymap.Rule.part`)."""
-    return LowRank(down, piece.in_native_order(up), scale, start=(piece.part or 0) * down.shape[1])
-
-
-def _in_row_order(updates: Iterable[LowRank]) -> tuple[LowRank, ...]:
-    return tuple(sorted(updates, key=lambda update: update.start))
+    """A source module's low-rank factors as an update of its native module's rows."""
+    return LowRank(down, piece.in_native_order(up), scale, start=piece.rows(down.shape[1]).start)
 
 
 def expert_to_state_dict(
@@ -219,26 +214,26 @@ def stack_updates(updates: Sequence[LowRank], rows: int) -> tuple[Tensor, Tensor
     return torch.cat([update.down for update in updates]), up, first.scale * rank
 
 
-def split_update(update: LowRank, parts: int, used_parts: int = 0) -> tuple[LowRank, ...]:
-    """Undo `stack_updates` for a fused module: one update a row block whose columns of `up` are its own.
+def split_update(update: LowRank, pieces: Sequence[Piece], used_pieces: int = 0) -> tuple[LowRank, ...]:
+    """Undo `stack_updates` for a fused module: an update for each of its pieces, if every column of `up` is of one alone.
 
     Args:
-        parts: number of row blocks, each as high as the input is wide, the last one taking the rest.
-        used_parts: how many of them, from the first, the release has an update for.
+        used_pieces: how many of them, from the first, the release has an update for.
     """
-    height, rows = update.down.shape[1], update.up.shape[0]
-    if parts < 2 or update.start or rows < parts * height:
+    width, rows = update.down.shape[1], update.up.shape[0]
+    if len(pieces) < 2 or update.start or rows < len(pieces) * width:
         return (update,)
-    edges = [*(part * height for part in range(parts)), rows]
-    used = torch.stack([(update.up[a:b].float() != 0).any(0) for a, b in pairwise(edges)])
+    blocks = [piece.rows(width) for piece in pieces]
+    used = torch.stack([(update.up[block].float() != 0).any(0) for block in blocks])
     if not bool(used.any(0).all()):
         # a column of zeros shows no owner; stacks of equal ranks have their columns in the order of the rows
-        used = next((even for count in (used_parts, parts) if (even := _even_columns(used, count)) is not None), used)
+        counts = (used_pieces, len(pieces))
+        used = next((even for count in counts if (even := _even_columns(used, count)) is not None), used)
     if int(used.sum(0).max()) != 1:
         return (update,)
     return tuple(
-        LowRank(update.down[columns], update.up[edges[part] : edges[part + 1], columns], update.scale, edges[part])
-        for part, columns in enumerate(used)
+        LowRank(update.down[columns], update.up[block, columns], update.scale, block.start)
+        for block, columns in zip(blocks, used, strict=True)
         if bool(columns.any())
     )
 
@@ -253,11 +248,11 @@ def _even_columns(used: Tensor, count: int) -> Tensor | None:
     return even if not bool((used & ~even).any()) else None
 
 
-def split_fused(module: str, updates: Iterable[LowRank], family: Family) -> tuple[LowRank, ...]:
-    """A module's updates in row order, one for each row block they were stacked from."""
-    sources = family.key_map.sources_of(module)
-    released = sum(family.lora_target_pattern.fullmatch(piece.source) is not None for piece in sources)
-    return tuple(piece for update in _in_row_order(updates) for piece in split_update(update, len(sources), released))
+def split_fused(update: LowRank, module: str, family: Family) -> tuple[LowRank, ...]:
+    """An update of a module as one for each of the layers that the module is fused from."""
+    pieces = family.key_map.sources_of(module)
+    released = sum(family.lora_target_pattern.fullmatch(piece.source) is not None for piece in pieces)
+    return split_update(update, pieces, released)
 
 
 def expert_metadata(expert: Expert, count: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..families import Family
-from ..families.keymap import part_rows, unfuse
+from ..families.keymap import unfuse
 from .expert import LowRank
 from .sources import at_scale, source_updates
 from .updates import Update
@@ -35,7 +35,7 @@ def layers_of(module: str, updates: Sequence[Update], family: Family) -> tuple[l
         updates: of the module, from `ExpertView.updates`.
     """
     linear = _is_linear(module, family)
-    pairs = [update.low_rank for update in updates if update.low_rank and linear and update.name == f"{module}.weight"]
+    pairs = [pair for update in updates if linear and update.name == f"{module}.weight" for pair in update.low_rank]
     layers = {
         # a bias could not be divided by 0
         piece.source: Layer(piece.source, pair if pair.scale else at_scale(pair, 1.0))
@@ -46,7 +46,7 @@ def layers_of(module: str, updates: Sequence[Update], family: Family) -> tuple[l
     for update in updates:
         if update.replaced is not None:
             replaced[update.name] = update.replaced
-        elif update.name == f"{module}.bias" and update.low_rank is None and pairs:
+        elif update.name == f"{module}.bias" and not update.low_rank and pairs:
             left_out += _add_bias(layers, update, pairs[0].down.shape[1], family)
         elif update.diff is not None or not (linear and update.name == f"{module}.weight"):
             left_out += _names(update.name, family)
@@ -78,7 +78,7 @@ def _add_bias(layers: Mapping[str, Layer], update: Update, width: int, family: F
     pieces = family.key_map.sources_of_tensor(update.name)
     end = update.start + len(update.diff)
     for piece in pieces:
-        rows = part_rows(piece, len(pieces), end, width)
+        rows = piece.rows(width, end)
         start, stop = max(rows.start, update.start), min(rows.stop, end)
         part = update.diff[max(0, start - update.start) : max(0, stop - update.start)]
         layer = layers.get(piece.source.removesuffix(".bias"))

@@ -220,7 +220,7 @@ def _fits(kind: Kind, shape: tuple[int, ...], piece: Piece, shapes: Shapes) -> b
 
 def _room(piece: Piece, whole: tuple[int, ...], shapes: Shapes) -> int:
     """Rows of a fused tensor from the part's first."""
-    return whole[0] - piece.part * tuple(shapes[f"{piece.target}.weight"])[1]
+    return whole[0] - piece.rows(shapes[f"{piece.target}.weight"][1]).start
 
 
 def _low_rank_misfit(given: Mapping[Kind, tuple[int, ...]], piece: Piece, shapes: Shapes) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExpertError, name_some
+from ..families.lora_names import COMPILED
 from ..routing import Side
 from .expert import Expert, LowRank
 
@@ -234,12 +235,13 @@ def _touched(expert: Expert) -> set[str]:
     return set(expert.low_rank) | {module for module, _, param in names if param in LAYER_PARAMS}
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """True for the linear layers of PyTorch and of hosts, which may store their weight in any way."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def _kind(module: nn.Module) -> str:
-    return "Linear" if _is_linear(module) else type(module).__name__
+    return "Linear" if is_linear(module) else type(module).__name__
 
 
 def _check_fits(expert: Expert, base: Mapping[str, nn.Module]) -> None:
@@ -255,7 +257,7 @@ def _check_fits(expert: Expert, base: Mapping[str, nn.Module]) -> None:
     other = [
         name
         for name in names
-        if _kind(base[name]) not in KINDS or (name in expert.low_rank and not _is_linear(base[name]))
+        if _kind(base[name]) not in KINDS or (name in expert.low_rank and not is_linear(base[name]))
     ]
     if other:
         raise ExpertError(
@@ -327,7 +329,12 @@ def _parameter(value: Tensor, dtype: torch.dtype, device: torch.device, copy: bo
 
 def inner_module(module: nn.Module) -> nn.Module:
     """The module itself where torch.compile has wrapped it."""
-    return module._modules.get("_orig_mod") or module
+    return module._modules.get(COMPILED) or module
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """True for the wrapper that torch.compile puts around a module."""
+    return COMPILED in module._modules
 
 
 def find_module(root: nn.Module, name: str) -> nn.Module:

@@ -6,6 +6,7 @@ Every tensor is placed, left out with a note where the model can do without it, 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from ..files.storage import TensorFile
 from ..files.values import is_finite
 from ..routing import Side
 from ..text import given
-from .expert import Expert, LowRank, split_fused
+from .expert import Expert, LowRank
 from .match import HALF, NO_LAYER, ROWS, TEXT_ENCODER, Reasons, Site, find_sites, tensor_name, wrong_kinds
 from .updates import DefaultScale, Update, site_updates
 
@@ -73,7 +74,7 @@ def read_expert(
     return Expert(
         family.name,
         role,
-        {module: split_fused(module, updates, family) for module, updates in low_rank.items()},
+        {module: tuple(sorted(updates, key=attrgetter("start"))) for module, updates in low_rank.items()},
         replaced,
         diff,
         boundary=facts.boundary,
@@ -264,14 +265,14 @@ def gather(
     diff: dict[str, Tensor],
 ) -> None:
     """Put what a file does to the tensor of this shape with the rest."""
-    name, pair = update.name, update.low_rank
+    name = update.name
     if update.replaced is not None:
         replaced[name] = update.replaced
-    if pair is not None and len(shape) == 2 and name.endswith(".weight"):
-        low_rank.setdefault(name.removesuffix(".weight"), []).append(pair)
-    elif pair is not None:
-        full = pair.scale * pair.up.float() @ pair.down.float()
-        diff[name] = full.reshape(tuple(shape))
+    if update.low_rank and len(shape) == 2 and name.endswith(".weight"):
+        low_rank.setdefault(name.removesuffix(".weight"), []).extend(update.low_rank)
+    elif update.low_rank:
+        (factors,) = update.low_rank
+        diff[name] = (factors.scale * factors.up.float() @ factors.down.float()).reshape(tuple(shape))
     if update.diff is not None and name not in diff and update.rows == shape[0]:
         diff[name] = update.diff
     elif update.diff is not None:

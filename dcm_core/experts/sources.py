@@ -7,24 +7,23 @@ import torch
 from torch import Tensor
 
 from ..families import Family
-from ..families.keymap import Piece, part_rows
+from ..families.keymap import Piece
 from .expert import LowRank, stack_updates
 
 
 def source_updates(module: str, updates: Sequence[LowRank], family: Family) -> Iterator[tuple[Piece, LowRank]]:
     """(diffusers layer, its one update) of all that make up a native module; those that the updates leave alone are passed over."""
-    pieces = family.key_map.sources_of(module)
-    for piece in pieces:
-        own = [part for update in updates if (part := _rows_of(update, piece, len(pieces))) is not None]
+    for piece in family.key_map.sources_of(module):
+        own = [part for update in updates if (part := _rows_of(update, piece)) is not None]
         if own:
             down, up, alpha = stack_updates(own, max(part.start + part.up.shape[0] for part in own))
             yield piece, LowRank(down, piece.in_native_order(up), alpha / down.shape[0])
 
 
-def _rows_of(update: LowRank, piece: Piece, parts: int) -> LowRank | None:
+def _rows_of(update: LowRank, piece: Piece) -> LowRank | None:
     """The update of a part's rows alone, counted from the part's first; None if there is none."""
     end = update.start + update.up.shape[0]
-    rows = part_rows(piece, parts, end, update.down.shape[1])
+    rows = piece.rows(update.down.shape[1], end)
     start, stop = max(rows.start, update.start), min(rows.stop, end)
     if start >= stop:
         return None

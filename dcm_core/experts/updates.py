@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..families import Family
@@ -26,19 +27,30 @@ class Update:
 
     Attributes:
         name: native tensor name.
+        low_rank: one low-rank update; with `diff` all that share its rows, as their sum counts.
         replaced: stands in the tensor's place; the others are added to it.
     """
 
     name: str
-    low_rank: LowRank | None = None
+    low_rank: tuple[LowRank, ...] = ()
     diff: Tensor | None = None
     replaced: Tensor | None = None
     start: int = 0
 
     @property
     def rows(self) -> int:
-        tensor = next(t for t in (self.replaced, self.diff, self.low_rank and self.low_rank.up) if t is not None)
+        tensors = (self.replaced, self.diff, *(update.up for update in self.low_rank))
+        tensor = next(tensor for tensor in tensors if tensor is not None)
         return tensor.shape[0] if tensor.ndim else 1
+
+    @property
+    def total(self) -> LowRank | None:
+        """The low-rank updates as one."""
+        if self.diff is None or not self.low_rank:
+            return next(iter(self.low_rank), None)
+        moved = [replace(update, start=update.start - self.start) for update in self.low_rank]
+        down, up, alpha = stack_updates(moved, self.rows)
+        return LowRank(down, up, alpha / down.shape[0], self.start)
 
 
 def file_updates(
@@ -121,14 +133,14 @@ def site_updates(
     tensors = {**tensors, **small}
     weight, bias = (tensor_name(piece, kind, shapes) for kind in ("diff", "diff_b"))
     known = (shapes.get(weight, ()), *(tensors[kind].shape for kind in ("down", "diff") if kind in tensors))
-    start = (piece.part or 0) * next((shape[1] for shape in known if len(shape) > 1), 0)
+    start = piece.rows(next((shape[1] for shape in known if len(shape) > 1), 0)).start
     whole = {kind: piece.in_native_order(tensor) for kind, tensor in tensors.items() if kind not in LOW_RANK}
     diff, bias_diff = whole.get("diff"), whole.get("diff_b")
     if "down" in tensors:
         down, up = _matrices(tensors)
         rank = tensors["down"].shape[0]
         scale = tensors["alpha"].item() / rank if "alpha" in tensors else default_scale(piece.source, rank)
-        updates = split_fused(piece.target, [place_low_rank(piece, down, up, scale)], family)
+        updates = split_fused(place_low_rank(piece, down, up, scale), piece.target, family)
         together = diff is not None and diff.shape[0] == up.shape[0] and math.prod(diff.shape[1:]) == down.shape[1]
         yield from low_rank_updates(weight, updates, diff if together else None, start)
         diff = None if together else diff
@@ -148,23 +160,22 @@ def site_updates(
 
 def _matrices(tensors: Mapping[Kind, Tensor]) -> tuple[Tensor, Tensor]:
     """down (rank, in) and up (rows, rank) of a low-rank update, kernels flattened; a Tucker core goes into `down`."""
-    down, up = tensors["down"].flatten(1), tensors["up"].flatten(1)
+    down = rearrange(tensors["down"], "rank ... -> rank (...)")
+    up = rearrange(tensors["up"], "rows ... -> rows (...)")
     if "mid" in tensors:
-        down = torch.einsum("ji...,ik->jk...", tensors["mid"].float(), down.float()).flatten(1)
+        core = torch.einsum("ji...,ik->jk...", tensors["mid"].float(), down.float())
+        down = rearrange(core, "rank ... -> rank (...)")
     return down, up
 
 
 def low_rank_updates(
     name: str, updates: Sequence[LowRank], diff: Tensor | None = None, start: int = 0
 ) -> Iterator[Update]:
-    """Each low-rank update of a tensor; with a difference of the rows from `start`, the sum of all."""
+    """Each low-rank update of a tensor; with a difference of the rows from `start`, all in one."""
     if diff is None:
-        yield from (Update(name, update, start=update.start) for update in updates)
+        yield from (Update(name, (update,), start=update.start) for update in updates)
     else:
-        down, up, alpha = stack_updates(
-            [replace(update, start=update.start - start) for update in updates], diff.shape[0]
-        )
-        yield Update(name, LowRank(down, up, alpha / down.shape[0], start), diff, start=start)
+        yield Update(name, tuple(updates), diff, start=start)
 
 
 def routed_updates(expert: RoutedExpert, tensors: Mapping[str, Tensor]) -> Iterator[Update]:

@@ -11,7 +11,7 @@ from ..files.checkpoint import Layout, recognise, release_facts
 from ..files.metadata import read_facts
 from ..files.storage import TensorFile
 from ..routing import Side
-from .expert import Expert, LowRank, split_fused
+from .expert import Expert, LowRank
 from .match import AnyModel, Site, expert_part, tensor_name
 from .reader import check_complete, check_facts, check_reshapes, check_values, find_places, gather
 from .updates import DefaultScale, Update, site_updates
@@ -110,5 +110,6 @@ class ExpertView:
         expert = Expert(self.family.name, self.facts.side or "semantic")
         for update in self.updates(module):
             gather(update, self._shapes[update.name], low_rank, expert.replaced, expert.diff)
-        expert.low_rank.update({name: split_fused(name, pairs, self.family) for name, pairs in low_rank.items()})
+        in_row_order = {name: tuple(sorted(pairs, key=lambda pair: pair.start)) for name, pairs in low_rank.items()}
+        expert.low_rank.update(in_row_order)
         return expert

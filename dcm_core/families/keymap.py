@@ -27,8 +27,7 @@ class Rule:
     Attributes:
         params: the tensor names behind the module; ("",) where the rule names a whole key.
         target_params: their names in the target, same order; empty if equal.
-        part: index among the row blocks of a fused target, each as high as the target's input is wide
-            (the last one takes what remains); None if the source is the whole target.
+        part: index among the sources of a fused target, see `Piece.rows`; None if the source is the whole target.
         swap_halves: the two halves of the rows change places.
         optional: what the layer is for, if only some models of the family have it; "" if all do.
     """
@@ -49,13 +48,28 @@ class Rule:
 
 @dataclass(frozen=True)
 class Piece:
-    """A source tensor's place in its target; the last three fields as in `Rule`."""
+    """A source tensor's place in its target; `part`, `swap_halves` and `optional` as in `Rule`.
+
+    Attributes:
+        last: no part of the target comes after this one.
+    """
 
     source: str
     target: str
     part: int | None = None
     swap_halves: bool = False
     optional: str = ""
+    last: bool = True
+
+    def rows(self, width: int, height: int | None = None) -> slice:
+        """The source's rows in a target.
+
+        Args:
+            width: columns of the target's weight; each part but the last has as many rows.
+            height: rows of the target, where the last part's end has to be known.
+        """
+        start = (self.part or 0) * width
+        return slice(start, height if self.last else start + width)
 
     def in_native_order(self, tensor: Tensor) -> Tensor:
         """The source's rows in the order of the target's."""
@@ -139,29 +153,34 @@ class KeyMap:
     def _targets(self) -> Templates:
         return Templates(rule.target for rule in self.rules)
 
+    @cached_property
+    def _parts(self) -> dict[str, int]:
+        """Fused target module -> the last of its parts."""
+        return {rule.target: max(r.part or 0 for r in self.rules if r.target == rule.target) for rule in self.rules}
+
     def find(self, key: str) -> Piece | None:
         """The place of a source key, None if the table does not know it."""
         template, index = self._sources.split(key)
         found = self._by_key.get(template)
-        return found and _piece(key, found[0], index, found[1])
+        return found and self._piece(key, found[0], index, found[1])
 
     def find_module(self, module: str) -> Piece | None:
         """The place of a source module (no `.weight`), None if the table does not know it."""
         template, index = self._sources.split(module)
         rule = self._by_module.get(template)
-        return rule and _piece(module, rule.target, index, rule)
+        return rule and self._piece(module, rule.target, index, rule)
 
     def find_flat(self, name: str) -> Piece | None:
         """The same for a module with `_` in place of every dot, as kohya writes it."""
         template, index = self._flat_sources.split(name)
         rule = self._by_flat_name.get(template)
-        return rule and _piece(_fill(rule.source, index), rule.target, index, rule)
+        return rule and self._piece(_fill(rule.source, index), rule.target, index, rule)
 
     def sources_of(self, module: str) -> list[Piece]:
         """The source modules that make up a target module, in row order."""
         template, index = self._targets.split(module)
         pieces = [
-            _piece(_fill(rule.source, index), module, None, rule) for rule in self.rules if rule.target == template
+            self._piece(_fill(rule.source, index), module, None, rule) for rule in self.rules if rule.target == template
         ]
         return sorted(pieces, key=lambda piece: piece.part or 0)
 
@@ -169,12 +188,16 @@ class KeyMap:
         """The source tensors that make up a target tensor, in row order; none if the table does not know it."""
         template, index = self._targets.split(name)
         pieces = [
-            Piece(_fill(source, index), name, rule.part, rule.swap_halves, rule.optional)
+            self._piece(_fill(source, index), name, None, rule)
             for rule in self.rules
             for source, target in rule.key_pairs()
             if target == template
         ]
         return sorted(pieces, key=lambda piece: piece.part or 0)
+
+    def _piece(self, source: str, target: str, index: str | None, rule: Rule) -> Piece:
+        last = (rule.part or 0) == self._parts[rule.target]
+        return Piece(source, _fill(target, index), rule.part, rule.swap_halves, rule.optional, last)
 
     def match(self, keys: Iterable[str]) -> MatchReport:
         """Account for every key: what it becomes, which are unknown, which are missing.
@@ -228,10 +251,6 @@ def _with_gaps(indices: set[int]) -> Iterable[int]:
     return range(depth) if depth <= 2 * len(indices) else sorted(indices)
 
 
-def _piece(source: str, target: str, index: str | None, rule: Rule) -> Piece:
-    return Piece(source, _fill(target, index), rule.part, rule.swap_halves, rule.optional)
-
-
 def fused_shape(shapes: Sequence[Shape]) -> tuple[int, ...]:
     """Shape of the target made of sources stacked along the rows."""
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
@@ -258,20 +277,6 @@ def fuse(pieces: Sequence[Piece], tensors: Mapping[str, Tensor]) -> Tensor:
     return pieces[0].in_native_order(value)
 
 
-def part_rows(piece: Piece, parts: int, rows: int, width: int) -> slice:
-    """The rows of a target that a source is.
-
-    Args:
-        parts: number of sources of the target.
-        rows: of the target.
-        width: columns of the target's weight: the height of every part but the last.
-    """
-    if piece.part is None:
-        return slice(0, rows)
-    start = piece.part * width
-    return slice(start, rows if piece.part == parts - 1 else start + width)
-
-
 def unfuse(pieces: Sequence[Piece], tensor: Tensor, width: int) -> Iterator[tuple[str, Tensor]]:
     """Undo `fuse`: (source, tensor) of every source of a target tensor.
 
@@ -279,5 +284,4 @@ def unfuse(pieces: Sequence[Piece], tensor: Tensor, width: int) -> Iterator[tupl
         width: columns of the target's weight.
     """
     for piece in pieces:
-        rows = part_rows(piece, len(pieces), len(tensor), width)
-        yield piece.source, piece.in_native_order(tensor[rows])
+        yield piece.source, piece.in_native_order(tensor[piece.rows(width)])

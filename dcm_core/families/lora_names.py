@@ -87,8 +87,9 @@ PREFIXES = (
     "unet.",
 )
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
-# What wrappers of PyTorch write into the middle of a name.
-WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# What wrappers of PyTorch write into the middle of a name: torch.compile, FSDP, activation checkpointing.
+COMPILED = "_orig_mod"
+WRAPPERS = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 TEXT_ENCODER = re.compile(
     r"(base_model\.model\.)?((lora|lycoris)_(prior_)?te\d?_|(text_encoders?|te|cond_stage_model|conditioner|text_model)(_?\d)?\."
     r"|(clip_[lgh]|u?m?t5xxl|llama|llava)[\w-]*\.)"
@@ -125,10 +126,14 @@ def split_key(key: str) -> LoraKey | None:
     return None
 
 
+def unwrapped(name: str) -> str:
+    """The name of a module or tensor without what wrappers of PyTorch write into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def candidates(module: str) -> Iterator[str]:
     """The names a module may have without what tools put before it, the full name first."""
-    for wrapper in WRAPPERS:
-        module = module.replace(wrapper, "")
+    module = unwrapped(module)
     while module:
         yield module
         module = next((module[len(prefix) :] for prefix in PREFIXES if module.startswith(prefix)), "")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from torch import Tensor
@@ -138,7 +138,7 @@ def _diffusers(file: TensorFile, family: Family, keys: Mapping[str, str]) -> Con
         raise CheckpointError(_half_message(file, family, layout, missing, odd))
     _check_fit(file, family, report.matched, semantic, {key: keys[key] for key in sorted(detail)})
     matched = {
-        target: [Piece(semantic[p.source], p.target, p.part, p.swap_halves) for p in pieces]
+        target: [replace(piece, source=semantic[piece.source]) for piece in pieces]
         for target, pieces in report.matched.items()
     }
     return Contents(layout, family, matched, {keys[key]: key for key in sorted(detail)})

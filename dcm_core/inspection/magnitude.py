@@ -123,7 +123,7 @@ def measure(update: Update, base: Base, strength: float = 1.0) -> Change:
     """An update's norm beside the norm of what it changes."""
     own = base(update.name, update.start, update.rows)
     if update.replaced is None:
-        size = added_norm(update.low_rank, update.diff)
+        size = added_norm(update.total, update.diff)
     else:
         size = None if own is None else difference_norm(update.replaced, own)
     return Change(update.name, None if size is None else abs(strength) * size, None if own is None else norm(own))

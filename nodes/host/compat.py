@@ -17,6 +17,7 @@ import comfy.utils
 import comfyui_version
 from comfy.model_patcher import get_key_weight
 from comfy_api.latest import io
+from einops import rearrange
 from torch import Tensor
 
 logger = logging.getLogger("ComfyUI-DCM")
@@ -90,8 +91,8 @@ def is_oom(error: BaseException) -> bool:
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Rotary embedding: the channels of x (..., 2 n) in pairs, times the matrices (..., n, 2, 2)."""
-    pairs = x.to(rotations.dtype).unflatten(-1, (-1, 1, 2))
-    return (rotations * pairs).sum(-1).flatten(-2).type_as(x)
+    pairs = rearrange(x.to(rotations.dtype), "... (n two) -> ... n 1 two", two=2)
+    return rearrange((rotations * pairs).sum(-1), "... n two -> ... (n two)").type_as(x)
 
 
 def rotate_both(q: Tensor, k: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:

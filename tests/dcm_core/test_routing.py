@@ -8,9 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcm_core.errors import ScheduleError
+from dcm_core.errors import ExpertError, ScheduleError
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, PRESETS, WAN
-from dcm_core.routing import SIDES, Setup, check_boundary, is_detail, plan_steps, split_sigmas
+from dcm_core.routing import (
+    SIDES,
+    Setup,
+    check_boundary,
+    is_detail,
+    own_boundary,
+    own_timesteps,
+    plan_steps,
+    split_sigmas,
+)
 
 # the release's own rule: detail is active when int(t) <= this
 LAST_DETAIL = {WAN: 978, HUNYUAN_VIDEO: 981}
@@ -193,6 +202,33 @@ def test_the_boundary_is_the_given_one_then_the_experts_then_the_models(setup, g
 
 
 @pytest.mark.parametrize(
+    "experts, given, boundary",
+    [
+        ((), None, None),
+        ((None, None), 0.0, None),
+        ((None, 0.7), None, 0.7),
+        ((0.7, 0.7 + 5e-7), 0.0, 0.7),
+        ((None,), 0.5, 0.5),
+        ((0.9, 0.7), 0.5, 0.5),
+    ],
+)
+def test_experts_boundary_is_the_given_one_or_what_they_were_made_for(experts, given, boundary):
+    assert own_boundary(experts, given) == boundary
+
+
+def test_experts_of_different_boundaries():
+    with pytest.raises(ExpertError, match=r"different boundaries \(0\.7 and 0\.9\)"):
+        own_boundary((0.9, None, 0.7))
+    with pytest.raises(ExpertError, match="different boundaries"):
+        own_boundary((0.7, 0.7 + 2e-6), 0.0)
+
+
+def test_experts_timesteps_are_the_first_that_are_known():
+    assert own_timesteps((None, (900.0, 500.0), (800.0,))) == (900.0, 500.0)
+    assert own_timesteps((None,)) is None
+
+
+@pytest.mark.parametrize(
     "setup, auto, generic",
     [
         (EXPERTS, (900.0, 500.0), "DCM grid"),
@@ -202,7 +238,12 @@ def test_the_boundary_is_the_given_one_then_the_experts_then_the_models(setup, g
         # LoRAs on two models say nothing; DCM experts do
         (Setup(WAN, two_models=True, semantic=True), "even", "even"),
         (Setup(WAN, two_models=True, semantic=True, timesteps=(900.0,)), (900.0,), "DCM grid"),
-        (Setup(), "even", "even"),
+        (Setup(seen=True), "even", "even"),
+        (Setup(two_models=True), "even", "even"),
+        # of a model that is not known
+        (Setup(), None, "DCM grid"),
+        (Setup(semantic=True), None, "DCM grid"),
+        (Setup(semantic=True, timesteps=(900.0,)), (900.0,), "DCM grid"),
     ],
 )
 def test_the_schedule_is_what_the_models_are_made_for(setup, auto, generic):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ...errors import DCMError, counted
@@ -236,7 +237,7 @@ def _fitted(picture: Picture, facts: ClipFacts) -> Tensor:
     width, height = facts.bucket
     scale = max(width / facts.width, height / facts.height)
     covering = max(height, round(scale * facts.height)), max(width, round(scale * facts.width))
-    image = upright(picture, facts.clip.path).permute(2, 0, 1)[None]
+    image = rearrange(upright(picture, facts.clip.path), "h w c -> 1 c h w")
     image = F.interpolate(image, covering, mode="bicubic", antialias=True)[0].clamp(0, 1)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
-    return image[:, top : top + height, left : left + width].permute(1, 2, 0)
+    return rearrange(image[:, top : top + height, left : left + width], "c h w -> h w c")

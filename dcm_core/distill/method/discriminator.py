@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,8 +50,7 @@ class Discriminator(nn.Module):
         frames, height, width = grid
 
         def scores(head: Head, feature: Tensor) -> Tensor:
-            batch, _, channels = feature.shape
-            return head(feature.float().reshape(batch * frames, height, width, channels).permute(0, 3, 1, 2))
+            return head(rearrange(feature.float(), "b (f h w) c -> (b f) c h w", f=frames, h=height, w=width))
 
         pairs = zip(self.heads, features, strict=True)
         if self.checkpointing and torch.is_grad_enabled():

@@ -7,7 +7,7 @@ and counts them; `route` runs them. The base weights are neither read nor writte
 import copy
 import dataclasses
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,15 +21,14 @@ from torch import nn
 
 from ....dcm_core.errors import ExpertError, name_some
 from ....dcm_core.experts.expert import FILE_PREFIX, Expert, expert_to_state_dict
-from ....dcm_core.experts.modules import RoutedExpert, bare_parameters, inner_module
+from ....dcm_core.experts.modules import RoutedExpert, bare_parameters, inner_module, is_linear
 from ....dcm_core.families import FAMILIES, Family
-from ....dcm_core.routing import Side, check_boundary
+from ....dcm_core.families.lora_names import unwrapped
+from ....dcm_core.routing import Setup, Side, check_boundary, own_boundary, own_timesteps
 from ..saving import allow_saving, refuse_saving
 from .prepare import is_own, prepare_run
 from .route import KEY, AttachedExperts, attached_experts, route_call
 
-# Boundaries go through text in files and widgets.
-SAME_BOUNDARY = 1e-6
 # What newer hosts hang on a loaded module: its places in memory.
 HOST_STATE = {
     "_v",
@@ -54,8 +53,7 @@ def diffusion_model(model: Any) -> nn.Module:
 
 def model_family(model: Any) -> Family | None:
     """The family of a MODEL, by its tensors; None for any other model."""
-    names = {name for name, _ in diffusion_model(model).named_parameters()}
-    names = {name.replace("_orig_mod.", "") for name in names}
+    names = {unwrapped(name) for name, _ in diffusion_model(model).named_parameters()}
     return next((family for family in FAMILIES.values() if family.is_native(names)), None)
 
 
@@ -78,10 +76,10 @@ def module_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """Native tensor name -> shape, whatever the weights are stored as (fp8, GGUF, packed)."""
     shapes = {}
     for name, module in diffusion_model(model).named_modules():
-        name = name.replace("_orig_mod.", "").removesuffix("_orig_mod")
+        name = unwrapped(name)
         for param, tensor in module.named_parameters(recurse=False):
             shapes[f"{name}.{param}" if name else param] = tuple(tensor.shape)
-        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        if is_linear(module):
             shapes[f"{name}.weight"] = (module.out_features, module.in_features)
     return shapes
 
@@ -99,7 +97,7 @@ def attach_experts(
     """A clone of MODEL with the experts on it; experts attached before are replaced.
 
     Args:
-        boundary: sigma where the detail side begins; None for the experts' own, else the family's.
+        boundary: sigma where the detail side begins; None or 0 for the experts' own, else the family's.
         stacked: the semantic expert is an ordinary LoRA on the base, always on; otherwise each works on its side only.
 
     Raises:
@@ -107,7 +105,7 @@ def attach_experts(
     """
     family = require_family(model)
     experts = [expert for expert in (detail, semantic) if expert is not None]
-    own = boundary if boundary is not None else own_boundary([expert.boundary for expert in experts])
+    own = own_boundary((expert.boundary for expert in experts), boundary)
     clone = detach_experts(model)
     own_patches: dict[str, tuple[Any, ...]] = {}
     routed: list[tuple[Expert, float, tuple[Side, ...]]] = []
@@ -126,9 +124,9 @@ def attach_experts(
         KEY,
         AttachedExperts(
             family=family.name,
-            boundary=check_boundary(family.preset.boundary if own is None else own),
+            boundary=Setup(family).boundary_for(own),
             own_boundary=own is not None,
-            timesteps=next((expert.timesteps for expert in experts if expert.timesteps), None),
+            timesteps=own_timesteps(expert.timesteps for expert in experts),
             stacked=stacked,
             semantic=str(semantic) if semantic else None,
             detail=str(detail) if detail else None,
@@ -141,21 +139,6 @@ def attach_experts(
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, route_call)
     clone.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare_run)
     return clone
-
-
-def own_boundary(known: Iterable[float | None]) -> float | None:
-    """The boundary that experts were made for, None where no file says it.
-
-    Raises:
-        ExpertError: experts that were made for different ones.
-    """
-    found = sorted({boundary for boundary in known if boundary})
-    if found and found[-1] - found[0] > SAME_BOUNDARY:
-        raise ExpertError(
-            f"The experts were made for different boundaries ({found[0]:g} and {found[-1]:g}), so that between these one of them is "
-            "wrong. Choose experts of one pair, or set `boundary` here."
-        )
-    return found[0] if found else None
 
 
 def detach_experts(model: Any) -> Any:
@@ -251,10 +234,7 @@ def compute_dtype(model: Any) -> torch.dtype:
 
 def _expert_patcher(model: Any, expert: Expert, sides: tuple[Side, ...]) -> Any:
     """The expert as a model of its own, on the base's devices."""
-    base = {
-        name.replace("_orig_mod.", "").removesuffix("._orig_mod"): inner_module(module)
-        for name, module in diffusion_model(model).named_modules()
-    }
+    base = {unwrapped(name): inner_module(module) for name, module in diffusion_model(model).named_modules()}
     module = RoutedExpert(expert, base, comfy.ops.manual_cast, compute_dtype(model), model.offload_device, sides)
     return make_patcher(module, model.load_device, model.offload_device)
 

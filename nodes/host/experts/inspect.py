@@ -15,6 +15,7 @@ from ....dcm_core.experts.expert import FILE_PREFIX, LowRank, split_fused
 from ....dcm_core.experts.match import Target
 from ....dcm_core.experts.updates import Update, routed_updates
 from ....dcm_core.families import Family
+from ....dcm_core.families.lora_names import unwrapped
 from ....dcm_core.inspection.inspect import in_lines, inspect_file
 from ....dcm_core.inspection.magnitude import Base, Change, Profile, file_profile, is_plain, make_profile, measure
 from ....dcm_core.inspection.plot import plot_profile
@@ -181,8 +182,8 @@ def _patch_updates(name: str, patch: Any, family: Family) -> Iterator[Update]:
     if isinstance(patch, LoRAAdapter):
         up, down, alpha = patch.weights[:3]
         pair = LowRank(down, up, 1.0 if alpha is None else alpha / down.shape[0])
-        for update in split_fused(name.removesuffix(".weight"), [pair], family):
-            yield Update(name, update, start=update.start)
+        for update in split_fused(pair, name.removesuffix(".weight"), family):
+            yield Update(name, (update,), start=update.start)
     else:
         kind, (tensor, *_) = patch
         yield Update(name, **{"replaced" if kind == "set" else "diff": tensor})
@@ -192,7 +193,7 @@ def originals(patcher: Any, module: nn.Module, prefix: str = "") -> dict[str, Te
     """Parameter name -> its value without patches: the host keeps that aside while they are in the weights."""
     found = {}
     for name, tensor in module.named_parameters():
-        name = name.replace("_orig_mod.", "")
+        name = unwrapped(name)
         hooked, kept = patcher.hook_backup.get(prefix + name), patcher.backup.get(prefix + name)
         found[name] = hooked[0] if hooked else kept.weight if kept else tensor
     return found

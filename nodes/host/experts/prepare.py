@@ -8,6 +8,7 @@ from torch import nn
 
 from ....dcm_core.errors import ExpertError, name_some
 from ....dcm_core.experts.expert import FILE_PREFIX
+from ....dcm_core.experts.modules import is_compiled
 from .route import KEY, AttachedExperts, attached_experts, step_cache_note
 
 logger = logging.getLogger("ComfyUI-DCM")
@@ -37,11 +38,8 @@ def check_compiled(model: Any, facts: AttachedExperts) -> None:
     Raises:
         ExpertError: a stacked semantic expert that the host would pass over in silence.
     """
-    compiled = [
-        name
-        for name, patch in model.object_patches.items()
-        if isinstance(patch, nn.Module) and "_orig_mod" in patch._modules
-    ]
+    patches = model.object_patches.items()
+    compiled = [name for name, patch in patches if isinstance(patch, nn.Module) and is_compiled(patch)]
     lost = [name for name in compiled if any(key.startswith(f"{name}.") for key in facts.own_patches)]
     if lost:
         raise ExpertError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ....dcm_core.errors import ExpertError, name_some
-from ....dcm_core.experts.modules import RoutedExpert
+from ....dcm_core.experts.modules import RoutedExpert, is_compiled
 from ....dcm_core.experts.placing import in_place, unanswered
 from ....dcm_core.families import FAMILIES
 from ....dcm_core.routing import Side, is_detail
@@ -117,17 +117,17 @@ def expert_in_place(patcher: Any, facts: AttachedExperts, side: Side) -> Iterato
     root = patcher.model.diffusion_model
     with LOCKS.setdefault(patcher.model, RLock()):
         watch = any(side not in expert.checked for expert, _ in working)
-        bare = watch and not is_compiled(patcher)
+        bare = watch and not has_compiled(patcher)
         with in_place(root, working, add_linear, ACTIVATIONS, watch, bare):
             yield
         if watch:
             check_answers(patcher, facts, side, [expert for expert, _ in working], bare)
 
 
-def is_compiled(model: Any) -> bool:
+def has_compiled(model: Any) -> bool:
     """Whether torch.compile is on a MODEL: by the host's wrapper, or around or in a module."""
     return any("compile" in str(key) for wrappers in model.wrappers.values() for key in wrappers) or any(
-        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        is_compiled(module) or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.model.diffusion_model.modules()
     )
 

@@ -14,9 +14,7 @@ from ....dcm_core.families import FAMILIES
 from ....dcm_core.files.checkpoint import Layout, recognise, release_facts, without_prefix
 from ....dcm_core.files.metadata import read_facts
 from ....dcm_core.files.storage import TensorFile
-from ....dcm_core.routing import Plan, Setup
-from ....dcm_core.schedule import AUTO
-from ..experts.attach import own_boundary
+from ....dcm_core.routing import Plan, Setup, own_boundary, own_timesteps
 from ..folders import LORAS, MODELS, SUFFIX, path_of
 from ..report import server
 from .run import other_cfg
@@ -52,19 +50,16 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
     setup = _setup(asked)
     if setup is None:
         return None
-    known = setup.family is not None
-    if chosen == AUTO and not (known or setup.timesteps or setup.two_models):
-        return None  # auto is then the model's own, and which that is no file says
     schedule = setup.schedule(chosen)
-    if not known and isinstance(schedule, str) and schedule in comfy.samplers.SCHEDULER_NAMES:
-        return None
+    if schedule is None or (setup.family is None and schedule in comfy.samplers.SCHEDULER_NAMES):
+        return None  # it depends on the model, and no file says which that is
     two_cfgs = other_cfg(asked.get("cfg", 1.0), asked.get("detail_cfg", 0.0)) is not None
     boundary = setup.boundary_for(asked["boundary"])
     if boundary is None and setup.changes(two_cfgs):
         return None
     shift = asked["shift"]
     sampler = check_choice("sampler_name", asked.get("sampler_name", EULER), sampler_names(), ScheduleError)
-    sigmas = sigmas_of(setup, chosen, asked["steps"], shift, asked["denoise"], lambda: flow_sampling(shift), sampler)
+    sigmas = sigmas_of(schedule, asked["steps"], shift, asked["denoise"], lambda: flow_sampling(shift), sampler)
     return as_message(sigmas, setup.plan(sigmas, boundary, two_cfgs), setup.notes(chosen))
 
 
@@ -90,8 +85,8 @@ def _setup(asked: Mapping[str, Any]) -> Setup | None:
         semantic=semantic and asked.get("semantic_strength", 1.0) != 0,
         detail=detail and asked.get("detail_strength", 1.0) != 0,
         stacked=asked.get("stacked", True),
-        timesteps=next((found["timesteps"] for found in experts if found["timesteps"]), None),
-        boundary=asked.get("attached_boundary") or own_boundary(found["boundary"] for found in experts),
+        timesteps=own_timesteps(found["timesteps"] for found in experts),
+        boundary=own_boundary((found["boundary"] for found in experts), asked.get("attached_boundary")),
     )
 
 

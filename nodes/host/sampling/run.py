@@ -8,6 +8,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ....dcm_core.errors import DCMError, ScheduleError, check_choice, counted
@@ -176,4 +177,4 @@ def _callback(model: Any, steps: int, node_id: str | None, last: dict[str, Tenso
 def as_image(pixels: Any) -> Tensor:
     """A PIL image as the host's IMAGE, shape (1, height, width, 3), values 0 .. 1."""
     data = torch.frombuffer(bytearray(pixels.convert("RGB").tobytes()), dtype=torch.uint8)
-    return data.reshape(1, pixels.height, pixels.width, 3).float() / 255
+    return rearrange(data, "(h w c) -> 1 h w c", h=pixels.height, c=3).float() / 255

@@ -51,37 +51,33 @@ def choose_sigmas(
         ScheduleError: settings that give no schedule.
     """
     check_choice(widget, chosen, schedule_names(), ScheduleError)
-    if model is None:
-        if chosen == AUTO:
-            raise ScheduleError(
-                f"{widget} is auto, but no model is connected to read it from. Connect model, or choose another {widget}."
-            )
-        # whose levels they will be is not known
-        chosen = DCM_GRID if chosen == GENERIC else chosen
-        return sigmas_of(Setup(), chosen, steps, shift, denoise), Setup().notes(chosen)
-    setup = setup_of(model, detail_model)
-    sigmas = sigmas_of(setup, chosen, steps, shift, denoise, lambda: shifted(model, shift), sampler_name)
+    setup = Setup() if model is None else setup_of(model, detail_model)
+    schedule = setup.schedule(chosen)
+    if schedule is None:
+        raise ScheduleError(
+            f"{widget} is {chosen}, but no model is connected to read it from. Connect model, or choose another {widget}."
+        )
+    sampling = None if model is None else lambda: shifted(model, shift)
+    sigmas = sigmas_of(schedule, steps, shift, denoise, sampling, sampler_name)
     notes = setup.notes(chosen)
-    if chosen in comfy.samplers.SCHEDULER_NAMES and not has_shift(model):
+    if model is not None and chosen in comfy.samplers.SCHEDULER_NAMES and not has_shift(model):
         notes.append("This model has no flow shift: shift is not used")
     return sigmas, notes
 
 
 def sigmas_of(
-    setup: Setup,
-    chosen: str,
+    schedule: str | tuple[float, ...],
     steps: int,
     shift: float,
     denoise: float,
     sampling: Callable[[], Any] | None = None,
     sampler_name: str = EULER,
 ) -> Tensor:
-    """The sigmas of a setup.
+    """The sigmas of a schedule that counts, see `Setup.schedule`.
 
     Args:
         sampling: gives the model's shifted `model_sampling`, which the host's own schedulers need.
     """
-    schedule = setup.schedule(chosen)
     if not isinstance(schedule, str) or schedule in (EVEN, DCM_GRID):
         return make_sigmas(schedule, steps, shift, denoise)
     if sampling is None:

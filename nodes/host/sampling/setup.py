@@ -35,6 +35,7 @@ def setup_of(model: Any, detail_model: Any = None) -> Setup:
     family = model_family(model)
     setup = Setup(
         family=family,
+        seen=True,
         two_models=are_two(model, detail_model),
         two_sides=detail_model is not None and not are_alike(model, detail_model),
         takes_image=getattr(diffusion_model(model), "in_dim", 0)

@@ -23,10 +23,10 @@ from ....dcm_core.errors import ScheduleError, counted
 from ....dcm_core.experts.expert import Expert, expert_id, size_of, write_expert
 from ....dcm_core.families import Family
 from ....dcm_core.inspection.loss_plot import plot_losses
-from ....dcm_core.routing import split_sigmas
+from ....dcm_core.routing import SAME_BOUNDARY, own_boundary, split_sigmas
 from ....dcm_core.schedule import sigmas_from_timesteps
 from ..compat import gradients
-from ..experts.attach import SAME_BOUNDARY, diffusion_model, module_shapes, own_boundary, require_family
+from ..experts.attach import diffusion_model, module_shapes, require_family
 from ..experts.expert_files import load_expert, trained_expert
 from ..experts.route import attached_experts
 from ..folders import LORAS, NONE, new_file, path_of, run_folder

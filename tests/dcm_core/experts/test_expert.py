@@ -23,7 +23,7 @@ from dcm_core.experts.expert import (
 from dcm_core.experts.match import guess_family, match_expert
 from dcm_core.experts.reader import check_sizes, read_expert
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
-from dcm_core.families.keymap import fuse, fused_shape
+from dcm_core.families.keymap import Piece, fuse, fused_shape
 from dcm_core.files.storage import TensorFile
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -340,7 +340,8 @@ def test_stacking_is_exact_and_undone(seed, parts, width, extra, ranks):
     down, up, alpha = stack_updates(updates, rows)
     expected = delta(Expert("wan", "detail", {"m": updates}), "m", (rows, width))
     torch.testing.assert_close(alpha / len(down) * up @ down, expected)
-    split = split_update(LowRank(down, up, alpha / len(down)), parts)
+    pieces = [Piece(f"{part}", "m", part, last=part == parts - 1) for part in range(parts)]
+    split = split_update(LowRank(down, up, alpha / len(down)), pieces)
     torch.testing.assert_close(delta(Expert("wan", "detail", {"m": split}), "m", (rows, width)), expected)
     if len(updates) > 1:
         assert [u.rank for u in split] == [u.rank for u in updates]
@@ -359,7 +360,8 @@ def test_columns_of_zeros_stay_with_their_rows(used, empty):
         if part in empty:
             updates[part].up.zero_()
     down, up, alpha = stack_updates(updates, 4 * width)
-    split = split_update(LowRank(down, up, alpha / len(down)), 4, used)
+    pieces = [Piece(f"{part}", "m", part, last=part == 3) for part in range(4)]
+    split = split_update(LowRank(down, up, alpha / len(down)), pieces, used)
     assert [update.start for update in split] == [update.start for update in updates]
     for found, wanted in zip(split, updates, strict=True):
         assert torch.equal(found.down, wanted.down) and torch.equal(found.up, wanted.up)

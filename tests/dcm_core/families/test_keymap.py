@@ -65,7 +65,21 @@ def test_no_two_keys_become_one(family):
     ],
 )
 def test_known_places(family, key, target, part):
-    assert family.key_map.find(key) == Piece(key, target, part)
+    piece = family.key_map.find(key)
+    assert (piece.source, piece.target, piece.part) == (key, target, part)
+
+
+def test_rows_of_the_parts_of_a_fused_layer():
+    """As high as the input is wide, but for the last, which takes what remains: q, k, v and the rows of the perceptron."""
+    found = {
+        module: [piece.rows(4) for piece in HUNYUAN_VIDEO.key_map.sources_of(module)]
+        for module in ("double_blocks.7.img_attn.qkv", "single_blocks.0.linear1", "single_blocks.0.linear2")
+    }
+    assert found == {
+        "double_blocks.7.img_attn.qkv": [slice(0, 4), slice(4, 8), slice(8, None)],
+        "single_blocks.0.linear1": [slice(0, 4), slice(4, 8), slice(8, 12), slice(12, None)],
+        "single_blocks.0.linear2": [slice(0, None)],
+    }
 
 
 def test_patterns_are_anchored(family):

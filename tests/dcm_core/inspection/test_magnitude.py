@@ -102,7 +102,7 @@ def test_strength_counts_and_a_replacement_without_base_is_unknown():
     def base(name, start, rows):
         return torch.full((6, 2), 3.0)[start : start + rows]
 
-    assert measure(Update("w", pair, start=2), base, -0.5) == Change("w", 1.0, 6.0)
+    assert measure(Update("w", (pair,), start=2), base, -0.5) == Change("w", 1.0, 6.0)
     assert measure(Update("w", replaced=torch.full((6, 2), 4.0)), base) == Change(
         "w", pytest.approx(12**0.5), pytest.approx(108**0.5)
     )
@@ -247,8 +247,7 @@ def dense(updates, shapes):
         for part in (update.replaced, update.diff):
             if part is not None:
                 whole[rows] += part.float()
-        if update.low_rank is not None:
-            pair = update.low_rank
+        if (pair := update.total) is not None:
             assert (pair.start, pair.up.shape[0]) == (update.start, update.rows)
             whole[rows] += pair.scale * pair.up.float() @ pair.down.float()
     return found
@@ -256,7 +255,7 @@ def dense(updates, shapes):
 
 def dense_expert(expert, shapes):
     updates = [
-        Update(f"{module}.weight", update, start=update.start)
+        Update(f"{module}.weight", (update,), start=update.start)
         for module, found in expert.low_rank.items()
         for update in found
     ]
