@@ -119,6 +119,16 @@ def test_what_a_killed_writer_has_left_is_removed(tmp_path, caplog):
     assert "step_00000001.safetensors" in caplog.text and "expert" not in caplog.text
 
 
+def test_a_run_needs_room_for_the_states_that_are_not_there_yet(tmp_path, monkeypatch):
+    check_folder(tmp_path, size=10**6, count=3)
+    usage = "dcm_core.files.unfinished.shutil.disk_usage"
+    monkeypatch.setattr(usage, lambda folder: SimpleNamespace(free=2_500_000))
+    with pytest.raises(CheckpointError, match=r"step_\*\.safetensors needs 3\.0 MB, but .* has 2\.5 MB free"):
+        check_folder(tmp_path, size=10**6, count=3)
+    (tmp_path / "step_00000001.safetensors").touch()
+    check_folder(tmp_path, size=10**6, count=3)
+
+
 def steps_in(folder):
     return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_*"))
 

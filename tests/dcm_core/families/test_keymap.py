@@ -82,6 +82,10 @@ def test_rows_of_the_parts_of_a_fused_layer():
     }
 
 
+def test_videos_have_the_frame_rate_of_the_release():
+    assert {name: family.fps for name, family in FAMILIES.items()} == {"wan": 16, "hunyuan_video": 24}
+
+
 def test_patterns_are_anchored(family):
     for key in semantic_keys(family):
         assert family.key_map.find(f"x.{key}") is None

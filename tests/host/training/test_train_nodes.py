@@ -362,6 +362,22 @@ def test_settings_that_do_not_fit_are_named(more, error, base_file, module):
         module("nodes.host.training.command").train("detail", settings, base_file.parent)
 
 
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (None, "`text_encoders` is None; expected a list of the model's text encoder files"),
+        ([], r"`text_encoders` is \[\]; expected a list"),
+        ("encoder.safetensors", "`text_encoders` is 'encoder.safetensors'; expected a list"),
+        ([3], "`text_encoders` is 3; expected a path"),
+        (["encoder.safetensors"], "encoder.safetensors is a PyTorch pickle"),
+    ],
+)
+def test_text_encoders_are_a_list_of_safetensors(given, error, module, tmp_path):
+    (tmp_path / "encoder.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(module("dcm_core.errors").DCMError, match=error):
+        module("nodes.host.training.command").load_clip({"text_encoders": given}, tmp_path, model=None)
+
+
 def test_an_input_in_the_home_folder_is_not_written_over(base_file, module, monkeypatch):
     monkeypatch.setenv("HOME", str(base_file.parent))
     monkeypatch.setenv("USERPROFILE", str(base_file.parent))

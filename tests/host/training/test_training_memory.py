@@ -226,3 +226,9 @@ def test_other_models_make_room(wan, run_on_card):
     assert held > 0
     whole, card = run_on_card(wan(layers=2), lambda told: held + told.base + told.coming // 2, Taken())
     assert whole.history == card.history and other.loaded_size() == 0
+
+
+def test_an_average_is_there_before_the_first_step_and_only_where_there_is_one(module, model, config):
+    check_fits = module("nodes.host.training.base").check_fits
+    found = [check_fits(model, config("semantic", ema_decay=decay), trained=1000, beside=10) for decay in (0.0, 0.95)]
+    assert found == [1010, 2010]

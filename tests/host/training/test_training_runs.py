@@ -252,6 +252,14 @@ def test_a_form_that_the_expert_to_continue_from_has_not_is_refused(
         train(model, data, config("semantic", **settings), tmp_path, start=start)
 
 
+@pytest.mark.parametrize("form", [{"rank": 0}, {"rank": 4, "alpha": 8.0}])
+def test_a_form_that_the_expert_to_continue_from_has_is_taken(form, module, model, config):
+    training, family = module("nodes.host.training.run"), module("dcm_core.families").WAN
+    settings = config("semantic", **form)
+    start = training.first_expert(model, family, settings, None, None)
+    training.check_form(model, settings.for_family(family), family, start, None)
+
+
 def test_a_plain_lora_to_continue_from_gets_embedders_and_head_of_its_own(module, model, config):
     training, family = module("nodes.host.training.run"), module("dcm_core.families").WAN
     settings = config("detail")
