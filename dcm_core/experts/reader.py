@@ -79,7 +79,7 @@ def read_expert(
 
 
 def _left_out_note(why: str, keys: Sequence[str]) -> str:
-    what = f"{why} LoRA, which belongs on the text encoder" if why == TEXT_ENCODER else why
+    what = f"{why}, which belongs on the text encoder" if why == TEXT_ENCODER else why
     return f"left out {counted(len(keys), 'tensor')}: {what} ({name_some(keys)})"
 
 
