@@ -38,8 +38,11 @@ SMALL_WORLD = next(path for path in WORKFLOWS if path.stem == "DCM small world (
 
 ENCODER = {"clip_name": "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "type": "wan"}
 RELEASE = {"model_name": "dcm_wan2.1_t2v_1.3B.safetensors"}
+BASE = {"model_name": "dcm_small_world_base.safetensors"}
+CLIPS = {"file_name": "dcm_small_world.safetensors"}
+VAE = {"vae_name": "dcm_small_world_vae.safetensors"}
 
-# Graphs for nodes that no shipped workflow shows: [(type, column, row, widgets)], [(from, output, to, input)].
+# Graphs for nodes that no shipped workflow shows, or only among many others: [(type, column, row, widgets)], [(from, output, to, input)].
 GRAPHS = {
     "DCMSchedulePlot": (
         [
@@ -72,6 +75,30 @@ GRAPHS = {
             ("DCMTrainSemanticExpert", 2, 0, {}),
         ],
         [(0, 0, 2, "vae"), (1, 0, 2, "clip"), (2, 0, 3, "dataset")],
+    ),
+    "DCMLoadDataset": (
+        [("DCMLoadDataset", 0, 0, CLIPS), ("DCMTrainSemanticExpert", 1, 0, {})],
+        [(0, 0, 1, "dataset")],
+    ),
+    "DCMTrainSemanticExpert": (
+        [
+            ("DCMLoadModel", 0, 0, BASE),
+            ("DCMLoadDataset", 0, 1, CLIPS),
+            ("VAELoader", 0, 2, VAE),
+            ("DCMTrainSemanticExpert", 1, 0, {}),
+            ("PreviewImage", 2, 0, {}),
+        ],
+        [(0, 0, 3, "model"), (1, 0, 3, "dataset"), (2, 0, 3, "vae"), (3, 3, 4, "images")],
+    ),
+    "DCMTrainDetailExpert": (
+        [
+            ("DCMLoadModel", 0, 0, BASE),
+            ("DCMLoadDataset", 0, 1, CLIPS),
+            ("VAELoader", 0, 2, VAE),
+            ("DCMTrainDetailExpert", 1, 0, {"semantic_lora": "dcm_small_world_semantic.safetensors"}),
+            ("PreviewImage", 2, 0, {}),
+        ],
+        [(0, 0, 3, "model"), (1, 0, 3, "dataset"), (2, 0, 3, "vae"), (3, 3, 4, "images")],
     ),
     "DCMSaveDataset": ([("DCMVideoDataset", 0, 0, {}), ("DCMSaveDataset", 1, 0, {})], [(0, 0, 1, "dataset")]),
     "DCMInspectModel": (
@@ -161,7 +188,7 @@ def render(page: Page) -> None:
     # the host would not run it a second time
     page.server.request("/free", {"free_memory": True})
     page.queue()
-    page.finish()
+    page.finish(seconds=600)
     page.run(FRAME, [None, 1280, 720])
     page.wait("() => [...document.querySelectorAll('video')].some(video => video.videoWidth > 0)")
     time.sleep(3)

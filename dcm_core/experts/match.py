@@ -21,7 +21,7 @@ NO_LAYER, OTHER_SIZE, HALF, TWICE, ROWS = (
     "only some rows",
 )
 # What a model may do without: the rest of the file works as it would with it.
-TEXT_ENCODER, LACKING = "text encoder", "{}, which this model does not have"
+TEXT_ENCODER, LACKING = "text encoder LoRA", "{}, which this model does not have"
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def read_release(file: TensorFile, contents: Contents, tensors: Mapping[str, Ten
 
 
 def _left_out_note(why: str, keys: Sequence[str]) -> str:
-    what = f"{why} LoRA, which belongs on the text encoder" if why == TEXT_ENCODER else why
+    what = f"{why}, which belongs on the text encoder" if why == TEXT_ENCODER else why
     return f"left out {counted(len(keys), 'tensor')}: {what} ({name_some(keys)})"
 
 

@@ -50,10 +50,9 @@ def _is_loopback(address: str) -> bool:
 
 
 def allowed_folders() -> list[Path]:
-    """The host's input, output and configured folders, links resolved."""
-    configured = [
-        folder for kind in folder_paths.folder_names_and_paths for folder in folder_paths.get_folder_paths(kind)
-    ]
+    """The host's input, output and configured model folders, links resolved; not the code and settings of node packs."""
+    kinds = folder_paths.folder_names_and_paths.keys() - {"custom_nodes"}
+    configured = [folder for kind in kinds for folder in folder_paths.get_folder_paths(kind)]
     named = [folder_paths.get_input_directory(), folder_paths.get_output_directory(), *configured]
     # without what is no full path, and without a whole disk: packs register all kinds of things
     return sorted({path.resolve() for path in map(Path, named) if path.is_absolute() and path != path.parent})

@@ -102,6 +102,9 @@ def is_within(path: Path, roots: Roots) -> bool:
     """Whether a file or folder lies in one of the roots, links resolved; says nothing on whether it exists."""
     if roots is None:
         return True
+    # on Windows, to resolve \\server\share would be to log in to that server
+    if path.drive.lower() not in {root.drive.lower() for root in roots}:
+        return False
     try:
         real = Path(os.path.realpath(path))
     except (OSError, ValueError):

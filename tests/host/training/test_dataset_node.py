@@ -303,22 +303,25 @@ def test_which_addresses_are_of_this_machine_alone(module, addresses, alone):
 def test_a_server_that_others_reach_reads_clips_only_where_the_host_does(
     dataset_node, vae, clip, data, tmp_path, listening, monkeypatch
 ):
-    """In the input, output and configured folders, links resolved; elsewhere nothing tells what exists."""
+    """In the input, output and configured model folders, links resolved; elsewhere nothing tells what exists."""
     import folder_paths
 
-    secret, disk = tmp_path / "secret", tmp_path / "disk"
-    for folder in (secret, disk, tmp_path / "output" / "clips"):
+    secret, disk, packs = (tmp_path / name for name in ("secret", "disk", "packs"))
+    for folder in (secret, disk, packs, tmp_path / "output" / "clips"):
         folder.mkdir(parents=True)
         for name in ("a.mp4", "a.txt"):
             (folder / name).write_bytes((data / name).read_bytes())
     (tmp_path / "input" / "linked").symlink_to(secret, target_is_directory=True)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "my_clips", ([str(disk)], set()))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "odd", ("/", set()))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "custom_nodes", ([str(packs)], set()))
     validate, fingerprint = dataset_node.cls.validate_inputs, dataset_node.cls.fingerprint_inputs
     outside = [
         str(secret),
         str(secret / "a.mp4"),
         str(tmp_path / "nothing"),
+        str(packs),
+        str(packs / "a.mp4"),
         "linked",
         "linked/nothing",
         "../secret",

@@ -3,11 +3,12 @@
 import json
 import os
 import sys
+from pathlib import PureWindowsPath
 
 import pytest
 
 from dcm_core.distill.data import sources
-from dcm_core.distill.data.sources import OUTSIDE, Clip, check_source, find_clips, source_state
+from dcm_core.distill.data.sources import OUTSIDE, Clip, check_source, find_clips, is_within, source_state
 from dcm_core.errors import DCMError
 
 
@@ -222,6 +223,12 @@ def test_links_that_leave_the_roots_are_named_and_not_followed(walled):
     clips, others = find_clips(inside, roots=[inside])
     assert [(clip.path.name, clip.fault) for clip in clips] == [("a.mp4", None), ("file.mp4", OUTSIDE)]
     assert others == ("ignored 1 other file: folder",)
+
+
+@pytest.mark.parametrize("name", [r"\\evil.test\share\a.mp4", "//evil.test/share", "D:/a.mp4", r"\\?\C:\clips\a.mp4"])
+def test_another_drive_or_server_is_not_asked(name, monkeypatch):
+    monkeypatch.setattr(os.path, "realpath", lambda path: pytest.fail(f"{path} was looked at"))
+    assert is_within(PureWindowsPath(name), [PureWindowsPath("C:/clips")]) is False
 
 
 @pytest.mark.parametrize(
