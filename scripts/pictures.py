@@ -74,6 +74,22 @@ GRAPHS = {
         [(0, 0, 2, "vae"), (1, 0, 2, "clip"), (2, 0, 3, "dataset")],
     ),
     "DCMSaveDataset": ([("DCMVideoDataset", 0, 0, {}), ("DCMSaveDataset", 1, 0, {})], [(0, 0, 1, "dataset")]),
+    "DCMExportExpert": (
+        [
+            (
+                "DCMExportExpert",
+                0,
+                0,
+                {
+                    "expert": "dcm_detail_expert.safetensors",
+                    "name": "my_dcm_release",
+                    "base_model": "dcm_semantic_base.safetensors",
+                    "rank": 128,
+                },
+            )
+        ],
+        [],
+    ),
     "DCMInspectModel": (
         [("DCMLoadModel", 0, 0, RELEASE), ("DCMInspectModel", 1, 0, {}), ("PreviewImage", 2, 0, {})],
         [(0, 0, 1, "model"), (1, 1, 2, "images")],
