@@ -237,21 +237,24 @@ class DCMExportExpert(io.ComfyNode):
         check_choice("format", format, FORMATS, CheckpointError)
         check_choice("dtype", dtype, DTYPES, CheckpointError)
         source = path_of(LORAS, expert, "expert")
+        # looked at for every format: not every host checks what its clients send
+        base = None if base_model == NONE else path_of(MODELS, base_model, "base_model")
+        semantic = None if semantic_lora == NONE else path_of(LORAS, semantic_lora, "semantic_lora")
         settings = {
             "dtype": DTYPES[dtype],
             "progress": byte_progress(cls.hidden.unique_id),
             "overwrite": overwrite,
         }
         if format == RELEASE:
-            if base_model == NONE:
+            if base is None:
                 raise CheckpointError(
                     "base_model is none; a DCM release holds the base, too. Select the model of these experts."
                 )
             result = write_release(
-                path_of(MODELS, base_model, "base_model"),
+                base,
                 source,
                 new_file(MODELS, name, overwrite),
-                None if semantic_lora == NONE else path_of(LORAS, semantic_lora, "semantic_lora"),
+                semantic,
                 rank=rank,
                 **settings,
             )

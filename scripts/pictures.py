@@ -83,8 +83,8 @@ GRAPHS = {
                 {
                     "expert": "dcm_detail_expert.safetensors",
                     "name": "my_dcm_release",
-                    "base_model": "dcm_semantic_base.safetensors",
-                    "rank": 128,
+                    "base_model": "wan2.1_t2v_1.3B_fp16.safetensors",
+                    "semantic_lora": "dcm_semantic_expert.safetensors",
                 },
             )
         ],
