@@ -1,4 +1,4 @@
-"""`python -m dcm_core convert | extract | inspect | train`: the library on the command line."""
+"""`python -m dcm_core convert | extract | export | inspect | train`: the library on the command line."""
 
 import argparse
 import json
@@ -14,12 +14,15 @@ from tqdm import tqdm
 from cli.launch import find_comfyui, load_pack
 from dcm_core.convert import DTYPES, KEEP, convert_release
 from dcm_core.errors import DCMError
+from dcm_core.export import DIFFUSERS, PEFT, export_expert
 from dcm_core.extract import extract_lora
 from dcm_core.files.storage import Progress
 from dcm_core.inspection.inspect import inspect_file
+from dcm_core.release import OFFICIAL_RANK, write_release
 from dcm_core.text import plain
 
 TRAINING_PAGE = "https://github.com/comfyui-dcm/ComfyUI-DCM/blob/main/docs/training.md"
+RELEASE = "release"
 # of an answer, in characters: a table has a line a layer
 LONGEST = 10**7
 
@@ -59,6 +62,17 @@ def extract(args: argparse.Namespace) -> str:
         overwrite=args.overwrite,
     )
     return f"{report.table()}\n{report}" if args.layers else str(report)
+
+
+def export(args: argparse.Namespace) -> str:
+    settings = {"dtype": DTYPES[args.dtype], "progress": progress_line("export"), "overwrite": args.overwrite}
+    if args.to == RELEASE:
+        if args.base is None:
+            raise DCMError("A release holds the base, too. Name its file with --base.")
+        return str(write_release(args.base, args.expert, args.out, args.semantic, rank=args.rank, **settings))
+    if args.base or args.semantic or args.rank:
+        raise DCMError(f"--base, --semantic and --rank are only used with --to {RELEASE}. Leave them out.")
+    return str(export_expert(args.expert, args.out, args.to, **settings))
 
 
 def inspect(args: argparse.Namespace) -> str:
@@ -125,7 +139,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m dcm_core", description="Dual-Expert Consistency Models: files.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    command = commands.add_parser("convert", help="a released checkpoint -> a native base file and an expert file")
+    command = commands.add_parser(
+        "convert", help="a released checkpoint -> a native base file and an expert file (back: export)"
+    )
     command.add_argument("source", type=Path, help="transformer/diffusion_pytorch_model.safetensors of the release")
     command.add_argument(
         "base", type=Path, help="where to write the native base (ComfyUI: models/diffusion_models/...)"
@@ -151,6 +167,25 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--layers", action="store_true", help="print a line for each layer")
     command.add_argument("--overwrite", action="store_true", help="write over an existing file")
     command.set_defaults(run=extract)
+
+    command = commands.add_parser(
+        "export", help="an expert -> a PEFT adapter or a diffusers LoRA; a base and its experts -> one file as released"
+    )
+    command.add_argument("expert", type=Path, help="the expert file; with --to release the detail expert")
+    command.add_argument("out", type=Path, help="where to write it: a file, or the folder of a PEFT adapter")
+    command.add_argument("--to", choices=[RELEASE, PEFT, DIFFUSERS], required=True, help="for whom")
+    command.add_argument("--base", type=Path, help="release: the base model")
+    command.add_argument("--semantic", type=Path, help="release: a semantic expert to merge into the base")
+    command.add_argument(
+        "--rank",
+        type=int,
+        default=0,
+        help=f"release: pad the LoRA to this rank; the official scripts expect {OFFICIAL_RANK} (default: as trained)",
+    )
+    floats = [name for name, dtype in DTYPES.items() if dtype is None or dtype.itemsize > 1]
+    command.add_argument("--dtype", choices=floats, default=KEEP, help="of all tensors (default: %(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="write over existing files")
+    command.set_defaults(run=export)
 
     command = commands.add_parser("inspect", help="what a file is")
     command.add_argument("files", nargs="+", type=Path, help="safetensors files")

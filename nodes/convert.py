@@ -1,4 +1,4 @@
-"""Convert releases and extract LoRAs."""
+"""Convert releases, extract LoRAs, export experts."""
 
 from typing import Any
 
@@ -6,14 +6,19 @@ from comfy_api.latest import io
 
 from ..dcm_core.convert import DTYPES, KEEP, convert_release
 from ..dcm_core.errors import CheckpointError, check_choice
+from ..dcm_core.export import DIFFUSERS, PEFT, TITLES, export_expert
 from ..dcm_core.extract import extract_lora
+from ..dcm_core.release import write_release
 from .host.compat import newer
 from .host.devices import compute_device
+from .host.experts.expert_files import state_of_expert
 from .host.folders import LORAS, MODELS, NONE, files, fingerprint, new_file, path_of, state_of
 from .host.progress import byte_progress
 from .host.report import report
 
 OVERWRITE_TIP = "Write over files of these names."
+RELEASE = "DCM release"
+FORMATS = [RELEASE, TITLES[PEFT], TITLES[DIFFUSERS]]
 
 
 class DCMConvertCheckpoint(io.ComfyNode):
@@ -136,4 +141,128 @@ class DCMExtractLoRA(io.ComfyNode):
         return io.NodeOutput(str(result.path), result.table(), ui=report(str(result), cls.hidden.unique_id))
 
 
-NODES = [DCMConvertCheckpoint, DCMExtractLoRA]
+class DCMExportExpert(io.ComfyNode):
+    """An expert file -> a release, a PEFT adapter, or a LoRA for diffusers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        floats = [name for name, dtype in DTYPES.items() if dtype is None or dtype.itemsize > 1]
+        return io.Schema(
+            node_id="DCMExportExpert",
+            display_name="DCM Export Expert",
+            category="DCM/convert",
+            description=(
+                "Writes an expert for use outside ComfyUI: as one file in the layout of the official release, as a PEFT adapter, or as "
+                "a LoRA for diffusers. The text lists everything that a format cannot hold."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "expert", options=files(LORAS), tooltip="The expert file. For a DCM release: the detail expert."
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=FORMATS,
+                    tooltip=(
+                        "DCM release: base and both experts in one file for the official code. PEFT adapter: a folder with LoRA and "
+                        "replaced layers. diffusers LoRA: a file for load_lora_weights, LoRA only."
+                    ),
+                ),
+                io.String.Input(
+                    "name",
+                    default="dcm_export",
+                    tooltip="Name of the file or folder: in models/diffusion_models for a DCM release, else in models/loras.",
+                ),
+                io.Combo.Input(
+                    "base_model",
+                    options=[NONE, *files(MODELS)],
+                    default=NONE,
+                    tooltip="The base model of the experts. Only used with format = DCM release.",
+                ),
+                io.Combo.Input(
+                    "semantic_lora",
+                    options=[NONE, *files(LORAS)],
+                    default=NONE,
+                    tooltip=(
+                        "Semantic expert to merge into the base; none if the base is the semantic expert. Only used with format = DCM "
+                        "release."
+                    ),
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    tooltip=(
+                        "Pads the LoRA with zeros to this rank; the official scripts expect 128. 0 keeps the expert's rank. Only used "
+                        "with format = DCM release."
+                    ),
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=floats,
+                    default=KEEP,
+                    tooltip="Number format of all tensors. keep: as in the files.",
+                ),
+                io.Boolean.Input("overwrite", default=False, tooltip=OVERWRITE_TIP),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="Path of the written file or folder.")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            **newer(search_aliases=["peft", "diffusers lora", "release", "merge experts"]),
+        )
+
+    @classmethod
+    @fingerprint
+    def fingerprint_inputs(
+        cls,
+        expert: str | None = NONE,
+        base_model: str | None = NONE,
+        semantic_lora: str | None = NONE,
+        **inputs: Any,
+    ) -> list[Any]:
+        return [state_of_expert(expert), state_of(MODELS, base_model), state_of_expert(semantic_lora)]
+
+    @classmethod
+    def execute(
+        cls,
+        expert: str,
+        format: str,
+        name: str,
+        base_model: str,
+        semantic_lora: str,
+        rank: int,
+        dtype: str,
+        overwrite: bool,
+    ) -> io.NodeOutput:
+        check_choice("format", format, FORMATS, CheckpointError)
+        check_choice("dtype", dtype, DTYPES, CheckpointError)
+        source = path_of(LORAS, expert, "expert")
+        # looked at for every format: not every host checks what its clients send
+        base = None if base_model == NONE else path_of(MODELS, base_model, "base_model")
+        semantic = None if semantic_lora == NONE else path_of(LORAS, semantic_lora, "semantic_lora")
+        settings = {
+            "dtype": DTYPES[dtype],
+            "progress": byte_progress(cls.hidden.unique_id),
+            "overwrite": overwrite,
+        }
+        if format == RELEASE:
+            if base is None:
+                raise CheckpointError(
+                    "base_model is none; a DCM release holds the base, too. Select the model of these experts."
+                )
+            result = write_release(
+                base,
+                source,
+                new_file(MODELS, name, overwrite),
+                semantic,
+                rank=rank,
+                **settings,
+            )
+        else:
+            to = next(to for to, title in TITLES.items() if title == format)
+            out = new_file(LORAS, name, overwrite or to == PEFT)
+            result = export_expert(source, out.with_suffix("") if to == PEFT else out, to, **settings)
+        return io.NodeOutput(str(result.path), ui=report(str(result), cls.hidden.unique_id))
+
+
+NODES = [DCMConvertCheckpoint, DCMExtractLoRA, DCMExportExpert]

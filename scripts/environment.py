@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -77,6 +77,7 @@ TOOLS = (
     "hypothesis==6.170.15",
     "ruff==0.17.6",
     "peft==0.21.2",
+    "diffusers==0.42.1",
     "playwright==1.65.2",
     "requests",
     "pip",
@@ -208,11 +209,14 @@ def node_tools() -> Path:
 
 
 def manager_tools() -> Path:
-    """The folder of ComfyUI Manager's `cm-cli`. The pack's requirements are there too: to install the pack, nothing is fetched."""
+    """The folder of ComfyUI Manager's `cm-cli`. The pack's requirements are there too: to install the pack, nothing is fetched.
+
+    Without their own requirements, among them torch: Manager only looks whether they are there.
+    """
     cache = cache_folder()
     with lock(cache / ".lock"):
-        requirements = [*MANAGER, "-r", str(ROOT / "requirements.txt")]
-        return virtual_environment(cache, "comfyui-manager", requirements, gigabytes=1).parent
+        alone = ["-r", str(ROOT / "requirements.txt")]
+        return virtual_environment(cache, "comfyui-manager", list(MANAGER), gigabytes=1, alone=alone).parent
 
 
 def check_python() -> None:
@@ -291,14 +295,20 @@ def get(part: Part, cache: Path) -> Path:
 
 
 def virtual_environment(
-    cache: Path, name: str, requirements: list[str], gigabytes: int, over: Path | None = None
+    cache: Path,
+    name: str,
+    requirements: list[str],
+    gigabytes: int,
+    over: Path | None = None,
+    alone: Sequence[str] = (),
 ) -> Path:
     """The Python of an environment with the requirements, keyed by what they ask for.
 
     Args:
         over: the Python of an environment below: what fits there is used, the rest installed in front of it.
+        alone: requirements that are installed without what they ask for themselves.
     """
-    texts = [Path(item).read_text() if item.endswith(".txt") else item for item in requirements]
+    texts = [Path(item).read_text() if item.endswith(".txt") else item for item in (*requirements, *alone)]
     key = hashlib.sha256("\n".join([sys.version, *([str(over)] if over else []), *texts]).encode()).hexdigest()[:12]
     folder = cache / f"{name}-{key}"
     python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
@@ -318,6 +328,8 @@ def virtual_environment(
     if over is not None:
         (site_packages(python) / "below.pth").write_text(f"{site_packages(over)}\n")
     run_pip(python, ["install", "--no-cache-dir", *requirements], cache)
+    if alone:
+        run_pip(python, ["install", "--no-cache-dir", "--no-deps", *alone], cache)
     (folder / DONE).touch()
     say(f"environment ready after {time.monotonic() - started:.0f} s")
     return python

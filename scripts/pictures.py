@@ -101,6 +101,22 @@ GRAPHS = {
         [(0, 0, 3, "model"), (1, 0, 3, "dataset"), (2, 0, 3, "vae"), (3, 3, 4, "images")],
     ),
     "DCMSaveDataset": ([("DCMVideoDataset", 0, 0, {}), ("DCMSaveDataset", 1, 0, {})], [(0, 0, 1, "dataset")]),
+    "DCMExportExpert": (
+        [
+            (
+                "DCMExportExpert",
+                0,
+                0,
+                {
+                    "expert": "dcm_detail_expert.safetensors",
+                    "name": "my_dcm_release",
+                    "base_model": "wan2.1_t2v_1.3B_fp16.safetensors",
+                    "semantic_lora": "dcm_semantic_expert.safetensors",
+                },
+            )
+        ],
+        [],
+    ),
     "DCMInspectModel": (
         [("DCMLoadModel", 0, 0, RELEASE), ("DCMInspectModel", 1, 0, {}), ("PreviewImage", 2, 0, {})],
         [(0, 0, 1, "model"), (1, 1, 2, "images")],

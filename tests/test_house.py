@@ -43,6 +43,7 @@ NODE_IDS = {
     "DCMSplitSigmas",
     "DCMConvertCheckpoint",
     "DCMExtractLoRA",
+    "DCMExportExpert",
     "DCMSchedulePlot",
     "DCMSaveConditioning",
     "DCMLoadConditioning",

@@ -16,6 +16,7 @@ const SIZES = {
   DCMAttachExperts: [420, 300],
   DCMConvertCheckpoint: [420, 0],
   DCMExtractLoRA: [420, 0],
+  DCMExportExpert: [420, 0],
   DCMInspectModel: [420, 0],
   DCMLoadConditioning: [520, 0],
   DCMLoadDataset: [420, 0],

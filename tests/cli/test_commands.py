@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cli import commands
 from cli.commands import main, progress_line
@@ -56,6 +57,47 @@ def test_extract(source, base, tmp_path, capsys):
     assert torch.float16 in TensorFile(out).dtypes.values()
     assert run("extract", source, base, out, "--overwrite", "--layers") == 0
     assert "blocks.0.self_attn.q\t8\t" in capsys.readouterr().out
+
+
+def test_export_to_a_release(source, tmp_path, capsys):
+    base, expert, back = (tmp_path / f"{name}.safetensors" for name in ("b", "e", "back"))
+    assert run("convert", source, base, expert) == 0
+    assert run("export", expert, back, "--to", "release", "--base", base) == 0
+    captured = capsys.readouterr()
+    assert "DCM release" in captured.out and "LoRA rank 8" in captured.out and "100%" in captured.err
+    found, wanted = load_file(back), load_file(source)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in found)
+    assert run("export", expert, back, "--to", "release", "--base", base, "--rank", 16, "--dtype", "float32") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert run("export", expert, back, "--to", "release", "--base", base, "--rank", 16, "--overwrite") == 0
+    assert "LoRA rank 16" in capsys.readouterr().out
+
+
+def test_export_a_semantic_expert_into_a_release(source, base, tmp_path, capsys):
+    native, expert, lora, back = (tmp_path / f"{name}.safetensors" for name in ("b", "e", "l", "back"))
+    none = tmp_path / "none.safetensors"
+    assert run("convert", source, none, expert) == run("convert", base, native, none) == 0
+    assert run("extract", source, base, lora, "--rank", 64, "--dtype", "float32") == 0
+    assert run("export", expert, back, "--to", "release", "--base", native, "--semantic", lora) == 0
+    found, wanted = load_file(back), load_file(source)
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key].float(), tensor.float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(("to", "name"), [("peft", "folder"), ("diffusers", "lora.safetensors")])
+def test_export_for_other_tools(source, tmp_path, capsys, to, name):
+    out = tmp_path / name
+    assert run("export", source, out, "--to", to, "--dtype", "float16") == 0
+    captured = capsys.readouterr()
+    assert str(out) in captured.out and "Load it with" in captured.out and "100%" in captured.err
+    assert out.is_dir() if to == "peft" else "Left out" in captured.out
+    assert run("export", source, out, "--to", to, "--rank", 8) == 2
+    assert "only used with --to release" in capsys.readouterr().err
+
+
+def test_a_release_needs_a_base(source, tmp_path, capsys):
+    assert run("export", source, tmp_path / "x", "--to", "release") == 2
+    assert "Name its file with --base" in capsys.readouterr().err
 
 
 def test_inspect(source, base, capsys):
@@ -116,6 +158,9 @@ def test_a_device_that_is_not_there(source, base, tmp_path, capsys):
         ("inspect",),
         ("convert", "a", "b", "c", "--dtype", "int3"),
         ("extract", "a", "b", "c", "--device", "x y"),
+        ("export", "a", "b"),
+        ("export", "a", "b", "--to", "zip"),
+        ("export", "a", "b", "--to", "peft", "--dtype", "float8_e4m3fn"),
     ],
 )
 def test_usage(arguments, capsys):
@@ -126,7 +171,8 @@ def test_usage(arguments, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "option"), [("convert", "--overwrite"), ("extract", "--rank"), ("inspect", "--json")]
+    ("command", "option"),
+    [("convert", "--overwrite"), ("extract", "--rank"), ("export", "--semantic"), ("inspect", "--json")],
 )
 def test_help(command, option, capsys):
     with pytest.raises(SystemExit) as end:

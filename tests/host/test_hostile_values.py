@@ -60,6 +60,7 @@ GOOD = {
         "tuned_model": "dcm_wan2.1_t2v_1.3B.safetensors",
         "base_model": "dcm_small_world_base.safetensors",
     },
+    "DCMExportExpert": {"expert": "dcm_small_world_detail.safetensors", "format": "diffusers LoRA", "overwrite": True},
     "DCMSaveConditioning": {"overwrite": True},
     "DCMSaveDataset": {"overwrite": True},
 }

@@ -428,6 +428,8 @@ def test_choices_that_are_none(node, releases, folder):
         ("DCMLoadModel", "diffusion_models", ["model_name"]),
         ("DCMConvertCheckpoint", "diffusion_models", ["model_name"]),
         ("DCMExtractLoRA", "diffusion_models", ["tuned_model", "base_model"]),
+        ("DCMExportExpert", "loras", ["expert", "semantic_lora"]),
+        ("DCMExportExpert", "diffusion_models", ["base_model"]),
         ("DCMLoadDataset", "dcm_datasets", ["file_name"]),
         ("DCMAttachExperts", "loras", ["semantic_lora", "detail_lora"]),
         ("DCMTrainSemanticExpert", "loras", ["continue_from"]),

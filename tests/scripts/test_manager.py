@@ -36,10 +36,12 @@ def host(environment, tmp_path):
 
 
 @pytest.fixture
-def manager(host, repository):
+def manager(host, repository, tmp_path):
     """Run Manager on the host: manager("install", URL); the pack's URL is the repository, and nothing else is reached."""
     variables = repository.variables(**{f"url.{repository.folder.as_uri()}.insteadOf": URL})
-    variables |= {"COMFYUI_PATH": str(host), "UV_OFFLINE": "1"}
+    # what the requirements ask for themselves comes with the host
+    (tmp_path / "uv.toml").write_text("[pip]\nno-deps = true\n")
+    variables |= {"COMFYUI_PATH": str(host), "UV_OFFLINE": "1", "UV_CONFIG_FILE": str(tmp_path / "uv.toml")}
     variables |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), NOWHERE)
 
     def run(*arguments):
