@@ -10,8 +10,6 @@ from .checkpoints import load_optimizer, optimizer_tensors
 from .config import TrainingConfig
 from .parallel import Processes
 
-Scheduler = torch.optim.lr_scheduler.LRScheduler
-
 # What the loss is multiplied by where the model computes in float16: the gradients of a video are below its smallest numbers.
 LOSS_SCALE = 2.0**16
 # Once it was lowered, it is doubled again this often.
@@ -52,6 +50,11 @@ class Learner:
         if scale != 1:
             torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], scale)
         return float(nn.utils.clip_grad_norm_(parameters, self.clip))
+
+    def set_learning_rate(self, rate: float) -> None:
+        """For the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     def step(self, norm: float) -> None:
         """Step along the gradients, whose norm is given; if that is no number, they are thrown away."""
@@ -98,17 +101,11 @@ def make_learner(
     return Learner(name, parameters, torch.optim.AdamW(parameters.values(), lr=rate, foreach=False, **settings), clip)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> Scheduler:
-    """Linear warm-up, then constant or cosine."""
-    schedulers = torch.optim.lr_scheduler
-    warmup = min(config.warmup_steps, config.steps - 1)
-    rest = config.steps - warmup
-    after: Scheduler
-    if config.scheduler == "cosine":
-        after = schedulers.CosineAnnealingLR(optimizer, T_max=rest)
-    else:
-        after = schedulers.ConstantLR(optimizer, factor=1.0, total_iters=0)
-    if warmup == 0:
-        return after
-    start = schedulers.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    return schedulers.SequentialLR(optimizer, [start, after], milestones=[warmup])
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """The learning rate of a step, counted from 0: a linear warm-up, then constant, or half a cosine down to 0."""
+    peak, warmup = config.learning_rate, min(config.warmup_steps, config.steps - 1)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if config.scheduler == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from .checkpoints import History, SavedState, check_folder, check_state, newest_
 from .config import TrainingConfig
 from .data.dataset import BatchOrder, TrainingData
 from .divergence import Diverged, check_losses, lowest_window
-from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, make_learner, make_schedule
+from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, learning_rate_at, make_learner
 from .memory import Memory, step_size, total
 from .method.consistency import Batch, Roles, predict
 from .method.discriminator import make_discriminator
@@ -88,7 +87,6 @@ class Trainer:
             config.clip_norm,
             weight_decay=config.weight_decay,
         )
-        self.schedule = make_schedule(self.learner.optimizer, config)
         self.discriminator = make_discriminator(self.backbone, config).to(self.device) if config.adversarial else None
         self.discriminator_learner = self._make_discriminator_learner() if config.adversarial else None
         self.loss_scale = LOSS_SCALE if self.backbone.dtype is torch.float16 else 1.0
@@ -225,10 +223,10 @@ class Trainer:
         judging_norm = self.discriminator_learner and self.discriminator_learner.gather(self.processes)
         with held_back():  # half an update is not worth saving; nothing in it waits for other processes
             self.worth_saving = False
+            self.learner.set_learning_rate(learning_rate_at(self.done, self.config))
             self.learner.step(norm)
             if self.discriminator_learner is not None:
                 self.discriminator_learner.step(judging_norm)
-            self.schedule.step()
             if self.average is not None:
                 self.average.average(self.trainee, self.config.ema_decay)
             self.history.append({"step": self.done + 1, **terms, "grad_norm": norm})
@@ -333,10 +331,6 @@ class Trainer:
             value.copy_(saved.tensors[f"average.{name}"])
         self.loss_scale = float(saved.tensors.get("loss_scale", self.loss_scale))
         self.history, self.saved = saved.history, saved.steps
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch takes it for a mistake
-            for _ in range(self.done):
-                self.schedule.step()
         logger.info("%s: %s", path, words := saved.in_words(self.config))
         self.watcher.resumed(words)
         return words

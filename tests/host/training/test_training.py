@@ -98,6 +98,16 @@ def test_resumed_equals_uninterrupted(side, train, module, model, data, config, 
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) == settings.keep
 
 
+def test_each_step_is_made_at_its_learning_rate(module, model, data, config, tmp_path):
+    settings = config("semantic", steps=4, warmup_steps=2, scheduler="cosine", learning_rate=1e-3)
+    trainer = make_trainer(module, model, data, settings, tmp_path)
+    used = []
+    for _ in range(settings.steps):
+        trainer._update()
+        used += {group["lr"] for group in trainer.learner.optimizer.param_groups}
+    assert used == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 0.5e-3])
+
+
 def test_checkpointing_and_accumulation_do_not_change_the_gradients(train, model, data, config, tmp_path):
     plain = train(model, data, config("detail", ema_decay=0.0, batch_size=4), tmp_path / "a")
     again = train(model, data, config("detail", ema_decay=0.0, batch_size=4, checkpointing=True), tmp_path / "b")
