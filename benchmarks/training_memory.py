@@ -95,7 +95,7 @@ def random_clip(pack: Callable[[str], Any], frames: int, extras: dict[str, Any])
 
 def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
     """What the run is said to need."""
-    families, trainee = pack("dcm_core.families"), pack("dcm_core.distill.student")
+    families, students = pack("dcm_core.families"), pack("dcm_core.distill.student")
     family = families.WAN if name == WAN else families.HUNYUAN_VIDEO
     config = pack("dcm_core.distill.config").TrainingConfig(**settings).for_family(family)
     module = transformer(name, dtype).requires_grad_(False)
@@ -107,8 +107,8 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
             family, modules, config.rank, config.alpha, generator, weight_of=lambda key: torch.empty(shapes[key])
         )
 
-    expert = new(trainee.new_semantic if config.expert == "semantic" else trainee.new_detail)
-    below = new(trainee.new_semantic) if config.expert == "detail" else None
+    expert = new(students.new_semantic if config.expert == "semantic" else students.new_detail)
+    below = new(students.new_semantic) if config.expert == "detail" else None
     data = random_clip(pack, frames, {} if name == WAN else {"pooled_output": torch.zeros(1, 768)})
     backbone = pack("dcm_core.distill.backbone").Backbone(
         module, family, torch.bfloat16, lambda: {"optimized_attention_override": flash_attention}, config.checkpointing
@@ -129,11 +129,11 @@ def measure(
     gc.collect()
     torch.cuda.empty_cache()
     model = random_base(30, dtype)
-    attach, trainee = pack("nodes.host.experts.attach"), pack("dcm_core.distill.student")
+    attach, students = pack("nodes.host.experts.attach"), pack("dcm_core.distill.student")
     config = pack("dcm_core.distill.config").TrainingConfig(**settings, steps=steps)
     family, modules = attach.require_family(model), dict(attach.diffusion_model(model).named_modules())
     below = (
-        trainee.new_semantic(family, modules, config.rank, config.alpha, torch.Generator())
+        students.new_semantic(family, modules, config.rank, config.alpha, torch.Generator())
         if config.expert == "detail"
         else None
     )

@@ -25,7 +25,7 @@ from .method.losses import pseudo_huber
 from .method.stages import DetailStage, SemanticStage, Terms
 from .parallel import Processes
 from .signals import held_back
-from .student import make_fixed, make_trainee
+from .student import Student, make_fixed
 from .watcher import Quiet, Watcher
 
 logger = logging.getLogger("ComfyUI-DCM")
@@ -75,14 +75,14 @@ class Trainer:
         config = self.config
         modules = dict(self.backbone.module.named_modules())
         self.phases = config.make_phases(self.backbone.family)
-        self.trainee = make_trainee(start, modules, self.device)
+        self.student = Student(start, modules, self.device)
         self.below_working: Working = (
             () if below is None else make_fixed(below, modules, self.device, self.backbone.dtype)
         )
-        self.average = self.trainee.copy() if config.ema_decay else None
+        self.ema = self.student.make_ema() if config.ema_decay else None
         self.learner = make_learner(
             "expert",
-            dict(self.trainee.named_parameters()),
+            dict(self.student.named_parameters()),
             config.learning_rate,
             config.clip_norm,
             weight_decay=config.weight_decay,
@@ -131,7 +131,7 @@ class Trainer:
 
     def expert(self) -> Expert:
         """The (averaged) expert as it is now."""
-        return (self.average or self.trainee).result()
+        return (self.ema or self.student).to_expert()
 
     def memory(self) -> Memory:
         """What the run will need; makes a step that teaches nothing."""
@@ -156,7 +156,7 @@ class Trainer:
         finally:
             self._forget()
         below = sum(total(part.parameters()) for part, _ in self.below_working)
-        present = trained * (2 if self.average else 1) + judging + below
+        present = trained * (2 if self.ema else 1) + judging + below
         return Memory(
             total(self.backbone.module.parameters()), present, 2 * (trained + judging), trained + judging + size
         )
@@ -164,10 +164,10 @@ class Trainer:
     def roles(self) -> Roles:
         """Teacher, student and target network on the one backbone."""
         backbone, below = self.backbone, self.below_working
-        student = (*below, *self.trainee.working)
+        student = (*below, *self.student.working)
         # the detail stage's target network is the student itself (paper, section 3.4)
-        averaged = self.average if self.average and self.config.expert == "semantic" else self.trainee
-        target = (*below, *averaged.working)
+        target_network = self.ema if self.ema and self.config.expert == "semantic" else self.student
+        target = (*below, *target_network.working)
         return Roles(
             student=lambda x, sigma, text: backbone.velocity(x, sigma, text, student),
             teacher=lambda x, sigma, text: backbone.velocity(x, sigma, text),
@@ -227,8 +227,8 @@ class Trainer:
             self.learner.step(norm)
             if self.discriminator_learner is not None:
                 self.discriminator_learner.step(judging_norm)
-            if self.average is not None:
-                self.average.average(self.trainee, self.config.ema_decay)
+            if self.ema is not None:
+                self.ema.update_ema(self.student, self.config.ema_decay)
             self.history.append({"step": self.done + 1, **terms, "grad_norm": norm})
             if self.done % STEPS_TO_RESCALE == 0 and self.loss_scale > 1:
                 self.loss_scale = min(2 * self.loss_scale, LOSS_SCALE)
@@ -295,15 +295,15 @@ class Trainer:
             tensors["loss_scale"] = torch.tensor(self.loss_scale)
         if self.discriminator_learner is not None:
             tensors |= self.discriminator_learner.tensors()
-        if self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.named_parameters()}
+        if self.ema is not None:
+            tensors |= {f"average.{name}": value for name, value in self.ema.named_parameters()}
         return tensors
 
     def _check_room(self) -> None:
         """See that the checkpoints can be written, before any step is made."""
         # weights and AdamW's two moments of each
         size = 3 * sum(total(learner.parameters.values()) for learner in self._learners)
-        size += total(self.learner.parameters.values()) if self.average else 0
+        size += total(self.learner.parameters.values()) if self.ema else 0
         saves = -(-(self.config.steps - self.done) // self.config.save_every)
         check_folder(self.folder, size, min(saves, self.config.keep + 1))
 
@@ -327,7 +327,7 @@ class Trainer:
         saved.check(self.config, self.facts, path)
         for learner in self._learners:
             learner.load(saved.tensors)
-        for name, value in self.average.named_parameters() if self.average else ():
+        for name, value in self.ema.named_parameters() if self.ema else ():
             value.copy_(saved.tensors[f"average.{name}"])
         self.loss_scale = float(saved.tensors.get("loss_scale", self.loss_scale))
         self.history, self.saved = saved.history, saved.steps

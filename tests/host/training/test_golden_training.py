@@ -149,12 +149,12 @@ def test_semantic_step(case, core, recipe, make, settings, tensors, expected):
     Expert = core("experts.expert").Expert
     # teacher, student and EMA are three different networks, as in the middle of a run
     trainer = make(settings("semantic", case), Expert("wan", "semantic", replaced=tensors("student")))
-    averaged = core("distill.student").make_trainee(
+    ema = core("distill.student").Student(
         Expert("wan", "semantic", replaced=tensors("ema")),
         dict(trainer.backbone.module.named_modules()),
         trainer.device,
     )
-    trainer.average.average(averaged, decay=0.0)
+    trainer.ema.update_ema(ema, decay=0.0)
     batch = make_batch(core, recipe, case)
     assert relative(batch.x0, expected[f"{case}.x0"]) < 1e-6
     pred, target = predictions(core, trainer, batch)
@@ -168,12 +168,12 @@ def test_semantic_step(case, core, recipe, make, settings, tensors, expected):
         and close(terms["temporal"], facts["temporal"])
     )
     loss.backward()
-    gradients = {name: value.grad for name, value in trainer.trainee.named_parameters()}
+    gradients = {name: value.grad for name, value in trainer.student.named_parameters()}
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients.values())
     assert close(norm_of(gradients.values()), facts["grad_norm"])
-    others = (*trainer.backbone.module.parameters(), *(value for _, value in trainer.average.named_parameters()))
+    others = (*trainer.backbone.module.parameters(), *(value for _, value in trainer.ema.named_parameters()))
     assert all(value.grad is None for value in others)
-    sites = dict(zip(trainer.trainee.replaced.names, trainer.trainee.replaced.sites, strict=True))
+    sites = dict(zip(trainer.student.replaced.names, trainer.student.replaced.sites, strict=True))
     for name, key in (("blocks.0.self_attn.q", "blocks.0.attn1.to_q"), ("head.head", "proj_out")):
         golden = expected[f"{case}.grad.{key}.weight"]
         assert relative(crop(sites[name].replaced.weight.grad, golden), golden) < TOLERANCE, key
@@ -203,7 +203,7 @@ def test_detail_step(case, core, recipe, make, settings, detail_pair, expected):
     trainer = make(settings("detail", case), detail, semantic)
     with torch.no_grad():
         # an EMA that would give other targets: the detail stage takes the student's own
-        for _, value in trainer.average.named_parameters():
+        for _, value in trainer.ema.named_parameters():
             value.mul_(1.5)
     tensors = recipe.discriminator(recipe.keys("wan_train")["discriminator"])
     trainer.discriminator.load_state_dict(
@@ -226,12 +226,12 @@ def test_detail_step(case, core, recipe, make, settings, detail_pair, expected):
     assert close(terms["gan"], facts["gan_generator_weighted"])
     assert close(loss, facts["generator_loss"])
     loss.backward()
-    gradients = [value.grad for _, value in trainer.trainee.named_parameters()]
+    gradients = [value.grad for _, value in trainer.student.named_parameters()]
     assert all(gradient is not None for gradient in gradients)
     assert close(norm_of(gradients), facts["generator_grad_norm"])
     assert all(value.grad is None for value in trainer.discriminator.parameters())
-    low_rank = dict(zip(trainer.trainee.low_rank.names, trainer.trainee.low_rank.sites, strict=True))
-    replaced = dict(zip(trainer.trainee.replaced.names, trainer.trainee.replaced.sites, strict=True))
+    low_rank = dict(zip(trainer.student.low_rank.names, trainer.student.low_rank.sites, strict=True))
+    replaced = dict(zip(trainer.student.replaced.names, trainer.student.replaced.sites, strict=True))
     for found, key in (
         (low_rank["blocks.0.self_attn.q"].branch.down.weight, "blocks.0.attn1.to_q.lora_A.lora1.weight"),
         (low_rank["blocks.3.cross_attn.o"].branch.ups[0].weight, "blocks.3.attn2.to_out.0.lora_B.lora1.weight"),

@@ -61,8 +61,8 @@ def trainer(module, data, config, tmp_path):
         for name, value in made.learner.parameters.items():
             if ".ups." in name:
                 value.data.normal_(std=0.02, generator=generator)
-        if made.average:
-            made.average.average(made.trainee, 0.0)
+        if made.ema:
+            made.ema.update_ema(made.student, 0.0)
         return made
 
     return make

@@ -193,13 +193,13 @@ def test_a_detail_expert_goes_on_top_of_an_extracted_one(
 
 @pytest.mark.parametrize("given", ["below", "start"])
 def test_the_boundary_is_that_of_the_expert_it_goes_with(given, module, model, data, config, semantic_expert, tmp_path):
-    training, trainee = module("nodes.host.training.run"), module("dcm_core.distill.student")
+    training, students = module("nodes.host.training.run"), module("dcm_core.distill.student")
     if given == "below":
         side, expert = "detail", semantic_expert(boundary=0.76)
     else:
         modules = dict(model.model.diffusion_model.named_modules())
         family = module("dcm_core.families").WAN
-        side, expert = "semantic", trainee.new_semantic(family, modules, 4, 8.0, torch.Generator().manual_seed(0))
+        side, expert = "semantic", students.new_semantic(family, modules, 4, 8.0, torch.Generator().manual_seed(0))
         expert = dataclasses.replace(expert, boundary=0.76)
     result = training.train_expert(model, data, config(side, steps=1, boundary=0.0), tmp_path, **{given: expert})
     assert result.expert.boundary == 0.76
@@ -301,12 +301,14 @@ def test_data_of_another_family_is_refused(train, module, model, data, config, t
 def test_a_full_fine_tune_is_kept_in_the_base_s_precision(dtype, rank, stored, module, pack, tmp_path):
     import comfy.sd
 
-    training, trainee = module("nodes.host.training.run"), module("dcm_core.distill.student")
+    training, students = module("nodes.host.training.run"), module("dcm_core.distill.student")
     base = comfy.sd.load_diffusion_model_state_dict(
         native_wan(layers=1), model_options={"dtype": getattr(torch, dtype)}
     )
     modules = dict(base.model.diffusion_model.named_modules())
-    expert = trainee.new_semantic(module("dcm_core.families").WAN, modules, rank, 4.0, torch.Generator().manual_seed(0))
+    expert = students.new_semantic(
+        module("dcm_core.families").WAN, modules, rank, 4.0, torch.Generator().manual_seed(0)
+    )
     training.save_expert(tmp_path / "expert.safetensors", expert, base)
     kinds = {
         value.dtype for key, value in load_file(tmp_path / "expert.safetensors").items() if not key.endswith("alpha")
