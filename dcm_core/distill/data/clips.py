@@ -1,9 +1,12 @@
 """Video clips with captions: checked, and read as pixels at one frame rate and size."""
 
 import hashlib
+import json
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -13,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import DCMError, counted
+from ...errors import CheckpointError, DCMError, counted
 from ...files.storage import Progress
+from ...files.unfinished import write_bytes
 from .captions import fault_of
 from .sources import Clip
 from .video_file import NO_TIMES, ClipError, Picture, probe, shown_frames, upright
@@ -24,6 +28,7 @@ MAX_ASPECT = 4.0
 MAX_ENLARGEMENT = 1.5
 STEADY = 0.2  # gaps between frames that differ by less, in medians, are rounding
 CHUNK = 1 << 20  # read at once
+INFO_VERSION = "1"  # of what the cache holds of video files; a change looks at all of them again
 MAX_NAME = 100  # characters of a name that are shown
 # A frame counts as shown this much of a gap before its time: files round times, some to milliseconds.
 EARLY = 0.25
@@ -98,6 +103,29 @@ class ClipFacts:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file is, whatever it will be read as.
+
+    Attributes:
+        content: hash of the file.
+        width, height: as shown in pixels, after rotation and with square pixels.
+        duration: seconds from the first frame to the last.
+        gap: median of the seconds from frame to frame, 0 where there is one frame.
+        unsteadiness: the longest gap minus the shortest, in seconds.
+        changes, notes: as in `video_file.Look`.
+    """
+
+    content: str
+    width: int
+    height: int
+    duration: float
+    gap: float
+    unsteadiness: float
+    changes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
 def bucket_of(width: int, height: int, settings: ClipSettings) -> tuple[int, int]:
     """The size, as width and height, that a clip of this size is read at: of the sizes of about the settings' area the one
     whose aspect ratio is nearest (at most 4 to 1), or the settings' own without buckets."""
@@ -116,25 +144,66 @@ def bucket_of(width: int, height: int, settings: ClipSettings) -> tuple[int, int
     return columns * SIZE_STEP, rows * SIZE_STEP
 
 
-def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
+def video_info(path: Path, cache: Path | None = None) -> VideoInfo:
+    """What a file is; found out, which reads all of it, only where the cache does not know.
+
+    Args:
+        cache: folder that keeps what was found out of a file of this path, size and time of the last change.
+
+    Raises:
+        ClipError: what is wrong with the file.
+    """
+    known = _known_info(path, cache) if cache is not None else None
+    if known is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            values = json.loads(known.read_bytes())
+            return VideoInfo(**values | {name: tuple(values[name]) for name in ("changes", "notes")})
+    info = _inspect_video(path)
+    if known is not None:
+        with suppress(CheckpointError):  # it is found out again
+            write_bytes(known, json.dumps(asdict(info)).encode())
+    return info
+
+
+def _known_info(path: Path, cache: Path) -> Path | None:
+    """The file of the cache for a video as it is now, None for one that cannot be found."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    state = (INFO_VERSION, os.path.abspath(path), found.st_size, found.st_mtime_ns)
+    return cache / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()}.json"
+
+
+def _inspect_video(path: Path) -> VideoInfo:
+    look = probe(path)
+    gaps = [later - earlier for earlier, later in pairwise(look.times)]
+    gap = median(gaps) if gaps else 0.0
+    if gaps and gap <= 0:
+        raise ClipError(path, NO_TIMES)
+    # now, while the file is still in the system's cache
+    content = content_hash(path)
+    unsteadiness = max(gaps) - min(gaps) if gaps else 0.0
+    return VideoInfo(content, *look.size, look.times[-1] - look.times[0], gap, unsteadiness, look.changes, look.notes)
+
+
+def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) -> ClipFacts:
     """Check one clip: its caption, that its first frame decodes, its length and its size.
+
+    Args:
+        cache: as for `video_info`.
 
     Raises:
         ClipError: what is wrong.
     """
     _check_caption(clip)
-    look = probe(clip.path)
-    times, (width, height) = look.times, look.size
-    gaps = [later - earlier for earlier, later in pairwise(times)]
-    gap = median(gaps) if gaps else 1 / settings.fps
-    if gap <= 0:
-        raise ClipError(clip.path, NO_TIMES)
-    length = times[-1] - times[0] + gap
-    frames = math.ceil((length - EARLY * gap) * settings.fps)
+    info = video_info(clip.path, cache)
+    width, height, gap = info.width, info.height, info.gap or 1 / settings.fps
+    frames = math.ceil((info.duration + gap - EARLY * gap) * settings.fps)
     if frames < settings.frames:
         raise ClipError(
             clip.path,
-            f"lasts {length:.3g} s, {counted(frames, 'frame')} at {settings.fps:g} per second; expected {settings.frames}. "
+            f"lasts {info.duration + gap:.3g} s, {counted(frames, 'frame')} at {settings.fps:g} per second; expected {settings.frames}. "
             "Choose fewer frames, or leave the clip out.",
         )
     bucket = bucket_of(width, height, settings)
@@ -145,14 +214,12 @@ def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
             f"is {width}x{height}, too small for {bucket[0]}x{bucket[1]}. Choose a smaller size, or leave the clip out.",
         )
     facts = {
-        "variable frame rate, frames taken by their time": gaps and max(gaps) - min(gaps) > STEADY * gap,
+        "variable frame rate, frames taken by their time": info.unsteadiness > STEADY * gap,
         f"{1 / gap:.3g} fps, so frames repeat at {settings.fps:g} fps": gap * settings.fps > 1 + STEADY,
         f"{width}x{height} enlarged to {bucket[0]}x{bucket[1]}": enlargement > 1,
     }
-    # now, while the file is still in the system's cache
-    content = content_hash(clip.path)
-    notes = (*clip.notes, *look.notes, *(note for note, true in facts.items() if true))
-    return ClipFacts(clip, width, height, gap, bucket, content, look.changes, notes)
+    notes = (*clip.notes, *info.notes, *(note for note, true in facts.items() if true))
+    return ClipFacts(clip, width, height, gap, bucket, info.content, info.changes, notes)
 
 
 def content_hash(path: Path) -> str:
@@ -179,9 +246,12 @@ def _check_caption(clip: Clip) -> None:
 
 
 def check_clips(
-    clips: Sequence[Clip], settings: ClipSettings, progress: Progress | None = None
+    clips: Sequence[Clip], settings: ClipSettings, progress: Progress | None = None, cache: Path | None = None
 ) -> tuple[list[ClipFacts], list[Problem]]:
     """Inspect every clip; the good ones in order, and what is wrong with the others.
+
+    Args:
+        cache: as for `video_info`.
 
     Raises:
         DCMError: none is good.
@@ -189,7 +259,7 @@ def check_clips(
     good, problems = [], []
     for done, clip in enumerate(clips, start=1):
         try:
-            good.append(inspect_clip(clip, settings))
+            good.append(inspect_clip(clip, settings, cache))
         except ClipError as error:
             problems.append(Problem(error.path, error.reason))
         if progress is not None:

@@ -55,7 +55,8 @@ def prepare(
     """Check the clips of `source`, encode what is not in the cache, and return the data set.
 
     An entry of the cache depends on the clip's content, length, rate, size and the VAE, or on the text and its encoder: a change
-    makes that entry anew and no other. If everything is cached, no encoder is called. Clips that cannot be used are left out.
+    makes that entry anew and no other. If everything is cached, no encoder is called, and no clip is opened whose size and time of the
+    last change are as they were. Clips that cannot be used are left out.
 
     Args:
         source: a folder or a list, as for `find_clips`.
@@ -71,7 +72,7 @@ def prepare(
     report = progress or (lambda done, total: None)
     clips, others = find_clips(source, roots)
     cache.mkdir(parents=True, exist_ok=True)
-    good, problems = check_clips(clips, settings, _part(report, CHECKING, VIDEOS))
+    good, problems = check_clips(clips, settings, _part(report, CHECKING, VIDEOS), cache)
     videos = [(facts, cache / _video_name(facts, settings, encoders.video_id)) for facts in good]
     new_videos = {path: facts for facts, path in videos if _latent_shape(path) is None}
     failed = _encode_videos(new_videos, settings, encoders, _part(report, VIDEOS, TEXTS))
