@@ -31,6 +31,10 @@ COMMON = {
     "held_out": 1,
     "sample_every": 1,
 }
+INPUTS = json.loads((Path(__file__).parent / "node_inputs.json").read_text(encoding="utf-8"))
+# inputs that saved graphs hold by another name than the setting's
+OTHER_IDS = {"gradient_checkpointing": "checkpointing"}
+COMMAND_LINE_ALONE = {"weight_decay", "clip_norm", "divergence", "points", "shared", "feature_weight", "held_out_every"}
 SEMANTIC = {**COMMON, "temporal_weight": 1.0}
 DETAIL = {**COMMON, "adversarial_weight": 0.1, "discriminator_learning_rate": 1e-4, "discriminator_width": 64}
 
@@ -68,21 +72,41 @@ def test_nodes_train_save_and_show(trained, output, models):
         assert f"{expert.role} expert: LoRA rank 4" in text and "2 steps" in text and file in text
 
 
+def described(item):
+    """What a saved graph relies on, and what a user sees of an input; a host's own additions left out."""
+    names = ("default", "min", "max", "step", "round", "control_after_generate", "tooltip", "advanced", "optional")
+    found = {name: getattr(item, name, None) for name in names}
+    found["options"] = item.options if item.id == "scheduler" else None
+    found = {name: value for name, value in found.items() if value is not None and (name, value) != ("optional", False)}
+    return {"id": item.id, "type": item.get_io_type(), **found}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_inputs_are_those_that_saved_graphs_hold(name, module):
+    """Graphs hold values by their place."""
+    train = module("nodes.train")
+    known = module("nodes.host.compat").advanced(train.io.Int.Input)
+    expected = [{key: value for key, value in item.items() if key != "advanced" or known} for item in INPUTS[name]]
+    assert [described(item) for item in getattr(train, name).define_schema().inputs] == expected
+
+
 @pytest.mark.parametrize("side", ["semantic", "detail"])
 def test_inputs_are_the_settings_of_a_run(side, module):
-    """Their defaults are a run's, but for sample videos, which a node shows; their limits lie within a run's."""
-    settings = module("dcm_core.distill.config")
-    defaults = vars(settings.TrainingConfig(side))
+    """Every setting that a node has is made from the setting, for the expert that has it."""
+    config = module("dcm_core.distill.config")
     node = getattr(module("nodes.train"), f"DCMTrain{side.capitalize()}Expert")
-    inputs = {item.id: item for item in node.define_schema().inputs if item.id in defaults}
-    assert len(inputs) > 15
-    for name, item in inputs.items():
-        if name in settings.LIMITS:
-            low, high = settings.LIMITS[name]
-            assert (low <= item.min or name == "learning_rate") and item.max <= high, name
-        if (side, name) == ("detail", "learning_rate"):
-            defaults[name] = 5e-6  # what 0 takes there
-        assert name == "sample_every" or item.default in (None, defaults[name]), name
+    inputs = {OTHER_IDS.get(item.id, item.id): item for item in node.define_schema().inputs}
+    offered = {
+        name for name, about in config.SETTINGS.items() if about.only in (None, side) and name not in COMMAND_LINE_ALONE
+    }
+    assert offered == inputs.keys() & config.SETTINGS.keys()
+    for name in offered:
+        assert inputs[name].tooltip == config.SETTINGS[name].help_for(side), name
+        # within the limits of a run
+        config.TrainingConfig(side, **{name: inputs[name].default} if inputs[name].default is not None else {})
+        for value in (getattr(inputs[name], "min", None), getattr(inputs[name], "max", None)):
+            if value is not None:
+                config.TrainingConfig(side, **{name: value})
 
 
 def test_experts_are_usable_at_once_and_from_their_files(trained, node, sample):
