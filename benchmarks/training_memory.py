@@ -88,7 +88,7 @@ def flash_attention(
 def random_clip(pack: Callable[[str], Any], frames: int, extras: dict[str, Any]) -> Any:
     """One clip of so many frames with its text, as training data."""
     text = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM), extras]]
-    return pack("dcm_core.distill.data.dataset").TensorData(
+    return pack("dcm_core.distill.data.dataset").TensorDataset(
         [torch.randn(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text
     )
 
@@ -108,7 +108,7 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
         )
 
     expert = new(students.new_semantic if config.expert == "semantic" else students.new_detail)
-    below = new(students.new_semantic) if config.expert == "detail" else None
+    semantic = new(students.new_semantic) if config.expert == "detail" else None
     data = random_clip(pack, frames, {} if name == WAN else {"pooled_output": torch.zeros(1, 768)})
     backbone = pack("dcm_core.distill.backbone").Backbone(
         module, family, torch.bfloat16, lambda: {"optimized_attention_override": flash_attention}, config.checkpointing
@@ -117,7 +117,7 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
     whole = patch.object(pack("dcm_core.distill.memory"), "PROBE", 10**9)
     with tempfile.TemporaryDirectory() as folder, pack("nodes.host.compat").gradients(), whole:
         trainer = pack("dcm_core.distill.trainer").Trainer(
-            backbone, data, config, replace(expert, boundary=config.boundary), Path(folder), META, below
+            backbone, data, config, replace(expert, boundary=config.boundary), Path(folder), META, semantic
         )
         return trainer.memory()
 
@@ -132,7 +132,7 @@ def measure(
     attach, students = pack("nodes.host.experts.attach"), pack("dcm_core.distill.student")
     config = pack("dcm_core.distill.config").TrainingConfig(**settings, steps=steps)
     family, modules = attach.require_family(model), dict(attach.diffusion_model(model).named_modules())
-    below = (
+    semantic = (
         students.new_semantic(family, modules, config.rank, config.alpha, torch.Generator())
         if config.expert == "detail"
         else None
@@ -140,7 +140,7 @@ def measure(
     data = random_clip(pack, frames, {})
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        result = pack("nodes.host.training.run").train_expert(model, data, config, Path(folder), below=below)
+        result = pack("nodes.host.training.run").train_expert(model, data, config, Path(folder), semantic=semantic)
     return torch.cuda.max_memory_allocated() / 2**30, result.seconds / steps
 
 

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from ..experts.expert import Expert
-from .checkpoints import History
+from .checkpoint_file import History
 
 
 class Watcher(Protocol):

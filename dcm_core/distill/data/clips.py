@@ -81,7 +81,7 @@ class ClipSettings:
 
 
 @dataclass(frozen=True)
-class ClipFacts:
+class CheckedClip:
     """A clip that can be trained on.
 
     Attributes:
@@ -112,7 +112,7 @@ class VideoInfo:
         width, height: as shown in pixels, after rotation and with square pixels.
         duration: seconds from the first frame to the last.
         gap: median of the seconds from frame to frame, 0 where there is one frame.
-        unsteadiness: the longest gap minus the shortest, in seconds.
+        jitter: the longest gap minus the shortest, in seconds.
         changes, notes: as in `video_file.Look`.
     """
 
@@ -121,7 +121,7 @@ class VideoInfo:
     height: int
     duration: float
     gap: float
-    unsteadiness: float
+    jitter: float
     changes: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -183,11 +183,11 @@ def _inspect_video(path: Path) -> VideoInfo:
         raise ClipError(path, NO_TIMES)
     # now, while the file is still in the system's cache
     content = content_hash(path)
-    unsteadiness = max(gaps) - min(gaps) if gaps else 0.0
-    return VideoInfo(content, *look.size, look.times[-1] - look.times[0], gap, unsteadiness, look.changes, look.notes)
+    jitter = max(gaps) - min(gaps) if gaps else 0.0
+    return VideoInfo(content, *look.size, look.times[-1] - look.times[0], gap, jitter, look.changes, look.notes)
 
 
-def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) -> ClipFacts:
+def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) -> CheckedClip:
     """Check one clip: its caption, that its first frame decodes, its length and its size.
 
     Args:
@@ -213,13 +213,13 @@ def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) 
             clip.path,
             f"is {width}x{height}, too small for {bucket[0]}x{bucket[1]}. Choose a smaller size, or leave the clip out.",
         )
-    facts = {
-        "variable frame rate, frames taken by their time": info.unsteadiness > STEADY * gap,
+    possible = {
+        "variable frame rate, frames taken by their time": info.jitter > STEADY * gap,
         f"{1 / gap:.3g} fps, so frames repeat at {settings.fps:g} fps": gap * settings.fps > 1 + STEADY,
         f"{width}x{height} enlarged to {bucket[0]}x{bucket[1]}": enlargement > 1,
     }
-    notes = (*clip.notes, *info.notes, *(note for note, true in facts.items() if true))
-    return ClipFacts(clip, width, height, gap, bucket, info.content, info.changes, notes)
+    notes = (*clip.notes, *info.notes, *(note for note, true in possible.items() if true))
+    return CheckedClip(clip, width, height, gap, bucket, info.content, info.changes, notes)
 
 
 def content_hash(path: Path) -> str:
@@ -247,7 +247,7 @@ def _check_caption(clip: Clip) -> None:
 
 def check_clips(
     clips: Sequence[Clip], settings: ClipSettings, progress: Progress | None = None, cache: Path | None = None
-) -> tuple[list[ClipFacts], list[Problem]]:
+) -> tuple[list[CheckedClip], list[Problem]]:
     """Inspect every clip; the good ones in order, and what is wrong with the others.
 
     Args:
@@ -277,7 +277,7 @@ def no_clip_left(problems: Sequence[Problem]) -> DCMError:
     )
 
 
-def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
+def read_clip(checked: CheckedClip, settings: ClipSettings) -> Tensor:
     """The clip's pixels from its start, scaled to cover its bucket and cropped at the centre.
 
     Returns:
@@ -286,27 +286,27 @@ def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
     Raises:
         ClipError: a file that is damaged after its first frame; its later frames are first decoded here.
     """
-    width, height = facts.bucket
+    width, height = checked.bucket
     pixels, filled = torch.empty(settings.frames, height, width, 3), 0
-    for picture, until in shown_frames(facts.clip.path, facts.gap):
+    for picture, until in shown_frames(checked.clip.path, checked.gap):
         image = None
-        while filled < settings.frames and filled / settings.fps + EARLY * facts.gap < until:
-            image = _fitted(picture, facts) if image is None else image
+        while filled < settings.frames and filled / settings.fps + EARLY * checked.gap < until:
+            image = _fitted(picture, checked) if image is None else image
             pixels[filled] = image
             filled += 1
         if filled == settings.frames:
             return pixels
     raise ClipError(
-        facts.clip.path, f"ends after {filled} of {counted(settings.frames, 'frame')}. Encode or download it again."
+        checked.clip.path, f"ends after {filled} of {counted(settings.frames, 'frame')}. Encode or download it again."
     )
 
 
-def _fitted(picture: Picture, facts: ClipFacts) -> Tensor:
+def _fitted(picture: Picture, checked: CheckedClip) -> Tensor:
     """One frame at the size of its bucket: (height, width, 3) from 0 to 1."""
-    width, height = facts.bucket
-    scale = max(width / facts.width, height / facts.height)
-    covering = max(height, round(scale * facts.height)), max(width, round(scale * facts.width))
-    image = upright(picture, facts.clip.path).permute(2, 0, 1)[None]
+    width, height = checked.bucket
+    scale = max(width / checked.width, height / checked.height)
+    covering = max(height, round(scale * checked.height)), max(width, round(scale * checked.width))
+    image = upright(picture, checked.clip.path).permute(2, 0, 1)[None]
     image = F.interpolate(image, covering, mode="bicubic", antialias=True)[0].clamp(0, 1)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     return image[:, top : top + height, left : left + width].permute(1, 2, 0)

@@ -10,8 +10,8 @@ import comfy.sd
 
 from ....dcm_core.distill.config import TrainingConfig, TrainingError
 from ....dcm_core.distill.data.clips import ClipSettings
-from ....dcm_core.distill.data.data_file import read_data
-from ....dcm_core.distill.data.dataset import TrainingData
+from ....dcm_core.distill.data.dataset import Dataset
+from ....dcm_core.distill.data.dataset_file import read_dataset
 from ....dcm_core.distill.data.encode import prepare
 from ....dcm_core.distill.parallel import join
 from ....dcm_core.errors import counted
@@ -75,7 +75,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     # not beside the output: among the host's LoRAs every checkpoint would be offered as one
     states = path("states") if "states" in settings else folder / f"{output.stem}_states"
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
-    below = (
+    semantic = (
         read_expert_file(path("semantic"), "semantic", model, f"semantic is {path('semantic')}")
         if "semantic" in settings
         else None
@@ -92,7 +92,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         data,
         config,
         states,
-        below=below,
+        semantic=semantic,
         vae=vae,
         start=read_expert_file(start, side, model, f"continue_from is {start}") if start is not None else None,
     )
@@ -117,12 +117,12 @@ def path_in(folder: Path, name: str, given: Any) -> Path:
     return folder / Path(given).expanduser()
 
 
-def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[TrainingData, Any]:
+def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Dataset, Any]:
     """The data, and the VAE where there is one."""
     given = settings.get("dataset")
     if isinstance(given, str):
         vae = load_vae(path_in(folder, "vae", settings["vae"])) if "vae" in settings else None
-        return read_data(path_in(folder, "dataset", given)), vae
+        return read_dataset(path_in(folder, "dataset", given)), vae
     if not isinstance(given, dict) or "folder" not in given:
         raise TrainingError(
             f"`dataset` is {given!r}; expected a file from DCM Save Dataset, or settings with a `folder` of clips."

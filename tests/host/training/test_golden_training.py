@@ -65,13 +65,15 @@ def teacher(tensors):
 
 @pytest.fixture(scope="module")
 def make(core, module, teacher, tmp_path_factory):
-    """make(config, start, below=None) -> a Trainer on the teacher."""
+    """make(config, start, semantic=None) -> a Trainer on the teacher."""
     wan, folder = module("dcm_core.families").WAN, tmp_path_factory.mktemp("run")
 
-    def run(config, start, below=None):
+    def run(config, start, semantic=None):
         backbone = module("nodes.host.training.run").make_backbone(teacher, wan, config)
         data = random_data(core("distill.data.dataset"))
-        return core("distill.trainer").Trainer(backbone, data, config, start, folder, torch.device("cpu"), below=below)
+        return core("distill.trainer").Trainer(
+            backbone, data, config, start, folder, torch.device("cpu"), semantic=semantic
+        )
 
     return run
 
@@ -140,7 +142,7 @@ def norm_of(gradients):
 
 
 def predictions(core, trainer, batch):
-    return core("distill.method.consistency").predict(trainer.roles(), batch, trainer.phases, trainer.config.cfg)
+    return core("distill.method.consistency").predict(trainer.networks(), batch, trainer.phases, trainer.config.cfg)
 
 
 @pytest.mark.parametrize("case", SEMANTIC)

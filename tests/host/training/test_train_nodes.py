@@ -306,7 +306,7 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
         {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()},
         tmp_path / "base.safetensors",
     )
-    module("dcm_core.distill.data.data_file").write_data(tmp_path / "data.safetensors", data)
+    module("dcm_core.distill.data.dataset_file").write_dataset(tmp_path / "data.safetensors", data)
     training = {"rank": 2, "alpha": 4.0, "batch_size": 2, "boundary": 0.9, "shift": 5.0}
 
     def run(steps, **more):

@@ -36,7 +36,7 @@ def data(module):
         ]
 
     latents = [torch.randn(16, 5, 6, 8, generator=generator) for _ in range(2)]
-    return module("dcm_core.distill.data.dataset").TensorData(
+    return module("dcm_core.distill.data.dataset").TensorDataset(
         latents, [conditioning(), conditioning()], [0, 1], conditioning()
     )
 

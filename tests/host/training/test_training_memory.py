@@ -60,7 +60,7 @@ def test_a_step_takes_what_was_told(side, dtype, values, size, trainer):
     made = trainer(side, dtype, size, batch_size=1, **values)
     told = made.memory()
     assert not any(value.grad is not None for value in made.learner.parameters.values())
-    made._update()
+    made._training_step()
     taken = peak(made._update)
     gradients = sum(4 * value.numel() for value in made.learner.parameters.values())
     assert 0.95 * taken < told.step < 1.15 * (taken + gradients)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dcm_core.distill.data import clips
 from dcm_core.distill.data.clips import ClipSettings, check_clips
-from dcm_core.distill.data.dataset import BatchOrder, TensorData
+from dcm_core.distill.data.dataset import BatchOrder, TensorDataset
 from dcm_core.distill.data.encode import Encoders, prepare
 from dcm_core.distill.data.sources import find_clips
 from dcm_core.errors import CheckpointError, DCMError
@@ -410,7 +410,7 @@ def test_latents_are_written_as_the_encoder_made_them(three, run):
 
 def in_memory(count=5, which=None):
     latents = [torch.full((2, 1, 4, 4 + 2 * (i % 2)), float(i)) for i in range(count)]
-    return TensorData(latents, [embed("a"), embed("bb")], which or [i % 2 for i in range(count)], embed(""))
+    return TensorDataset(latents, [embed("a"), embed("bb")], which or [i % 2 for i in range(count)], embed(""))
 
 
 def test_data_in_memory_has_the_same_interface():
@@ -428,14 +428,14 @@ def test_fingerprints_tell_data_apart():
 
 
 def test_fingerprints_tell_shapes_apart():
-    wide, high = (TensorData([torch.ones(1, 1, *size)], [embed("a")], [0], embed("")) for size in ((2, 4), (4, 2)))
+    wide, high = (TensorDataset([torch.ones(1, 1, *size)], [embed("a")], [0], embed("")) for size in ((2, 4), (4, 2)))
     assert wide.fingerprint != high.fingerprint
 
 
 @pytest.mark.parametrize("which", [[0], [0, 2], [0, -1]])
 def test_texts_that_do_not_fit_the_latents_are_refused(which):
     with pytest.raises(DCMError, match="expected"):
-        TensorData([torch.ones(1)] * 2, [embed("a"), embed("b")], which, embed(""))
+        TensorDataset([torch.ones(1)] * 2, [embed("a"), embed("b")], which, embed(""))
 
 
 @given(count=st.integers(1, 30), held_out=st.integers(0, 29), seed=st.integers(0, 5))
