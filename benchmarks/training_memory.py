@@ -26,19 +26,19 @@ WAN, HUNYUAN_VIDEO = "Wan 2.1 1.3B, 832x480", "HunyuanVideo 13B, 832x480"
 LATENT = (60, 104)
 # name, frames of the video, dtype of the base, settings
 ROWS: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
-    (WAN, 81, torch.bfloat16, {"expert": "semantic"}),
-    (WAN, 81, torch.bfloat16, {"expert": "semantic", "checkpointing": False}),
-    (WAN, 81, torch.bfloat16, {"expert": "semantic", "rank": 32}),
-    (WAN, 81, torch.bfloat16, {"expert": "semantic", "rank": 0}),
-    (WAN, 81, torch.bfloat16, {"expert": "detail"}),
-    (WAN, 81, torch.bfloat16, {"expert": "detail", "adversarial_weight": 0.0}),
-    (WAN, 49, torch.bfloat16, {"expert": "semantic"}),
-    (WAN, 49, torch.bfloat16, {"expert": "detail"}),
-    (WAN, 33, torch.float8_e4m3fn, {"expert": "semantic", "rank": 32}),
-    (WAN, 33, torch.float8_e4m3fn, {"expert": "detail", "rank": 32}),
-    (HUNYUAN_VIDEO, 29, torch.bfloat16, {"expert": "semantic"}),
-    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"expert": "semantic", "rank": 32}),
-    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"expert": "detail", "rank": 32}),
+    (WAN, 81, torch.bfloat16, {"side": "semantic"}),
+    (WAN, 81, torch.bfloat16, {"side": "semantic", "gradient_checkpointing": False}),
+    (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 32}),
+    (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 0}),
+    (WAN, 81, torch.bfloat16, {"side": "detail"}),
+    (WAN, 81, torch.bfloat16, {"side": "detail", "adversarial_weight": 0.0}),
+    (WAN, 49, torch.bfloat16, {"side": "semantic"}),
+    (WAN, 49, torch.bfloat16, {"side": "detail"}),
+    (WAN, 33, torch.float8_e4m3fn, {"side": "semantic", "rank": 32}),
+    (WAN, 33, torch.float8_e4m3fn, {"side": "detail", "rank": 32}),
+    (HUNYUAN_VIDEO, 29, torch.bfloat16, {"side": "semantic"}),
+    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"side": "semantic", "rank": 32}),
+    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"side": "detail", "rank": 32}),
 ]
 
 
@@ -107,11 +107,15 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
             family, modules, config.rank, config.alpha, generator, weight_of=lambda key: torch.empty(shapes[key])
         )
 
-    expert = new(students.new_semantic if config.expert == "semantic" else students.new_detail)
-    semantic = new(students.new_semantic) if config.expert == "detail" else None
+    expert = new(students.new_semantic if config.side == "semantic" else students.new_detail)
+    semantic = new(students.new_semantic) if config.side == "detail" else None
     data = random_clip(pack, frames, {} if name == WAN else {"pooled_output": torch.zeros(1, 768)})
     backbone = pack("dcm_core.distill.backbone").Backbone(
-        module, family, torch.bfloat16, lambda: {"optimized_attention_override": flash_attention}, config.checkpointing
+        module,
+        family,
+        torch.bfloat16,
+        lambda: {"optimized_attention_override": flash_attention},
+        config.gradient_checkpointing,
     )
     # nothing is made, so that the whole video can be
     whole = patch.object(pack("dcm_core.distill.memory"), "PROBE", 10**9)
@@ -134,7 +138,7 @@ def measure(
     family, modules = attach.require_family(model), dict(attach.diffusion_model(model).named_modules())
     semantic = (
         students.new_semantic(family, modules, config.rank, config.alpha, torch.Generator())
-        if config.expert == "detail"
+        if config.side == "detail"
         else None
     )
     data = random_clip(pack, frames, {})

@@ -61,11 +61,11 @@ def common_inputs(side: Side) -> list[io.Input]:
         setting(side, "rank", **rank),
         setting(side, "alpha"),
         setting(side, "batch_size"),
-        setting(side, "accumulate"),
+        setting(side, "gradient_accumulation_steps", input_id="accumulate"),
         # left alone after a run: another seed would be another run
         setting(side, "seed", control_after_generate=False),
         setting(side, "boundary", round=False),
-        setting(side, "checkpointing", input_id="gradient_checkpointing"),
+        setting(side, "gradient_checkpointing"),
     ]
 
 
@@ -150,12 +150,12 @@ class DCMTrainSemanticExpert(io.ComfyNode):
         model: Any,
         dataset: Any,
         name: str,
-        gradient_checkpointing: bool,
+        accumulate: int,
         continue_from: str = NONE,
         vae: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
-        config = TrainingConfig("semantic", checkpointing=gradient_checkpointing, **settings)
+        config = TrainingConfig("semantic", gradient_accumulation_steps=accumulate, **settings)
         run = train_and_save(model, dataset, config, name, continue_from, vae=vae, node_id=cls.hidden.unique_id)
         return io.NodeOutput(run.model, run.expert, str(run.file), run.plots, ui=report(str(run), cls.hidden.unique_id))
 
@@ -215,14 +215,14 @@ class DCMTrainDetailExpert(io.ComfyNode):
         model: Any,
         dataset: Any,
         name: str,
-        gradient_checkpointing: bool,
+        accumulate: int,
         continue_from: str = NONE,
         vae: Any = None,
         semantic_lora: str = NONE,
         semantic_expert: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
-        config = TrainingConfig("detail", checkpointing=gradient_checkpointing, **settings)
+        config = TrainingConfig("detail", gradient_accumulation_steps=accumulate, **settings)
         run = train_and_save(
             model,
             dataset,

@@ -51,7 +51,7 @@ SEMANTIC = config_module.TrainingConfig(
     phases=PHASES,
     entry_share=0.5,
     cfg=0.0,
-    checkpointing=False,
+    gradient_checkpointing=False,
     save_every=400,
     keep=1,
 )
@@ -145,7 +145,7 @@ def expert_path(folder: Path, name: str) -> Path:
 def load_expert(folder: Path, name: str, model: Any) -> Any:
     """A trained expert."""
     return pack("nodes.host.experts.expert_files").read_expert_file(
-        expert_path(folder, name), RUNS[name].config.expert, model
+        expert_path(folder, name), RUNS[name].config.side, model
     )
 
 

@@ -173,7 +173,7 @@ def test_the_table_of_training_settings_is_what_the_settings_say():
 
 
 def test_every_training_setting_says_what_it_does():
-    assert set(SETTINGS) == {field.name for field in dataclasses.fields(TrainingConfig)} - {"expert"}
+    assert set(SETTINGS) == {field.name for field in dataclasses.fields(TrainingConfig)} - {"side"}
     for name, about in SETTINGS.items():
         assert about.help.endswith("."), name
         assert about.help_for("semantic").startswith(about.help_for("detail")), name

@@ -127,7 +127,7 @@ class Batches:
 
     def of_step(self, step: int) -> Iterator[tuple[Batch, float]]:
         """This process's batches of a step, counted from 0, with their shares in its loss."""
-        parts = self._config.accumulate
+        parts = self._config.gradient_accumulation_steps
         for part in range(parts):
             chosen = self._order.batch(step * parts + part)
             videos = [

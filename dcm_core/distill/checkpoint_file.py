@@ -17,7 +17,7 @@ from ..errors import CheckpointError, ExpertError, counted, name_some
 from ..families.keymap import Shape
 from ..files.metadata import parse_json
 from ..files.storage import TensorFile, write_tensors
-from .config import TrainingConfig, TrainingError
+from .config import FORMER, TrainingConfig, TrainingError, renamed
 from .learner import MOMENTS
 
 FORMAT = "dcm-training"
@@ -117,8 +117,8 @@ def read_checkpoint(path: Path, shapes: Mapping[str, Shape] | None = None, weigh
         raise CheckpointError(f"{path} is not a training checkpoint. Choose the folder of a training run.")
     tensors = file.read_all() if weights else {key: file.read(key) for key in file.shapes.keys() & {HISTORY}}
     try:
-        settings = parse_json(file.metadata["config"], "config")
-        unknown = sorted(set(dict(settings)) - {field.name for field in dataclasses.fields(TrainingConfig)})
+        settings = renamed(dict(parse_json(file.metadata["config"], "config")), FORMER)
+        unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(TrainingConfig)})
         # version 0.1.0 had the history in the header
         history = tensors.pop(HISTORY).numpy().tobytes() if HISTORY in tensors else file.metadata[HISTORY]
         steps, identity, history = (

@@ -35,6 +35,7 @@ class Setting:
         options: the texts to choose from.
         only: the expert that has this setting, if not both.
         resumable: a resumed run may change it, as it only says how long, how fast or how often.
+        former: its name in settings files and checkpoints of earlier versions, and in saved graphs.
     """
 
     help: str
@@ -45,6 +46,7 @@ class Setting:
     options: tuple[str, ...] = ()
     only: Side | None = None
     resumable: bool = False
+    former: str = ""
 
     def help_for(self, expert: Side) -> str:
         return f"{self.help} {self.semantic_help}" if expert == "semantic" and self.semantic_help else self.help
@@ -60,6 +62,21 @@ class Setting:
         return "" if fits else f"expected a number from {low:g} to {high:g}"
 
 
+def renamed(values: dict[str, Any], former: dict[str, str]) -> dict[str, Any]:
+    """The values by their names of today.
+
+    Args:
+        former: name of earlier versions -> name of today.
+
+    Raises:
+        TrainingError: a value by both names.
+    """
+    for old, name in former.items():
+        if old in values and name in values:
+            raise TrainingError(f"{old} is the former name of {name}, and both are there. Remove {old}.")
+    return {former.get(name, name): value for name, value in values.items()}
+
+
 def setting(default: Any, help: str, semantic_help: str = "", **about: Any) -> Any:
     """A field with its `Setting`."""
     return dataclasses.field(default=default, metadata={"setting": Setting(help, semantic_help, **about)})
@@ -67,13 +84,13 @@ def setting(default: Any, help: str, semantic_help: str = "", **about: Any) -> A
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of one run of training `expert`; `SETTINGS` says what each is.
+    """Settings of one run that trains the expert of a `side`; `SETTINGS` says what each is.
 
     Raises:
         TrainingError: a value outside its limits.
     """
 
-    expert: Side
+    side: Side
     steps: int = setting(
         1000,
         "Total optimiser steps. Raise it to train a finished run further.",
@@ -82,8 +99,12 @@ class TrainingConfig:
         resumable=True,
     )
     batch_size: int = setting(1, "Videos in memory at once.", limits=(1, 4096), widget=(1, 256, None))
-    accumulate: int = setting(
-        1, "Gradient accumulation: batches per optimiser step.", limits=(1, 4096), widget=(1, 1024, None)
+    gradient_accumulation_steps: int = setting(
+        1,
+        "Gradient accumulation: batches per optimiser step.",
+        limits=(1, 4096),
+        widget=(1, 1024, None),
+        former="accumulate",
     )
     rank: int = setting(
         128,
@@ -206,7 +227,9 @@ class TrainingConfig:
         limits=(0, 100),
         widget=(0.0, 100.0, 0.1),
     )
-    checkpointing: bool = setting(True, "Needs much less memory and makes training somewhat slower.", resumable=True)
+    gradient_checkpointing: bool = setting(
+        True, "Needs much less memory and makes training somewhat slower.", resumable=True, former="checkpointing"
+    )
     seed: int = setting(
         0, "Seed for initial weights, noise and clip order.", limits=(0, 2**63 - 1), widget=(0, 2**31, None)
     )
@@ -236,28 +259,29 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.expert not in ("semantic", "detail"):
-            raise TrainingError(f"expert is {self.expert!r}; choose semantic or detail.")
+        if self.side not in ("semantic", "detail"):
+            raise TrainingError(f"side is {self.side!r}; choose semantic or detail.")
         for name, about in SETTINGS.items():
             if problem := about.problem_of(value := getattr(self, name)):
                 raise TrainingError(f"{name} is {value!r}; {problem}.")
         if self.discriminator_width % 32:
             raise TrainingError(f"discriminator_width is {self.discriminator_width}; expected a multiple of 32.")
-        if self.expert == "detail" and self.shared:
+        if self.side == "detail" and self.shared:
             raise TrainingError(
                 "shared is true, but an expert for all noise levels is trained as a semantic expert. Train that."
             )
-        if self.expert == "detail" and self.rank == 0:
+        if self.side == "detail" and self.rank == 0:
             raise TrainingError("rank is 0, but a detail expert is a LoRA: expected 1 or more (released models: 128).")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
-        """Settings from a file's values.
+        """Settings from a file's values, by their names of today or of earlier versions.
 
         Raises:
             TrainingError: a name that is none, or a value of another type.
         """
-        kinds = {"expert": str, **{name: type(getattr(cls, name)) for name in SETTINGS}}
+        values = renamed(values, FORMER)
+        kinds = {"side": str, **{name: type(getattr(cls, name)) for name in SETTINGS}}
         unknown = sorted(set(values) - set(kinds))
         if unknown:
             raise TrainingError(f"Unknown setting {', '.join(unknown)}. Valid settings: {', '.join(kinds)}.")
@@ -270,7 +294,7 @@ class TrainingConfig:
 
     def for_family(self, family: Family, boundary: float | None = None) -> "TrainingConfig":
         """With every automatic value filled in; `boundary` is that of the experts it starts from or belongs with."""
-        rate = self.learning_rate or (5e-6 if self.expert == "detail" else 1e-4 if self.rank else 1e-6)
+        rate = self.learning_rate or (5e-6 if self.side == "detail" else 1e-4 if self.rank else 1e-6)
         return dataclasses.replace(
             self,
             boundary=self.boundary or boundary or family.preset.boundary,
@@ -281,12 +305,12 @@ class TrainingConfig:
     @property
     def adversarial(self) -> bool:
         """Whether there is a discriminator."""
-        return self.expert == "detail" and self.adversarial_weight > 0
+        return self.side == "detail" and self.adversarial_weight > 0
 
     def make_phases(self, family: Family) -> Phases:
         steps = tuple(timestep / TIMESTEPS for timestep in self.timesteps(family))
         return Phases(
-            self.expert, self.boundary, self.shift, self.points, self.phases, self.shared, steps, self.entry_share
+            self.side, self.boundary, self.shift, self.points, self.phases, self.shared, steps, self.entry_share
         )
 
     def timesteps(self, family: Family) -> tuple[float, ...]:
@@ -297,7 +321,7 @@ class TrainingConfig:
 
     def differences(self, other: "TrainingConfig") -> list[str]:
         """`name: other's -> mine` of every setting that a resumed run may not change."""
-        return self._compared(other, ["expert", *(name for name, about in SETTINGS.items() if not about.resumable)])
+        return self._compared(other, ["side", *(name for name, about in SETTINGS.items() if not about.resumable)])
 
     def changes(self, other: "TrainingConfig") -> list[str]:
         """The same of those that it may change."""
@@ -318,7 +342,9 @@ class TrainingConfig:
         return json.dumps(dataclasses.asdict(self))
 
 
-# Every setting but `expert` by its name.
+# Every setting but `side` by its name.
 SETTINGS: dict[str, Setting] = {
     field.name: field.metadata["setting"] for field in dataclasses.fields(TrainingConfig) if field.metadata
 }
+# Names of earlier versions -> those of today.
+FORMER = {"expert": "side", **{about.former: name for name, about in SETTINGS.items() if about.former}}

@@ -68,8 +68,8 @@ class Memory:
             return
         fixes = ["use fewer frames or a smaller size in the dataset"]
         if config.batch_size > 1:
-            fixes.append(f"lower batch_size from {config.batch_size} (and raise accumulate instead)")
-        if not config.checkpointing:
+            fixes.append(f"lower batch_size from {config.batch_size} (and raise gradient accumulation instead)")
+        if not config.gradient_checkpointing:
             fixes.append("turn gradient checkpointing on")
         if config.rank == 0:
             fixes.append("set rank above 0 (a LoRA instead of a full fine-tune)")

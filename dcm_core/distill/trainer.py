@@ -173,7 +173,7 @@ class Trainer:
         backbone, semantic = self.backbone, self.semantic_working
         student = (*semantic, *self.student.working)
         # the detail stage's target network is the student itself (paper, section 3.4)
-        target_network = self.ema if self.ema and self.config.expert == "semantic" else self.student
+        target_network = self.ema if self.ema and self.config.side == "semantic" else self.student
         target = (*semantic, *target_network.working)
         return Networks(
             student=lambda x, sigma, text: backbone.velocity(x, sigma, text, student),
@@ -184,7 +184,7 @@ class Trainer:
     def losses(self, batch: Batch) -> tuple[Tensor, Terms, Callable[[], Tensor] | None]:
         """The student's loss for one batch, its terms, and the discriminator's loss."""
         config = self.config
-        if config.expert == "semantic":
+        if config.side == "semantic":
             return *SemanticStage(self.phases, config.cfg, config.temporal_weight).losses(self.networks(), batch), None
         stage = DetailStage(self.phases, config.cfg, config.adversarial_weight, feature_weight=config.feature_weight)
         return stage.losses(self.networks(), batch, self.backbone.features, self.discriminator)

@@ -36,12 +36,12 @@ class Discriminator(nn.Module):
     """One head a feature.
 
     Args:
-        checkpointing: keep only the features for the backward pass and compute one head at a time again.
+        gradient_checkpointing: keep only the features for the backward pass and compute one head at a time again.
     """
 
-    def __init__(self, features: int, width: int, hidden: int = HIDDEN, checkpointing: bool = False):
+    def __init__(self, features: int, width: int, hidden: int = HIDDEN, gradient_checkpointing: bool = False):
         super().__init__()
-        self.checkpointing = checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
         self.heads = nn.ModuleList(Head(width, hidden) for _ in range(features))
 
     def forward(self, features: Sequence[Tensor], grid: tuple[int, int, int]) -> list[Tensor]:
@@ -53,7 +53,7 @@ class Discriminator(nn.Module):
             return head(feature.float().reshape(batch * frames, height, width, channels).permute(0, 3, 1, 2))
 
         pairs = zip(self.heads, features, strict=True)
-        if self.checkpointing and torch.is_grad_enabled():
+        if self.gradient_checkpointing and torch.is_grad_enabled():
             return [checkpoint(scores, head, feature, use_reentrant=False) for head, feature in pairs]
         return [scores(head, feature) for head, feature in pairs]
 
@@ -63,7 +63,9 @@ def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discrimina
     width = backbone.module.get_submodule(backbone.family.text_module).out_features
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Discriminator(len(backbone.feature_blocks()), width, config.discriminator_width, config.checkpointing)
+        return Discriminator(
+            len(backbone.feature_blocks()), width, config.discriminator_width, config.gradient_checkpointing
+        )
 
 
 def discriminator_size(backbone: Backbone, config: TrainingConfig) -> int:

@@ -48,7 +48,7 @@ def make_backbone(model: Any, family: Family, config: TrainingConfig) -> Backbon
         family,
         compute_dtype(model),
         lambda: {"optimized_attention_override": gradient_attention},
-        config.checkpointing,
+        config.gradient_checkpointing,
     )
 
 

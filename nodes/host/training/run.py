@@ -100,7 +100,7 @@ def train_and_save(
     semantic = trained_expert(semantic_expert, "semantic", model) or load_expert(
         semantic_lora, "semantic", model, "semantic_lora"
     )
-    start = load_expert(continue_from, config.expert, model, "continue_from")
+    start = load_expert(continue_from, config.side, model, "continue_from")
     result = train_expert(model, data, config, folder, start=start, semantic=semantic, vae=vae, node_id=node_id)
     save_expert(file, result.expert, model)
     plots = torch.cat([as_image(plot) for plot in plots_of(result).values()])
@@ -223,7 +223,7 @@ def check_form(
                 f"The expert is for {given.family}, but the model is {family.title}. Choose an expert made for this model."
             )
     attached = attached_experts(model)
-    if attached is not None and attached.semantic and config.expert == "detail" and semantic is None:
+    if attached is not None and attached.semantic and config.side == "detail" and semantic is None:
         raise TrainingError(
             "model has a semantic expert attached. Training removes it, so the detail expert would be trained for the base alone. "
             "Connect that expert to semantic_expert or choose its file as semantic_lora, and connect the base to model."
@@ -262,7 +262,7 @@ def first_expert(
     """What training begins with: the given expert, or one that changes nothing yet."""
     modules = dict(diffusion_model(model).named_modules())
     generator = generator_of(config.seed, 0, 0)
-    if config.expert == "semantic":
+    if config.side == "semantic":
         expert = start or new_semantic(family, modules, config.rank, config.alpha, generator, own_weights(model))
     elif start is not None and start.replaced:
         expert = start
@@ -272,7 +272,7 @@ def first_expert(
         )
         # a plain LoRA has no embedders and head of its own
         expert = expert if start is None else replace(start, replaced=expert.replaced)
-    return replace(expert, role=config.expert, boundary=config.boundary, timesteps=config.timesteps(family))
+    return replace(expert, role=config.side, boundary=config.boundary, timesteps=config.timesteps(family))
 
 
 def save_expert(path: Path, expert: Expert, model: Any) -> None:

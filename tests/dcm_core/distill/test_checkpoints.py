@@ -1,5 +1,6 @@
 """The checkpoints of a run."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from dcm_core.distill.checkpoint_file import Checkpoint, read_checkpoint
 from dcm_core.distill.checkpoints import check_folder, newest_checkpoint, save_checkpoint
-from dcm_core.distill.config import TrainingConfig, TrainingError
+from dcm_core.distill.config import FORMER, TrainingConfig, TrainingError
 from dcm_core.errors import CheckpointError, DCMError
 from dcm_core.files.storage import TensorFile, write_tensors
 from dcm_core.files.unfinished import Unfinished
@@ -79,6 +80,24 @@ def test_states_of_version_0_1_0_are_read(tmp_path, metadata):
     write_tensors(path, tensors_of(CONFIG), metadata | {"history": json.dumps(history)})
     back = read_checkpoint(path)
     assert back.history == history and back.tensors.keys() == tensors_of(CONFIG).keys()
+
+
+def test_checkpoints_with_the_settings_of_earlier_versions_are_read(tmp_path, metadata):
+    """Their settings have other names."""
+    settings = {name: value for name, value in json.loads(CONFIG.to_json()).items() if name not in FORMER.values()}
+    former = {"expert": "semantic", "accumulate": 4, "checkpointing": False}
+    path = tmp_path / "step_00000002.safetensors"
+    write_tensors(
+        path,
+        tensors_of(CONFIG),
+        metadata | {"config": json.dumps(settings | former), "history": json.dumps([{"step": 1}, {"step": 2}])},
+    )
+    today = dataclasses.replace(CONFIG, gradient_accumulation_steps=4)
+    found = read_checkpoint(path)
+    assert found.config == dataclasses.replace(today, gradient_checkpointing=False)
+    found.check(today, {}, path)
+    with pytest.raises(TrainingError, match="gradient_accumulation_steps: 4 -> 1"):
+        found.check(CONFIG, {}, path)
 
 
 @pytest.mark.parametrize(

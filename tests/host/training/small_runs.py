@@ -10,7 +10,7 @@ SMALL = {
     "rank": 4,
     "alpha": 8.0,
     "discriminator_width": 64,
-    "checkpointing": False,
+    "gradient_checkpointing": False,
     "warmup_steps": 2,
     "boundary": 0.9,
     "shift": 5.0,

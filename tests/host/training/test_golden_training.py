@@ -89,7 +89,7 @@ def settings(core, module):
             rank=META["rank"] if side == "detail" else 0,
             alpha=2.0 * META["rank"],
             boundary=BOUNDARY,
-            checkpointing=False,
+            gradient_checkpointing=False,
             cfg=facts["distill_cfg"] if facts["use_cfg"] else 0.0,
             adversarial_weight=facts.get("adv_weight", 0.0),
         )

@@ -33,7 +33,7 @@ COMMON = {
 }
 INPUTS = json.loads((Path(__file__).parent / "node_inputs.json").read_text(encoding="utf-8"))
 # inputs that saved graphs hold by another name than the setting's
-OTHER_IDS = {"gradient_checkpointing": "checkpointing"}
+OTHER_IDS = {"accumulate": "gradient_accumulation_steps"}
 COMMAND_LINE_ALONE = {"weight_decay", "clip_norm", "divergence", "points", "shared", "feature_weight", "held_out_every"}
 SEMANTIC = {**COMMON, "temporal_weight": 1.0}
 DETAIL = {**COMMON, "adversarial_weight": 0.1, "discriminator_learning_rate": 1e-4, "discriminator_width": 64}
@@ -329,14 +329,22 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
     log = first.stderr
     assert 0 < log.index("Peak memory about") < log.index("Step 2 of 2: loss"), "told before the first step"
     assert ", 3 steps.\nResumed from step 2 of 3, changed: steps: 2 -> 3.\nSaved to" in run(3).stdout
-    assert list((tmp_path / "expert_states").glob("step_00000003.safetensors"))
-    assert {path.name for path in (tmp_path / "expert_states").glob("*.png")} >= {
+    assert list((tmp_path / "expert_checkpoints").glob("step_00000003.safetensors"))
+    assert {path.name for path in (tmp_path / "expert_checkpoints").glob("*.png")} >= {
         "loss_loss.png",
         "loss_huber.png",
         "loss_temporal.png",
     }
     wrong = run(3, modle="x")
     assert wrong.returncode == 2 and "Unknown setting modle. Valid settings: " in wrong.stderr
+
+
+def test_a_run_that_an_earlier_version_has_begun_keeps_its_folder(tmp_path, module):
+    default = module("nodes.host.training.command").default_checkpoints
+    assert default(tmp_path, "mine") == tmp_path / "mine_checkpoints"
+    (tmp_path / "mine_states").mkdir()
+    assert default(tmp_path, "mine") == tmp_path / "mine_states"
+    assert default(tmp_path, "other") == tmp_path / "other_checkpoints"
 
 
 def test_a_model_that_the_host_cannot_load_to_stay_is_refused(train, module, wan, tmp_path, data, config, monkeypatch):
@@ -362,7 +370,9 @@ def base_file(wan, tmp_path_factory):
     ("more", "error"),
     [
         ({"training": None}, "`training` is None; expected a table of settings"),
-        ({"states": 5}, "`states` is 5; expected a path"),
+        ({"checkpoints": 5}, "`checkpoints` is 5; expected a path"),
+        ({"states": 5}, "`checkpoints` is 5; expected a path"),
+        ({"states": "a", "checkpoints": "b"}, "states is the former name of checkpoints, and both are there"),
         ({"output": "."}, "`output` is .*, which is a folder; expected the name of the file to write"),
         ({"weight_dtype": ["default"]}, r"weight_dtype is \['default'\]; choose one of default"),
         ({"semantic": "expert.safetensors"}, "semantic is expert.safetensors, the file that this run writes"),

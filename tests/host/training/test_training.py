@@ -78,7 +78,7 @@ def test_every_trained_tensor_gets_a_gradient(side, module, model, data, config,
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
 def test_resumed_equals_uninterrupted(side, train, module, model, data, config, tmp_path, monkeypatch):
-    settings = config(side, steps=5, save_every=2, scheduler="cosine", accumulate=2)
+    settings = config(side, steps=5, save_every=2, scheduler="cosine", gradient_accumulation_steps=2)
     whole = train(model, data, settings, tmp_path / "whole")
     show = module("nodes.host.training.run").Show
     step = show.step
@@ -110,8 +110,12 @@ def test_each_step_is_made_at_its_learning_rate(module, model, data, config, tmp
 
 def test_checkpointing_and_accumulation_do_not_change_the_gradients(train, model, data, config, tmp_path):
     plain = train(model, data, config("detail", ema_decay=0.0, batch_size=4), tmp_path / "a")
-    again = train(model, data, config("detail", ema_decay=0.0, batch_size=4, checkpointing=True), tmp_path / "b")
-    parts = train(model, data, config("detail", ema_decay=0.0, batch_size=2, accumulate=2), tmp_path / "c")
+    again = train(
+        model, data, config("detail", ema_decay=0.0, batch_size=4, gradient_checkpointing=True), tmp_path / "b"
+    )
+    parts = train(
+        model, data, config("detail", ema_decay=0.0, batch_size=2, gradient_accumulation_steps=2), tmp_path / "c"
+    )
     for other in (again, parts):
         for name in ("loss", "huber", "gan", "discriminator", "grad_norm"):
             ours, theirs = ([entry[name] for entry in run.history] for run in (plain, other))
@@ -362,7 +366,7 @@ def test_compiled_blocks_do_not_hide_the_layers(train, module, data, config, wan
 def test_checkpointing_keeps_another_pack_s_forward(train, data, config, wan, tmp_path):
     model = wan(layers=2)
     block, calls = model.model.diffusion_model.blocks[0], []
-    expected = train(model, data, config("semantic", steps=1, checkpointing=True), tmp_path / "plain")
+    expected = train(model, data, config("semantic", steps=1, gradient_checkpointing=True), tmp_path / "plain")
     forward = block.forward
 
     def counted(*args, **kwargs):
@@ -370,7 +374,7 @@ def test_checkpointing_keeps_another_pack_s_forward(train, data, config, wan, tm
         return forward(*args, **kwargs)
 
     block.forward = counted
-    found = train(model, data, config("semantic", steps=1, checkpointing=True), tmp_path / "own")
+    found = train(model, data, config("semantic", steps=1, gradient_checkpointing=True), tmp_path / "own")
     assert calls and block.__dict__["forward"] is counted
     assert expected.history == found.history and same(expected.expert, found.expert)
 

@@ -52,10 +52,14 @@ def config(config):
 def trainer(module, model, data, config, tmp_path_factory):
     """trainer(side, ...) -> a Trainer on random data, its pairs' `up` no longer zero."""
 
-    def make(side, model=model, checkpointing=False):
+    def make(side, model=model, gradient_checkpointing=False):
         generator = torch.Generator().manual_seed(1)
         made = make_trainer(
-            module, model, data, config(side, checkpointing=checkpointing), tmp_path_factory.mktemp(side)
+            module,
+            model,
+            data,
+            config(side, gradient_checkpointing=gradient_checkpointing),
+            tmp_path_factory.mktemp(side),
         )
         for name, value in made.learner.parameters.items():
             value.data += (
@@ -197,7 +201,7 @@ def test_an_fp8_base_has_the_gradients_of_its_weights_in_float32(side, trainer, 
     assert network.single_blocks[0].linear1.weight.dtype is torch.float8_e4m3fn
     weights = {name: value.detach().float() for name, value in network.named_parameters()}
     plain = comfy.sd.load_diffusion_model_state_dict(copy.copy(weights), model_options={"dtype": torch.float32})
-    made, reference = trainer(side, low, checkpointing=True), trainer(side, plain)
+    made, reference = trainer(side, low, gradient_checkpointing=True), trainer(side, plain)
     assert made._gradients(0) == pytest.approx(reference._gradients(0), rel=1e-3)
     for name, value in made.learner.parameters.items():
         assert value.grad.abs().sum() > 0, name

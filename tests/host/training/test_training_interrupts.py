@@ -19,7 +19,7 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_alone(train, modul
     """The host looks for it in every layer: here in a teacher's call, with half of the gradients made."""
     import comfy.model_management as management
 
-    settings, calls = config("detail", accumulate=2), []
+    settings, calls = config("detail", gradient_accumulation_steps=2), []
     whole = train(model, data, settings, tmp_path / "whole")
 
     def press(*_):

@@ -109,7 +109,7 @@ def test_experts_trained_on_it_are_usable(kind, base, train, data, config, modul
     sigmas = [1.0, 0.95, 0.8, 0.0]
     outputs = [sample(model, sigmas)]
     for side in ("semantic", "detail"):
-        settings = config(side, steps=2, learning_rate=1e-2, checkpointing=True)
+        settings = config(side, steps=2, learning_rate=1e-2, gradient_checkpointing=True)
         expert = train(model, data, settings, tmp_path / side, semantic=semantic).expert
         file = tmp_path / f"{side}.safetensors"
         training.save_expert(file, expert, model)

@@ -43,7 +43,7 @@ def test_states_without_room_are_refused_before_the_first_step(
         raise AssertionError("a step was made")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_class, "_update", never)
+        patch.setattr(trainer_class, "_training_step", never)
         room(2.5)
         with pytest.raises(errors.DCMError, match=r"step_\*\.safetensors needs .* MB, but .*parts has .* MB free"):
             train(model, data, config("detail", save_every=1), tmp_path / "parts")
@@ -146,7 +146,7 @@ def test_the_expert_it_starts_from_does_not_stay_in_memory(train, module, model,
     monkeypatch.setattr(training, "first_expert", remembered)
     monkeypatch.setattr(
         trainer_module.Trainer,
-        "_update",
+        "_training_step",
         lambda self: (alive.append(sum(ref() is not None for ref in made)), update(self)),
     )
     train(model, data, config("semantic", rank=0, steps=1), tmp_path)
