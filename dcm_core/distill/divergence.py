@@ -7,7 +7,7 @@ from statistics import mean
 from .checkpoint_file import History
 from .config import TrainingConfig, TrainingError
 
-# Updates in a row that may be skipped because there is no number to learn from.
+# Steps in a row that may be skipped because there is no number to learn from.
 PATIENCE = 5
 # Steps whose mean loss is compared.
 WINDOW = 50
@@ -39,7 +39,7 @@ class Diverged(TrainingError):
 
 
 def best_step(history: History) -> int:
-    """The last step of the window of the lowest mean loss, 0 where there is no whole window."""
+    """The last step of the window of the lowest mean loss, 0 where no window is complete."""
     means = _window_means(history)
     return WINDOW * (1 + _lowest(means)) if means else 0
 

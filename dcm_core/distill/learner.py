@@ -61,7 +61,7 @@ class Learner:
             group["lr"] = rate
 
     def step(self, norm: float) -> None:
-        """Step along the gradients, whose norm is given; if that is no number, they are thrown away."""
+        """Step along the gradients, whose norm is `norm`; if that is NaN or infinite, they are thrown away."""
         if math.isfinite(norm):
             self.optimizer.step()
         self.zero_grad()

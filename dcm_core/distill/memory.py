@@ -1,6 +1,6 @@
 """What a run will need in memory, told before its first step.
 
-    peak = base + trained x (weight + average + 2 AdamW moments + gradient) + what else a step makes
+    peak = base + trained x (weight + EMA + 2 AdamW moments + gradient) + what else a step makes
 
 The last is measured: a step is made on a video of zeros, and the tensors that are alive at once are counted. A step that
 is larger than `PROBE` tokens follows from smaller ones, as it grows with the tokens and, for the texts, with the videos.

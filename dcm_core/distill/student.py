@@ -65,7 +65,7 @@ class Student(nn.Module):
         super().__init__()
         if expert.diff:
             raise ExpertError(
-                f"{name_some(expert.diff)} are differences to the base. Training starts from low-rank pairs and replaced layers."
+                f"{name_some(expert.diff)} are differences to the base. Training starts from a LoRA and replaced layers."
             )
         scales = sorted({update.scale for updates in expert.low_rank.values() for update in updates})
         # files hold alphas in float32
@@ -140,7 +140,7 @@ def new_semantic(
     generator: torch.Generator,
     weight_of: WeightOf | None = None,
 ) -> Expert:
-    """A semantic expert that changes nothing yet: low-rank pairs on every linear of the blocks; rank 0 is a full fine-tune.
+    """A semantic expert that changes nothing yet: low-rank updates of every linear of the blocks; rank 0 is a full fine-tune.
 
     Args:
         weight_of: the base's weights where they are not plain numbers in `modules`.
@@ -151,7 +151,7 @@ def new_semantic(
         return Expert(family.name, "semantic", replaced={name: _free(weight_of(name)).float() for name in names})
     names = _block_linears(family, modules)
     return Expert(
-        family.name, "semantic", {name: (_new_pair(modules[name], rank, alpha, generator),) for name in names}
+        family.name, "semantic", {name: (_new_low_rank(modules[name], rank, alpha, generator),) for name in names}
     )
 
 
@@ -170,22 +170,22 @@ def new_detail(
     Args:
         semantic: the expert it will work on top of; the copies start from that one's embedders and head.
         weight_of: as for `new_semantic`.
-        every_linear: low-rank pairs on every linear of the blocks too, and on the rows of fused ones that the release leaves out.
+        every_linear: low-rank updates of every linear of the blocks too, and of the rows of fused ones that the release leaves out.
     """
     weight_of = weight_of or _own_weights(modules)
     low_rank: dict[str, tuple[LowRank, ...]] = {}
     replaced: dict[str, Tensor] = {}
     semantic = semantic or Expert(family.name, "semantic")
-    whole = _block_linears(family, modules) if every_linear else []
-    for name in [*whole, *(name for name in sorted(modules) if name not in whole)]:
+    complete = _block_linears(family, modules) if every_linear else []
+    for name in [*complete, *(name for name in sorted(modules) if name not in complete)]:
         pieces = family.key_map.sources_of(name)
         rows = [
             _rows(modules[name], piece.part) for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)
         ]
-        if name in whole:
+        if name in complete:
             rows += _rest(modules[name], rows)
         if rows:
-            low_rank[name] = tuple(_new_pair(modules[name], rank, alpha, generator, part) for part in rows)
+            low_rank[name] = tuple(_new_low_rank(modules[name], rank, alpha, generator, part) for part in rows)
         if any(piece.source.split(".")[0] in family.detail_modules for piece in pieces):
             for key in _parameter_names(name, modules[name]):
                 replaced[key] = _free(merged(semantic, key, weight_of))
@@ -199,7 +199,7 @@ def _block_linears(family: Family, modules: Mapping[str, nn.Module]) -> list[str
 
 
 def _rest(module: nn.Module, rows: list[slice]) -> list[slice]:
-    """The rows of a linear after those given, if there are any."""
+    """The rows of a linear after `rows`, if there are any."""
     start = sum(len(range(*part.indices(module.out_features))) for part in rows)
     return [slice(start, None)] if start < module.out_features else []
 
@@ -226,10 +226,10 @@ def _rows(module: nn.Module, part: int | None) -> slice:
     return slice(None) if part is None else slice(part * width, (part + 1) * width)
 
 
-def _new_pair(
+def _new_low_rank(
     module: nn.Module, rank: int, alpha: float, generator: torch.Generator, rows: slice = slice(None)
 ) -> LowRank:
-    """A fresh pair that adds nothing: down uniform like nn.Linear's weight, up zero; on some `rows` of a fused layer's weight."""
+    """A low-rank update that adds nothing yet: down uniform like nn.Linear's weight, up zero; on some `rows` of a fused layer's weight."""
     bound = 1 / math.sqrt(module.in_features)
     down = torch.empty(rank, module.in_features).uniform_(-bound, bound, generator=generator)
     start, stop, _ = rows.indices(module.out_features)

@@ -52,10 +52,10 @@ class Discriminator(nn.Module):
             batch, _, channels = feature.shape
             return head(feature.float().reshape(batch * frames, height, width, channels).permute(0, 3, 1, 2))
 
-        pairs = zip(self.heads, features, strict=True)
+        each = zip(self.heads, features, strict=True)
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return [checkpoint(scores, head, feature, use_reentrant=False) for head, feature in pairs]
-        return [scores(head, feature) for head, feature in pairs]
+            return [checkpoint(scores, head, feature, use_reentrant=False) for head, feature in each]
+        return [scores(head, feature) for head, feature in each]
 
 
 def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discriminator:

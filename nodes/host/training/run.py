@@ -188,7 +188,7 @@ def identity_of(
 
 
 def shared_boundary(config: TrainingConfig, start: Expert | None, semantic: Expert | None) -> float | None:
-    """The boundary of the experts that are given: one pair has one.
+    """The boundary of the experts that are there: both need the same.
 
     Raises:
         DCMError: experts for different boundaries.
@@ -259,7 +259,7 @@ def check_not_output(what: str, given: Path, file: Path) -> None:
 def first_expert(
     model: Any, family: Family, config: TrainingConfig, start: Expert | None, semantic: Expert | None
 ) -> Expert:
-    """What training begins with: the given expert, or one that changes nothing yet."""
+    """What training begins with: `start`, or an expert that changes nothing yet."""
     modules = dict(diffusion_model(model).named_modules())
     generator = generator_of(config.seed, 0, 0)
     if config.side == "semantic":
@@ -278,7 +278,7 @@ def first_expert(
 def save_expert(path: Path, expert: Expert, model: Any) -> None:
     """Write the expert as a LoRA file that the host, and DCM Attach Experts, load.
 
-    Pairs in bfloat16; what replaces the base's tensors in the base's own dtype, as it is a small change of them.
+    The LoRA in bfloat16; what replaces the base's tensors in the base's own dtype, as it is a small change of them.
     """
     own = model.model_dtype() if model.model_dtype() in (torch.float32, torch.float16) else torch.bfloat16
     write_expert(path, expert, module_shapes(model), torch.bfloat16, own)
