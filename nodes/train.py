@@ -17,7 +17,7 @@ from .host.training.run import train_and_save
 WIDGETS = {int: io.Int.Input, float: io.Float.Input, bool: io.Boolean.Input, str: io.Combo.Input}
 
 
-def setting(side: Side, name: str, *, input_id: str = "", seldom: bool = False, **changed: Any) -> io.Input:
+def setting_input(side: Side, name: str, *, input_id: str = "", seldom: bool = False, **changed: Any) -> io.Input:
     """The input of a training setting, by what the setting says of itself.
 
     Args:
@@ -56,32 +56,32 @@ def common_inputs(side: Side) -> list[io.Input]:
     # a detail expert is a LoRA, and its node says the paper's rate, which 0 takes
     rate, rank = ({"default": 5e-6}, {"min": 1}) if side == "detail" else ({}, {})
     return [
-        setting(side, "steps"),
-        setting(side, "learning_rate", round=False, **rate),
-        setting(side, "rank", **rank),
-        setting(side, "alpha"),
-        setting(side, "batch_size"),
-        setting(side, "gradient_accumulation_steps", input_id="accumulate"),
+        setting_input(side, "steps"),
+        setting_input(side, "learning_rate", round=False, **rate),
+        setting_input(side, "rank", **rank),
+        setting_input(side, "alpha"),
+        setting_input(side, "batch_size"),
+        setting_input(side, "gradient_accumulation_steps", input_id="accumulate"),
         # left alone after a run: another seed would be another run
-        setting(side, "seed", control_after_generate=False),
-        setting(side, "boundary", round=False),
-        setting(side, "gradient_checkpointing"),
+        setting_input(side, "seed", control_after_generate=False),
+        setting_input(side, "boundary", round=False),
+        setting_input(side, "gradient_checkpointing"),
     ]
 
 
 def last_inputs(side: Side) -> list[io.Input]:
     """Settings that seldom change."""
     return [
-        setting(side, "shift", seldom=True),
-        setting(side, "sample_steps", seldom=True),
-        setting(side, "phases", seldom=True),
-        setting(side, "cfg", seldom=True),
-        setting(side, "ema_decay", seldom=True, round=False),
-        setting(side, "scheduler", seldom=True),
-        setting(side, "save_every", seldom=True),
-        setting(side, "held_out", seldom=True),
+        setting_input(side, "shift", seldom=True),
+        setting_input(side, "sample_steps", seldom=True),
+        setting_input(side, "phases", seldom=True),
+        setting_input(side, "cfg", seldom=True),
+        setting_input(side, "ema_decay", seldom=True, round=False),
+        setting_input(side, "scheduler", seldom=True),
+        setting_input(side, "save_every", seldom=True),
+        setting_input(side, "held_out", seldom=True),
         # a node shows them
-        setting(side, "sample_every", seldom=True, default=100),
+        setting_input(side, "sample_every", seldom=True, default=100),
         io.Combo.Input(
             "continue_from",
             options=expert_names(),
@@ -98,7 +98,7 @@ def last_inputs(side: Side) -> list[io.Input]:
 def further_inputs(side: Side) -> list[io.Input]:
     """After all others, as saved graphs hold values by their place."""
     names = ("guidance", "warmup_steps", "keep", "entry_share")
-    return [setting(side, name, seldom=True, optional=True) for name in names]
+    return [setting_input(side, name, seldom=True, optional=True) for name in names]
 
 
 def outputs() -> list[io.Output]:
@@ -129,7 +129,7 @@ class DCMTrainSemanticExpert(io.ComfyNode):
             inputs=[
                 *first_inputs("semantic"),
                 *common_inputs("semantic"),
-                setting("semantic", "temporal_weight", seldom=True),
+                setting_input("semantic", "temporal_weight", seldom=True),
                 *last_inputs("semantic"),
                 *further_inputs("semantic"),
             ],
@@ -177,9 +177,9 @@ class DCMTrainDetailExpert(io.ComfyNode):
             inputs=[
                 *first_inputs("detail"),
                 *common_inputs("detail"),
-                setting("detail", "adversarial_weight", seldom=True),
-                setting("detail", "discriminator_learning_rate", seldom=True, round=False),
-                setting("detail", "discriminator_width", seldom=True),
+                setting_input("detail", "adversarial_weight", seldom=True),
+                setting_input("detail", "discriminator_learning_rate", seldom=True, round=False),
+                setting_input("detail", "discriminator_width", seldom=True),
                 *last_inputs("detail"),
                 io.Combo.Input(
                     "semantic_lora",
@@ -193,7 +193,7 @@ class DCMTrainDetailExpert(io.ComfyNode):
                     optional=True,
                     tooltip="The semantic expert directly from its training; overrides semantic_lora.",
                 ),
-                setting("detail", "every_linear", seldom=True, optional=True),
+                setting_input("detail", "every_linear", seldom=True, optional=True),
                 *further_inputs("detail"),
             ],
             outputs=outputs(),

@@ -113,6 +113,7 @@ class Batches:
         config: TrainingConfig,
         phases: Phases,
         family: Family,
+        *,
         guidance: float | None,
         processes: Processes,
         device: torch.device,

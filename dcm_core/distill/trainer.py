@@ -98,10 +98,10 @@ class Trainer:
             config,
             self.phases,
             self.backbone.family,
-            self._guidance,
-            self.processes,
-            self.device,
-            self.latent_in,
+            guidance=self._guidance,
+            processes=self.processes,
+            device=self.device,
+            latent_in=self.latent_in,
         )
         self.history: History = []
         self.saved = 0
