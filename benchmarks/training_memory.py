@@ -26,19 +26,19 @@ WAN, HUNYUAN_VIDEO = "Wan 2.1 1.3B, 832x480", "HunyuanVideo 13B, 832x480"
 LATENT = (60, 104)
 # name, frames of the video, dtype of the base, settings
 ROWS: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
-    (WAN, 81, torch.bfloat16, {"expert": "semantic"}),
-    (WAN, 81, torch.bfloat16, {"expert": "semantic", "checkpointing": False}),
-    (WAN, 81, torch.bfloat16, {"expert": "semantic", "rank": 32}),
-    (WAN, 81, torch.bfloat16, {"expert": "semantic", "rank": 0}),
-    (WAN, 81, torch.bfloat16, {"expert": "detail"}),
-    (WAN, 81, torch.bfloat16, {"expert": "detail", "adversarial_weight": 0.0}),
-    (WAN, 49, torch.bfloat16, {"expert": "semantic"}),
-    (WAN, 49, torch.bfloat16, {"expert": "detail"}),
-    (WAN, 33, torch.float8_e4m3fn, {"expert": "semantic", "rank": 32}),
-    (WAN, 33, torch.float8_e4m3fn, {"expert": "detail", "rank": 32}),
-    (HUNYUAN_VIDEO, 29, torch.bfloat16, {"expert": "semantic"}),
-    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"expert": "semantic", "rank": 32}),
-    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"expert": "detail", "rank": 32}),
+    (WAN, 81, torch.bfloat16, {"side": "semantic"}),
+    (WAN, 81, torch.bfloat16, {"side": "semantic", "gradient_checkpointing": False}),
+    (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 32}),
+    (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 0}),
+    (WAN, 81, torch.bfloat16, {"side": "detail"}),
+    (WAN, 81, torch.bfloat16, {"side": "detail", "adversarial_weight": 0.0}),
+    (WAN, 49, torch.bfloat16, {"side": "semantic"}),
+    (WAN, 49, torch.bfloat16, {"side": "detail"}),
+    (WAN, 33, torch.float8_e4m3fn, {"side": "semantic", "rank": 32}),
+    (WAN, 33, torch.float8_e4m3fn, {"side": "detail", "rank": 32}),
+    (HUNYUAN_VIDEO, 29, torch.bfloat16, {"side": "semantic"}),
+    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"side": "semantic", "rank": 32}),
+    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"side": "detail", "rank": 32}),
 ]
 
 
@@ -88,14 +88,14 @@ def flash_attention(
 def random_clip(pack: Callable[[str], Any], frames: int, extras: dict[str, Any]) -> Any:
     """One clip of so many frames with its text, as training data."""
     text = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM), extras]]
-    return pack("dcm_core.distill.data.dataset").TensorData(
+    return pack("dcm_core.distill.data.dataset").TensorDataset(
         [torch.randn(16, 1 + (frames - 1) // 4, *LATENT)], [text], [0], text
     )
 
 
 def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
     """What the run is said to need."""
-    families, trainee = pack("dcm_core.families"), pack("dcm_core.distill.student")
+    families, students = pack("dcm_core.families"), pack("dcm_core.distill.student")
     family = families.WAN if name == WAN else families.HUNYUAN_VIDEO
     config = pack("dcm_core.distill.config").TrainingConfig(**settings).for_family(family)
     module = transformer(name, dtype).requires_grad_(False)
@@ -107,17 +107,21 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
             family, modules, config.rank, config.alpha, generator, weight_of=lambda key: torch.empty(shapes[key])
         )
 
-    expert = new(trainee.new_semantic if config.expert == "semantic" else trainee.new_detail)
-    below = new(trainee.new_semantic) if config.expert == "detail" else None
+    expert = new(students.new_semantic if config.side == "semantic" else students.new_detail)
+    semantic = new(students.new_semantic) if config.side == "detail" else None
     data = random_clip(pack, frames, {} if name == WAN else {"pooled_output": torch.zeros(1, 768)})
     backbone = pack("dcm_core.distill.backbone").Backbone(
-        module, family, torch.bfloat16, lambda: {"optimized_attention_override": flash_attention}, config.checkpointing
+        module,
+        family,
+        torch.bfloat16,
+        lambda: {"optimized_attention_override": flash_attention},
+        config.gradient_checkpointing,
     )
     # nothing is made, so that the whole video can be
     whole = patch.object(pack("dcm_core.distill.memory"), "PROBE", 10**9)
     with tempfile.TemporaryDirectory() as folder, pack("nodes.host.compat").gradients(), whole:
         trainer = pack("dcm_core.distill.trainer").Trainer(
-            backbone, data, config, replace(expert, boundary=config.boundary), Path(folder), META, below
+            backbone, data, config, replace(expert, boundary=config.boundary), Path(folder), META, semantic
         )
         return trainer.memory()
 
@@ -129,18 +133,18 @@ def measure(
     gc.collect()
     torch.cuda.empty_cache()
     model = random_base(30, dtype)
-    attach, trainee = pack("nodes.host.experts.attach"), pack("dcm_core.distill.student")
+    attach, students = pack("nodes.host.experts.attach"), pack("dcm_core.distill.student")
     config = pack("dcm_core.distill.config").TrainingConfig(**settings, steps=steps)
     family, modules = attach.require_family(model), dict(attach.diffusion_model(model).named_modules())
-    below = (
-        trainee.new_semantic(family, modules, config.rank, config.alpha, torch.Generator())
-        if config.expert == "detail"
+    semantic = (
+        students.new_semantic(family, modules, config.rank, config.alpha, torch.Generator())
+        if config.side == "detail"
         else None
     )
     data = random_clip(pack, frames, {})
     torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        result = pack("nodes.host.training.run").train_expert(model, data, config, Path(folder), below=below)
+        result = pack("nodes.host.training.run").train_expert(model, data, config, Path(folder), semantic=semantic)
     return torch.cuda.max_memory_allocated() / 2**30, result.seconds / steps
 
 

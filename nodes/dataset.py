@@ -5,7 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..dcm_core.distill.data.clips import ClipSettings
-from ..dcm_core.distill.data.data_file import read_data, write_data
+from ..dcm_core.distill.data.dataset_file import read_dataset, write_dataset
 from ..dcm_core.distill.data.encode import prepare
 from ..dcm_core.distill.data.sources import check_source, source_state
 from ..dcm_core.errors import DCMError, counted
@@ -149,7 +149,7 @@ class DCMSaveDataset(io.ComfyNode):
     @classmethod
     def execute(cls, dataset: Any, file_name: str, overwrite: bool) -> io.NodeOutput:
         path = new_file(DATASETS, file_name, overwrite)
-        write_data(path, dataset, progress=byte_progress(cls.hidden.unique_id))
+        write_dataset(path, dataset, progress=byte_progress(cls.hidden.unique_id))
         return io.NodeOutput(ui=report(f"Saved {counted(len(dataset), 'clip')} to {path}", cls.hidden.unique_id))
 
 
@@ -176,7 +176,7 @@ class DCMLoadDataset(io.ComfyNode):
 
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:
-        data = read_data(path_of(DATASETS, file_name, "file_name"), byte_progress(cls.hidden.unique_id))
+        data = read_dataset(path_of(DATASETS, file_name, "file_name"), byte_progress(cls.hidden.unique_id))
         line = f"{counted(len(data), 'clip')}, {counted(len(data.buckets), 'size')}"
         return io.NodeOutput(data, ui=report(line, cls.hidden.unique_id))
 

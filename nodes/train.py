@@ -4,7 +4,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dcm_core.distill.config import SCHEDULERS, TrainingConfig
+from ..dcm_core.distill.config import SETTINGS, TrainingConfig
+from ..dcm_core.routing import Side
 from .dataset import Dataset
 from .experts import TrainedExpert
 from .host.compat import advanced, newer
@@ -13,8 +14,27 @@ from .host.folders import NONE, fingerprint
 from .host.report import report
 from .host.training.run import train_and_save
 
+WIDGETS = {int: io.Int.Input, float: io.Float.Input, bool: io.Boolean.Input, str: io.Combo.Input}
 
-def first_inputs(side: str) -> list[io.Input]:
+
+def setting_input(side: Side, name: str, *, input_id: str = "", seldom: bool = False, **changed: Any) -> io.Input:
+    """The input of a training setting, by what the setting says of itself.
+
+    Args:
+        input_id: where saved graphs hold it by another name.
+        seldom: shown with the advanced inputs.
+        changed: what is different on a node.
+    """
+    about, default = SETTINGS[name], getattr(TrainingConfig, name)
+    widget = WIDGETS[type(default)]
+    values: dict[str, Any] = {"options": list(about.options)} if about.options else {"default": default}
+    if about.widget is not None:
+        values |= zip(("min", "max", "step"), about.widget, strict=True)
+    values |= {"tooltip": about.help_for(side), **(advanced(widget) if seldom else {})}
+    return widget(input_id or name, **values | changed)
+
+
+def first_inputs(side: Side) -> list[io.Input]:
     """The first inputs of both nodes."""
     return [
         io.Model.Input(
@@ -31,136 +51,37 @@ def first_inputs(side: str) -> list[io.Input]:
     ]
 
 
-def common_inputs(steps: int, learning_rate: float, rank_floor: int) -> list[io.Input]:
+def common_inputs(side: Side) -> list[io.Input]:
     """The settings both stages share."""
-    full = " 0 trains every weight of the model." if rank_floor == 0 else ""
+    # a detail expert is a LoRA, and its node says the paper's rate, which 0 takes
+    rate, rank = ({"default": 5e-6}, {"min": 1}) if side == "detail" else ({}, {})
     return [
-        io.Int.Input(
-            "steps",
-            default=steps,
-            min=1,
-            max=1_000_000,
-            tooltip="Total optimiser steps. Raise it to train a finished run further.",
-        ),
-        io.Float.Input(
-            "learning_rate",
-            default=learning_rate,
-            min=0.0,
-            max=1.0,
-            step=1e-7,
-            round=False,
-            tooltip="Peak learning rate of AdamW. 0 uses 1e-4 for a semantic LoRA, 1e-6 for rank 0 and 5e-6 for a detail expert.",
-        ),
-        io.Int.Input("rank", default=128, min=rank_floor, max=1024, tooltip=f"LoRA rank (released models: 128).{full}"),
-        io.Float.Input(
-            "alpha",
-            default=256.0,
-            min=0.01,
-            max=4096.0,
-            step=0.5,
-            tooltip="LoRA scale is alpha / rank (released models: 2). If you change rank, change alpha too.",
-        ),
-        io.Int.Input("batch_size", default=1, min=1, max=256, tooltip="Videos in memory at once."),
-        io.Int.Input(
-            "accumulate", default=1, min=1, max=1024, tooltip="Gradient accumulation: batches per optimiser step."
-        ),
-        io.Int.Input(
-            # left alone after a run: another seed would be another run
-            "seed",
-            default=0,
-            min=0,
-            max=2**31,
-            control_after_generate=False,
-            tooltip="Seed for initial weights, noise and clip order.",
-        ),
-        io.Float.Input(
-            "boundary",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.001,
-            round=False,
-            tooltip="Sigma between the two experts, saved with the expert. Both experts need the same value. 0 uses the boundary of the "
-            "other expert, else the family's default (Wan 2.1: 0.979, HunyuanVideo: 0.982).",
-        ),
-        io.Boolean.Input(
-            "gradient_checkpointing", default=True, tooltip="Needs much less memory and makes training somewhat slower."
-        ),
+        setting_input(side, "steps"),
+        setting_input(side, "learning_rate", round=False, **rate),
+        setting_input(side, "rank", **rank),
+        setting_input(side, "alpha"),
+        setting_input(side, "batch_size"),
+        setting_input(side, "gradient_accumulation_steps", input_id="accumulate"),
+        # left alone after a run: another seed would be another run
+        setting_input(side, "seed", control_after_generate=False),
+        setting_input(side, "boundary", round=False),
+        setting_input(side, "gradient_checkpointing"),
     ]
 
 
-def last_inputs() -> list[io.Input]:
+def last_inputs(side: Side) -> list[io.Input]:
     """Settings that seldom change."""
     return [
-        io.Float.Input(
-            "shift", default=17.0, min=0.01, max=100.0, tooltip="Shift of the noise levels.", **advanced(io.Float.Input)
-        ),
-        io.Int.Input(
-            "sample_steps",
-            default=6,
-            min=1,
-            max=50,
-            **advanced(io.Int.Input),
-            tooltip="Number of sampling steps the expert is made for. Only used when shift is not 17, the value of the released models.",
-        ),
-        io.Int.Input(
-            "phases",
-            default=1,
-            min=1,
-            max=50,
-            **advanced(io.Int.Input),
-            tooltip="Consistency phases of this expert (released models: 1). With as many phases as steps, every step is one jump.",
-        ),
-        io.Float.Input(
-            "cfg",
-            default=5.0,
-            min=0.0,
-            max=30.0,
-            step=0.1,
-            **advanced(io.Float.Input),
-            tooltip="KSampler's cfg minus 1: the teacher's w in cond + w (cond - negative). 0 turns guidance off. The expert learns the "
-            "guidance and then samples at cfg 1.",
-        ),
-        io.Float.Input(
-            "ema_decay",
-            default=0.95,
-            min=0.0,
-            max=0.9999,
-            step=0.01,
-            round=False,
-            **advanced(io.Float.Input),
-            tooltip="EMA decay. The averaged weights are what gets saved; 0 turns averaging off.",
-        ),
-        io.Combo.Input(
-            "scheduler",
-            options=list(SCHEDULERS),
-            tooltip="How the learning rate changes after warm-up.",
-            **advanced(io.Combo.Input),
-        ),
-        io.Int.Input(
-            "save_every",
-            default=100,
-            min=1,
-            max=100_000,
-            tooltip="Steps between checkpoints.",
-            **advanced(io.Int.Input),
-        ),
-        io.Int.Input(
-            "held_out",
-            default=0,
-            min=0,
-            max=10_000,
-            **advanced(io.Int.Input),
-            tooltip="Number of clips kept out of training to measure the held-out loss.",
-        ),
-        io.Int.Input(
-            "sample_every",
-            default=100,
-            min=0,
-            max=100_000,
-            **advanced(io.Int.Input),
-            tooltip="Steps between sample videos. 0 makes none.",
-        ),
+        setting_input(side, "shift", seldom=True),
+        setting_input(side, "sample_steps", seldom=True),
+        setting_input(side, "phases", seldom=True),
+        setting_input(side, "cfg", seldom=True),
+        setting_input(side, "ema_decay", seldom=True, round=False),
+        setting_input(side, "scheduler", seldom=True),
+        setting_input(side, "save_every", seldom=True),
+        setting_input(side, "held_out", seldom=True),
+        # a node shows them
+        setting_input(side, "sample_every", seldom=True, default=100),
         io.Combo.Input(
             "continue_from",
             options=expert_names(),
@@ -174,49 +95,10 @@ def last_inputs() -> list[io.Input]:
     ]
 
 
-def further_inputs() -> list[io.Input]:
+def further_inputs(side: Side) -> list[io.Input]:
     """After all others, as saved graphs hold values by their place."""
-    return [
-        io.Float.Input(
-            "guidance",
-            default=6.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            optional=True,
-            **advanced(io.Float.Input),
-            tooltip="Embedded guidance of HunyuanVideo, for training and sample videos.",
-        ),
-        io.Int.Input(
-            "warmup_steps",
-            default=10,
-            min=0,
-            max=100_000,
-            optional=True,
-            **advanced(io.Int.Input),
-            tooltip="Steps over which the learning rate rises to its peak.",
-        ),
-        io.Int.Input(
-            "keep",
-            default=2,
-            min=1,
-            max=1000,
-            optional=True,
-            **advanced(io.Int.Input),
-            tooltip="How many of the most recent checkpoints to keep.",
-        ),
-        io.Float.Input(
-            "entry_share",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            optional=True,
-            **advanced(io.Float.Input),
-            tooltip="Share of training spent at the noise levels where a phase begins, from which the expert's steps start. The rest is "
-            "spread over all noise levels. Use it with as many phases as steps.",
-        ),
-    ]
+    names = ("guidance", "warmup_steps", "keep", "entry_share")
+    return [setting_input(side, name, seldom=True, optional=True) for name in names]
 
 
 def outputs() -> list[io.Output]:
@@ -246,18 +128,10 @@ class DCMTrainSemanticExpert(io.ComfyNode):
             ),
             inputs=[
                 *first_inputs("semantic"),
-                *common_inputs(1000, 0.0, rank_floor=0),
-                io.Float.Input(
-                    "temporal_weight",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    **advanced(io.Float.Input),
-                    tooltip="Weight of the temporal coherence loss, which improves motion.",
-                ),
-                *last_inputs(),
-                *further_inputs(),
+                *common_inputs("semantic"),
+                setting_input("semantic", "temporal_weight", seldom=True),
+                *last_inputs("semantic"),
+                *further_inputs("semantic"),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
@@ -276,12 +150,12 @@ class DCMTrainSemanticExpert(io.ComfyNode):
         model: Any,
         dataset: Any,
         name: str,
-        gradient_checkpointing: bool,
+        accumulate: int,
         continue_from: str = NONE,
         vae: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
-        config = TrainingConfig("semantic", checkpointing=gradient_checkpointing, **settings)
+        config = TrainingConfig("semantic", gradient_accumulation_steps=accumulate, **settings)
         run = train_and_save(model, dataset, config, name, continue_from, vae=vae, node_id=cls.hidden.unique_id)
         return io.NodeOutput(run.model, run.expert, str(run.file), run.plots, ui=report(str(run), cls.hidden.unique_id))
 
@@ -302,36 +176,11 @@ class DCMTrainDetailExpert(io.ComfyNode):
             ),
             inputs=[
                 *first_inputs("detail"),
-                *common_inputs(1000, 5e-6, rank_floor=1),
-                io.Float.Input(
-                    "adversarial_weight",
-                    default=0.1,
-                    min=0.0,
-                    max=100.0,
-                    step=0.01,
-                    **advanced(io.Float.Input),
-                    tooltip="Weight of the GAN and feature matching losses, which improve sharpness. 0 uses the consistency loss alone.",
-                ),
-                io.Float.Input(
-                    "discriminator_learning_rate",
-                    default=5e-6,
-                    min=1e-9,
-                    max=1.0,
-                    step=1e-7,
-                    round=False,
-                    **advanced(io.Float.Input),
-                    tooltip="Learning rate of the discriminator.",
-                ),
-                io.Int.Input(
-                    "discriminator_width",
-                    default=1024,
-                    min=32,
-                    max=4096,
-                    step=32,
-                    **advanced(io.Int.Input),
-                    tooltip="Channels of the discriminator's heads. Small models need fewer.",
-                ),
-                *last_inputs(),
+                *common_inputs("detail"),
+                setting_input("detail", "adversarial_weight", seldom=True),
+                setting_input("detail", "discriminator_learning_rate", seldom=True, round=False),
+                setting_input("detail", "discriminator_width", seldom=True),
+                *last_inputs("detail"),
                 io.Combo.Input(
                     "semantic_lora",
                     options=expert_names(),
@@ -344,15 +193,8 @@ class DCMTrainDetailExpert(io.ComfyNode):
                     optional=True,
                     tooltip="The semantic expert directly from its training; overrides semantic_lora.",
                 ),
-                io.Boolean.Input(
-                    "every_linear",
-                    default=False,
-                    optional=True,
-                    **advanced(io.Boolean.Input),
-                    tooltip="Trains a LoRA on every linear layer of the blocks, feed-forward too; the release trains attention only. Helps "
-                    "on top of a fully fine-tuned semantic expert. The file is larger.",
-                ),
-                *further_inputs(),
+                setting_input("detail", "every_linear", seldom=True, optional=True),
+                *further_inputs("detail"),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
@@ -373,14 +215,14 @@ class DCMTrainDetailExpert(io.ComfyNode):
         model: Any,
         dataset: Any,
         name: str,
-        gradient_checkpointing: bool,
+        accumulate: int,
         continue_from: str = NONE,
         vae: Any = None,
         semantic_lora: str = NONE,
         semantic_expert: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
-        config = TrainingConfig("detail", checkpointing=gradient_checkpointing, **settings)
+        config = TrainingConfig("detail", gradient_accumulation_steps=accumulate, **settings)
         run = train_and_save(
             model,
             dataset,

@@ -51,11 +51,11 @@ SEMANTIC = config_module.TrainingConfig(
     phases=PHASES,
     entry_share=0.5,
     cfg=0.0,
-    checkpointing=False,
+    gradient_checkpointing=False,
     save_every=400,
     keep=1,
 )
-# The semantic expert below is trained whole, its feed-forward layers for high noise: here they need pairs too.
+# The semantic expert is a full fine-tune, its feed-forward layers fit high noise only: here they need a LoRA, too.
 # The paper's adversarial weight of 0.1 brings the spectrum closer, but pixels and latents further away (docs/small-world-trials.md).
 DETAIL = replace(
     SEMANTIC,
@@ -74,10 +74,10 @@ DETAIL = replace(
 
 @dataclass(frozen=True)
 class Plan:
-    """One expert to train; `below` names the run of the semantic expert under it."""
+    """One expert to train; `semantic` names the run of the semantic expert under it."""
 
     config: Any
-    below: str | None = None
+    semantic: str | None = None
 
 
 CONSISTENCY = {"temporal_weight": 0.0, "adversarial_weight": 0.0}
@@ -134,7 +134,7 @@ def load_data(folder: Path, model: Any, count: int | None = None) -> Any:
     latents = model.model.process_latent_out(teacher_videos(folder, model)[:count])
     texts = [[[embed(caption)[None].float(), {}]] for caption in CAPTIONS]
     no_text = [[torch.zeros_like(texts[0][0][0]), {}]]
-    return dataset.TensorData(list(latents), texts, [index % len(texts) for index in range(len(latents))], no_text)
+    return dataset.TensorDataset(list(latents), texts, [index % len(texts) for index in range(len(latents))], no_text)
 
 
 def expert_path(folder: Path, name: str) -> Path:
@@ -145,7 +145,7 @@ def expert_path(folder: Path, name: str) -> Path:
 def load_expert(folder: Path, name: str, model: Any) -> Any:
     """A trained expert."""
     return pack("nodes.host.experts.expert_files").read_expert_file(
-        expert_path(folder, name), RUNS[name].config.expert, model
+        expert_path(folder, name), RUNS[name].config.side, model
     )
 
 
@@ -153,10 +153,10 @@ def train(folder: Path, name: str, seed: int, steps: int | None) -> None:
     """One run, in this process."""
     model = load_base(folder)
     plan = RUNS[name]
-    below = load_expert(folder, plan.below, model) if plan.below else None
+    semantic = load_expert(folder, plan.semantic, model) if plan.semantic else None
     started = time.monotonic()
     config = replace(plan.config, seed=seed, steps=steps or plan.config.steps)
-    result = training.train_expert(model, load_data(folder, model), config, folder / "states" / name, below=below)
+    result = training.train_expert(model, load_data(folder, model), config, folder / "states" / name, semantic=semantic)
     training.save_expert(expert_path(folder, name), result.expert, model)
     last = result.history[-100:]
     means = {term: sum(entry[term] for entry in last) / len(last) for term in last[-1]}
@@ -168,7 +168,7 @@ def train_side_by_side(folder: Path, names: list[str], at_once: int, options: li
     waiting, working = list(names), {}
     try:
         while waiting or working:
-            ready = [name for name in waiting if RUNS[name].below not in (*waiting, *working)]
+            ready = [name for name in waiting if RUNS[name].semantic not in (*waiting, *working)]
             for name in ready[: at_once - len(working)]:
                 command = [sys.executable, __file__, str(folder), name, "--at-once", "1", *options]
                 working[name] = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})

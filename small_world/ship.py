@@ -121,7 +121,7 @@ def main() -> None:
     data = load_data(args.folder, base, TRAINING_CLIPS)
     path = MODELS / "dcm_datasets" / "dcm_small_world.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    host.pack("dcm_core.distill.data.data_file").write_data(path, data, torch.bfloat16)
+    host.pack("dcm_core.distill.data.dataset_file").write_dataset(path, data, torch.bfloat16)
     sizes = {file.relative_to(MODELS).parts[0]: 0 for file in MODELS.rglob("*.safetensors")}
     for file in MODELS.rglob("*.safetensors"):
         sizes[file.relative_to(MODELS).parts[0]] += file.stat().st_size

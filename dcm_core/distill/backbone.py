@@ -59,7 +59,7 @@ class Backbone:
         module: the native model class; its weights are never written, and get no gradient.
         dtype: what it computes in.
         options: makes the host's `transformer_options` for a call.
-        checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again (always so for a family
+        gradient_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again (always so for a family
             whose blocks overwrite what a backward pass needs).
     """
 
@@ -67,7 +67,7 @@ class Backbone:
     family: Family
     dtype: torch.dtype = torch.float32
     options: Callable[[], dict[str, Any]] = dict
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
 
     def velocity(self, x: Tensor, sigma: Tensor, text: Text, experts: Working = ()) -> Tensor:
         """Velocity (float32, like x) at the noise levels `sigma` (batch,), with the experts in place."""
@@ -129,7 +129,7 @@ class Backbone:
 
     @property
     def _forgets(self) -> bool:
-        return (self.checkpointing or self.family.writes_in_place) and torch.is_grad_enabled()
+        return (self.gradient_checkpointing or self.family.writes_in_place) and torch.is_grad_enabled()
 
     def _forgetful(self, function: Callable[..., Any], experts: Working) -> Callable[..., Any]:
         """The function without its inner activations, where they are not to be kept: computed again with the same experts in place."""

@@ -1,6 +1,6 @@
 """Which videos, noise and noise levels a step works on: a function of seed and step alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +9,11 @@ from torch import Tensor
 from ..families import Family
 from ..files.conditioning import Conditioning
 from .backbone import Text
-from .config import TrainingError
+from .config import TrainingConfig, TrainingError
+from .data.dataset import BatchOrder, Dataset
 from .method.consistency import Batch
 from .method.phases import Phases
+from .parallel import Processes
 
 
 def generator_of(seed: int, step: int, element: int) -> torch.Generator:
@@ -93,3 +95,66 @@ def make_batch(videos: Sequence[Video], phases: Phases, device: torch.device) ->
 def _join(texts: Sequence[Text]) -> Text:
     extras = {name: torch.cat([text.extras[name] for text in texts]) for name in texts[0].extras}
     return Text(torch.cat([text.context for text in texts]), extras)
+
+
+class Batches:
+    """The batches of a run.
+
+    Args:
+        indices: the clips of the dataset to train on.
+        guidance: embedded guidance, for a transformer that has it.
+        latent_in: the host's scaling of VAE latents to what the transformer sees.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        indices: Sequence[int],
+        config: TrainingConfig,
+        phases: Phases,
+        family: Family,
+        *,
+        guidance: float | None,
+        processes: Processes,
+        device: torch.device,
+        latent_in: Callable[[Tensor], Tensor],
+    ):
+        self._dataset, self._config, self._phases = dataset, config, phases
+        self._family, self._guidance, self._latent_in = family, guidance, latent_in
+        self._processes, self._device = processes, device
+        self._size = config.batch_size * processes.count
+        self._order = BatchOrder(dataset.buckets_of(indices), self._size, config.seed)
+        self._no_text = text_of(dataset.unconditional(), family, guidance)
+
+    def of_step(self, step: int) -> Iterator[tuple[Batch, float]]:
+        """This process's batches of a step, counted from 0, with their shares in its loss."""
+        parts = self._config.gradient_accumulation_steps
+        for part in range(parts):
+            chosen = self._order.batch(step * parts + part)
+            videos = [
+                self._video(index, generator_of(self._config.seed, step, part * self._size + position))
+                for position, index in self._processes.share(chosen)
+            ]
+            yield from ((batch, share / parts) for batch, share in self._stacked(videos))
+
+    def held_out(self, position: int, index: int) -> Batch:
+        """The batch of a held-out clip, the `position`-th of them, with the same noise each time."""
+        batch, _ = next(self._stacked([self._video(index, generator_of(self._config.seed + 1, 0, position))]))
+        return batch
+
+    def empty(self, index: int, shape: tuple[int, ...]) -> Iterator[tuple[Batch, float]]:
+        """Batches of zeros instead of the latent of a clip.
+
+        Args:
+            shape: (videos, channels, frames, height, width).
+        """
+        zeros = torch.zeros(shape[1:])
+        return self._stacked([self._video(index, generator_of(0, 0, element), zeros) for element in range(shape[0])])
+
+    def _video(self, index: int, generator: torch.Generator, x0: Tensor | None = None) -> Video:
+        text = text_of(self._dataset.conditioning(index), self._family, self._guidance)
+        x0 = self._latent_in(self._dataset.latent(index)[None].float())[0] if x0 is None else x0
+        return Video(x0, text, self._no_text, generator)
+
+    def _stacked(self, videos: Sequence[Video]) -> Iterator[tuple[Batch, float]]:
+        return stacked(videos, self._phases, self._device)

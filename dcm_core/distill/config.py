@@ -21,148 +21,272 @@ SCHEDULERS = ("constant", "cosine")
 # the types of settings, as a reader calls them
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
-# name -> (lowest, highest) of the numbers
-LIMITS: dict[str, tuple[float, float]] = {
-    "steps": (1, 1e7),
-    "batch_size": (1, 4096),
-    "accumulate": (1, 4096),
-    "seed": (0, 2**63 - 1),
-    "rank": (0, 4096),
-    "alpha": (1e-6, 1e6),
-    "learning_rate": (1e-12, 10),
-    "discriminator_learning_rate": (1e-12, 10),
-    "warmup_steps": (0, 1e7),
-    "clip_norm": (1e-6, 1e6),
-    "ema_decay": (0, 0.999999),
-    "entry_share": (0, 1),
-    "cfg": (0, 100),
-    "temporal_weight": (0, 1e4),
-    "adversarial_weight": (0, 1e4),
-    "feature_weight": (0, 1e6),
-    "discriminator_width": (32, 8192),
-    "guidance": (0, 100),
-    "save_every": (1, 1e7),
-    "keep": (1, 1000),
-    "held_out": (0, 1e6),
-    "held_out_every": (1, 1e7),
-    "sample_every": (0, 1e7),
-    "sample_steps": (1, 1000),
-    "weight_decay": (0, 10),
-    "divergence": (0, 1e9),
-}
-# What a resumed run may change: how long, how fast, how often.
-FREE = {
-    "steps",
-    "save_every",
-    "keep",
-    "held_out_every",
-    "sample_every",
-    "checkpointing",
-    "divergence",
-    "learning_rate",
-    "discriminator_learning_rate",
-}
+
+@dataclass(frozen=True)
+class Setting:
+    """What there is to say of a setting: checks, the nodes' widgets and the table in docs/training.md are made from it.
+
+    Attributes:
+        help: what it does, then what to set, then what 0 or -1 means.
+        semantic_help: what is true for a semantic expert alone, said after the help.
+        limits: the lowest and the highest number.
+        automatic: a number that stands for a value that follows from expert and model; it may lie outside the limits.
+        widget: lowest, highest and step of the number on a node, where it differs from the limits; None for no step.
+        options: the texts to choose from.
+        only: the expert that has this setting, if not both.
+        resumable: a resumed run may change it, as it only says how long, how fast or how often.
+        former: its name in settings files and checkpoints of earlier versions, and in saved graphs.
+    """
+
+    help: str
+    semantic_help: str = ""
+    limits: tuple[float, float] | None = None
+    automatic: float | None = None
+    widget: tuple[float, float, float | None] | None = None
+    options: tuple[str, ...] = ()
+    only: Side | None = None
+    resumable: bool = False
+    former: str = ""
+
+    def help_for(self, expert: Side) -> str:
+        return f"{self.help} {self.semantic_help}" if expert == "semantic" and self.semantic_help else self.help
+
+    def problem_of(self, value: Any) -> str:
+        """What is wrong with a value of the right type, as words that go on after it; empty if nothing is."""
+        if self.options and value not in self.options:
+            return f"choose one of {', '.join(self.options)}"
+        if self.limits is None or value == self.automatic:
+            return ""
+        low, high = self.limits
+        fits = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
+        return "" if fits else f"expected a number from {low:g} to {high:g}"
+
+
+def renamed(values: dict[str, Any], former: dict[str, str]) -> dict[str, Any]:
+    """The values by their names of today.
+
+    Args:
+        former: name of earlier versions -> name of today.
+
+    Raises:
+        TrainingError: a value by both names.
+    """
+    for old, name in former.items():
+        if old in values and name in values:
+            raise TrainingError(f"{old} is the former name of {name}, and both are there. Remove {old}.")
+    return {former.get(name, name): value for name, value in values.items()}
+
+
+def setting(default: Any, help: str, semantic_help: str = "", **about: Any) -> Any:
+    """A field with its `Setting`."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(help, semantic_help, **about)})
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of one run.
-
-    Attributes:
-        expert: which expert is trained.
-        boundary: sigma between the experts, stored with the result; 0 takes the given expert's, else the family's.
-        shift, points: of the solver's noise levels.
-        phases: consistency phases of this expert (of each side, where it is shared).
-        entry_share: share of the drawn noise levels that are the noisiest of a phase, where a step of sampling enters it; the rest
-            are drawn from all alike.
-        shared: train one expert for all noise levels (the paper's ablation).
-        batch_size: videos a step and process; `accumulate` batches make one update.
-        rank, alpha: of the low-rank pairs; rank 0 is a full fine-tune (semantic expert only).
-        every_linear: give the detail expert pairs on every linear of the blocks, as a semantic LoRA has them, not only on the
-            release's attention projections.
-        learning_rate: the peak; 0 takes the paper's (full fine-tune 1e-6, detail 5e-6) or 1e-4 for a semantic LoRA.
-        ema_decay: of the averaged expert, which is the target network of the semantic stage and the result; 0 for none.
-        cfg: w of the teacher's v_cond + w (v_cond - v_uncond).
-        adversarial_weight: of the GAN and feature matching losses; 0 trains the detail expert by consistency alone.
-        feature_weight: of feature matching; -1 takes the family's.
-        discriminator_width: channels of its heads, a multiple of 32.
-        guidance: embedded guidance (HunyuanVideo).
-        divergence: how many times its lowest the loss may become before the run is ended; 0 for any.
-        held_out: clips kept for the held-out loss.
-        sample_every: steps between sample videos, 0 for none; sample_steps: steps of a sample.
+    """Settings of one run that trains the expert of a `side`; `SETTINGS` says what each is.
 
     Raises:
         TrainingError: a value outside its limits.
     """
 
-    expert: Side
-    steps: int = 1000
-    batch_size: int = 1
-    accumulate: int = 1
-    rank: int = 128
-    alpha: float = 256.0
-    every_linear: bool = False
-    learning_rate: float = 0.0
-    discriminator_learning_rate: float = 5e-6
-    scheduler: str = "constant"
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    divergence: float = 20.0
-    ema_decay: float = 0.95
-    boundary: float = 0.0
-    shift: float = DEFAULT_SHIFT
-    points: int = DEFAULT_POINTS
-    phases: int = 1
-    entry_share: float = 0.0
-    shared: bool = False
-    cfg: float = 5.0
-    temporal_weight: float = 1.0
-    adversarial_weight: float = 0.1
-    feature_weight: float = -1.0
-    discriminator_width: int = 1024
-    guidance: float = 6.0
-    checkpointing: bool = True
-    seed: int = 0
-    save_every: int = 100
-    keep: int = 2
-    held_out: int = 0
-    held_out_every: int = 50
-    sample_every: int = 0
-    sample_steps: int = 6
+    side: Side
+    steps: int = setting(
+        1000,
+        "Total optimiser steps. Raise it to train a finished run further.",
+        limits=(1, 1e7),
+        widget=(1, 1_000_000, None),
+        resumable=True,
+    )
+    batch_size: int = setting(1, "Videos in memory at once.", limits=(1, 4096), widget=(1, 256, None))
+    gradient_accumulation_steps: int = setting(
+        1,
+        "Gradient accumulation: batches per optimiser step.",
+        limits=(1, 4096),
+        widget=(1, 1024, None),
+        former="accumulate",
+    )
+    rank: int = setting(
+        128,
+        "LoRA rank (released models: 128).",
+        "0 trains every weight of the model.",
+        limits=(0, 4096),
+        widget=(0, 1024, None),
+    )
+    alpha: float = setting(
+        256.0,
+        "LoRA scale is alpha / rank (released models: 2). If you change rank, change alpha too.",
+        limits=(1e-6, 1e6),
+        widget=(0.01, 4096.0, 0.5),
+    )
+    every_linear: bool = setting(
+        False,
+        "Trains a LoRA on every linear layer of the blocks, feed-forward too; the release trains attention only. Helps "
+        "on top of a fully fine-tuned semantic expert. The file is larger.",
+        only="detail",
+    )
+    learning_rate: float = setting(
+        0.0,
+        "Peak learning rate of AdamW. 0 uses 1e-4 for a semantic LoRA, 1e-6 for rank 0 and 5e-6 for a detail expert.",
+        limits=(1e-12, 10),
+        automatic=0,
+        widget=(0.0, 1.0, 1e-7),
+        resumable=True,
+    )
+    discriminator_learning_rate: float = setting(
+        5e-6,
+        "Learning rate of the discriminator.",
+        limits=(1e-12, 10),
+        widget=(1e-9, 1.0, 1e-7),
+        only="detail",
+        resumable=True,
+    )
+    scheduler: str = setting("constant", "How the learning rate changes after warm-up.", options=SCHEDULERS)
+    warmup_steps: int = setting(
+        10, "Steps over which the learning rate rises to its peak.", limits=(0, 1e7), widget=(0, 100_000, None)
+    )
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", limits=(0, 10))
+    clip_norm: float = setting(
+        1.0, "Largest norm of the gradients; larger ones are scaled down to it.", limits=(1e-6, 1e6)
+    )
+    divergence: float = setting(
+        20.0,
+        "How many times its lowest the loss may become before the run ends. 0 never ends it.",
+        limits=(0, 1e9),
+        resumable=True,
+    )
+    ema_decay: float = setting(
+        0.95,
+        "EMA decay. The averaged weights are what gets saved; 0 turns averaging off.",
+        limits=(0, 0.999999),
+        widget=(0.0, 0.9999, 0.01),
+    )
+    boundary: float = setting(
+        0.0,
+        "Sigma between the two experts, saved with the expert. Both experts need the same value. 0 uses the boundary of the "
+        "other expert, else the family's default (Wan 2.1: 0.979, HunyuanVideo: 0.982).",
+        widget=(0.0, 1.0, 0.001),
+    )
+    shift: float = setting(DEFAULT_SHIFT, "Shift of the noise levels.", widget=(0.01, 100.0, None))
+    points: int = setting(DEFAULT_POINTS, "Noise levels of the solver, at most 1000 (released models: 50).")
+    phases: int = setting(
+        1,
+        "Consistency phases of this expert (released models: 1). With as many phases as steps, every step is one jump.",
+        widget=(1, 50, None),
+    )
+    entry_share: float = setting(
+        0.0,
+        "Share of training spent at the noise levels where a phase begins, from which the expert's steps start. The rest is "
+        "spread over all noise levels. Use it with as many phases as steps.",
+        limits=(0, 1),
+        widget=(0.0, 1.0, 0.05),
+    )
+    shared: bool = setting(
+        False,
+        "Trains one expert for all noise levels, with as many phases on each side of the boundary.",
+        only="semantic",
+    )
+    cfg: float = setting(
+        5.0,
+        "KSampler's cfg minus 1: the teacher's w in cond + w (cond - negative). 0 turns guidance off. The expert learns the "
+        "guidance and then samples at cfg 1.",
+        limits=(0, 100),
+        widget=(0.0, 30.0, 0.1),
+    )
+    temporal_weight: float = setting(
+        1.0,
+        "Weight of the temporal coherence loss, which improves motion.",
+        limits=(0, 1e4),
+        widget=(0.0, 100.0, 0.1),
+        only="semantic",
+    )
+    adversarial_weight: float = setting(
+        0.1,
+        "Weight of the GAN and feature matching losses, which improve sharpness. 0 uses the consistency loss alone.",
+        limits=(0, 1e4),
+        widget=(0.0, 100.0, 0.01),
+        only="detail",
+    )
+    feature_weight: float = setting(
+        -1.0,
+        "Weight of feature matching beside the GAN loss. -1 uses the family's default (Wan 2.1: 10, HunyuanVideo: 1).",
+        limits=(0, 1e6),
+        automatic=-1,
+        only="detail",
+    )
+    discriminator_width: int = setting(
+        1024,
+        "Channels of the discriminator's heads. Small models need fewer.",
+        limits=(32, 8192),
+        widget=(32, 4096, 32),
+        only="detail",
+    )
+    guidance: float = setting(
+        6.0,
+        "Embedded guidance of HunyuanVideo, for training and sample videos.",
+        limits=(0, 100),
+        widget=(0.0, 100.0, 0.1),
+    )
+    gradient_checkpointing: bool = setting(
+        True, "Needs much less memory and makes training somewhat slower.", resumable=True, former="checkpointing"
+    )
+    seed: int = setting(
+        0, "Seed for initial weights, noise and clip order.", limits=(0, 2**63 - 1), widget=(0, 2**31, None)
+    )
+    save_every: int = setting(
+        100, "Steps between checkpoints.", limits=(1, 1e7), widget=(1, 100_000, None), resumable=True
+    )
+    keep: int = setting(
+        2, "How many of the most recent checkpoints to keep.", limits=(1, 1000), widget=(1, 1000, None), resumable=True
+    )
+    held_out: int = setting(
+        0,
+        "Number of clips kept out of training to measure the held-out loss.",
+        limits=(0, 1e6),
+        widget=(0, 10_000, None),
+    )
+    held_out_every: int = setting(
+        50, "Steps between two measurements of the held-out loss.", limits=(1, 1e7), resumable=True
+    )
+    sample_every: int = setting(
+        0, "Steps between sample videos. 0 makes none.", limits=(0, 1e7), widget=(0, 100_000, None), resumable=True
+    )
+    sample_steps: int = setting(
+        6,
+        "Number of sampling steps the expert is made for. Only used when shift is not 17, the value of the released models.",
+        limits=(1, 1000),
+        widget=(1, 50, None),
+    )
 
     def __post_init__(self) -> None:
-        if self.expert not in ("semantic", "detail"):
-            raise TrainingError(f"expert is {self.expert!r}; choose semantic or detail.")
-        if self.scheduler not in SCHEDULERS:
-            raise TrainingError(f"scheduler is {self.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
-        for name, (low, high) in LIMITS.items():
-            value = getattr(self, name)
-            auto = (name, value) in (("learning_rate", 0), ("feature_weight", -1))
-            if not auto and not (isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high):
-                raise TrainingError(f"{name} is {value!r}; expected a number from {low:g} to {high:g}.")
+        if self.side not in ("semantic", "detail"):
+            raise TrainingError(f"side is {self.side!r}; choose semantic or detail.")
+        for name, about in SETTINGS.items():
+            if problem := about.problem_of(value := getattr(self, name)):
+                raise TrainingError(f"{name} is {value!r}; {problem}.")
         if self.discriminator_width % 32:
             raise TrainingError(f"discriminator_width is {self.discriminator_width}; expected a multiple of 32.")
-        if self.expert == "detail" and self.shared:
+        if self.side == "detail" and self.shared:
             raise TrainingError(
                 "shared is true, but an expert for all noise levels is trained as a semantic expert. Train that."
             )
-        if self.expert == "detail" and self.rank == 0:
+        if self.side == "detail" and self.rank == 0:
             raise TrainingError("rank is 0, but a detail expert is a LoRA: expected 1 or more (released models: 128).")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
-        """Settings from a file's values.
+        """Settings from a file's values, by their names of today or of earlier versions.
 
         Raises:
             TrainingError: a name that is none, or a value of another type.
         """
-        kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        values = renamed(values, FORMER)
+        kinds = {"side": str, **{name: type(getattr(cls, name)) for name in SETTINGS}}
         unknown = sorted(set(values) - set(kinds))
         if unknown:
             raise TrainingError(f"Unknown setting {', '.join(unknown)}. Valid settings: {', '.join(kinds)}.")
         for name, value in values.items():
-            kind = str if name == "expert" else kinds[name]
+            kind = kinds[name]
             fits = isinstance(value, kind) or (kind is float and isinstance(value, int) and not isinstance(value, bool))
             if not fits or (kind is int and isinstance(value, bool)):
                 raise TrainingError(f"{name} is {value!r}; expected {WORDS[kind]}.")
@@ -170,7 +294,7 @@ class TrainingConfig:
 
     def for_family(self, family: Family, boundary: float | None = None) -> "TrainingConfig":
         """With every automatic value filled in; `boundary` is that of the experts it starts from or belongs with."""
-        rate = self.learning_rate or (5e-6 if self.expert == "detail" else 1e-4 if self.rank else 1e-6)
+        rate = self.learning_rate or (5e-6 if self.side == "detail" else 1e-4 if self.rank else 1e-6)
         return dataclasses.replace(
             self,
             boundary=self.boundary or boundary or family.preset.boundary,
@@ -181,12 +305,12 @@ class TrainingConfig:
     @property
     def adversarial(self) -> bool:
         """Whether there is a discriminator."""
-        return self.expert == "detail" and self.adversarial_weight > 0
+        return self.side == "detail" and self.adversarial_weight > 0
 
     def make_phases(self, family: Family) -> Phases:
         steps = tuple(timestep / TIMESTEPS for timestep in self.timesteps(family))
         return Phases(
-            self.expert, self.boundary, self.shift, self.points, self.phases, self.shared, steps, self.entry_share
+            self.side, self.boundary, self.shift, self.points, self.phases, self.shared, steps, self.entry_share
         )
 
     def timesteps(self, family: Family) -> tuple[float, ...]:
@@ -197,11 +321,11 @@ class TrainingConfig:
 
     def differences(self, other: "TrainingConfig") -> list[str]:
         """`name: other's -> mine` of every setting that a resumed run may not change."""
-        return self._compared(other, [field.name for field in dataclasses.fields(self) if field.name not in FREE])
+        return self._compared(other, ["side", *(name for name, about in SETTINGS.items() if not about.resumable)])
 
     def changes(self, other: "TrainingConfig") -> list[str]:
         """The same of those that it may change."""
-        return self._compared(other, [field.name for field in dataclasses.fields(self) if field.name in FREE])
+        return self._compared(other, [name for name, about in SETTINGS.items() if about.resumable])
 
     def new_rates(self, other: "TrainingConfig") -> list[str]:
         """The same of the learning rates that are used."""
@@ -216,3 +340,11 @@ class TrainingConfig:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
+
+
+# Every setting but `side` by its name.
+SETTINGS: dict[str, Setting] = {
+    field.name: field.metadata["setting"] for field in dataclasses.fields(TrainingConfig) if field.metadata
+}
+# Names of earlier versions -> those of today.
+FORMER = {"expert": "side", **{about.former: name for name, about in SETTINGS.items() if about.former}}

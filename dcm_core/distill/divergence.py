@@ -4,10 +4,10 @@ import math
 from itertools import takewhile
 from statistics import mean
 
-from .checkpoints import History
+from .checkpoint_file import History
 from .config import TrainingConfig, TrainingError
 
-# Updates in a row that may be skipped because there is no number to learn from.
+# Steps in a row that may be skipped because there is no number to learn from.
 PATIENCE = 5
 # Steps whose mean loss is compared.
 WINDOW = 50
@@ -38,8 +38,8 @@ class Diverged(TrainingError):
     """The expert has become worse than it was; it is not worth saving."""
 
 
-def lowest_window(history: History) -> int:
-    """The last step of the window of the lowest mean loss, 0 where there is no whole window."""
+def best_step(history: History) -> int:
+    """The last step of the window of the lowest mean loss, 0 where no window is complete."""
     means = _window_means(history)
     return WINDOW * (1 + _lowest(means)) if means else 0
 

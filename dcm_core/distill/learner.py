@@ -1,21 +1,23 @@
 """Tensors under training with their AdamW: what makes a step of their gradients."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import load_optimizer, optimizer_tensors
 from .config import TrainingConfig
 from .parallel import Processes
 
-Scheduler = torch.optim.lr_scheduler.LRScheduler
-
 # What the loss is multiplied by where the model computes in float16: the gradients of a video are below its smallest numbers.
+# Not torch's GradScaler: it grows without limit, by a count of steps that would be one more thing to save and resume.
 LOSS_SCALE = 2.0**16
 # Once it was lowered, it is doubled again this often.
 STEPS_TO_RESCALE = 1000
+# AdamW's of each parameter, in its shape.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Learner:
     """One set of tensors.
 
     Attributes:
-        name: of its tensors in a saved state.
+        name: of its tensors in a checkpoint.
         parameters: by name.
         clip: the largest norm of all gradients together.
     """
@@ -53,32 +55,37 @@ class Learner:
             torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], scale)
         return float(nn.utils.clip_grad_norm_(parameters, self.clip))
 
+    def set_learning_rate(self, rate: float) -> None:
+        """For the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
     def step(self, norm: float) -> None:
-        """Step along the gradients, whose norm is given; if that is no number, they are thrown away."""
+        """Step along the gradients, whose norm is `norm`; if that is NaN or infinite, they are thrown away."""
         if math.isfinite(norm):
             self.optimizer.step()
-        self.forget()
+        self.zero_grad()
 
-    def expect(self) -> None:
-        """Make room for the gradients."""
+    def allocate_gradients(self) -> None:
+        """Make room for the gradients, as zeros."""
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Throw the gradients away."""
         self.optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole state by name."""
+        """Parameters and AdamW's state by their names in a checkpoint."""
         values = {f"{self.name}.{name}": value for name, value in self.parameters.items()}
-        return values | optimizer_tensors(f"{self.name}_optimizer", self.parameters, self.optimizer)
+        return values | _optimizer_tensors(f"{self.name}_optimizer", self.parameters, self.optimizer)
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take up a state."""
+        """Take up the tensors of a checkpoint."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"{self.name}.{name}"])
-        load_optimizer(f"{self.name}_optimizer", list(self.parameters), self.optimizer, tensors)
+        _load_optimizer(f"{self.name}_optimizer", list(self.parameters), self.optimizer, tensors)
 
 
 def make_learner(
@@ -98,17 +105,36 @@ def make_learner(
     return Learner(name, parameters, torch.optim.AdamW(parameters.values(), lr=rate, foreach=False, **settings), clip)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> Scheduler:
-    """Linear warm-up, then constant or cosine."""
-    schedulers = torch.optim.lr_scheduler
-    warmup = min(config.warmup_steps, config.steps - 1)
-    rest = config.steps - warmup
-    after: Scheduler
-    if config.scheduler == "cosine":
-        after = schedulers.CosineAnnealingLR(optimizer, T_max=rest)
-    else:
-        after = schedulers.ConstantLR(optimizer, factor=1.0, total_iters=0)
-    if warmup == 0:
-        return after
-    start = schedulers.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    return schedulers.SequentialLR(optimizer, [start, after], milestones=[warmup])
+def _optimizer_tensors(
+    prefix: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """AdamW's state by the names of its parameters; without a step yet, what the first step begins with."""
+    found = {}
+    for name, parameter in parameters.items():
+        zeros = torch.zeros((), device=parameter.device).expand(parameter.shape)
+        state = {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, zeros), **optimizer.state.get(parameter, {})}
+        found |= {f"{prefix}.{name}.{key}": value for key, value in state.items()}
+    return found
+
+
+def _load_optimizer(
+    prefix: str, names: list[str], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Give the optimizer its state back."""
+    state: dict[int, dict[str, Any]] = {}
+    for index, name in enumerate(names):
+        start = f"{prefix}.{name}."
+        found = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
+        if found:
+            state[index] = found
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """The learning rate of a step, counted from 0: a linear warm-up, then constant, or half a cosine down to 0."""
+    peak, warmup = config.learning_rate, min(config.warmup_steps, config.steps - 1)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if config.scheduler == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))

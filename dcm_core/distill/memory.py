@@ -1,6 +1,6 @@
 """What a run will need in memory, told before its first step.
 
-    peak = base + trained x (weight + average + 2 AdamW moments + gradient) + what else a step makes
+    peak = base + trained x (weight + EMA + 2 AdamW moments + gradient) + what else a step makes
 
 The last is measured: a step is made on a video of zeros, and the tensors that are alive at once are counted. A step that
 is larger than `PROBE` tokens follows from smaller ones, as it grows with the tokens and, for the texts, with the videos.
@@ -68,8 +68,8 @@ class Memory:
             return
         fixes = ["use fewer frames or a smaller size in the dataset"]
         if config.batch_size > 1:
-            fixes.append(f"lower batch_size from {config.batch_size} (and raise accumulate instead)")
-        if not config.checkpointing:
+            fixes.append(f"lower batch_size from {config.batch_size} (and raise gradient accumulation instead)")
+        if not config.gradient_checkpointing:
             fixes.append("turn gradient checkpointing on")
         if config.rank == 0:
             fixes.append("set rank above 0 (a LoRA instead of a full fine-tune)")

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,46 +48,61 @@ class PreciseExpert(RoutedExpert):
             yield module, attribute, tensor if replaced else getattr(module, attribute).to(tensor) + tensor
 
 
-@dataclass(frozen=True)
-class Trainee:
-    """The modules of an expert under training.
+class Student(nn.Module):
+    """An expert under training.
 
-    Low-rank pairs work at `scale` = alpha / rank, which stays outside the weights as in the paper's training; what replaces
-    a layer works alone.
+    Low-rank updates work at `scale` = alpha / rank, which stays outside the weights as in the paper's training; what replaces
+    a layer works alone. Parameter names are those in saved checkpoints.
 
-    Attributes:
-        facts: the expert without its tensors.
+    Args:
+        base: native name -> module of the base.
+
+    Raises:
+        ExpertError: an expert that does not fit, whose alpha / rank differs between layers, or that holds differences.
     """
 
-    facts: Expert
-    low_rank: PreciseExpert
-    replaced: PreciseExpert
-    scale: float
+    def __init__(self, expert: Expert, base: Mapping[str, nn.Module], device: torch.device):
+        super().__init__()
+        if expert.diff:
+            raise ExpertError(
+                f"{name_some(expert.diff)} are differences to the base. Training starts from a LoRA and replaced layers."
+            )
+        scales = sorted({update.scale for updates in expert.low_rank.values() for update in updates})
+        # files hold alphas in float32
+        if scales and not math.isclose(scales[0], scales[-1], rel_tol=1e-6):
+            raise ExpertError(
+                f"The expert's alpha / rank differs between layers ({scales}). Training starts from one for all."
+            )
+        self.scale = scales[0] if scales else 1.0
+        self.without_tensors = dataclasses.replace(expert, low_rank={}, replaced={})
+        unscaled = {
+            name: tuple(dataclasses.replace(update, scale=1.0) for update in updates)
+            for name, updates in expert.low_rank.items()
+        }
+
+        def build(**tensors: Any) -> PreciseExpert:
+            part = Expert(expert.family, expert.role, **tensors)
+            return PreciseExpert(part, base, CASTING, torch.float32, device).requires_grad_()
+
+        self.low_rank, self.replaced = build(low_rank=unscaled), build(replaced=expert.replaced)
 
     @property
     def working(self) -> Working:
         """For `Backbone.velocity`."""
         return ((self.low_rank, self.scale), (self.replaced, 1.0))
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every trained tensor, by a name that a resumed run finds again."""
-        for part in ("low_rank", "replaced"):
-            for name, parameter in getattr(self, part).named_parameters():
-                yield f"{part}.{name}", parameter
-
-    def copy(self) -> "Trainee":
-        """An independent one with the same values (for the moving average), without gradients."""
-        low_rank, replaced = copy.deepcopy(self.low_rank), copy.deepcopy(self.replaced)
-        return Trainee(self.facts, low_rank.requires_grad_(False), replaced.requires_grad_(False), self.scale)
+    def make_ema(self) -> "Student":
+        """A copy without gradients, to be moved by `update_ema`."""
+        return copy.deepcopy(self).requires_grad_(False)
 
     @torch.no_grad()
-    def average(self, other: "Trainee", decay: float) -> None:
-        """self = decay self + (1 - decay) other."""
-        for (_, mine), (_, theirs) in zip(self.named_parameters(), other.named_parameters(), strict=True):
+    def update_ema(self, student: "Student", decay: float) -> None:
+        """self = decay self + (1 - decay) student."""
+        for mine, theirs in zip(self.parameters(), student.parameters(), strict=True):
             mine.lerp_(theirs, 1 - decay)
 
     @torch.no_grad()
-    def result(self) -> Expert:
+    def to_expert(self) -> Expert:
         """What has been learned, as an expert of its own on the CPU."""
         low_rank: dict[str, tuple[LowRank, ...]] = {}
         for name, site in zip(self.low_rank.names, self.low_rank.sites, strict=True):
@@ -102,43 +116,11 @@ class Trainee:
         }
         for name, site in zip(self.replaced.names, self.replaced.sites, strict=True):
             replaced |= {f"{name}.{param}": _free(value) for param, value in site.replaced.named_parameters()}
-        return dataclasses.replace(self.facts, low_rank=low_rank, replaced=replaced)
+        return dataclasses.replace(self.without_tensors, low_rank=low_rank, replaced=replaced)
 
 
 def _free(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def make_trainee(expert: Expert, modules: Mapping[str, nn.Module], device: torch.device) -> Trainee:
-    """Modules for the expert's tensors, in float32.
-
-    Args:
-        modules: native name -> module of the base.
-
-    Raises:
-        ExpertError: an expert that does not fit, or one whose pairs differ in alpha / rank, or that holds differences.
-    """
-    if expert.diff:
-        raise ExpertError(
-            f"{name_some(expert.diff)} are differences to the base. Training starts from low-rank pairs and replaced layers."
-        )
-    scales = sorted({update.scale for updates in expert.low_rank.values() for update in updates})
-    # files hold alphas in float32
-    if scales and not math.isclose(scales[0], scales[-1], rel_tol=1e-6):
-        raise ExpertError(
-            f"The expert's alpha / rank differs between layers ({scales}). Training starts from one for all."
-        )
-    unscaled = {
-        name: tuple(LowRank(update.down, update.up, 1.0, update.start) for update in updates)
-        for name, updates in expert.low_rank.items()
-    }
-
-    def build(**tensors: Any) -> PreciseExpert:
-        part = Expert(expert.family, expert.role, **tensors)
-        return PreciseExpert(part, modules, CASTING, torch.float32, device).requires_grad_()
-
-    facts = dataclasses.replace(expert, low_rank={}, replaced={})
-    return Trainee(facts, build(low_rank=unscaled), build(replaced=expert.replaced), scales[0] if scales else 1.0)
 
 
 def make_fixed(expert: Expert, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> Working:
@@ -158,7 +140,7 @@ def new_semantic(
     generator: torch.Generator,
     weight_of: WeightOf | None = None,
 ) -> Expert:
-    """A semantic expert that changes nothing yet: low-rank pairs on every linear of the blocks; rank 0 is a full fine-tune.
+    """A semantic expert that changes nothing yet: low-rank updates of every linear of the blocks; rank 0 is a full fine-tune.
 
     Args:
         weight_of: the base's weights where they are not plain numbers in `modules`.
@@ -169,7 +151,7 @@ def new_semantic(
         return Expert(family.name, "semantic", replaced={name: _free(weight_of(name)).float() for name in names})
     names = _block_linears(family, modules)
     return Expert(
-        family.name, "semantic", {name: (_new_pair(modules[name], rank, alpha, generator),) for name in names}
+        family.name, "semantic", {name: (_new_low_rank(modules[name], rank, alpha, generator),) for name in names}
     )
 
 
@@ -188,22 +170,22 @@ def new_detail(
     Args:
         semantic: the expert it will work on top of; the copies start from that one's embedders and head.
         weight_of: as for `new_semantic`.
-        every_linear: low-rank pairs on every linear of the blocks too, and on the rows of fused ones that the release leaves out.
+        every_linear: low-rank updates of every linear of the blocks too, and of the rows of fused ones that the release leaves out.
     """
     weight_of = weight_of or _own_weights(modules)
     low_rank: dict[str, tuple[LowRank, ...]] = {}
     replaced: dict[str, Tensor] = {}
     semantic = semantic or Expert(family.name, "semantic")
-    whole = _block_linears(family, modules) if every_linear else []
-    for name in [*whole, *(name for name in sorted(modules) if name not in whole)]:
+    complete = _block_linears(family, modules) if every_linear else []
+    for name in [*complete, *(name for name in sorted(modules) if name not in complete)]:
         pieces = family.key_map.sources_of(name)
         rows = [
             _rows(modules[name], piece.part) for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)
         ]
-        if name in whole:
+        if name in complete:
             rows += _rest(modules[name], rows)
         if rows:
-            low_rank[name] = tuple(_new_pair(modules[name], rank, alpha, generator, part) for part in rows)
+            low_rank[name] = tuple(_new_low_rank(modules[name], rank, alpha, generator, part) for part in rows)
         if any(piece.source.split(".")[0] in family.detail_modules for piece in pieces):
             for key in _parameter_names(name, modules[name]):
                 replaced[key] = _free(merged(semantic, key, weight_of))
@@ -217,7 +199,7 @@ def _block_linears(family: Family, modules: Mapping[str, nn.Module]) -> list[str
 
 
 def _rest(module: nn.Module, rows: list[slice]) -> list[slice]:
-    """The rows of a linear after those given, if there are any."""
+    """The rows of a linear after `rows`, if there are any."""
     start = sum(len(range(*part.indices(module.out_features))) for part in rows)
     return [slice(start, None)] if start < module.out_features else []
 
@@ -244,10 +226,10 @@ def _rows(module: nn.Module, part: int | None) -> slice:
     return slice(None) if part is None else slice(part * width, (part + 1) * width)
 
 
-def _new_pair(
+def _new_low_rank(
     module: nn.Module, rank: int, alpha: float, generator: torch.Generator, rows: slice = slice(None)
 ) -> LowRank:
-    """A fresh pair that adds nothing: down uniform like nn.Linear's weight, up zero; on some `rows` of a fused layer's weight."""
+    """A low-rank update that adds nothing yet: down uniform like nn.Linear's weight, up zero; on some `rows` of a fused layer's weight."""
     bound = 1 / math.sqrt(module.in_features)
     down = torch.empty(rank, module.in_features).uniform_(-bound, bound, generator=generator)
     start, stop, _ = rows.indices(module.out_features)

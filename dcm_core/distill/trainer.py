@@ -3,8 +3,7 @@
 import logging
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 
@@ -13,20 +12,21 @@ from torch import Tensor
 
 from ..experts.expert import Expert
 from .backbone import Backbone, Working
-from .batches import Video, generator_of, stacked, text_of
-from .checkpoints import History, SavedState, check_folder, check_state, newest_state, save_state
+from .batches import Batches
+from .checkpoint_file import EMA, LOSS_SCALE_NAME, Checkpoint, History
+from .checkpoints import check_folder, check_resumable, newest_checkpoint, save_checkpoint
 from .config import TrainingConfig
-from .data.dataset import BatchOrder, TrainingData
-from .divergence import Diverged, check_losses, lowest_window
-from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, make_learner, make_schedule
+from .data.dataset import Dataset
+from .divergence import Diverged, best_step, check_losses
+from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, learning_rate_at, make_learner
 from .memory import Memory, step_size, total
-from .method.consistency import Batch, Roles, predict
+from .method.consistency import Batch, Networks, predict
 from .method.discriminator import make_discriminator
 from .method.losses import pseudo_huber
 from .method.stages import DetailStage, SemanticStage, Terms
 from .parallel import Processes
 from .signals import held_back
-from .student import make_fixed, make_trainee
+from .student import Student, make_fixed
 from .watcher import Quiet, Watcher
 
 logger = logging.getLogger("ComfyUI-DCM")
@@ -37,7 +37,7 @@ class Result:
     """What a run gives.
 
     Attributes:
-        history: for each update its `step` and losses by name.
+        history: for each step its number `step` and losses by name.
         seconds: of this run, without what was done before it was resumed.
         resumed: from which checkpoint, in words; empty for a new run.
     """
@@ -54,54 +54,62 @@ class Trainer:
 
     Attributes:
         start: the expert that is trained, as it begins; it is not kept.
-        below: a finished expert that stays in place under the trained one (the semantic one, for the detail stage).
+        semantic: the finished semantic expert that stays in place under a detail expert.
         latent_in: the host's scaling of VAE latents to what the transformer sees.
         folder: where checkpoints are kept.
-        facts: what a resumed run has to share beside its settings (the data's fingerprint, the model).
+        identity: as in `Checkpoint`.
     """
 
     backbone: Backbone
-    data: TrainingData
+    data: Dataset
     config: TrainingConfig
     start: InitVar[Expert]
     folder: Path
     device: torch.device
-    below: InitVar[Expert | None] = None
+    semantic: InitVar[Expert | None] = None
     latent_in: Callable[[Tensor], Tensor] = torch.Tensor.float
-    facts: dict[str, str] = field(default_factory=dict)
+    identity: dict[str, str] = field(default_factory=dict)
     watcher: Watcher = field(default_factory=Quiet)
     processes: Processes = field(default_factory=Processes)
 
-    def __post_init__(self, start: Expert, below: Expert | None) -> None:
+    def __post_init__(self, start: Expert, semantic: Expert | None) -> None:
         config = self.config
         modules = dict(self.backbone.module.named_modules())
         self.phases = config.make_phases(self.backbone.family)
-        self.trainee = make_trainee(start, modules, self.device)
-        self.below_working: Working = (
-            () if below is None else make_fixed(below, modules, self.device, self.backbone.dtype)
+        self.student = Student(start, modules, self.device)
+        self.semantic_working: Working = (
+            () if semantic is None else make_fixed(semantic, modules, self.device, self.backbone.dtype)
         )
-        self.average = self.trainee.copy() if config.ema_decay else None
+        self.ema = self.student.make_ema() if config.ema_decay else None
         self.learner = make_learner(
             "expert",
-            dict(self.trainee.named_parameters()),
+            dict(self.student.named_parameters()),
             config.learning_rate,
             config.clip_norm,
             weight_decay=config.weight_decay,
         )
-        self.schedule = make_schedule(self.learner.optimizer, config)
         self.discriminator = make_discriminator(self.backbone, config).to(self.device) if config.adversarial else None
         self.discriminator_learner = self._make_discriminator_learner() if config.adversarial else None
         self.loss_scale = LOSS_SCALE if self.backbone.dtype is torch.float16 else 1.0
         train, self.held_out = self.data.split(config.held_out, config.seed)
-        self.order = BatchOrder(self.data.buckets_of(train), config.batch_size * self.processes.count, config.seed)
-        self.no_text = text_of(self.data.unconditional(), self.backbone.family, self._guidance)
+        self.batches = Batches(
+            self.data,
+            train,
+            config,
+            self.phases,
+            self.backbone.family,
+            guidance=self._guidance,
+            processes=self.processes,
+            device=self.device,
+            latent_in=self.latent_in,
+        )
         self.history: History = []
         self.saved = 0
         self.worth_saving = True
 
     @property
     def done(self) -> int:
-        """Updates made so far."""
+        """Steps made so far."""
         return len(self.history)
 
     def run(self) -> Result:
@@ -118,7 +126,7 @@ class Trainer:
         try:
             self._hold_out()
             while self.done < self.config.steps:
-                self._update()
+                self._training_step()
                 check_losses(self.history, self.config)
                 self._after_step()
         except Diverged:
@@ -132,45 +140,42 @@ class Trainer:
         return Result(self.expert(), self.history, time.monotonic() - began, resumed)
 
     def expert(self) -> Expert:
-        """The (averaged) expert as it is now."""
-        return (self.average or self.trainee).result()
+        """The expert as it is now: the EMA's, if there is one."""
+        return (self.ema or self.student).to_expert()
 
     def memory(self) -> Memory:
         """What the run will need; makes a step that teaches nothing."""
         example = max((bucket[0] for bucket in self.data.buckets), key=lambda index: math.prod(self.data.shape(index)))
         channels, *largest = self.data.shape(example)
-        text = text_of(self.data.conditioning(example), self.backbone.family, self._guidance)
         trained = total(self.learner.parameters.values())
         judging = total(self.discriminator_learner.parameters.values()) if self.discriminator_learner else 0
 
         def step(shape: tuple[int, ...]) -> None:
-            x0 = torch.zeros(channels, *shape[1:])
-            videos = [Video(x0, text, self.no_text, generator_of(0, 0, element)) for element in range(shape[0])]
-            for batch, share in stacked(videos, self.phases, self.device):
+            for batch, share in self.batches.empty(example, (shape[0], channels, *shape[1:])):
                 self._learn(batch, share)
 
         try:
             for learner in self._learners:
-                learner.expect()
+                learner.allocate_gradients()
             size = max(
                 step_size(step, (self.config.batch_size, *largest)), *(learner.scratch for learner in self._learners)
             )
         finally:
-            self._forget()
-        below = sum(total(part.parameters()) for part, _ in self.below_working)
-        present = trained * (2 if self.average else 1) + judging + below
+            self._zero_grad()
+        semantic = sum(total(part.parameters()) for part, _ in self.semantic_working)
+        present = trained * (2 if self.ema else 1) + judging + semantic
         return Memory(
             total(self.backbone.module.parameters()), present, 2 * (trained + judging), trained + judging + size
         )
 
-    def roles(self) -> Roles:
+    def networks(self) -> Networks:
         """Teacher, student and target network on the one backbone."""
-        backbone, below = self.backbone, self.below_working
-        student = (*below, *self.trainee.working)
+        backbone, semantic = self.backbone, self.semantic_working
+        student = (*semantic, *self.student.working)
         # the detail stage's target network is the student itself (paper, section 3.4)
-        averaged = self.average if self.average and self.config.expert == "semantic" else self.trainee
-        target = (*below, *averaged.working)
-        return Roles(
+        target_network = self.ema if self.ema and self.config.side == "semantic" else self.student
+        target = (*semantic, *target_network.working)
+        return Networks(
             student=lambda x, sigma, text: backbone.velocity(x, sigma, text, student),
             teacher=lambda x, sigma, text: backbone.velocity(x, sigma, text),
             target=lambda x, sigma, text: backbone.velocity(x, sigma, text, target),
@@ -179,10 +184,10 @@ class Trainer:
     def losses(self, batch: Batch) -> tuple[Tensor, Terms, Callable[[], Tensor] | None]:
         """The student's loss for one batch, its terms, and the discriminator's loss."""
         config = self.config
-        if config.expert == "semantic":
-            return *SemanticStage(self.phases, config.cfg, config.temporal_weight).losses(self.roles(), batch), None
+        if config.side == "semantic":
+            return *SemanticStage(self.phases, config.cfg, config.temporal_weight).losses(self.networks(), batch), None
         stage = DetailStage(self.phases, config.cfg, config.adversarial_weight, feature_weight=config.feature_weight)
-        return stage.losses(self.roles(), batch, self.backbone.features, self.discriminator)
+        return stage.losses(self.networks(), batch, self.backbone.features, self.discriminator)
 
     @property
     def _guidance(self) -> float | None:
@@ -193,44 +198,27 @@ class Trainer:
         parameters, rate = dict(self.discriminator.named_parameters()), self.config.discriminator_learning_rate
         return make_learner("discriminator", parameters, rate, betas=(0.0, 0.999), weight_decay=0.0)
 
-    def _video(self, index: int, generator: torch.Generator) -> Video:
-        text = text_of(self.data.conditioning(index), self.backbone.family, self._guidance)
-        return Video(self.latent_in(self.data.latent(index)[None].float())[0], text, self.no_text, generator)
-
-    def _batches(self, step: int) -> Iterator[tuple[Batch, float]]:
-        """The batches of one update with their shares in its loss."""
-        config, size = self.config, self.config.batch_size * self.processes.count
-        for part in range(config.accumulate):
-            chosen = self.order.batch(step * config.accumulate + part)
-            videos = [
-                self._video(index, generator_of(config.seed, step, part * size + position))
-                for position, index in self.processes.share(chosen)
-            ]
-            yield from (
-                (batch, share / config.accumulate) for batch, share in stacked(videos, self.phases, self.device)
-            )
-
-    def _update(self) -> None:
+    def _training_step(self) -> None:
         """One step of the optimisers, and its losses in the history."""
         scale = self.loss_scale
         terms, norm = self._gradients(self.done), self.learner.gather(self.processes, self.loss_scale)
         while not math.isfinite(norm) and math.isfinite(terms["loss"]) and self.loss_scale > 1:
             # too large for float16: the same step again
             self.loss_scale /= 2
-            self._forget()
+            self._zero_grad()
             terms, norm = self._gradients(self.done), self.learner.gather(self.processes, self.loss_scale)
         if not math.isfinite(norm):
             # not for its scale: the step is passed over
             self.loss_scale = scale
         judging_norm = self.discriminator_learner and self.discriminator_learner.gather(self.processes)
-        with held_back():  # half an update is not worth saving; nothing in it waits for other processes
+        with held_back():  # half a step is not worth saving; nothing in it waits for other processes
             self.worth_saving = False
+            self.learner.set_learning_rate(learning_rate_at(self.done, self.config))
             self.learner.step(norm)
             if self.discriminator_learner is not None:
                 self.discriminator_learner.step(judging_norm)
-            self.schedule.step()
-            if self.average is not None:
-                self.average.average(self.trainee, self.config.ema_decay)
+            if self.ema is not None:
+                self.ema.update_ema(self.student, self.config.ema_decay)
             self.history.append({"step": self.done + 1, **terms, "grad_norm": norm})
             if self.done % STEPS_TO_RESCALE == 0 and self.loss_scale > 1:
                 self.loss_scale = min(2 * self.loss_scale, LOSS_SCALE)
@@ -239,7 +227,7 @@ class Trainer:
     def _gradients(self, step: int) -> dict[str, float]:
         """Add up the gradients of a step; the mean losses of all processes."""
         sums: dict[str, float] = {}
-        for batch, share in self._batches(step):
+        for batch, share in self.batches.of_step(step):
             for name, value in self._learn(batch, share).items():
                 sums[name] = sums.get(name, 0.0) + share * float(value)
         return self.processes.mean(sums)
@@ -259,9 +247,9 @@ class Trainer:
     def _learners(self) -> list[Learner]:
         return [learner for learner in (self.learner, self.discriminator_learner) if learner is not None]
 
-    def _forget(self) -> None:
+    def _zero_grad(self) -> None:
         for learner in self._learners:
-            learner.forget()
+            learner.zero_grad()
 
     def _after_step(self) -> None:
         config, done = self.config, self.done
@@ -285,58 +273,53 @@ class Trainer:
         """The consistency loss on the held-out clips, with the same noise each time."""
         total = 0.0
         for position, index in enumerate(self.held_out):
-            video = self._video(index, generator_of(self.config.seed + 1, 0, position))
-            for batch, _ in stacked([video], self.phases, self.device):
-                total += float(pseudo_huber(*predict(self.roles(), batch, self.phases, self.config.cfg)))
+            batch = self.batches.held_out(position, index)
+            total += float(pseudo_huber(*predict(self.networks(), batch, self.phases, self.config.cfg)))
         return total / len(self.held_out)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name."""
         tensors = self.learner.tensors()
         if self.backbone.dtype is torch.float16:
-            tensors["loss_scale"] = torch.tensor(self.loss_scale)
+            tensors[LOSS_SCALE_NAME] = torch.tensor(self.loss_scale)
         if self.discriminator_learner is not None:
             tensors |= self.discriminator_learner.tensors()
-        if self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.named_parameters()}
+        if self.ema is not None:
+            tensors |= {f"{EMA}.{name}": value for name, value in self.ema.named_parameters()}
         return tensors
 
     def _check_room(self) -> None:
         """See that the checkpoints can be written, before any step is made."""
         # weights and AdamW's two moments of each
         size = 3 * sum(total(learner.parameters.values()) for learner in self._learners)
-        size += total(self.learner.parameters.values()) if self.average else 0
+        size += total(self.learner.parameters.values()) if self.ema else 0
         saves = -(-(self.config.steps - self.done) // self.config.save_every)
         check_folder(self.folder, size, min(saves, self.config.keep + 1))
 
     @held_back()  # who is impatient presses again
     def _save(self) -> None:
         if self.processes.first:
-            saved = SavedState(self.done, self.config, self.facts, self.history, self._tensors())
+            checkpoint = Checkpoint(self.done, self.config, self.identity, self.history, self._tensors())
             # if the run diverges, it is resumed from there
-            lowest = lowest_window(self.history) if self.config.divergence else 0
-            save_state(self.folder, saved, self.config.keep, lowest)
+            best = best_step(self.history) if self.config.divergence else 0
+            save_checkpoint(self.folder, checkpoint, self.config.keep, best)
         self.saved = self.done
 
     @torch.no_grad()
     def _resume(self) -> str:
         """Take up the newest checkpoint, if there is one; what that means in words."""
-        check_state(self.folder, self.config, self.facts)  # of other settings: told of by them, not as damaged
-        found = newest_state(self.folder, {name: tuple(value.shape) for name, value in self._tensors().items()})
+        check_resumable(self.folder, self.config, self.identity)  # of other settings: told of by them, not as damaged
+        found = newest_checkpoint(self.folder, {name: tuple(value.shape) for name, value in self._tensors().items()})
         if found is None:
             return ""
         path, saved = found
-        saved.check(self.config, self.facts, path)
+        saved.check(self.config, self.identity, path)
         for learner in self._learners:
             learner.load(saved.tensors)
-        for name, value in self.average.named_parameters() if self.average else ():
-            value.copy_(saved.tensors[f"average.{name}"])
-        self.loss_scale = float(saved.tensors.get("loss_scale", self.loss_scale))
+        for name, value in self.ema.named_parameters() if self.ema else ():
+            value.copy_(saved.tensors[f"{EMA}.{name}"])
+        self.loss_scale = float(saved.tensors.get(LOSS_SCALE_NAME, self.loss_scale))
         self.history, self.saved = saved.history, saved.steps
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch takes it for a mistake
-            for _ in range(self.done):
-                self.schedule.step()
         logger.info("%s: %s", path, words := saved.in_words(self.config))
         self.watcher.resumed(words)
         return words

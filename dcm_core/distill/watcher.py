@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from ..experts.expert import Expert
-from .checkpoints import History
+from .checkpoint_file import History
 
 
 class Watcher(Protocol):
@@ -13,7 +13,7 @@ class Watcher(Protocol):
         """The run continues from a checkpoint, in words."""
 
     def step(self, history: History, steps: int) -> None:
-        """An update of `steps` is made; the losses of all so far."""
+        """A step of `steps` is made; the losses of all so far."""
 
     def sample(self, done: int, expert: Expert) -> None:
         """Time for a sample video of the expert as it is."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dcm_core.convert import Conversion
-from dcm_core.distill.data.dataset import TensorData
+from dcm_core.distill.data.dataset import TensorDataset
 from dcm_core.errors import DCMError, ScheduleError, counted
 from dcm_core.extract import Extraction, LayerReport
 from dcm_core.files.conditioning import describe_conditioning
@@ -28,7 +28,7 @@ def said(refused, *args):
 
 
 def one_latent():
-    data = TensorData([torch.zeros(16, 1, 2, 2)], [[[torch.zeros(1, 1, 8), {}]]], [0], [[torch.zeros(1, 1, 8), {}]])
+    data = TensorDataset([torch.zeros(16, 1, 2, 2)], [[[torch.zeros(1, 1, 8), {}]]], [0], [[torch.zeros(1, 1, 8), {}]])
     return said(data.split, 1, 0)
 
 

@@ -132,6 +132,17 @@ def test_english_is_what_the_code_says(english):
     assert list(flat(read("en", "nodeDefs")).items()) == [item for item in english.items() if not SYNTAX & set(item[1])]
 
 
+@each_language
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_training_settings_are_explained_in_every_language(language, side, module, schemas):
+    """In English by the setting's own help, which the command line's documentation has, too."""
+    config, name = module("dcm_core.distill.config"), f"DCMTrain{side.capitalize()}Expert"
+    inputs = read(language, "nodeDefs")[name]["inputs"]
+    assert {item.id for item in schemas[name].inputs} & config.SETTINGS.keys() <= inputs.keys()
+    for name in config.SETTINGS.keys() & inputs.keys():
+        assert (inputs[name]["tooltip"] == config.SETTINGS[name].help_for(side)) == (language == "en"), name
+
+
 @each_translation
 def test_every_text_is_translated_and_no_other(language, english):
     assert list(flat(read(language, "nodeDefs"))) == list(english)

@@ -1,9 +1,12 @@
 """Video clips with captions: checked, and read as pixels at one frame rate and size."""
 
 import hashlib
+import json
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -14,8 +17,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ...errors import DCMError, counted
+from ...errors import CheckpointError, DCMError, counted
 from ...files.storage import Progress
+from ...files.unfinished import write_bytes
 from .captions import fault_of
 from .sources import Clip
 from .video_file import NO_TIMES, ClipError, Picture, probe, shown_frames, upright
@@ -25,6 +29,7 @@ MAX_ASPECT = 4.0
 MAX_ENLARGEMENT = 1.5
 STEADY = 0.2  # gaps between frames that differ by less, in medians, are rounding
 CHUNK = 1 << 20  # read at once
+INFO_VERSION = "1"  # of what the cache holds of video files; a change looks at all of them again
 MAX_NAME = 100  # characters of a name that are shown
 # A frame counts as shown this much of a gap before its time: files round times, some to milliseconds.
 EARLY = 0.25
@@ -77,7 +82,7 @@ class ClipSettings:
 
 
 @dataclass(frozen=True)
-class ClipFacts:
+class CheckedClip:
     """A clip that can be trained on.
 
     Attributes:
@@ -99,6 +104,29 @@ class ClipFacts:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file is, whatever it will be read as.
+
+    Attributes:
+        content: hash of the file.
+        width, height: as shown in pixels, after rotation and with square pixels.
+        duration: seconds from the first frame to the last.
+        gap: median of the seconds from frame to frame, 0 where there is one frame.
+        jitter: the longest gap minus the shortest, in seconds.
+        changes, notes: as in `video_file.Look`.
+    """
+
+    content: str
+    width: int
+    height: int
+    duration: float
+    gap: float
+    jitter: float
+    changes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
 def bucket_of(width: int, height: int, settings: ClipSettings) -> tuple[int, int]:
     """The size, as width and height, that a clip of this size is read at: of the sizes of about the settings' area the one
     whose aspect ratio is nearest (at most 4 to 1), or the settings' own without buckets."""
@@ -117,25 +145,66 @@ def bucket_of(width: int, height: int, settings: ClipSettings) -> tuple[int, int
     return columns * SIZE_STEP, rows * SIZE_STEP
 
 
-def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
+def video_info(path: Path, cache: Path | None = None) -> VideoInfo:
+    """What a file is; found out, which reads all of it, only where the cache does not know.
+
+    Args:
+        cache: folder that keeps what was found out of a file of this path, size and time of the last change.
+
+    Raises:
+        ClipError: what is wrong with the file.
+    """
+    known = _known_info(path, cache) if cache is not None else None
+    if known is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            values = json.loads(known.read_bytes())
+            return VideoInfo(**values | {name: tuple(values[name]) for name in ("changes", "notes")})
+    info = _inspect_video(path)
+    if known is not None:
+        with suppress(CheckpointError):  # it is found out again
+            write_bytes(known, json.dumps(asdict(info)).encode())
+    return info
+
+
+def _known_info(path: Path, cache: Path) -> Path | None:
+    """The file of the cache for a video as it is now, None for one that cannot be found."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    state = (INFO_VERSION, os.path.abspath(path), found.st_size, found.st_mtime_ns)
+    return cache / f"{hashlib.sha256(json.dumps(state).encode()).hexdigest()}.json"
+
+
+def _inspect_video(path: Path) -> VideoInfo:
+    look = probe(path)
+    gaps = [later - earlier for earlier, later in pairwise(look.times)]
+    gap = median(gaps) if gaps else 0.0
+    if gaps and gap <= 0:
+        raise ClipError(path, NO_TIMES)
+    # now, while the file is still in the system's cache
+    content = content_hash(path)
+    jitter = max(gaps) - min(gaps) if gaps else 0.0
+    return VideoInfo(content, *look.size, look.times[-1] - look.times[0], gap, jitter, look.changes, look.notes)
+
+
+def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) -> CheckedClip:
     """Check one clip: its caption, that its first frame decodes, its length and its size.
+
+    Args:
+        cache: as for `video_info`.
 
     Raises:
         ClipError: what is wrong.
     """
     _check_caption(clip)
-    look = probe(clip.path)
-    times, (width, height) = look.times, look.size
-    gaps = [later - earlier for earlier, later in pairwise(times)]
-    gap = median(gaps) if gaps else 1 / settings.fps
-    if gap <= 0:
-        raise ClipError(clip.path, NO_TIMES)
-    length = times[-1] - times[0] + gap
-    frames = math.ceil((length - EARLY * gap) * settings.fps)
+    info = video_info(clip.path, cache)
+    width, height, gap = info.width, info.height, info.gap or 1 / settings.fps
+    frames = math.ceil((info.duration + gap - EARLY * gap) * settings.fps)
     if frames < settings.frames:
         raise ClipError(
             clip.path,
-            f"lasts {length:.3g} s, {counted(frames, 'frame')} at {settings.fps:g} per second; expected {settings.frames}. "
+            f"lasts {info.duration + gap:.3g} s, {counted(frames, 'frame')} at {settings.fps:g} per second; expected {settings.frames}. "
             "Choose fewer frames, or leave the clip out.",
         )
     bucket = bucket_of(width, height, settings)
@@ -145,15 +214,13 @@ def inspect_clip(clip: Clip, settings: ClipSettings) -> ClipFacts:
             clip.path,
             f"is {width}x{height}, too small for {bucket[0]}x{bucket[1]}. Choose a smaller size, or leave the clip out.",
         )
-    facts = {
-        "variable frame rate, frames taken by their time": gaps and max(gaps) - min(gaps) > STEADY * gap,
+    possible = {
+        "variable frame rate, frames taken by their time": info.jitter > STEADY * gap,
         f"{1 / gap:.3g} fps, so frames repeat at {settings.fps:g} fps": gap * settings.fps > 1 + STEADY,
         f"{width}x{height} enlarged to {bucket[0]}x{bucket[1]}": enlargement > 1,
     }
-    # now, while the file is still in the system's cache
-    content = content_hash(clip.path)
-    notes = (*clip.notes, *look.notes, *(note for note, true in facts.items() if true))
-    return ClipFacts(clip, width, height, gap, bucket, content, look.changes, notes)
+    notes = (*clip.notes, *info.notes, *(note for note, true in possible.items() if true))
+    return CheckedClip(clip, width, height, gap, bucket, info.content, info.changes, notes)
 
 
 def content_hash(path: Path) -> str:
@@ -180,9 +247,12 @@ def _check_caption(clip: Clip) -> None:
 
 
 def check_clips(
-    clips: Sequence[Clip], settings: ClipSettings, progress: Progress | None = None
-) -> tuple[list[ClipFacts], list[Problem]]:
+    clips: Sequence[Clip], settings: ClipSettings, progress: Progress | None = None, cache: Path | None = None
+) -> tuple[list[CheckedClip], list[Problem]]:
     """Inspect every clip; the good ones in order, and what is wrong with the others.
+
+    Args:
+        cache: as for `video_info`.
 
     Raises:
         DCMError: none is good.
@@ -190,7 +260,7 @@ def check_clips(
     good, problems = [], []
     for done, clip in enumerate(clips, start=1):
         try:
-            good.append(inspect_clip(clip, settings))
+            good.append(inspect_clip(clip, settings, cache))
         except ClipError as error:
             problems.append(Problem(error.path, error.reason))
         if progress is not None:
@@ -208,7 +278,7 @@ def no_clip_left(problems: Sequence[Problem]) -> DCMError:
     )
 
 
-def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
+def read_clip(checked: CheckedClip, settings: ClipSettings) -> Tensor:
     """The clip's pixels from its start, scaled to cover its bucket and cropped at the centre.
 
     Returns:
@@ -217,27 +287,27 @@ def read_clip(facts: ClipFacts, settings: ClipSettings) -> Tensor:
     Raises:
         ClipError: a file that is damaged after its first frame; its later frames are first decoded here.
     """
-    width, height = facts.bucket
+    width, height = checked.bucket
     pixels, filled = torch.empty(settings.frames, height, width, 3), 0
-    for picture, until in shown_frames(facts.clip.path, facts.gap):
+    for picture, until in shown_frames(checked.clip.path, checked.gap):
         image = None
-        while filled < settings.frames and filled / settings.fps + EARLY * facts.gap < until:
-            image = _fitted(picture, facts) if image is None else image
+        while filled < settings.frames and filled / settings.fps + EARLY * checked.gap < until:
+            image = _fitted(picture, checked) if image is None else image
             pixels[filled] = image
             filled += 1
         if filled == settings.frames:
             return pixels
     raise ClipError(
-        facts.clip.path, f"ends after {filled} of {counted(settings.frames, 'frame')}. Encode or download it again."
+        checked.clip.path, f"ends after {filled} of {counted(settings.frames, 'frame')}. Encode or download it again."
     )
 
 
-def _fitted(picture: Picture, facts: ClipFacts) -> Tensor:
+def _fitted(picture: Picture, checked: CheckedClip) -> Tensor:
     """One frame at the size of its bucket: (height, width, 3) from 0 to 1."""
-    width, height = facts.bucket
-    scale = max(width / facts.width, height / facts.height)
-    covering = max(height, round(scale * facts.height)), max(width, round(scale * facts.width))
-    image = rearrange(upright(picture, facts.clip.path), "h w c -> 1 c h w")
+    width, height = checked.bucket
+    scale = max(width / checked.width, height / checked.height)
+    covering = max(height, round(scale * checked.height)), max(width, round(scale * checked.width))
+    image = rearrange(upright(picture, checked.clip.path), "h w c -> 1 c h w")
     image = F.interpolate(image, covering, mode="bicubic", antialias=True)[0].clamp(0, 1)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     return rearrange(image[:, top : top + height, left : left + width], "c h w -> h w c")

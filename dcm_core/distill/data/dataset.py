@@ -21,7 +21,7 @@ from .clips import Problem
 LATENT = "latent"
 
 
-class TrainingData(ABC):
+class Dataset(ABC):
     """Latents with their texts, by index.
 
     Attributes:
@@ -96,7 +96,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Dataset(TrainingData):
+class CachedDataset(Dataset):
     """Encoded clips on disk; nothing is kept in memory.
 
     Attributes:
@@ -178,7 +178,7 @@ def _lost(path: Path, error: Exception) -> DCMError:
     )
 
 
-class TensorData(TrainingData):
+class TensorDataset(Dataset):
     """Data that is in memory already.
 
     Args:

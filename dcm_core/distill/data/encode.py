@@ -13,8 +13,8 @@ from ...errors import CheckpointError, DCMError
 from ...files.conditioning import Conditioning, load_conditioning, save_conditioning
 from ...files.storage import Progress, TensorFile, write_tensors
 from ...files.values import is_finite
-from .clips import ClipFacts, ClipSettings, Problem, check_clips, no_clip_left, read_clip
-from .dataset import LATENT, Dataset, Entry
+from .clips import CheckedClip, ClipSettings, Problem, check_clips, no_clip_left, read_clip
+from .dataset import LATENT, CachedDataset, Entry
 from .sources import Roots, find_clips
 from .video_file import ClipError
 
@@ -51,16 +51,17 @@ def prepare(
     negative: str = "",
     progress: Progress | None = None,
     roots: Roots = None,
-) -> Dataset:
+) -> CachedDataset:
     """Check the clips of `source`, encode what is not in the cache, and return the data set.
 
     An entry of the cache depends on the clip's content, length, rate, size and the VAE, or on the text and its encoder: a change
-    makes that entry anew and no other. If everything is cached, no encoder is called. Clips that cannot be used are left out.
+    makes that entry anew and no other. If everything is cached, no encoder is called, and no clip is opened whose size and time of the
+    last change are as they were. Clips that cannot be used are left out.
 
     Args:
         source: a folder or a list, as for `find_clips`.
         cache: folder of the cache; made if it is missing.
-        negative: the text of `Dataset.unconditional`.
+        negative: the text of `CachedDataset.unconditional`.
         progress: called with (done, total) after every clip and text; may raise to interrupt, which loses only the clip in work.
         roots: folders that all clips have to be in, as for `find_clips`.
 
@@ -71,26 +72,26 @@ def prepare(
     report = progress or (lambda done, total: None)
     clips, others = find_clips(source, roots)
     cache.mkdir(parents=True, exist_ok=True)
-    good, problems = check_clips(clips, settings, _part(report, CHECKING, VIDEOS))
-    videos = [(facts, cache / _video_name(facts, settings, encoders.video_id)) for facts in good]
-    new_videos = {path: facts for facts, path in videos if _latent_shape(path) is None}
+    good, problems = check_clips(clips, settings, _part(report, CHECKING, VIDEOS), cache)
+    videos = [(checked, cache / _video_name(checked, settings, encoders.video_id)) for checked in good]
+    new_videos = {path: checked for checked, path in videos if _latent_shape(path) is None}
     failed = _encode_videos(new_videos, settings, encoders, _part(report, VIDEOS, TEXTS))
-    problems += (Problem(facts.clip.path, failed[path]) for facts, path in videos if path in failed)
-    left = [(facts, path) for facts, path in videos if path not in failed]
+    problems += (Problem(checked.clip.path, failed[path]) for checked, path in videos if path in failed)
+    left = [(checked, path) for checked, path in videos if path not in failed]
     if not left:
         raise no_clip_left(problems)
     texts = {
         text: cache / _name("text", text, encoders.text_id)
-        for text in [*(facts.clip.caption for facts, _ in left), negative]
+        for text in [*(checked.clip.caption for checked, _ in left), negative]
     }
     new_texts = {text: path for text, path in texts.items() if not _holds_conditioning(path)}
     _encode_texts(new_texts, encoders, _part(report, TEXTS, END))
     if new_videos or new_texts:
         encoders.free()
     report(END, END)
-    entries = (_entry(facts, path, texts[facts.clip.caption]) for facts, path in left)
-    notes = (Problem(facts.clip.path, note) for facts, _ in left for note in facts.notes)
-    return Dataset(tuple(entries), texts[negative], tuple(problems), tuple(notes), others)
+    entries = (_entry(checked, path, texts[checked.clip.caption]) for checked, path in left)
+    notes = (Problem(checked.clip.path, note) for checked, _ in left for note in checked.notes)
+    return CachedDataset(tuple(entries), texts[negative], tuple(problems), tuple(notes), others)
 
 
 def _part(progress: Progress, begin: int, end: int) -> Progress:
@@ -103,26 +104,28 @@ def _name(kind: str, *parts: Any) -> str:
     return hashlib.sha256(json.dumps([kind, VERSION, *parts]).encode()).hexdigest() + ".safetensors"
 
 
-def _video_name(facts: ClipFacts, settings: ClipSettings, video_id: str) -> str:
-    return _name("video", facts.content, settings.frames, float(settings.fps), facts.bucket, video_id, *facts.changes)
+def _video_name(checked: CheckedClip, settings: ClipSettings, video_id: str) -> str:
+    return _name(
+        "video", checked.content, settings.frames, float(settings.fps), checked.bucket, video_id, *checked.changes
+    )
 
 
 def _encode_videos(
-    new: Mapping[Path, ClipFacts], settings: ClipSettings, encoders: Encoders, progress: Progress
+    new: Mapping[Path, CheckedClip], settings: ClipSettings, encoders: Encoders, progress: Progress
 ) -> dict[Path, str]:
     """Write the latents; the paths that could not be made and why."""
     failed = {}
-    for done, (path, facts) in enumerate(new.items(), start=1):
+    for done, (path, checked) in enumerate(new.items(), start=1):
         try:
-            latent = _checked(encoders.encode_video(read_clip(facts, settings)), facts)
-            write_tensors(path, {LATENT: latent}, {"format": FORMAT, "clip": facts.clip.path.name})
+            latent = _checked(encoders.encode_video(read_clip(checked, settings)), checked)
+            write_tensors(path, {LATENT: latent}, {"format": FORMAT, "clip": checked.clip.path.name})
         except ClipError as error:
             failed[path] = error.reason
         progress(done, len(new))
     return failed
 
 
-def _checked(latent: Tensor, facts: ClipFacts) -> Tensor:
+def _checked(latent: Tensor, checked: CheckedClip) -> Tensor:
     if latent.ndim != 4:
         raise DCMError(
             f"The VAE made a latent of shape {tuple(latent.shape)}; expected channels, frames, height, width. "
@@ -130,7 +133,7 @@ def _checked(latent: Tensor, facts: ClipFacts) -> Tensor:
         )
     if not is_finite(latent):
         raise ClipError(
-            facts.clip.path, "has a latent with NaN or infinite values. Run the VAE in bfloat16 or float32."
+            checked.clip.path, "has a latent with NaN or infinite values. Run the VAE in bfloat16 or float32."
         )
     return latent
 
@@ -167,7 +170,7 @@ def _holds_conditioning(path: Path) -> bool:
     return True
 
 
-def _entry(facts: ClipFacts, latent: Path, conditioning: Path) -> Entry:
+def _entry(checked: CheckedClip, latent: Path, conditioning: Path) -> Entry:
     return Entry(
-        facts.clip.path, facts.clip.caption, latent, conditioning, facts.bucket, TensorFile(latent).shapes[LATENT]
+        checked.clip.path, checked.clip.caption, latent, conditioning, checked.bucket, TensorFile(latent).shapes[LATENT]
     )

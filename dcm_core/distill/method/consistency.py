@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backbone import Text
 from .phases import Phases
 
-Velocity = Callable[[Tensor, Tensor, Text], Tensor]
+Network = Callable[[Tensor, Tensor, Text], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Roles:
+class Networks:
     """The three networks as velocity functions."""
 
-    student: Velocity
-    teacher: Velocity
-    target: Velocity
+    student: Network
+    teacher: Network
+    target: Network
 
 
 def per_video(value: Tensor, like: Tensor) -> Tensor:
@@ -65,21 +65,21 @@ def euler(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Ten
     return x + per_video(sigma_next - sigma, x) * velocity
 
 
-def guided(teacher: Velocity, x: Tensor, sigma: Tensor, batch: Batch, cfg: float) -> Tensor:
+def guided(teacher: Network, x: Tensor, sigma: Tensor, batch: Batch, cfg: float) -> Tensor:
     """v_cond + cfg (v_cond - v_uncond); cfg 0 asks the teacher once."""
     cond = teacher(x, sigma, batch.text)
     return cond if cfg == 0 else cond + cfg * (cond - teacher(x, sigma, batch.no_text))
 
 
-def predict(roles: Roles, batch: Batch, phases: Phases, cfg: float) -> tuple[Tensor, Tensor]:
+def predict(networks: Networks, batch: Batch, phases: Phases, cfg: float) -> tuple[Tensor, Tensor]:
     """(pred, target) at the ends of the batch's phases, both like x0; only pred has a gradient."""
     sigma, previous, end = (
         values.to(batch.x0.device)
         for values in (phases.sigmas[batch.index], phases.previous[batch.index], phases.ends(batch.index))
     )
     x = add_noise(batch.x0, batch.noise, sigma)
-    pred = euler(x, roles.student(x, sigma, batch.text), sigma, end)
+    pred = euler(x, networks.student(x, sigma, batch.text), sigma, end)
     with torch.no_grad():
-        x_previous = euler(x, guided(roles.teacher, x, sigma, batch, cfg), sigma, previous)
-        target = euler(x_previous, roles.target(x_previous, previous, batch.text), previous, end)
+        x_previous = euler(x, guided(networks.teacher, x, sigma, batch, cfg), sigma, previous)
+        target = euler(x_previous, networks.target(x_previous, previous, batch.text), previous, end)
     return pred, target

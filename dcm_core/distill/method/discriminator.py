@@ -37,12 +37,12 @@ class Discriminator(nn.Module):
     """One head a feature.
 
     Args:
-        checkpointing: keep only the features for the backward pass and compute one head at a time again.
+        gradient_checkpointing: keep only the features for the backward pass and compute one head at a time again.
     """
 
-    def __init__(self, features: int, width: int, hidden: int = HIDDEN, checkpointing: bool = False):
+    def __init__(self, features: int, width: int, hidden: int = HIDDEN, gradient_checkpointing: bool = False):
         super().__init__()
-        self.checkpointing = checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
         self.heads = nn.ModuleList(Head(width, hidden) for _ in range(features))
 
     def forward(self, features: Sequence[Tensor], grid: tuple[int, int, int]) -> list[Tensor]:
@@ -52,10 +52,10 @@ class Discriminator(nn.Module):
         def scores(head: Head, feature: Tensor) -> Tensor:
             return head(rearrange(feature.float(), "b (f h w) c -> (b f) c h w", f=frames, h=height, w=width))
 
-        pairs = zip(self.heads, features, strict=True)
-        if self.checkpointing and torch.is_grad_enabled():
-            return [checkpoint(scores, head, feature, use_reentrant=False) for head, feature in pairs]
-        return [scores(head, feature) for head, feature in pairs]
+        each = zip(self.heads, features, strict=True)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return [checkpoint(scores, head, feature, use_reentrant=False) for head, feature in each]
+        return [scores(head, feature) for head, feature in each]
 
 
 def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discriminator:
@@ -63,7 +63,9 @@ def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discrimina
     width = backbone.module.get_submodule(backbone.family.text_module).out_features
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Discriminator(len(backbone.feature_blocks()), width, config.discriminator_width, config.checkpointing)
+        return Discriminator(
+            len(backbone.feature_blocks()), width, config.discriminator_width, config.gradient_checkpointing
+        )
 
 
 def discriminator_size(backbone: Backbone, config: TrainingConfig) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backbone import Features, Text
-from .consistency import Batch, Roles, per_video, predict
+from .consistency import Batch, Networks, per_video, predict
 from .discriminator import Discriminator
 from .losses import discriminator_hinge, feature_matching, generator_hinge, pseudo_huber, temporal_coherence
 from .phases import Phases
@@ -24,9 +24,9 @@ class SemanticStage:
     cfg: float = 5.0
     temporal_weight: float = 1.0
 
-    def losses(self, roles: Roles, batch: Batch) -> tuple[Tensor, Terms]:
+    def losses(self, networks: Networks, batch: Batch) -> tuple[Tensor, Terms]:
         """The student's loss, and its terms."""
-        pred, target = predict(roles, batch, self.phases, self.cfg)
+        pred, target = predict(networks, batch, self.phases, self.cfg)
         huber = pseudo_huber(pred, target)
         temporal = temporal_coherence(pred, target)
         return huber + self.temporal_weight * temporal, {"huber": huber.detach(), "temporal": temporal.detach()}
@@ -48,7 +48,7 @@ class DetailStage:
 
     def losses(
         self,
-        roles: Roles,
+        networks: Networks,
         batch: Batch,
         features: TeacherFeatures | None = None,
         discriminator: Discriminator | None = None,
@@ -58,7 +58,7 @@ class DetailStage:
         Args:
             features: of the teacher; None trains by consistency alone.
         """
-        pred, target = predict(roles, batch, self.phases, self.cfg)
+        pred, target = predict(networks, batch, self.phases, self.cfg)
         huber = pseudo_huber(pred, target)
         if features is None or discriminator is None or self.adversarial_weight == 0:
             return huber, {"huber": huber.detach()}, None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....dcm_core.distill.backbone import Backbone
 from ....dcm_core.distill.config import TrainingConfig, TrainingError
-from ....dcm_core.distill.data.dataset import TrainingData
+from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.memory import Memory
 from ....dcm_core.distill.signals import held_back
 from ....dcm_core.distill.student import WeightOf
@@ -48,7 +48,7 @@ def make_backbone(model: Any, family: Family, config: TrainingConfig) -> Backbon
         family,
         compute_dtype(model),
         lambda: {"optimized_attention_override": gradient_attention},
-        config.checkpointing,
+        config.gradient_checkpointing,
     )
 
 
@@ -217,7 +217,7 @@ def own_weights(base: Any) -> WeightOf:
     return weight_of
 
 
-def check_data(model: Any, data: TrainingData, vae: Any = None) -> None:
+def check_data(model: Any, data: Dataset, vae: Any = None) -> None:
     """Refuse data of another model, and a VAE that cannot decode its samples.
 
     Raises:

@@ -8,10 +8,10 @@ from typing import Any
 import comfy.model_management
 import comfy.sd
 
-from ....dcm_core.distill.config import TrainingConfig, TrainingError
+from ....dcm_core.distill.config import FORMER, TrainingConfig, TrainingError, renamed
 from ....dcm_core.distill.data.clips import ClipSettings
-from ....dcm_core.distill.data.data_file import read_data
-from ....dcm_core.distill.data.dataset import TrainingData
+from ....dcm_core.distill.data.dataset import Dataset
+from ....dcm_core.distill.data.dataset_file import read_dataset
 from ....dcm_core.distill.data.encode import prepare
 from ....dcm_core.distill.parallel import join
 from ....dcm_core.errors import counted
@@ -34,11 +34,13 @@ SETTINGS = {
     "text_encoders",
     "dataset",
     "output",
-    "states",
+    "checkpoints",
     "semantic",
     "continue_from",
     "training",
 }
+# names of earlier versions -> those of today
+FORMER_SETTINGS = {"states": "checkpoints"}
 
 
 def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
@@ -52,6 +54,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     """
     # without its server the host shows no log
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    settings = renamed(settings, FORMER_SETTINGS)
     unknown = sorted(set(settings) - SETTINGS)
     if unknown:
         raise TrainingError(f"Unknown setting {', '.join(unknown)}. Valid settings: {', '.join(sorted(SETTINGS))}.")
@@ -62,7 +65,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     training = settings.get("training", {})
     if not isinstance(training, dict):
         raise TrainingError(f"`training` is {training!r}; expected a table of settings.")
-    config = TrainingConfig.from_dict({**training, "expert": side})
+    config = TrainingConfig.from_dict({**renamed(training, FORMER), "side": side})
     output = path("output")
     if output.is_dir():
         raise TrainingError(f"`output` is {output}, which is a folder; expected the name of the file to write.")
@@ -72,10 +75,9 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         # what is no path is said where it is read
         if isinstance(given, str) and given:
             check_not_output(f"{name} is {given}", path_in(folder, name, given), output)
-    # not beside the output: among the host's LoRAs every checkpoint would be offered as one
-    states = path("states") if "states" in settings else folder / f"{output.stem}_states"
+    checkpoints = path("checkpoints") if "checkpoints" in settings else default_checkpoints(folder, output.stem)
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
-    below = (
+    semantic = (
         read_expert_file(path("semantic"), "semantic", model, f"semantic is {path('semantic')}")
         if "semantic" in settings
         else None
@@ -91,8 +93,8 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         model,
         data,
         config,
-        states,
-        below=below,
+        checkpoints,
+        semantic=semantic,
         vae=vae,
         start=read_expert_file(start, side, model, f"continue_from is {start}") if start is not None else None,
     )
@@ -101,9 +103,18 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         for term, plot in plots_of(result).items():
             picture = io.BytesIO()
             plot.save(picture, "PNG")
-            write_bytes(states / f"loss_{term}.png", picture.getvalue())
+            write_bytes(checkpoints / f"loss_{term}.png", picture.getvalue())
     lines = [f"{result.expert}, {counted(len(result.history), 'step')}.", result.resumed, f"Saved to {output}"]
     return "\n".join(filter(None, lines))
+
+
+def default_checkpoints(folder: Path, name: str) -> Path:
+    """Where a run's checkpoints are kept if the settings do not say.
+
+    Not beside the output: among the host's LoRAs every checkpoint would be offered as one.
+    """
+    former = folder / f"{name}_states"  # of a run that an earlier version has begun
+    return former if former.is_dir() else folder / f"{name}_checkpoints"
 
 
 def path_in(folder: Path, name: str, given: Any) -> Path:
@@ -117,12 +128,12 @@ def path_in(folder: Path, name: str, given: Any) -> Path:
     return folder / Path(given).expanduser()
 
 
-def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[TrainingData, Any]:
+def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Dataset, Any]:
     """The data, and the VAE where there is one."""
     given = settings.get("dataset")
     if isinstance(given, str):
         vae = load_vae(path_in(folder, "vae", settings["vae"])) if "vae" in settings else None
-        return read_data(path_in(folder, "dataset", given)), vae
+        return read_dataset(path_in(folder, "dataset", given)), vae
     if not isinstance(given, dict) or "folder" not in given:
         raise TrainingError(
             f"`dataset` is {given!r}; expected a file from DCM Save Dataset, or settings with a `folder` of clips."

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from ....dcm_core.distill.batches import generator_of
-from ....dcm_core.distill.checkpoints import check_state
+from ....dcm_core.distill.checkpoints import check_resumable
 from ....dcm_core.distill.config import TrainingConfig, TrainingError
-from ....dcm_core.distill.data.dataset import TrainingData
+from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.method.discriminator import discriminator_size
 from ....dcm_core.distill.parallel import join
 from ....dcm_core.distill.student import new_detail, new_semantic
@@ -77,7 +77,7 @@ class Run:
 
 def train_and_save(
     model: Any,
-    data: TrainingData,
+    data: Dataset,
     config: TrainingConfig,
     name: str,
     continue_from: str = NONE,
@@ -97,14 +97,14 @@ def train_and_save(
     for given, chosen in (("continue_from", continue_from), ("semantic_lora", semantic_lora)):
         if chosen != NONE:
             check_not_output(f"{given} is {chosen}", path_of(LORAS, chosen), file)
-    below = trained_expert(semantic_expert, "semantic", model) or load_expert(
+    semantic = trained_expert(semantic_expert, "semantic", model) or load_expert(
         semantic_lora, "semantic", model, "semantic_lora"
     )
-    start = load_expert(continue_from, config.expert, model, "continue_from")
-    result = train_expert(model, data, config, folder, start=start, below=below, vae=vae, node_id=node_id)
+    start = load_expert(continue_from, config.side, model, "continue_from")
+    result = train_expert(model, data, config, folder, start=start, semantic=semantic, vae=vae, node_id=node_id)
     save_expert(file, result.expert, model)
     plots = torch.cat([as_image(plot) for plot in plots_of(result).values()])
-    return Run(with_experts(model, result.expert, below), result, file, plots)
+    return Run(with_experts(model, result.expert, semantic), result, file, plots)
 
 
 def plots_of(result: Result) -> dict[str, Image.Image]:
@@ -114,12 +114,12 @@ def plots_of(result: Result) -> dict[str, Image.Image]:
 
 def train_expert(
     model: Any,
-    data: TrainingData,
+    data: Dataset,
     config: TrainingConfig,
     folder: Path,
     *,
     start: Expert | None = None,
-    below: Expert | None = None,
+    semantic: Expert | None = None,
     vae: Any = None,
     node_id: str | None = None,
 ) -> Result:
@@ -127,33 +127,33 @@ def train_expert(
 
     Args:
         start: an expert to start from, instead of one that changes nothing.
-        below: the semantic expert under a detail expert.
+        semantic: the semantic expert under a detail expert.
 
     Raises:
         DCMError: data, settings or a checkpoint that do not fit.
     """
     family = require_family(model)
-    config = config.for_family(family, shared_boundary(config, start, below))
-    check_form(model, config, family, start, below)
+    config = config.for_family(family, shared_boundary(config, start, semantic))
+    check_form(model, config, family, start, semantic)
     check_data(model, data, vae)
     # refuses what cannot be held out
     data.split(config.held_out, config.seed)
     base = training_base(model)
     processes = join(base.load_device)
-    facts = facts_of(base, data, start, below, processes.count)
-    check_state(folder, config, facts)
+    identity = identity_of(base, data, start, semantic, processes.count)
+    check_resumable(folder, config, identity)
     with torch.inference_mode(False), torch.enable_grad(), gradients(), differentiable(base):
         clear_device(base)
         # first: what other clones have patched into the shared model is taken out again
         hold(base, 0)
         backbone = make_backbone(base, family, config)
-        beside = discriminator_size(backbone, config) + (FLOAT32 * size_of(below) if below else 0)
+        beside = discriminator_size(backbone, config) + (FLOAT32 * size_of(semantic) if semantic else 0)
         if config.rank == 0:
             # as large as the model: refused before it is made
             check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
-        expert = first_expert(base, family, config, start, below)
+        expert = first_expert(base, family, config, start, semantic)
         hold(base, check_fits(base, config, FLOAT32 * size_of(expert), beside))
-        show = Show(base, below, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
+        show = Show(base, semantic, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
         trainer = Trainer(
             backbone,
             data,
@@ -161,10 +161,10 @@ def train_expert(
             expert,
             folder,
             base.load_device,
-            below=below,
+            semantic=semantic,
             # cloned: what the host made in inference mode has no place in a backward pass
             latent_in=lambda latent: base.model.process_latent_in(latent.clone().float()),
-            facts=facts,
+            identity=identity,
             watcher=show if processes.first else Quiet(),
             processes=processes,
         )
@@ -175,51 +175,55 @@ def train_expert(
             return trainer.run()
 
 
-def facts_of(
-    base: Any, data: TrainingData, start: Expert | None, below: Expert | None, processes: int
+def identity_of(
+    base: Any, data: Dataset, start: Expert | None, semantic: Expert | None, processes: int
 ) -> dict[str, str]:
     """What a resumed run has to share beside its settings."""
     names = {"data": data.fingerprint, "model": weights_id(base)}
     if processes > 1:
         names["processes"] = str(processes)
     return names | {
-        name: expert_id(expert) for name, expert in (("start", start), ("semantic expert", below)) if expert
+        name: expert_id(expert) for name, expert in (("start", start), ("semantic expert", semantic)) if expert
     }
 
 
-def shared_boundary(config: TrainingConfig, start: Expert | None, below: Expert | None) -> float | None:
-    """The boundary of the experts that are given: one pair has one.
+def shared_boundary(config: TrainingConfig, start: Expert | None, semantic: Expert | None) -> float | None:
+    """The boundary of the experts that are there: both need the same.
 
     Raises:
         DCMError: experts for different boundaries.
     """
     if (
-        below is not None
-        and below.boundary
+        semantic is not None
+        and semantic.boundary
         and config.boundary
-        and abs(below.boundary - config.boundary) > SAME_BOUNDARY
+        and abs(semantic.boundary - config.boundary) > SAME_BOUNDARY
     ):
         raise TrainingError(
-            f"boundary is {config.boundary:g}, but the semantic expert was made for {below.boundary:g}, and both experts need the same. "
+            f"boundary is {config.boundary:g}, but the semantic expert was made for {semantic.boundary:g}, and both experts need the same. "
             "Set boundary to 0 to use the semantic expert's."
         )
-    return None if config.boundary else own_boundary(expert.boundary for expert in (below, start) if expert is not None)
+    return (
+        None if config.boundary else own_boundary(expert.boundary for expert in (semantic, start) if expert is not None)
+    )
 
 
-def check_form(model: Any, config: TrainingConfig, family: Family, start: Expert | None, below: Expert | None) -> None:
+def check_form(
+    model: Any, config: TrainingConfig, family: Family, start: Expert | None, semantic: Expert | None
+) -> None:
     """Refuse experts that do not fit, settings that a run would pass over, and those whose expert would never run.
 
     Raises:
         TrainingError: an expert of another family, a semantic expert that is only on the MODEL, a form that the expert to start
             from does not have, or a schedule without a step on either side of the boundary.
     """
-    for given in (start, below):
+    for given in (start, semantic):
         if given is not None and given.family != family.name:
             raise TrainingError(
                 f"The expert is for {given.family}, but the model is {family.title}. Choose an expert made for this model."
             )
     attached = attached_experts(model)
-    if attached is not None and attached.semantic and config.expert == "detail" and below is None:
+    if attached is not None and attached.semantic and config.side == "detail" and semantic is None:
         raise TrainingError(
             "model has a semantic expert attached. Training removes it, so the detail expert would be trained for the base alone. "
             "Connect that expert to semantic_expert or choose its file as semantic_lora, and connect the base to model."
@@ -253,28 +257,28 @@ def check_not_output(what: str, given: Path, file: Path) -> None:
 
 
 def first_expert(
-    model: Any, family: Family, config: TrainingConfig, start: Expert | None, below: Expert | None
+    model: Any, family: Family, config: TrainingConfig, start: Expert | None, semantic: Expert | None
 ) -> Expert:
-    """What training begins with: the given expert, or one that changes nothing yet."""
+    """What training begins with: `start`, or an expert that changes nothing yet."""
     modules = dict(diffusion_model(model).named_modules())
     generator = generator_of(config.seed, 0, 0)
-    if config.expert == "semantic":
+    if config.side == "semantic":
         expert = start or new_semantic(family, modules, config.rank, config.alpha, generator, own_weights(model))
     elif start is not None and start.replaced:
         expert = start
     else:
         expert = new_detail(
-            family, modules, config.rank, config.alpha, generator, below, own_weights(model), config.every_linear
+            family, modules, config.rank, config.alpha, generator, semantic, own_weights(model), config.every_linear
         )
         # a plain LoRA has no embedders and head of its own
         expert = expert if start is None else replace(start, replaced=expert.replaced)
-    return replace(expert, role=config.expert, boundary=config.boundary, timesteps=config.timesteps(family))
+    return replace(expert, role=config.side, boundary=config.boundary, timesteps=config.timesteps(family))
 
 
 def save_expert(path: Path, expert: Expert, model: Any) -> None:
     """Write the expert as a LoRA file that the host, and DCM Attach Experts, load.
 
-    Pairs in bfloat16; what replaces the base's tensors in the base's own dtype, as it is a small change of them.
+    The LoRA in bfloat16; what replaces the base's tensors in the base's own dtype, as it is a small change of them.
     """
     own = model.model_dtype() if model.model_dtype() in (torch.float32, torch.float16) else torch.bfloat16
     write_expert(path, expert, module_shapes(model), torch.bfloat16, own)

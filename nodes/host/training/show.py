@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ....dcm_core.distill.checkpoints import History
+from ....dcm_core.distill.checkpoint_file import History
 from ....dcm_core.distill.config import TrainingConfig
-from ....dcm_core.distill.data.dataset import TrainingData
+from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.errors import DCMError
 from ....dcm_core.experts.expert import Expert
 from ....dcm_core.families import FAMILIES
@@ -47,15 +47,15 @@ class Show:
 
     Attributes:
         model: the base.
-        below: the semantic expert under a detail expert.
+        semantic: the semantic expert under a detail expert.
         folder: where sample videos are written, if there is a VAE to decode them.
         reload: called after a sample, which leaves its experts' patches in the shared weights.
     """
 
     model: Any
-    below: Expert | None
+    semantic: Expert | None
     config: TrainingConfig
-    data: TrainingData
+    data: Dataset
     folder: Path
     node_id: str | None
     reload: Callable[[], None]
@@ -114,7 +114,7 @@ class Show:
 
     def _sample(self, done: int, expert: Expert) -> None:
         with torch.inference_mode():
-            model = with_experts(self.model, expert, self.below)
+            model = with_experts(self.model, expert, self.semantic)
             extras = {"guidance": self.config.guidance}
             conditioning = [[context.clone(), {**extras, **more}] for context, more in self.data.conditioning(0)]
             latent = sample_latent(model, conditioning, self.data.shape(0), expert, self.config.seed)

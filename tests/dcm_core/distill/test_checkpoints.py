@@ -1,5 +1,6 @@
-"""The state of a run in a file."""
+"""The checkpoints of a run."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dcm_core.distill.checkpoints import SavedState, check_folder, newest_state, read_state, save_state
-from dcm_core.distill.config import TrainingConfig, TrainingError
+from dcm_core.distill.checkpoint_file import Checkpoint, read_checkpoint
+from dcm_core.distill.checkpoints import check_folder, newest_checkpoint, save_checkpoint
+from dcm_core.distill.config import FORMER, TrainingConfig, TrainingError
 from dcm_core.errors import CheckpointError, DCMError
 from dcm_core.files.storage import TensorFile, write_tensors
 from dcm_core.files.unfinished import Unfinished
@@ -39,31 +41,31 @@ def tensors_of(config, value=1.0, size=2):
 def saved_at(steps, config=CONFIG, **changed):
     tensors = tensors_of(config, size=1000) | changed
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    return SavedState(steps, config, {}, [{"step": step + 1} for step in range(steps)], kept)
+    return Checkpoint(steps, config, {}, [{"step": step + 1} for step in range(steps)], kept)
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=st.lists(TERMS, max_size=5))
 def test_what_is_saved_comes_back(tmp_path, history):
-    saved = SavedState(len(history), CONFIG, {"data": "abc"}, history, tensors_of(CONFIG, math.nan))
-    back = read_state(save_state(tmp_path, saved, keep=1))
-    assert (back.steps, back.config, back.facts, back.history) == (saved.steps, CONFIG, saved.facts, history)
+    saved = Checkpoint(len(history), CONFIG, {"data": "abc"}, history, tensors_of(CONFIG, math.nan))
+    back = read_checkpoint(save_checkpoint(tmp_path, saved, keep=1))
+    assert (back.steps, back.config, back.identity, back.history) == (saved.steps, CONFIG, saved.identity, history)
     assert back.tensors.keys() == saved.tensors.keys()
     for name, tensor in saved.tensors.items():
         torch.testing.assert_close(back.tensors[name], tensor, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_loss_that_is_no_number_stays_none(tmp_path):
-    saved = SavedState(1, CONFIG, {}, [{"step": 1, "loss": math.nan}], tensors_of(CONFIG))
-    (entry,) = read_state(save_state(tmp_path, saved, keep=1)).history
+    saved = Checkpoint(1, CONFIG, {}, [{"step": 1, "loss": math.nan}], tensors_of(CONFIG))
+    (entry,) = read_checkpoint(save_checkpoint(tmp_path, saved, keep=1)).history
     assert entry["step"] == 1 and math.isnan(entry["loss"])
 
 
 def test_a_long_run_is_read_as_a_short_one(tmp_path):
     """Its header, which a reader limits, has the same size."""
     history = [{"step": step, "loss": 1 / (step + 3), "grad_norm": 0.1} for step in range(200_000)]
-    path = save_state(tmp_path, SavedState(len(history), CONFIG, {}, history, tensors_of(CONFIG)), keep=1)
-    assert read_state(path).history == history
+    path = save_checkpoint(tmp_path, Checkpoint(len(history), CONFIG, {}, history, tensors_of(CONFIG)), keep=1)
+    assert read_checkpoint(path).history == history
     assert sum(map(len, TensorFile(path).metadata.values())) < 2000
 
 
@@ -76,8 +78,26 @@ def test_states_of_version_0_1_0_are_read(tmp_path, metadata):
     history = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
     path = tmp_path / "step_00000002.safetensors"
     write_tensors(path, tensors_of(CONFIG), metadata | {"history": json.dumps(history)})
-    back = read_state(path)
+    back = read_checkpoint(path)
     assert back.history == history and back.tensors.keys() == tensors_of(CONFIG).keys()
+
+
+def test_checkpoints_with_the_settings_of_earlier_versions_are_read(tmp_path, metadata):
+    """Their settings have other names."""
+    settings = {name: value for name, value in json.loads(CONFIG.to_json()).items() if name not in FORMER.values()}
+    former = {"expert": "semantic", "accumulate": 4, "checkpointing": False}
+    path = tmp_path / "step_00000002.safetensors"
+    write_tensors(
+        path,
+        tensors_of(CONFIG),
+        metadata | {"config": json.dumps(settings | former), "history": json.dumps([{"step": 1}, {"step": 2}])},
+    )
+    today = dataclasses.replace(CONFIG, gradient_accumulation_steps=4)
+    found = read_checkpoint(path)
+    assert found.config == dataclasses.replace(today, gradient_checkpointing=False)
+    found.check(today, {}, path)
+    with pytest.raises(TrainingError, match="gradient_accumulation_steps: 4 -> 1"):
+        found.check(CONFIG, {}, path)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +107,7 @@ def test_a_state_without_a_readable_history_is_damaged(tmp_path, metadata, histo
     path = tmp_path / "step_00000002.safetensors"
     write_tensors(path, tensors_of(CONFIG) | ({} if history is None else {"history": history}), metadata)
     with pytest.raises(CheckpointError, match=r"step_00000002.* is a damaged training checkpoint"):
-        read_state(path)
+        read_checkpoint(path)
 
 
 def test_an_old_state_that_another_program_holds_does_not_end_the_run(tmp_path, monkeypatch, caplog):
@@ -101,9 +121,9 @@ def test_an_old_state_that_another_program_holds_does_not_end_the_run(tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", held)
         for steps in (1, 2):
-            save_state(tmp_path, saved_at(steps), keep=1)
+            save_checkpoint(tmp_path, saved_at(steps), keep=1)
     assert "step_00000001.safetensors cannot be removed (in use)" in caplog.text
-    save_state(tmp_path, saved_at(3), keep=1)
+    save_checkpoint(tmp_path, saved_at(3), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003.safetensors"]
 
 
@@ -137,16 +157,16 @@ def steps_in(folder):
 def test_the_newest_state_up_to_the_lowest_loss_is_kept(tmp_path, lowest):
     """A run that diverges goes on from it."""
     for steps in (100, 200, 300, 400, 500):
-        save_state(tmp_path, saved_at(steps), keep=2, lowest=min(steps, lowest))
+        save_checkpoint(tmp_path, saved_at(steps), keep=2, best_step=min(steps, lowest))
     assert steps_in(tmp_path) == [200, 400, 500]
-    save_state(tmp_path, saved_at(600), keep=2, lowest=50)
+    save_checkpoint(tmp_path, saved_at(600), keep=2, best_step=50)
     assert steps_in(tmp_path) == [500, 600]
 
 
 def test_on_a_full_disk_older_states_make_room_for_a_new_one(tmp_path, monkeypatch):
     states = 2
     for steps in (1, 2):
-        size = save_state(tmp_path, saved_at(steps), keep=3).stat().st_size
+        size = save_checkpoint(tmp_path, saved_at(steps), keep=3).stat().st_size
 
     def usage(folder):
         return SimpleNamespace(
@@ -154,11 +174,11 @@ def test_on_a_full_disk_older_states_make_room_for_a_new_one(tmp_path, monkeypat
         )
 
     monkeypatch.setattr("dcm_core.files.unfinished.shutil.disk_usage", usage)
-    save_state(tmp_path, saved_at(3), keep=3)
+    save_checkpoint(tmp_path, saved_at(3), keep=3)
     assert steps_in(tmp_path) == [2, 3]
     states = 1
     with pytest.raises(CheckpointError, match=r"step_00000004.* needs .* free"):
-        save_state(tmp_path, saved_at(4), keep=3)
+        save_checkpoint(tmp_path, saved_at(4), keep=3)
     assert steps_in(tmp_path) == [3]
 
 
@@ -167,7 +187,7 @@ def test_a_state_of_a_newer_version_is_told_from_a_damaged_one(tmp_path, metadat
     path = tmp_path / "step_00000002.safetensors"
     write_tensors(path, tensors_of(CONFIG), metadata | {"config": config, "history": "[]"})
     with pytest.raises(CheckpointError, match=r"is of a newer version: new_setting is no setting here"):
-        read_state(path)
+        read_checkpoint(path)
 
 
 DAMAGE = {
@@ -188,63 +208,63 @@ DAMAGE = {
 @pytest.mark.parametrize("weights", [True, False])
 def test_an_incomplete_state_is_passed_over_for_the_one_before(tmp_path, caplog, damage, weights):
     changed, message = DAMAGE[damage]
-    save_state(tmp_path, saved_at(1), keep=3)
-    save_state(tmp_path, saved_at(2, **changed), keep=3)
-    path, saved = newest_state(tmp_path, weights=weights)
+    save_checkpoint(tmp_path, saved_at(1), keep=3)
+    save_checkpoint(tmp_path, saved_at(2, **changed), keep=3)
+    path, saved = newest_checkpoint(tmp_path, weights=weights)
     assert (path.name, saved.steps) == ("step_00000001.safetensors", 1)
     assert "step_00000002" in caplog.text and message in caplog.text
     with pytest.raises(CheckpointError, match=message):
-        read_state(tmp_path / "step_00000002.safetensors", weights=weights)
+        read_checkpoint(tmp_path / "step_00000002.safetensors", weights=weights)
 
 
 def test_a_discriminator_without_its_optimizer(tmp_path):
-    path = save_state(tmp_path, saved_at(1, DETAIL), keep=3)
-    assert "discriminator_optimizer.x.step" in read_state(path).tensors
+    path = save_checkpoint(tmp_path, saved_at(1, DETAIL), keep=3)
+    assert "discriminator_optimizer.x.step" in read_checkpoint(path).tensors
     for missing, message in (
         (("discriminator_optimizer.x.step",), "missing: discriminator_optimizer.x.step"),
         ([name for name in saved_at(1, DETAIL).tensors if name.startswith("disc")], "it has no discriminator"),
     ):
-        path = save_state(tmp_path, saved_at(2, DETAIL, **dict.fromkeys(missing)), keep=3)
+        path = save_checkpoint(tmp_path, saved_at(2, DETAIL, **dict.fromkeys(missing)), keep=3)
         with pytest.raises(CheckpointError, match=message):
-            read_state(path)
+            read_checkpoint(path)
 
 
 def test_a_state_of_other_tensors_than_the_run_has_is_passed_over(tmp_path):
     """A whole layer is missing, with all that belongs to it: the file alone does not show it."""
     for steps in (1, 2):
-        path = save_state(tmp_path, saved_at(steps), keep=3)
+        path = save_checkpoint(tmp_path, saved_at(steps), keep=3)
     shapes = {name: tuple(tensor.shape) for name, tensor in saved_at(2).tensors.items()}
     more = {name.replace(".x", ".y"): tensor for name, tensor in saved_at(2).tensors.items()}
-    save_state(tmp_path, saved_at(3, **more), keep=3)
-    assert newest_state(tmp_path)[1].steps == 3
-    assert newest_state(tmp_path, shapes)[1].steps == 2
+    save_checkpoint(tmp_path, saved_at(3, **more), keep=3)
+    assert newest_checkpoint(tmp_path)[1].steps == 3
+    assert newest_checkpoint(tmp_path, shapes)[1].steps == 2
     wide = {name: (2, 2) if shape else () for name, shape in shapes.items()}
     with pytest.raises(CheckpointError, match="of another shape"):
-        read_state(path, wide)
+        read_checkpoint(path, wide)
     with pytest.raises(TrainingError, match=r"No checkpoint in .* can be used: 3 files tried \(newest: step_00000003"):
-        newest_state(tmp_path, wide)
+        newest_checkpoint(tmp_path, wide)
 
 
 def test_a_state_whose_numbers_have_changed_is_passed_over(tmp_path, caplog):
     for steps in (1, 2):
-        path = save_state(tmp_path, saved_at(steps), keep=3)
+        path = save_checkpoint(tmp_path, saved_at(steps), keep=3)
     content = bytearray(path.read_bytes())
     content[TensorFile(path).offsets["expert_optimizer.x.exp_avg"] + 5] ^= 1
     path.write_bytes(content)
-    assert newest_state(tmp_path)[1].steps == 1
+    assert newest_checkpoint(tmp_path)[1].steps == 1
     assert "does not match the checksum" in caplog.text
 
 
 def test_without_room_for_another_reason_no_state_is_removed(tmp_path, monkeypatch):
     for steps in (1, 2):
-        save_state(tmp_path, saved_at(steps), keep=3)
+        save_checkpoint(tmp_path, saved_at(steps), keep=3)
 
     def refused(*_):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "replace", refused)
     with pytest.raises(CheckpointError, match=r"step_00000003.* cannot be written \(Permission denied\)"):
-        save_state(tmp_path, saved_at(3), keep=3)
+        save_checkpoint(tmp_path, saved_at(3), keep=3)
     assert steps_in(tmp_path) == [1, 2]
 
 
@@ -256,7 +276,7 @@ def test_a_history_that_is_none(tmp_path, metadata, history):
     path = tmp_path / "step_00000002.safetensors"
     write_tensors(path, tensors_of(CONFIG), metadata | {"history": json.dumps(history)})
     with pytest.raises(CheckpointError, match=r"damaged training checkpoint \(its history (has|does not have)"):
-        read_state(path)
+        read_checkpoint(path)
 
 
 @given(data=st.data())
@@ -269,7 +289,7 @@ def test_mangled_states_are_read_or_refused(tmp_path, metadata, data):
     mangled(path, tensors, metadata, data)
     with timed():
         try:
-            saved = read_state(path)
+            saved = read_checkpoint(path)
         except DCMError as error:
             assert str(path) in str(error)
         else:

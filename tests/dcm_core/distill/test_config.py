@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dcm_core.distill.config import TrainingConfig, TrainingError
+from dcm_core.distill.config import FORMER, TrainingConfig, TrainingError
 from dcm_core.families import HUNYUAN_VIDEO, WAN
 
 
@@ -33,24 +33,38 @@ def test_the_paper_s_values_are_the_defaults():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"expert": "both"}, "expert is 'both'; choose semantic or detail"),
-        ({"expert": "detail", "rank": 0}, "rank is 0, but a detail expert is a LoRA"),
+        ({"side": "both"}, "side is 'both'; choose semantic or detail"),
+        ({"side": "detail", "rank": 0}, "rank is 0, but a detail expert is a LoRA"),
         (
-            {"expert": "detail", "shared": True},
+            {"side": "detail", "shared": True},
             "shared is true, but an expert for all noise levels is trained as a semantic expert",
         ),
-        ({"expert": "semantic", "learning_rate": float("nan")}, "learning_rate is nan; expected a number from"),
-        ({"expert": "semantic", "steps": 0}, "steps is 0"),
-        ({"expert": "semantic", "scheduler": "linear"}, "choose one of constant, cosine"),
-        ({"expert": "detail", "discriminator_width": 100}, "multiple of 32"),
-        ({"expert": "semantic", "step": 5}, "Unknown setting step. Valid settings: expert, steps"),
-        ({"expert": "semantic", "steps": "many"}, "steps is 'many'; expected a whole number"),
-        ({"expert": "semantic", "steps": True}, "steps is True; expected a whole number"),
+        ({"side": "semantic", "learning_rate": float("nan")}, "learning_rate is nan; expected a number from"),
+        ({"side": "semantic", "steps": 0}, "steps is 0"),
+        ({"side": "semantic", "scheduler": "linear"}, "choose one of constant, cosine"),
+        ({"side": "detail", "discriminator_width": 100}, "multiple of 32"),
+        ({"side": "semantic", "step": 5}, "Unknown setting step. Valid settings: side, steps"),
+        ({"side": "semantic", "steps": "many"}, "steps is 'many'; expected a whole number"),
+        ({"side": "semantic", "steps": True}, "steps is True; expected a whole number"),
     ],
 )
 def test_wrong_settings_are_named(values, message):
     with pytest.raises(TrainingError, match=message):
         TrainingConfig.from_dict(values)
+
+
+def test_settings_by_the_names_of_earlier_versions():
+    former = {"expert": "detail", "accumulate": 4, "checkpointing": False}
+    today = {"side": "detail", "gradient_accumulation_steps": 4, "gradient_checkpointing": False}
+    assert TrainingConfig.from_dict(former) == TrainingConfig.from_dict(today) == TrainingConfig(**today)
+    assert dict(zip(former, today, strict=True)) == FORMER
+    for old, name in zip(former, today, strict=True):
+        with pytest.raises(
+            TrainingError, match=f"{old} is the former name of {name}, and both are there. Remove {old}"
+        ):
+            TrainingConfig.from_dict({**today, old: former[old]})
+    with pytest.raises(TrainingError, match="gradient_accumulation_steps is 'a'; expected a whole number"):
+        TrainingConfig.from_dict({"side": "semantic", "accumulate": "a"})
 
 
 def test_a_resumed_run_may_be_longer_but_not_another():

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dcm_core.distill.config import TrainingConfig, TrainingError
-from dcm_core.distill.divergence import PATIENCE, WINDOW, Diverged, check_losses, lowest_window
+from dcm_core.distill.divergence import PATIENCE, WINDOW, Diverged, best_step, check_losses
 
 
 def history(*losses):
@@ -51,6 +51,6 @@ def test_one_high_loss_is_no_divergence():
 
 def test_the_lowest_window():
     low, high = [0.1] * WINDOW, [5.0] * WINDOW
-    assert lowest_window(history(*low[1:])) == 0
-    assert lowest_window(history(*high, *low, *high, *high[1:])) == 2 * WINDOW
-    assert lowest_window(history(*[math.nan] * WINDOW, *high)) == 2 * WINDOW
+    assert best_step(history(*low[1:])) == 0
+    assert best_step(history(*high, *low, *high, *high[1:])) == 2 * WINDOW
+    assert best_step(history(*[math.nan] * WINDOW, *high)) == 2 * WINDOW

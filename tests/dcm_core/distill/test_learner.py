@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
+from torch.optim import lr_scheduler
 
-from dcm_core.distill.config import TrainingConfig
-from dcm_core.distill.learner import make_learner, make_schedule
+from dcm_core.distill.config import SCHEDULERS, TrainingConfig
+from dcm_core.distill.learner import learning_rate_at, make_learner
 from dcm_core.distill.parallel import Processes
 
 
@@ -25,14 +28,8 @@ def give(learner, value):
 
 
 def rates(**settings):
-    config = TrainingConfig("semantic", **settings)
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1.0)
-    schedule, found = make_schedule(optimizer, config), []
-    for _ in range(config.steps):
-        found.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return found
+    config = TrainingConfig("semantic", learning_rate=1.0, **settings)
+    return [learning_rate_at(step, config) for step in range(config.steps)]
 
 
 def test_warm_up_then_constant():
@@ -47,6 +44,38 @@ def test_warm_up_then_cosine():
 
 def test_warm_up_is_shorter_than_the_run():
     assert rates(steps=2, warmup_steps=10) == pytest.approx([1 / 2, 1])
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # torch's own, of SequentialLR
+@given(steps=st.integers(1, 60), warmup_steps=st.integers(0, 60), scheduler=st.sampled_from(SCHEDULERS))
+def test_the_same_rates_as_torch_s_schedulers(steps, warmup_steps, scheduler):
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], lr=1.0)
+    warmup = min(warmup_steps, steps - 1)
+    after = (
+        lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps - warmup)
+        if scheduler == "cosine"
+        else lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+    )
+    if warmup:
+        start = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+        after = lr_scheduler.SequentialLR(optimizer, [start, after], milestones=[warmup])
+    expected = []
+    for _ in range(steps):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        after.step()
+    found = rates(steps=steps, warmup_steps=warmup_steps, scheduler=scheduler)
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def test_a_step_is_made_at_the_rate_that_is_set(learner):
+    """AdamW's first step moves every value by the rate, whatever its gradient."""
+    give(learner, 3.0)
+    learner.set_learning_rate(0.25)
+    learner.step(1.0)
+    for parameter in learner.parameters.values():
+        # weight decay of 0.01
+        torch.testing.assert_close(parameter, torch.full_like(parameter, 0.75 - 0.25 * 0.01))
 
 
 def test_gradients_are_unscaled_then_clipped(learner):

@@ -87,7 +87,7 @@ def test_advice_names_what_would_help():
     memory.check(2**31, TrainingConfig("semantic"))
     cases = {
         "lower batch_size from 4": {"batch_size": 4},
-        "turn gradient checkpointing on": {"checkpointing": False},
+        "turn gradient checkpointing on": {"gradient_checkpointing": False},
         "set rank above 0": {"rank": 0},
         "lower rank from 64, and alpha in proportion": {"rank": 64},
         "use fewer frames": {},

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dcm_core.distill.student import make_fixed, make_trainee, new_detail, new_semantic
+from dcm_core.distill.student import Student, make_fixed, new_detail, new_semantic
 from dcm_core.errors import ExpertError
 from dcm_core.experts.expert import Expert, LowRank, merged
 from dcm_core.experts.modules import add_linear
@@ -109,18 +109,30 @@ def test_a_new_expert_changes_nothing_and_comes_back_as_it_was(family, modules, 
         parent.add_module(last, module)
     new = new_semantic if side == "semantic" else new_detail
     expert = new(family, modules, 2, 4.0, generator())
-    trainee = make_trainee(expert, modules, torch.device("cpu"))
+    student = Student(expert, modules, torch.device("cpu"))
     x = torch.randn(3, WIDTH)
     before = {name: module(x) for name, module in modules.items()}
-    with in_place(root, trainee.working):
+    with in_place(root, student.working):
         for name, module in modules.items():
             assert torch.allclose(module(x), before[name], atol=1e-7), name
-    result = trainee.result()
+    result = student.to_expert()
     assert set(result.low_rank) == set(expert.low_rank) and set(result.replaced) == set(expert.replaced)
     for name, updates in result.low_rank.items():
         for ours, theirs in zip(updates, expert.low_rank[name], strict=True):
             assert torch.equal(ours.down, theirs.down) and torch.equal(ours.up, theirs.up)
             assert (ours.scale, ours.start) == (2.0, theirs.start)
+
+
+def test_checkpoints_of_earlier_versions_name_the_parameters_so():
+    expert = new_detail(WAN, {**WAN_MODULES, **linears("time_embedding.2")}, 2, 4.0, generator())
+    expert.replaced["blocks.0.modulation"] = torch.ones(1, 6)
+    block = nn.Module()
+    block.register_parameter("modulation", nn.Parameter(torch.zeros(1, 6)))
+    modules = {**WAN_MODULES, **linears("time_embedding.2"), "blocks.0": block}
+    low_rank = [f"low_rank.sites.{i}.branch.{name}.weight" for i in range(3) for name in ("down", "ups.0")]
+    replaced = [f"replaced.sites.{i}.replaced.{name}" for i in range(4) for name in ("weight", "bias")]
+    names = [name for name, _ in Student(expert, modules, torch.device("cpu")).named_parameters()]
+    assert names == [*low_rank, "replaced.bare.0", *replaced]
 
 
 def test_the_same_output_and_gradients_as_peft():
@@ -130,12 +142,12 @@ def test_the_same_output_and_gradients_as_peft():
     down, up = torch.randn(2, WIDTH), torch.randn(WIDTH, 2)
     expert = Expert("wan", "detail", {"q": (LowRank(down, up, 2.0),)})
     root = nn.ModuleDict({"q": base})
-    trainee = make_trainee(expert, {"q": base}, torch.device("cpu"))
+    student = Student(expert, {"q": base}, torch.device("cpu"))
     x = torch.randn(5, WIDTH)
-    with in_place(root, trainee.working):
+    with in_place(root, student.working):
         ours = root["q"](x)
     ours.square().sum().backward()
-    site = trainee.low_rank.sites[0].branch
+    site = student.low_rank.sites[0].branch
     copied = nn.ModuleDict({"q": nn.Linear(WIDTH, WIDTH)})
     copied.load_state_dict(root.state_dict())
     theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q"]), copied)
@@ -151,14 +163,14 @@ def test_the_same_output_and_gradients_as_peft():
 def test_low_precision_bases_take_float32_experts():
     base = nn.Linear(WIDTH, WIDTH).bfloat16()
     modules = {"blocks.0.self_attn.q": base, "head.head": nn.Linear(WIDTH, WIDTH).bfloat16()}
-    trainee = make_trainee(new_detail(WAN, modules, 2, 4.0, generator()), modules, torch.device("cpu"))
-    assert all(value.dtype is torch.float32 for _, value in trainee.named_parameters())
+    student = Student(new_detail(WAN, modules, 2, 4.0, generator()), modules, torch.device("cpu"))
+    assert all(value.dtype is torch.float32 for _, value in student.named_parameters())
     x = torch.randn(3, WIDTH, dtype=torch.bfloat16)
-    for part in (trainee.low_rank.sites[0], trainee.replaced.sites[0]):
+    for part in (student.low_rank.sites[0], student.replaced.sites[0]):
         out = part(x, base.forward, 1.0, add_linear)
         assert out.dtype is torch.bfloat16
         out.float().square().sum().backward()
-    assert all(value.grad is not None for _, value in trainee.named_parameters())
+    assert all(value.grad is not None for _, value in student.named_parameters())
 
 
 def test_a_finished_expert_in_the_base_s_dtype_is_half_as_large_and_does_the_same():
@@ -225,15 +237,15 @@ def test_copies_start_from_the_semantic_expert_s_layers():
     assert torch.equal(copies["head.head.bias"], modules["head.head"].bias)
 
 
-def test_averaging():
+def test_ema():
     expert = new_semantic(WAN, WAN_MODULES, 2, 4.0, generator())
-    trainee = make_trainee(expert, WAN_MODULES, torch.device("cpu"))
-    average = trainee.copy()
-    start = [value.clone() for _, value in average.named_parameters()]
-    for _, value in trainee.named_parameters():
+    student = Student(expert, WAN_MODULES, torch.device("cpu"))
+    ema = student.make_ema()
+    start = [value.clone() for value in ema.parameters()]
+    for value in student.parameters():
         value.data += 1
-    average.average(trainee, 0.75)
-    for (_, value), old in zip(average.named_parameters(), start, strict=True):
+    ema.update_ema(student, 0.75)
+    for value, old in zip(ema.parameters(), start, strict=True):
         assert torch.allclose(value, old + 0.25, atol=1e-6) and not value.requires_grad
 
 
@@ -243,7 +255,7 @@ def test_an_alpha_that_a_file_has_rounded_is_one_alpha():
     assert alphas[0] != alphas[1]
     pairs = [LowRank(torch.zeros(2, WIDTH), torch.zeros(WIDTH, 2), scale) for scale in alphas]
     expert = Expert("wan", "semantic", {"blocks.0.self_attn.q": (pairs[0],), "blocks.0.self_attn.o": (pairs[1],)})
-    assert make_trainee(expert, WAN_MODULES, torch.device("cpu")).scale == pytest.approx(0.1 / 16)
+    assert Student(expert, WAN_MODULES, torch.device("cpu")).scale == pytest.approx(0.1 / 16)
 
 
 def test_experts_that_cannot_be_trained_on_are_refused():
@@ -252,8 +264,8 @@ def test_experts_that_cannot_be_trained_on_are_refused():
     device = torch.device("cpu")
     mixed = Expert("wan", "semantic", {"blocks.0.self_attn.q": (pair,), "blocks.0.self_attn.o": (other,)})
     with pytest.raises(ExpertError, match=r"alpha / rank differs between layers"):
-        make_trainee(mixed, WAN_MODULES, device)
+        Student(mixed, WAN_MODULES, device)
     with pytest.raises(ExpertError, match="are differences to the base"):
-        make_trainee(Expert("wan", "semantic", diff={"head.head.weight": torch.zeros(8, 8)}), WAN_MODULES, device)
+        Student(Expert("wan", "semantic", diff={"head.head.weight": torch.zeros(8, 8)}), WAN_MODULES, device)
     with pytest.raises(ExpertError, match=r"The model has no blocks\.9\.q"):
-        make_trainee(Expert("wan", "semantic", {"blocks.9.q": (pair,)}), WAN_MODULES, device)
+        Student(Expert("wan", "semantic", {"blocks.9.q": (pair,)}), WAN_MODULES, device)

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dcm_core.convert import convert_release
-from dcm_core.distill.data.data_file import write_data
-from dcm_core.distill.data.dataset import TensorData
+from dcm_core.distill.data.dataset import TensorDataset
+from dcm_core.distill.data.dataset_file import write_dataset
 from dcm_core.errors import CheckpointError, DCMError
 from dcm_core.experts.expert import expert_id
 from dcm_core.experts.reader import read_expert
@@ -49,7 +49,7 @@ def test_every_file_of_ours_has_one(tmp_path, save):
     text = [[torch.ones(1, 2, 3), {}]]
     convert_release(save(make_release(WAN)), tmp_path / "base.safetensors", tmp_path / "expert.safetensors")
     save_conditioning(tmp_path / "text.safetensors", text)
-    write_data(tmp_path / "data.safetensors", TensorData([torch.ones(2, 1, 2, 2)], [text], [0], text))
+    write_dataset(tmp_path / "data.safetensors", TensorDataset([torch.ones(2, 1, 2, 2)], [text], [0], text))
     for name in ("base", "expert", "text", "data"):
         file = TensorFile(tmp_path / f"{name}.safetensors")
         assert file.checksum

@@ -10,7 +10,7 @@ SMALL = {
     "rank": 4,
     "alpha": 8.0,
     "discriminator_width": 64,
-    "checkpointing": False,
+    "gradient_checkpointing": False,
     "warmup_steps": 2,
     "boundary": 0.9,
     "shift": 5.0,
@@ -22,7 +22,7 @@ def random_data(dataset, count=4, channels=16, size=(2, 4, 6), words=3):
     generator = torch.Generator().manual_seed(5)
     latents = [torch.randn(channels, *size, generator=generator) for _ in range(count)]
     texts = [[[torch.randn(1, words, 4096, generator=generator), {}]] for _ in range(count)]
-    return dataset.TensorData(latents, texts, list(range(count)), [[torch.zeros(1, words, 4096), {}]])
+    return dataset.TensorDataset(latents, texts, list(range(count)), [[torch.zeros(1, words, 4096), {}]])
 
 
 def make_trainer(module, model, data, config, folder):

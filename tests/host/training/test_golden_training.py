@@ -67,13 +67,15 @@ def teacher(tensors):
 
 @pytest.fixture(scope="module")
 def make(core, module, teacher, tmp_path_factory):
-    """make(config, start, below=None) -> a Trainer on the teacher."""
+    """make(config, start, semantic=None) -> a Trainer on the teacher."""
     wan, folder = module("dcm_core.families").WAN, tmp_path_factory.mktemp("run")
 
-    def run(config, start, below=None):
+    def run(config, start, semantic=None):
         backbone = module("nodes.host.training.run").make_backbone(teacher, wan, config)
         data = random_data(core("distill.data.dataset"))
-        return core("distill.trainer").Trainer(backbone, data, config, start, folder, torch.device("cpu"), below=below)
+        return core("distill.trainer").Trainer(
+            backbone, data, config, start, folder, torch.device("cpu"), semantic=semantic
+        )
 
     return run
 
@@ -91,7 +93,7 @@ def settings(core, module, recipe):
             **SOLVER,
             alpha=2.0 * META["rank"],
             boundary=BOUNDARY,
-            checkpointing=False,
+            gradient_checkpointing=False,
             cfg=facts["distill_cfg"] if facts["use_cfg"] else 0.0,
             adversarial_weight=facts.get("adv_weight", 0.0),
             discriminator_width=hidden,
@@ -161,7 +163,7 @@ def norm_of(gradients):
 
 
 def predictions(core, trainer, batch):
-    return core("distill.method.consistency").predict(trainer.roles(), batch, trainer.phases, trainer.config.cfg)
+    return core("distill.method.consistency").predict(trainer.networks(), batch, trainer.phases, trainer.config.cfg)
 
 
 @pytest.mark.parametrize("case", SEMANTIC)
@@ -170,12 +172,12 @@ def test_semantic_step(case, core, recipe, make, settings, tensors, expected):
     Expert, wan = core("experts.expert").Expert, core("families").WAN
     # teacher, student and EMA are three different networks, as in the middle of a run
     trainer = make(settings("semantic", case), Expert("wan", "semantic", replaced=tensors("student")))
-    averaged = core("distill.student").make_trainee(
+    ema = core("distill.student").Student(
         Expert("wan", "semantic", replaced=tensors("ema")),
         dict(trainer.backbone.module.named_modules()),
         trainer.device,
     )
-    trainer.average.average(averaged, decay=0.0)
+    trainer.ema.update_ema(ema, decay=0.0)
     batch = make_batch(core, recipe, case)
     assert relative(batch.x0, expected[f"{case}.x0"]) < 1e-6
     pred, target = predictions(core, trainer, batch)
@@ -189,12 +191,12 @@ def test_semantic_step(case, core, recipe, make, settings, tensors, expected):
         and close(terms["temporal"], facts["temporal"])
     )
     loss.backward()
-    gradients = {name: value.grad for name, value in trainer.trainee.named_parameters()}
+    gradients = {name: value.grad for name, value in trainer.student.named_parameters()}
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients.values())
     assert close(norm_of(gradients.values()), facts["grad_norm"])
-    others = (*trainer.backbone.module.parameters(), *(value for _, value in trainer.average.named_parameters()))
+    others = (*trainer.backbone.module.parameters(), *(value for _, value in trainer.ema.named_parameters()))
     assert all(value.grad is None for value in others)
-    sites, kept = sites_of(trainer.trainee.replaced), gradients_of(expected, case)
+    sites, kept = sites_of(trainer.student.replaced), gradients_of(expected, case)
     assert kept
     for key, golden in kept.items():
         name, _, param = wan.key_map.find(key).target.rpartition(".")
@@ -227,7 +229,7 @@ def test_detail_step(case, core, recipe, make, settings, detail_pair, expected):
     trainer = make(settings("detail", case), detail, semantic)
     with torch.no_grad():
         # an EMA that would give other targets: the detail stage takes the student's own
-        for _, value in trainer.average.named_parameters():
+        for _, value in trainer.ema.named_parameters():
             value.mul_(1.5)
     tensors = recipe.discriminator(recipe.keys("wan_train")["discriminator"])
     trainer.discriminator.load_state_dict({head_name(key): value for key, value in tensors.items()})
@@ -245,11 +247,11 @@ def test_detail_step(case, core, recipe, make, settings, detail_pair, expected):
     assert close(terms["gan"], facts["gan_generator_weighted"])
     assert close(loss, facts["generator_loss"])
     loss.backward()
-    gradients = [value.grad for _, value in trainer.trainee.named_parameters()]
+    gradients = [value.grad for _, value in trainer.student.named_parameters()]
     assert all(gradient is not None for gradient in gradients)
     assert close(norm_of(gradients), facts["generator_grad_norm"])
     assert all(value.grad is None for value in trainer.discriminator.parameters())
-    low_rank, replaced = map(sites_of, (trainer.trainee.low_rank, trainer.trainee.replaced))
+    low_rank, replaced = map(sites_of, (trainer.student.low_rank, trainer.student.replaced))
     kept = gradients_of(expected, case)
     assert kept
     for key, golden in kept.items():

@@ -31,6 +31,10 @@ COMMON = {
     "held_out": 1,
     "sample_every": 1,
 }
+INPUTS = json.loads((Path(__file__).parent / "node_inputs.json").read_text(encoding="utf-8"))
+# inputs that saved graphs hold by another name than the setting's
+OTHER_IDS = {"accumulate": "gradient_accumulation_steps"}
+COMMAND_LINE_ALONE = {"weight_decay", "clip_norm", "divergence", "points", "shared", "feature_weight", "held_out_every"}
 SEMANTIC = {**COMMON, "temporal_weight": 1.0}
 DETAIL = {**COMMON, "adversarial_weight": 0.1, "discriminator_learning_rate": 1e-4, "discriminator_width": 64}
 
@@ -68,21 +72,41 @@ def test_nodes_train_save_and_show(trained, output, models):
         assert f"{expert.role} expert: LoRA rank 4" in text and "2 steps" in text and file in text
 
 
+def described(item):
+    """What a saved graph relies on, and what a user sees of an input; a host's own additions left out."""
+    names = ("default", "min", "max", "step", "round", "control_after_generate", "tooltip", "advanced", "optional")
+    found = {name: getattr(item, name, None) for name in names}
+    found["options"] = item.options if item.id == "scheduler" else None
+    found = {name: value for name, value in found.items() if value is not None and (name, value) != ("optional", False)}
+    return {"id": item.id, "type": item.get_io_type(), **found}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_inputs_are_those_that_saved_graphs_hold(name, module):
+    """Graphs hold values by their place."""
+    train = module("nodes.train")
+    known = module("nodes.host.compat").advanced(train.io.Int.Input)
+    expected = [{key: value for key, value in item.items() if key != "advanced" or known} for item in INPUTS[name]]
+    assert [described(item) for item in getattr(train, name).define_schema().inputs] == expected
+
+
 @pytest.mark.parametrize("side", ["semantic", "detail"])
 def test_inputs_are_the_settings_of_a_run(side, module):
-    """Their defaults are a run's, but for sample videos, which a node shows; their limits lie within a run's."""
-    settings = module("dcm_core.distill.config")
-    defaults = vars(settings.TrainingConfig(side))
+    """Every setting that a node has is made from the setting, for the expert that has it."""
+    config = module("dcm_core.distill.config")
     node = getattr(module("nodes.train"), f"DCMTrain{side.capitalize()}Expert")
-    inputs = {item.id: item for item in node.define_schema().inputs if item.id in defaults}
-    assert len(inputs) > 15
-    for name, item in inputs.items():
-        if name in settings.LIMITS:
-            low, high = settings.LIMITS[name]
-            assert (low <= item.min or name == "learning_rate") and item.max <= high, name
-        if (side, name) == ("detail", "learning_rate"):
-            defaults[name] = 5e-6  # what 0 takes there
-        assert name == "sample_every" or item.default in (None, defaults[name]), name
+    inputs = {OTHER_IDS.get(item.id, item.id): item for item in node.define_schema().inputs}
+    offered = {
+        name for name, about in config.SETTINGS.items() if about.only in (None, side) and name not in COMMAND_LINE_ALONE
+    }
+    assert offered == inputs.keys() & config.SETTINGS.keys()
+    for name in offered:
+        assert inputs[name].tooltip == config.SETTINGS[name].help_for(side), name
+        # within the limits of a run
+        config.TrainingConfig(side, **{name: inputs[name].default} if inputs[name].default is not None else {})
+        for value in (getattr(inputs[name], "min", None), getattr(inputs[name], "max", None)):
+            if value is not None:
+                config.TrainingConfig(side, **{name: value})
 
 
 def test_experts_are_usable_at_once_and_from_their_files(trained, node, sample):
@@ -282,7 +306,7 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
         {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()},
         tmp_path / "base.safetensors",
     )
-    module("dcm_core.distill.data.data_file").write_data(tmp_path / "data.safetensors", data)
+    module("dcm_core.distill.data.dataset_file").write_dataset(tmp_path / "data.safetensors", data)
     training = {"rank": 2, "alpha": 4.0, "batch_size": 2, "boundary": 0.9, "shift": 5.0}
 
     def run(steps, **more):
@@ -305,14 +329,22 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
     log = first.stderr
     assert 0 < log.index("Peak memory about") < log.index("Step 2 of 2: loss"), "told before the first step"
     assert ", 3 steps.\nResumed from step 2 of 3, changed: steps: 2 -> 3.\nSaved to" in run(3).stdout
-    assert list((tmp_path / "expert_states").glob("step_00000003.safetensors"))
-    assert {path.name for path in (tmp_path / "expert_states").glob("*.png")} >= {
+    assert list((tmp_path / "expert_checkpoints").glob("step_00000003.safetensors"))
+    assert {path.name for path in (tmp_path / "expert_checkpoints").glob("*.png")} >= {
         "loss_loss.png",
         "loss_huber.png",
         "loss_temporal.png",
     }
     wrong = run(3, modle="x")
     assert wrong.returncode == 2 and "Unknown setting modle. Valid settings: " in wrong.stderr
+
+
+def test_a_run_that_an_earlier_version_has_begun_keeps_its_folder(tmp_path, module):
+    default = module("nodes.host.training.command").default_checkpoints
+    assert default(tmp_path, "mine") == tmp_path / "mine_checkpoints"
+    (tmp_path / "mine_states").mkdir()
+    assert default(tmp_path, "mine") == tmp_path / "mine_states"
+    assert default(tmp_path, "other") == tmp_path / "other_checkpoints"
 
 
 def test_a_model_that_the_host_cannot_load_to_stay_is_refused(train, module, wan, tmp_path, data, config, monkeypatch):
@@ -338,7 +370,9 @@ def base_file(wan, tmp_path_factory):
     ("more", "error"),
     [
         ({"training": None}, "`training` is None; expected a table of settings"),
-        ({"states": 5}, "`states` is 5; expected a path"),
+        ({"checkpoints": 5}, "`checkpoints` is 5; expected a path"),
+        ({"states": 5}, "`checkpoints` is 5; expected a path"),
+        ({"states": "a", "checkpoints": "b"}, "states is the former name of checkpoints, and both are there"),
         ({"output": "."}, "`output` is .*, which is a folder; expected the name of the file to write"),
         ({"weight_dtype": ["default"]}, r"weight_dtype is \['default'\]; choose one of default"),
         ({"semantic": "expert.safetensors"}, "semantic is expert.safetensors, the file that this run writes"),

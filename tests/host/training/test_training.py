@@ -60,7 +60,7 @@ def test_every_trained_tensor_gets_a_gradient(side, module, model, data, config,
     for name, value in trainer.learner.parameters.items():
         if ".ups." in name:
             value.data.normal_(std=0.02)
-    for batch, share in trainer._batches(0):
+    for batch, share in trainer.batches.of_step(0):
         loss, _, discriminator_loss = trainer.losses(batch)
         (share * loss).backward()
         assert trainer.discriminator is None or all(value.grad is None for value in trainer.discriminator.parameters())
@@ -78,7 +78,7 @@ def test_every_trained_tensor_gets_a_gradient(side, module, model, data, config,
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
 def test_resumed_equals_uninterrupted(side, train, module, model, data, config, tmp_path, monkeypatch):
-    settings = config(side, steps=5, save_every=2, scheduler="cosine", accumulate=2)
+    settings = config(side, steps=5, save_every=2, scheduler="cosine", gradient_accumulation_steps=2)
     whole = train(model, data, settings, tmp_path / "whole")
     show = module("nodes.host.training.run").Show
     step = show.step
@@ -98,10 +98,24 @@ def test_resumed_equals_uninterrupted(side, train, module, model, data, config, 
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) == settings.keep
 
 
+def test_each_step_is_made_at_its_learning_rate(module, model, data, config, tmp_path):
+    settings = config("semantic", steps=4, warmup_steps=2, scheduler="cosine", learning_rate=1e-3)
+    trainer = make_trainer(module, model, data, settings, tmp_path)
+    used = []
+    for _ in range(settings.steps):
+        trainer._training_step()
+        used += {group["lr"] for group in trainer.learner.optimizer.param_groups}
+    assert used == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 0.5e-3])
+
+
 def test_checkpointing_and_accumulation_do_not_change_the_gradients(train, model, data, config, tmp_path):
     plain = train(model, data, config("detail", ema_decay=0.0, batch_size=4), tmp_path / "a")
-    again = train(model, data, config("detail", ema_decay=0.0, batch_size=4, checkpointing=True), tmp_path / "b")
-    parts = train(model, data, config("detail", ema_decay=0.0, batch_size=2, accumulate=2), tmp_path / "c")
+    again = train(
+        model, data, config("detail", ema_decay=0.0, batch_size=4, gradient_checkpointing=True), tmp_path / "b"
+    )
+    parts = train(
+        model, data, config("detail", ema_decay=0.0, batch_size=2, gradient_accumulation_steps=2), tmp_path / "c"
+    )
     for other in (again, parts):
         for name in ("loss", "huber", "gan", "discriminator", "grad_norm"):
             ours, theirs = ([entry[name] for entry in run.history] for run in (plain, other))
@@ -139,8 +153,8 @@ def test_another_configuration_or_other_data_is_not_resumed(train, module, model
         train(model, other, config("semantic"), tmp_path)
     assert len(train(model, data, config("semantic", steps=2), tmp_path).history) == 2
     semantic = train(model, data, config("semantic", steps=1), tmp_path / "semantic").expert
-    train(model, data, config("detail", steps=1), tmp_path / "detail", below=semantic)
-    for given in ({}, {"below": semantic, "start": semantic}):
+    train(model, data, config("detail", steps=1), tmp_path / "detail", semantic=semantic)
+    for given in ({}, {"semantic": semantic, "start": semantic}):
         with pytest.raises(
             errors.TrainingError, match=r"with other settings: (semantic expert: \w+ -> None|start: None -> \w+)"
         ):
@@ -200,7 +214,7 @@ def test_a_damaged_state_is_passed_over(train, model, data, config, tmp_path):
 
 def test_nan_losses_end_the_run_and_keep_the_expert(train, module, model, config, tmp_path):
     dataset, errors = module("dcm_core.distill.data.dataset"), module("dcm_core.distill.config")
-    broken = dataset.TensorData(
+    broken = dataset.TensorDataset(
         [torch.full((16, 2, 4, 6), float("nan"))],
         [[[torch.zeros(1, 3, 4096), {}]]],
         [0],
@@ -208,18 +222,18 @@ def test_nan_losses_end_the_run_and_keep_the_expert(train, module, model, config
     )
     with pytest.raises(errors.TrainingError, match=r"NaN or infinite 5 times in a row.*Lower learning_rate"):
         train(model, broken, config("semantic", steps=20, batch_size=1), tmp_path)
-    state = module("dcm_core.distill.checkpoints").newest_state(tmp_path)[1]
-    assert all(value.isfinite().all() for value in state.tensors.values())
+    checkpoint = module("dcm_core.distill.checkpoints").newest_checkpoint(tmp_path)[1]
+    assert all(value.isfinite().all() for value in checkpoint.tensors.values())
 
 
 def test_states_that_cannot_be_read_are_kept_and_nothing_starts_over_them(train, module, model, data, config, tmp_path):
-    state = module("dcm_core.distill.checkpoints")
+    checkpoints, file = module("dcm_core.distill.checkpoints"), module("dcm_core.distill.checkpoint_file")
     (tmp_path / "step_00000900.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"No checkpoint in .* can be used: 1 file tried \(newest: step_00000900"):
         train(model, data, config("semantic"), tmp_path)
-    saved = state.SavedState(2, config("semantic"), {}, [{"step": 1.0}, {"step": 2.0}], {"x": torch.zeros(2)})
+    saved = file.Checkpoint(2, config("semantic"), {}, [{"step": 1.0}, {"step": 2.0}], {"x": torch.zeros(2)})
     for steps in (1, 2, 3):
-        path = state.save_state(tmp_path, dataclasses.replace(saved, steps=steps), keep=2)
+        path = checkpoints.save_checkpoint(tmp_path, dataclasses.replace(saved, steps=steps), keep=2)
         assert path.exists()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [f"step_{steps:08d}.safetensors" for steps in (2, 3, 900)]
@@ -233,7 +247,7 @@ def test_a_full_disk_loses_no_state(train, module, model, data, config, tmp_path
     def full(*_):
         raise errors.CheckpointError("The disk is full.")
 
-    monkeypatch.setattr(module("dcm_core.distill.checkpoints"), "write_tensors", full)
+    monkeypatch.setattr(module("dcm_core.distill.checkpoint_file"), "write_tensors", full)
     with pytest.raises(errors.CheckpointError, match="full"):
         train(model, data, config("semantic", steps=3), tmp_path)
     assert sorted(tmp_path.iterdir()) == before
@@ -352,7 +366,7 @@ def test_compiled_blocks_do_not_hide_the_layers(train, module, data, config, wan
 def test_checkpointing_keeps_another_pack_s_forward(train, data, config, wan, tmp_path):
     model = wan(layers=2)
     block, calls = model.model.diffusion_model.blocks[0], []
-    expected = train(model, data, config("semantic", steps=1, checkpointing=True), tmp_path / "plain")
+    expected = train(model, data, config("semantic", steps=1, gradient_checkpointing=True), tmp_path / "plain")
     forward = block.forward
 
     def counted(*args, **kwargs):
@@ -360,7 +374,7 @@ def test_checkpointing_keeps_another_pack_s_forward(train, data, config, wan, tm
         return forward(*args, **kwargs)
 
     block.forward = counted
-    found = train(model, data, config("semantic", steps=1, checkpointing=True), tmp_path / "own")
+    found = train(model, data, config("semantic", steps=1, gradient_checkpointing=True), tmp_path / "own")
     assert calls and block.__dict__["forward"] is counted
     assert expected.history == found.history and same(expected.expert, found.expert)
 

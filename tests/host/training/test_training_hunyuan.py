@@ -36,7 +36,7 @@ def data(module):
         ]
 
     latents = [torch.randn(16, 5, 6, 8, generator=generator) for _ in range(2)]
-    return module("dcm_core.distill.data.dataset").TensorData(
+    return module("dcm_core.distill.data.dataset").TensorDataset(
         latents, [conditioning(), conditioning()], [0, 1], conditioning()
     )
 
@@ -52,10 +52,14 @@ def config(config):
 def trainer(module, model, data, config, tmp_path_factory):
     """trainer(side, ...) -> a Trainer on random data, its pairs' `up` no longer zero."""
 
-    def make(side, model=model, checkpointing=False):
+    def make(side, model=model, gradient_checkpointing=False):
         generator = torch.Generator().manual_seed(1)
         made = make_trainer(
-            module, model, data, config(side, checkpointing=checkpointing), tmp_path_factory.mktemp(side)
+            module,
+            model,
+            data,
+            config(side, gradient_checkpointing=gradient_checkpointing),
+            tmp_path_factory.mktemp(side),
         )
         for name, value in made.learner.parameters.items():
             value.data += (
@@ -66,11 +70,11 @@ def trainer(module, model, data, config, tmp_path_factory):
     return make
 
 
-def merged(network, trainee):
+def merged(network, student):
     """A whole copy of the transformer with the expert in its weights."""
     result = copy.deepcopy(network).requires_grad_(True)
     weights = dict(result.named_parameters())
-    expert = trainee.result()
+    expert = student.to_expert()
     with torch.no_grad():
         for name, updates in expert.low_rank.items():
             for update in updates:
@@ -150,9 +154,9 @@ def slow_detail_loss(pred, target, trainer, batch, teacher):
 def test_step_equals_the_slow_one(side, trainer, model):
     made = trainer(side)
     teacher = model.model.diffusion_model
-    student = merged(teacher, made.trainee)
+    student = merged(teacher, made.student)
     # the averaged expert is the semantic stage's target network; here it is the student
-    for (_, mine), (_, theirs) in zip(made.average.named_parameters(), made.trainee.named_parameters(), strict=True):
+    for (_, mine), (_, theirs) in zip(made.ema.named_parameters(), made.student.named_parameters(), strict=True):
         mine.data.copy_(theirs.data)
     ((batch, share),) = made._batches(0)
     assert share == 1
@@ -170,17 +174,17 @@ def test_step_equals_the_slow_one(side, trainer, model):
         slow.backward()
     gradients = {name: value.grad for name, value in student.named_parameters()}
     checked = 0
-    for name, site in zip(made.trainee.low_rank.names, made.trainee.low_rank.sites, strict=True):
+    for name, site in zip(made.student.low_rank.names, made.student.low_rank.sites, strict=True):
         branch, whole = site.branch, gradients[f"{name}.weight"]
         downs = branch.down.weight.split(branch.ranks)
         for start, up, down, grad in zip(
             branch.starts, branch.ups, downs, branch.down.weight.grad.split(branch.ranks), strict=True
         ):
             part = whole[start : start + len(up.weight)]
-            assert relative(up.weight.grad, made.trainee.scale * part @ down.detach().t()) < GRADIENTS, name
-            assert relative(grad, made.trainee.scale * up.weight.detach().t() @ part) < GRADIENTS, name
+            assert relative(up.weight.grad, made.student.scale * part @ down.detach().t()) < GRADIENTS, name
+            assert relative(grad, made.student.scale * up.weight.detach().t() @ part) < GRADIENTS, name
             checked += 1
-    for name, site in zip(made.trainee.replaced.names, made.trainee.replaced.sites, strict=True):
+    for name, site in zip(made.student.replaced.names, made.student.replaced.sites, strict=True):
         for param, value in site.replaced.named_parameters():
             assert relative(value.grad, gradients[f"{name}.{param}"]) < GRADIENTS, name
             checked += 1
@@ -197,7 +201,7 @@ def test_an_fp8_base_has_the_gradients_of_its_weights_in_float32(side, trainer, 
     assert network.single_blocks[0].linear1.weight.dtype is torch.float8_e4m3fn
     weights = {name: value.detach().float() for name, value in network.named_parameters()}
     plain = comfy.sd.load_diffusion_model_state_dict(copy.copy(weights), model_options={"dtype": torch.float32})
-    made, reference = trainer(side, low, checkpointing=True), trainer(side, plain)
+    made, reference = trainer(side, low, gradient_checkpointing=True), trainer(side, plain)
     assert made._gradients(0) == pytest.approx(reference._gradients(0), rel=1e-3)
     for name, value in made.learner.parameters.items():
         assert value.grad.abs().sum() > 0, name

@@ -19,7 +19,7 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_alone(train, modul
     """The host looks for it in every layer: here in a teacher's call, with half of the gradients made."""
     import comfy.model_management as management
 
-    settings, calls = config("detail", accumulate=2), []
+    settings, calls = config("detail", gradient_accumulation_steps=2), []
     whole = train(model, data, settings, tmp_path / "whole")
 
     def press(*_):
@@ -31,7 +31,7 @@ def test_an_interrupt_in_the_middle_of_a_step_loses_that_step_alone(train, modul
     with pytest.raises(management.InterruptProcessingException):
         train(model, data, settings, tmp_path / "parts")
     hook.remove()
-    _, saved = module("dcm_core.distill.checkpoints").newest_state(tmp_path / "parts")
+    _, saved = module("dcm_core.distill.checkpoints").newest_checkpoint(tmp_path / "parts")
     assert 0 < saved.steps < 4
     again = train(model, data, settings, tmp_path / "parts")
     assert same(whole.expert, again.expert) and whole.history == again.history
@@ -81,7 +81,7 @@ def test_a_run_that_ends_before_its_first_step_says_that_nothing_is_saved(
     def fails(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module("dcm_core.distill.trainer").Trainer, "_update", fails)
+    monkeypatch.setattr(module("dcm_core.distill.trainer").Trainer, "_training_step", fails)
     with pytest.raises(KeyboardInterrupt):
         train(model, data, config("semantic"), tmp_path, node_id="7")
     assert said[-1] == "Stopped before the first step was done. Nothing was saved. Queue again to continue."
@@ -114,7 +114,7 @@ def test_an_interrupt_between_two_optimisers_is_not_saved(train, module, model, 
     with pytest.raises(KeyboardInterrupt):
         train(model, data, settings, tmp_path / "parts")
     monkeypatch.undo()
-    assert module("dcm_core.distill.checkpoints").newest_state(tmp_path / "parts")[1].steps == 2
+    assert module("dcm_core.distill.checkpoints").newest_checkpoint(tmp_path / "parts")[1].steps == 2
     again = train(model, data, settings, tmp_path / "parts")
     assert same(whole.expert, again.expert) and whole.history == again.history
 
@@ -128,12 +128,12 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_second_interrupt_waits_until_the_state_is_written(
+def test_a_second_interrupt_waits_until_the_checkpoint_is_written(
     ctrl_c, train, module, model, data, config, tmp_path, monkeypatch
 ):
     """Of one who is impatient, or of torchrun, which passes on what the terminal has sent to all."""
-    show, state, pressed = module("nodes.host.training.run").Show, module("dcm_core.distill.checkpoints"), []
-    write = state.write_tensors
+    show, file, pressed = module("nodes.host.training.run").Show, module("dcm_core.distill.checkpoint_file"), []
+    write = file.write_tensors
 
     def press(*_):
         pressed.append(1)
@@ -144,10 +144,10 @@ def test_a_second_interrupt_waits_until_the_state_is_written(
         write(*args)
 
     monkeypatch.setattr(show, "step", press)
-    monkeypatch.setattr(state, "write_tensors", written)
+    monkeypatch.setattr(file, "write_tensors", written)
     with pytest.raises(KeyboardInterrupt):
         train(model, data, config("semantic"), tmp_path)
-    assert len(pressed) == 2 and state.newest_state(tmp_path)[1].steps == 1
+    assert len(pressed) == 2 and module("dcm_core.distill.checkpoints").newest_checkpoint(tmp_path)[1].steps == 1
 
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
@@ -166,7 +166,7 @@ def test_an_interrupt_amid_an_update_waits_for_its_end(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(learner, "step", pressed)
         train(model, data, settings, tmp_path / "parts")
-    assert module("dcm_core.distill.checkpoints").newest_state(tmp_path / "parts")[1].steps == 1
+    assert module("dcm_core.distill.checkpoints").newest_checkpoint(tmp_path / "parts")[1].steps == 1
     again = train(model, data, settings, tmp_path / "parts")
     assert again.history == whole.history and same(again.expert, whole.expert)
 

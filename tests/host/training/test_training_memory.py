@@ -49,10 +49,10 @@ def trainer(module, config, tmp_path):
 @pytest.mark.parametrize(
     ("side", "dtype", "values"),
     [
-        ("semantic", FP8, {"checkpointing": False}),
-        ("semantic", torch.bfloat16, {"rank": 0, "checkpointing": True}),
-        ("detail", torch.float32, {"checkpointing": False}),
-        ("detail", FP8, {"checkpointing": True}),
+        ("semantic", FP8, {"gradient_checkpointing": False}),
+        ("semantic", torch.bfloat16, {"rank": 0, "gradient_checkpointing": True}),
+        ("detail", torch.float32, {"gradient_checkpointing": False}),
+        ("detail", FP8, {"gradient_checkpointing": True}),
     ],
 )
 def test_a_step_takes_what_was_told(side, dtype, values, size, trainer):
@@ -60,8 +60,8 @@ def test_a_step_takes_what_was_told(side, dtype, values, size, trainer):
     made = trainer(side, dtype, size, batch_size=1, **values)
     told = made.memory()
     assert not any(value.grad is not None for value in made.learner.parameters.values())
-    made._update()
-    taken = peak(made._update)
+    made._training_step()
+    taken = peak(made._training_step)
     gradients = sum(4 * value.numel() for value in made.learner.parameters.values())
     assert 0.95 * taken < told.step < 1.15 * (taken + gradients)
     trained = sum(value.numel() for learner in made._learners for value in learner.parameters.values())
@@ -71,13 +71,13 @@ def test_a_step_takes_what_was_told(side, dtype, values, size, trainer):
 @pytest.mark.usefixtures("gradients")
 def test_there_is_no_second_copy_of_the_base(trainer):
     """Of an fp8 base one block at a time is there as numbers."""
-    low, full = (trainer("semantic", dtype, layers=6, checkpointing=True) for dtype in (FP8, torch.float32))
+    low, full = (trainer("semantic", dtype, layers=6, gradient_checkpointing=True) for dtype in (FP8, torch.float32))
     blocks = low.backbone.module.blocks
     block = sum(4 * value.numel() for value in blocks[0].parameters())
     embedder = 4 * low.backbone.module.text_embedding[0].weight.numel()
     assert low.memory().step - full.memory().step < block + embedder
     assert low.memory().base < 0.26 * full.memory().base
-    kept = trainer("semantic", FP8, layers=6, checkpointing=False)
+    kept = trainer("semantic", FP8, layers=6, gradient_checkpointing=False)
     assert kept.memory().step > low.memory().step + 4 * block, "told, where a graph keeps them"
 
 

@@ -61,8 +61,8 @@ def trainer(module, data, config, tmp_path):
         for name, value in made.learner.parameters.items():
             if ".ups." in name:
                 value.data.normal_(std=0.02, generator=generator)
-        if made.average:
-            made.average.average(made.trainee, 0.0)
+        if made.ema:
+            made.ema.update_ema(made.student, 0.0)
         return made
 
     return make
@@ -105,17 +105,17 @@ def test_gradients_are_those_of_the_same_weights_in_float32(kind, side, rank, ba
 def test_experts_trained_on_it_are_usable(kind, base, train, data, config, module, sample, tmp_path):
     training, attach = module("nodes.host.training.run"), module("nodes.host.experts.attach")
     model = base(kind)
-    before, below = numbers(model), None
+    before, semantic = numbers(model), None
     sigmas = [1.0, 0.95, 0.8, 0.0]
     outputs = [sample(model, sigmas)]
     for side in ("semantic", "detail"):
-        settings = config(side, steps=2, learning_rate=1e-2, checkpointing=True)
-        expert = train(model, data, settings, tmp_path / side, below=below).expert
+        settings = config(side, steps=2, learning_rate=1e-2, gradient_checkpointing=True)
+        expert = train(model, data, settings, tmp_path / side, semantic=semantic).expert
         file = tmp_path / f"{side}.safetensors"
         training.save_expert(file, expert, model)
         read = module("nodes.host.experts.expert_files").read_expert_file(file, side, model)
-        below = below or read
-        outputs.append(sample(attach.attach_experts(model, below, read if side == "detail" else None), sigmas))
+        semantic = semantic or read
+        outputs.append(sample(attach.attach_experts(model, semantic, read if side == "detail" else None), sigmas))
     # which takes the last experts off
     assert torch.equal(outputs[0], sample(model, sigmas))
     assert same_numbers(before, numbers(model))
@@ -186,7 +186,7 @@ def test_gradients_below_float16_are_not_lost(share, half, trainer, module, monk
 def test_a_loss_scale_that_is_too_large_is_lowered(wan, trainer, monkeypatch):
     made = trainer(wan(layers=1), "semantic")
     expected = trainer(wan(layers=1), "semantic")
-    expected._update()
+    expected._training_step()
     made.loss_scale = 2.0**8
     gather = made.learner.__class__.gather
 
@@ -195,7 +195,7 @@ def test_a_loss_scale_that_is_too_large_is_lowered(wan, trainer, monkeypatch):
         return norm if scale < 2.0**7 else float("inf")
 
     monkeypatch.setattr(made.learner.__class__, "gather", overflowing)
-    made._update()
+    made._training_step()
     assert made.loss_scale == 2.0**6
     assert made.history[0]["loss"] == expected.history[0]["loss"]
     assert made.history[0]["grad_norm"] == pytest.approx(expected.history[0]["grad_norm"], rel=1e-5)
@@ -209,14 +209,14 @@ def test_the_loss_scale_outlives_a_step_that_no_scale_saves(half, trainer, modul
     made, learner = trainer(half, "semantic"), module("dcm_core.distill.learner")
     gather = learner.Learner.gather
     monkeypatch.setattr(learner.Learner, "gather", lambda *args: (gather(*args), float("nan"))[1])
-    made._update()
+    made._training_step()
     assert made.loss_scale == 2.0**16 and made.done == 1
     monkeypatch.undo()
     made.loss_scale = 2.0**15
     monkeypatch.setattr(module("dcm_core.distill.trainer"), "STEPS_TO_RESCALE", 2)
     scales = []
     for _ in range(4):
-        made._update()
+        made._training_step()
         scales.append(made.loss_scale)
     assert scales == [2.0**16] * 4
 
@@ -225,7 +225,7 @@ def test_the_loss_scale_outlives_a_step_that_no_scale_saves(half, trainer, modul
 def test_the_loss_scale_is_part_of_a_state(half, trainer):
     made = trainer(half, "semantic")
     made.loss_scale = 2.0**5
-    made._update()
+    made._training_step()
     made._save()
     again = trainer(half, "semantic")
     assert again.loss_scale == 2.0**16

@@ -43,7 +43,7 @@ def test_states_without_room_are_refused_before_the_first_step(
         raise AssertionError("a step was made")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_class, "_update", never)
+        patch.setattr(trainer_class, "_training_step", never)
         room(2.5)
         with pytest.raises(errors.DCMError, match=r"step_\*\.safetensors needs .* MB, but .*parts has .* MB free"):
             train(model, data, config("detail", save_every=1), tmp_path / "parts")
@@ -68,7 +68,7 @@ def test_a_step_that_fails_leaves_no_state_that_is_there_already(
     def fail(*_):
         raise torch.OutOfMemoryError("too much")
 
-    monkeypatch.setattr(module("dcm_core.distill.trainer").Trainer, "_update", fail)
+    monkeypatch.setattr(module("dcm_core.distill.trainer").Trainer, "_training_step", fail)
     with pytest.raises(torch.OutOfMemoryError):
         train(model, data, config("semantic", save_every=2), tmp_path)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
@@ -91,7 +91,7 @@ def test_another_process_that_is_lost_costs_the_step_alone(train, module, model,
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="closed by peer"):
         patch.setattr(learner, "gather", lost)
         train(model, data, config("detail"), tmp_path)
-    assert module("dcm_core.distill.checkpoints").newest_state(tmp_path)[1].steps == 2
+    assert module("dcm_core.distill.checkpoints").newest_checkpoint(tmp_path)[1].steps == 2
 
 
 def test_a_diverging_run_is_ended_and_the_states_before_are_kept(
@@ -99,13 +99,13 @@ def test_a_diverging_run_is_ended_and_the_states_before_are_kept(
 ):
     divergence, trainer_module = module("dcm_core.distill.divergence"), module("dcm_core.distill.trainer")
     monkeypatch.setattr(divergence, "WINDOW", 2)
-    update = trainer_module.Trainer._update
+    update = trainer_module.Trainer._training_step
 
     def growing(self):
         update(self)
         self.history[-1]["loss"] *= 100.0 ** (self.done > 2)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_update", growing)
+    monkeypatch.setattr(trainer_module.Trainer, "_training_step", growing)
     with pytest.raises(divergence.Diverged, match=r"-fold since step 2, .*stopped at step 4 without saving"):
         train(model, data, config("semantic", steps=9, save_every=2, keep=9), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002.safetensors"]
@@ -142,11 +142,11 @@ def test_the_expert_it_starts_from_does_not_stay_in_memory(train, module, model,
         made.extend(map(weakref.ref, expert.replaced.values()))
         return expert
 
-    update = trainer_module.Trainer._update
+    update = trainer_module.Trainer._training_step
     monkeypatch.setattr(training, "first_expert", remembered)
     monkeypatch.setattr(
         trainer_module.Trainer,
-        "_update",
+        "_training_step",
         lambda self: (alive.append(sum(ref() is not None for ref in made)), update(self)),
     )
     train(model, data, config("semantic", rank=0, steps=1), tmp_path)
@@ -179,33 +179,33 @@ def test_a_detail_expert_goes_on_top_of_an_extracted_one(
 ):
     """A fresh detail expert changes nothing: the pair samples as the semantic expert alone."""
     training, attach = module("nodes.host.training.run"), module("nodes.host.experts.attach")
-    below, family = semantic_expert(), module("dcm_core.families").WAN
+    semantic, family = semantic_expert(), module("dcm_core.families").WAN
     settings = config("detail", steps=1, learning_rate=1e-12, ema_decay=0.0)
-    result = training.train_expert(model, data, settings, tmp_path, below=below)
-    fresh = training.first_expert(model, family, settings.for_family(family), None, below)
+    result = training.train_expert(model, data, settings, tmp_path, semantic=semantic)
+    fresh = training.first_expert(model, family, settings.for_family(family), None, semantic)
     sigmas = [1.0, 0.95, 0.5, 0.0]
-    alone = sample(attach.attach_experts(model, below), sigmas)
+    alone = sample(attach.attach_experts(model, semantic), sigmas)
     assert (sample(model, sigmas) - alone).norm() / alone.norm() > 0.01
     for detail in (fresh, result.expert):
-        both = sample(attach.attach_experts(model, below, detail, boundary=0.9), sigmas)
+        both = sample(attach.attach_experts(model, semantic, detail, boundary=0.9), sigmas)
         assert (both - alone).norm() / alone.norm() < 1e-5
 
 
-@pytest.mark.parametrize("given", ["below", "start"])
+@pytest.mark.parametrize("given", ["semantic", "start"])
 def test_the_boundary_is_that_of_the_expert_it_goes_with(given, module, model, data, config, semantic_expert, tmp_path):
-    training, trainee = module("nodes.host.training.run"), module("dcm_core.distill.student")
-    if given == "below":
+    training, students = module("nodes.host.training.run"), module("dcm_core.distill.student")
+    if given == "semantic":
         side, expert = "detail", semantic_expert(boundary=0.76)
     else:
         modules = dict(model.model.diffusion_model.named_modules())
         family = module("dcm_core.families").WAN
-        side, expert = "semantic", trainee.new_semantic(family, modules, 4, 8.0, torch.Generator().manual_seed(0))
+        side, expert = "semantic", students.new_semantic(family, modules, 4, 8.0, torch.Generator().manual_seed(0))
         expert = dataclasses.replace(expert, boundary=0.76)
     result = training.train_expert(model, data, config(side, steps=1, boundary=0.0), tmp_path, **{given: expert})
     assert result.expert.boundary == 0.76
-    if given == "below":
+    if given == "semantic":
         with pytest.raises(ValueError, match=r"boundary is 0\.9, but the semantic expert was made for 0\.76"):
-            training.train_expert(model, data, config(side, steps=1, boundary=0.9), tmp_path / "other", below=expert)
+            training.train_expert(model, data, config(side, steps=1, boundary=0.9), tmp_path / "other", semantic=expert)
 
 
 def test_experts_of_two_pairs_are_not_trained_together(module, model, data, config, semantic_expert, tmp_path):
@@ -213,7 +213,7 @@ def test_experts_of_two_pairs_are_not_trained_together(module, model, data, conf
     settings = config("detail", boundary=0.0)
     start = training.first_expert(model, family, dataclasses.replace(settings, boundary=0.9), None, None)
     with pytest.raises(ValueError, match=r"different boundaries \(0\.76 and 0\.9\)"):
-        training.train_expert(model, data, settings, tmp_path, below=semantic_expert(boundary=0.76), start=start)
+        training.train_expert(model, data, settings, tmp_path, semantic=semantic_expert(boundary=0.76), start=start)
 
 
 def test_a_semantic_expert_that_is_only_on_the_model_is_refused(
@@ -227,7 +227,7 @@ def test_a_semantic_expert_that_is_only_on_the_model_is_refused(
         match=r"has a semantic expert attached. Training removes it.*[Cc]onnect that expert to semantic_expert",
     ):
         train(attached, data, config("detail"), tmp_path)
-    assert train(attached, data, config("detail", steps=1), tmp_path, below=expert).history
+    assert train(attached, data, config("detail", steps=1), tmp_path, semantic=expert).history
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_a_run_does_not_write_over_what_it_continues_from(module, model, data, c
 def test_data_of_another_family_is_refused(train, module, model, data, config, tmp_path):
     """Wan and HunyuanVideo agree in channels and text width; the second has pooled embeddings."""
     text = [[torch.zeros(1, 3, 4096), {"pooled_output": torch.zeros(1, 768)}]]
-    pooled = module("dcm_core.distill.data.dataset").TensorData([data.latent(0)], [text], [0], text)
+    pooled = module("dcm_core.distill.data.dataset").TensorDataset([data.latent(0)], [text], [0], text)
     with pytest.raises(ValueError, match=r"pooled embeddings, which Wan 2\.1 does not use"):
         train(model, pooled, config("semantic"), tmp_path)
 
@@ -309,12 +309,14 @@ def test_data_of_another_family_is_refused(train, module, model, data, config, t
 def test_a_full_fine_tune_is_kept_in_the_base_s_precision(dtype, rank, stored, module, pack, tmp_path):
     import comfy.sd
 
-    training, trainee = module("nodes.host.training.run"), module("dcm_core.distill.student")
+    training, students = module("nodes.host.training.run"), module("dcm_core.distill.student")
     base = comfy.sd.load_diffusion_model_state_dict(
         native_wan(layers=1), model_options={"dtype": getattr(torch, dtype)}
     )
     modules = dict(base.model.diffusion_model.named_modules())
-    expert = trainee.new_semantic(module("dcm_core.families").WAN, modules, rank, 4.0, torch.Generator().manual_seed(0))
+    expert = students.new_semantic(
+        module("dcm_core.families").WAN, modules, rank, 4.0, torch.Generator().manual_seed(0)
+    )
     training.save_expert(tmp_path / "expert.safetensors", expert, base)
     kinds = {
         value.dtype for key, value in load_file(tmp_path / "expert.safetensors").items() if not key.endswith("alpha")
@@ -351,13 +353,13 @@ def test_a_batch_of_mixed_captions_is_the_mean_of_its_videos(trainer, module):
     sizes = [(2, 4, 6), (2, 4, 6), (2, 6, 4)]
     latents = [torch.randn(16, *size, generator=generator) for size in sizes]
     texts = [[[torch.randn(1, words, 4096, generator=generator), {}]] for words in (3, 5, 4)]
-    data = dataset.TensorData(latents, texts, [0, 1, 2], [[torch.zeros(1, 3, 4096), {}]])
+    data = dataset.TensorDataset(latents, texts, [0, 1, 2], [[torch.zeros(1, 3, 4096), {}]])
     made = trainer("semantic", data=data, batch_size=2, ema_decay=0.0)
     assert [len(bucket) for bucket in data.buckets] == [2, 1]
     step = next(step for step in range(9) if set(made.order.batch(step)) == {0, 1})
     terms = made._gradients(step)
     together = {name: value.grad.clone() for name, value in made.learner.parameters.items()}
-    made._forget()
+    made._zero_grad()
     batches = list(made._batches(step))
     assert [share for _, share in batches] == [0.5, 0.5]
     losses = []
@@ -372,7 +374,7 @@ def test_a_batch_of_mixed_captions_is_the_mean_of_its_videos(trainer, module):
 
 def test_texts_of_another_encoder_are_refused(train, module, model, config, tmp_path):
     dataset, errors = module("dcm_core.distill.data.dataset"), module("dcm_core.errors")
-    data = dataset.TensorData(
+    data = dataset.TensorDataset(
         [torch.zeros(16, 2, 4, 6)], [[[torch.zeros(1, 3, 768), {}]]], [0], [[torch.zeros(1, 3, 4096), {}]]
     )
     with pytest.raises(

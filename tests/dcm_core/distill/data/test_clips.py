@@ -92,7 +92,7 @@ def test_all_files_are_checked_and_the_good_ones_kept(clip, tmp_path):
     clip("d.mp4")
     calls = []
     good, problems = check_clips(find_clips(tmp_path).clips, SMALL, lambda *done: calls.append(done))
-    assert [facts.clip.path.name for facts in good] == ["a.mkv", "d.mp4"]
+    assert [checked.clip.path.name for checked in good] == ["a.mkv", "d.mp4"]
     assert [str(problem)[:12] for problem in problems] == ["b.mkv: lasts", "c.mkv: has n"]
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
@@ -104,7 +104,7 @@ def test_a_clip_that_nothing_here_decodes_is_left_out(clip, tmp_path):
     assert b"avc1" in data
     path.write_bytes(data.replace(b"avc1", b"zzz1"))
     good, problems = check_clips(find_clips(tmp_path).clips, SMALL)
-    assert [facts.clip.path.name for facts in good] == ["a.mp4"]
+    assert [checked.clip.path.name for checked in good] == ["a.mp4"]
     assert [str(problem) for problem in problems] == [
         "b.mp4: is in a format that cannot be decoded here. Encode it again, for example as .mp4."
     ]
@@ -258,9 +258,9 @@ def test_shrinking_averages_instead_of_skipping(video, tmp_path):
 
 
 def test_portrait_clips_stay_portrait(video, tmp_path):
-    facts = inspect_clip(Clip(video(tmp_path / "a.mkv", size=(96, 128)), "x"), SMALL)
-    assert facts.bucket == (48, 64)
-    assert read_clip(facts, SMALL).shape == (9, 64, 48, 3)
+    checked = inspect_clip(Clip(video(tmp_path / "a.mkv", size=(96, 128)), "x"), SMALL)
+    assert checked.bucket == (48, 64)
+    assert read_clip(checked, SMALL).shape == (9, 64, 48, 3)
 
 
 BT601, BT709, BT2020, NONE = (0.299, 0.114, 5), (0.2126, 0.0722, 1), (0.2627, 0.0593, 9), (0.299, 0.114, 2)
@@ -305,19 +305,19 @@ def test_a_clip_that_the_camera_turned_is_read_upright(video, tmp_path):
     assert struct.unpack(">9i", data[matrix : matrix + 36]) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
     data[matrix : matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 96 << 16, 0, 1 << 30)
     path.write_bytes(data)
-    facts = inspect_clip(Clip(path, "x"), SMALL)
-    assert (facts.width, facts.height, facts.bucket) == (96, 128, (48, 64))
-    pixels = read_clip(facts, SMALL)[0]
+    checked = inspect_clip(Clip(path, "x"), SMALL)
+    assert (checked.width, checked.height, checked.bucket) == (96, 128, (48, 64))
+    pixels = read_clip(checked, SMALL)[0]
     assert pixels[:28].min() > 0.9 and pixels[36:].max() < 0.1
 
 
 def test_a_file_damaged_after_its_first_frame_is_refused_when_read(video, tmp_path):
     path = video(tmp_path / "a.mkv", paint=lambda i: np.random.default_rng(i).integers(0, 255, (48, 64, 3)), frames=12)
     data = path.read_bytes()
-    facts = inspect_clip(Clip(path, "x"), SMALL)
+    checked = inspect_clip(Clip(path, "x"), SMALL)
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ClipError, match=r"ends after \d of 9 frames|cannot be read"):
-        read_clip(facts, SMALL)
+        read_clip(checked, SMALL)
 
 
 def test_frames_whose_times_run_backwards_are_refused(video, tmp_path):

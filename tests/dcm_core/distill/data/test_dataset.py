@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from dcm_core.distill.data import clips
 from dcm_core.distill.data.clips import ClipSettings, check_clips
-from dcm_core.distill.data.dataset import BatchOrder, TensorData
+from dcm_core.distill.data.dataset import BatchOrder, TensorDataset
 from dcm_core.distill.data.encode import Encoders, prepare
 from dcm_core.distill.data.sources import find_clips
 from dcm_core.errors import CheckpointError, DCMError
@@ -220,6 +221,7 @@ def test_pictures_that_were_read_in_another_way_are_encoded_again(three, run, mo
     mirrored = {"b.mkv": ("mirrored",)}
     run()
     monkeypatch.setattr(clips, "probe", lambda path: probe(path)._replace(changes=mirrored.get(path.name, ())))
+    monkeypatch.setattr(clips, "INFO_VERSION", "of another version")
     assert run()[1] == (1, [], 1)
 
 
@@ -248,12 +250,78 @@ def test_a_clip_that_is_damaged_after_its_first_frame_is_left_out(three, run, cl
     assert "left out d.mp4: cannot be read" in data.report()
 
 
-def test_a_file_is_hashed_once_right_after_its_check(three, run, monkeypatch):
-    order, probe, content_hash = [], clips.probe, clips.content_hash
-    monkeypatch.setattr(clips, "probe", lambda path: order.append(path.name) or probe(path))
-    monkeypatch.setattr(clips, "content_hash", lambda path: order.append(path.name) or content_hash(path))
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of the clips, each time that one is opened and hashed for its check."""
+    names, probe, content_hash = [], clips.probe, clips.content_hash
+    monkeypatch.setattr(clips, "probe", lambda path: names.append(path.name) or probe(path))
+    monkeypatch.setattr(clips, "content_hash", lambda path: names.append(path.name) or content_hash(path))
+    return names
+
+
+def test_a_file_is_hashed_once_right_after_its_check(three, run, opened):
+    first, _ = run()
+    assert opened == ["a.mkv", "a.mkv", "b.mkv", "b.mkv", "c.mkv", "c.mkv"]
+    opened.clear()
+    again, _ = run(dataclasses.replace(SMALL, width=48))
+    assert opened == [], "whatever it is read as"
+    assert [entry.clip for entry in again.entries] == [entry.clip for entry in first.entries]
+    assert run()[0] == first
+
+
+def test_a_file_of_another_time_is_hashed_again(three, run, opened, tmp_path):
+    """Of the same size as before, with another picture or with the same."""
+    first, _ = run()
+    opened.clear()
+    path = tmp_path / "a.mkv"
+    content, time = path.read_bytes(), path.stat().st_mtime_ns
+    frame = content.index(b"\x1f\x43\xb6\x75") + 200  # within a picture of the first cluster
+    path.write_bytes(content[:frame] + bytes([content[frame] ^ 1]) + content[frame + 1 :])
+    os.utime(path, ns=(time, time + 1))
+    changed, (videos, _, _) = run()
+    assert opened == ["a.mkv", "a.mkv"] and videos == 1
+    assert changed.entries[0].latent != first.entries[0].latent and changed.entries[1:] == first.entries[1:]
+    path.write_bytes(content)
+    os.utime(path, ns=(time, time + 2))
+    opened.clear()
+    assert run() == (first, (0, [], 0)) and opened == ["a.mkv", "a.mkv"]
+
+
+def test_a_file_of_another_size_or_name_is_hashed_again(three, run, opened, tmp_path):
     run()
-    assert order == ["a.mkv", "a.mkv", "b.mkv", "b.mkv", "c.mkv", "c.mkv"]
+    opened.clear()
+    path = tmp_path / "a.mkv"
+    time = path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes() + b"\0")
+    os.utime(path, ns=(time, time))
+    run()
+    assert opened == ["a.mkv", "a.mkv"]
+    (tmp_path / "b.mkv").rename(tmp_path / "d.mkv")
+    (tmp_path / "b.txt").rename(tmp_path / "d.txt")
+    opened.clear()
+    assert run()[1] == (0, [], 0) and opened == ["d.mkv", "d.mkv"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b"\xff", b'{"content": 1'])
+def test_what_the_cache_knows_of_a_file_is_found_out_again_where_it_is_damaged(three, run, opened, damage, tmp_path):
+    first, _ = run()
+    opened.clear()
+    for path in (tmp_path / ".cache").glob("*.json"):
+        path.write_bytes(damage)
+    assert run()[0] == first and len(opened) == 6
+    opened.clear()
+    assert run()[0] == first and opened == []
+
+
+def test_a_cache_that_cannot_be_written_to_knows_nothing_of_files(three, run, opened, monkeypatch, tmp_path):
+    first, _ = run()
+    for path in (tmp_path / ".cache").glob("*.json"):
+        path.unlink()
+    opened.clear()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    for _ in range(2):
+        assert run()[0] == first
+    assert len(opened) == 12
 
 
 def test_the_vae_of_another_kind_of_model_is_refused(three, run):
@@ -342,7 +410,7 @@ def test_latents_are_written_as_the_encoder_made_them(three, run):
 
 def in_memory(count=5, which=None):
     latents = [torch.full((2, 1, 4, 4 + 2 * (i % 2)), float(i)) for i in range(count)]
-    return TensorData(latents, [embed("a"), embed("bb")], which or [i % 2 for i in range(count)], embed(""))
+    return TensorDataset(latents, [embed("a"), embed("bb")], which or [i % 2 for i in range(count)], embed(""))
 
 
 def test_data_in_memory_has_the_same_interface():
@@ -360,14 +428,14 @@ def test_fingerprints_tell_data_apart():
 
 
 def test_fingerprints_tell_shapes_apart():
-    wide, high = (TensorData([torch.ones(1, 1, *size)], [embed("a")], [0], embed("")) for size in ((2, 4), (4, 2)))
+    wide, high = (TensorDataset([torch.ones(1, 1, *size)], [embed("a")], [0], embed("")) for size in ((2, 4), (4, 2)))
     assert wide.fingerprint != high.fingerprint
 
 
 @pytest.mark.parametrize("which", [[0], [0, 2], [0, -1]])
 def test_texts_that_do_not_fit_the_latents_are_refused(which):
     with pytest.raises(DCMError, match="expected"):
-        TensorData([torch.ones(1)] * 2, [embed("a"), embed("b")], which, embed(""))
+        TensorDataset([torch.ones(1)] * 2, [embed("a"), embed("b")], which, embed(""))
 
 
 @given(count=st.integers(1, 30), held_out=st.integers(0, 29), seed=st.integers(0, 5))

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from dcm_core.convert import convert_release
-from dcm_core.distill.checkpoints import SavedState, save_state
+from dcm_core.distill.checkpoint_file import Checkpoint
+from dcm_core.distill.checkpoints import save_checkpoint
 from dcm_core.distill.config import TrainingConfig
 from dcm_core.distill.data.clips import ClipSettings
-from dcm_core.distill.data.data_file import write_data
-from dcm_core.distill.data.dataset import TensorData
+from dcm_core.distill.data.dataset import TensorDataset
+from dcm_core.distill.data.dataset_file import write_dataset
 from dcm_core.distill.data.encode import Encoders, prepare
 from dcm_core.errors import NoRoomError
 from dcm_core.experts.expert import Expert, LowRank, write_expert
@@ -52,7 +53,7 @@ def conditioning(folder, *_):
 
 
 def dataset(folder, *_):
-    write_data(folder / "data.safetensors", TensorData([torch.ones(16, 5, 20, 20)] * 4, [TEXT], [0] * 4, TEXT))
+    write_dataset(folder / "data.safetensors", TensorDataset([torch.ones(16, 5, 20, 20)] * 4, [TEXT], [0] * 4, TEXT))
 
 
 def cached_video(folder, release, _):
@@ -68,7 +69,7 @@ def cached_text(folder, release, _):
 
 
 def state(folder, *_):
-    save_state(folder, saved(1), keep=1)
+    save_checkpoint(folder, saved(1), keep=1)
 
 
 def picture(folder, *_):
@@ -79,7 +80,7 @@ def saved(steps):
     tensors = {f"{name}.x": torch.ones(2000) for name in ("expert", "average")}
     tensors |= {f"expert_optimizer.x.{moment}": torch.ones(2000) for moment in ("exp_avg", "exp_avg_sq")}
     tensors["expert_optimizer.x.step"] = torch.tensor(1.0)
-    return SavedState(steps, TrainingConfig("semantic"), {}, [{"step": step + 1} for step in range(steps)], tensors)
+    return Checkpoint(steps, TrainingConfig("semantic"), {}, [{"step": step + 1} for step in range(steps)], tensors)
 
 
 WRITERS = {
@@ -147,9 +148,9 @@ def fill_disk(folder):
     """Two states fit; a third where the first makes room; a text does not, nor a fourth state where only the newest could make room."""
     with patch.object(unfinished, "_free", return_value=10**9):  # so that it is the disk that says no, in mid write
         for steps in (1, 2, 3):
-            save_state(folder, saved(steps), keep=5)
+            save_checkpoint(folder, saved(steps), keep=5)
             print(left_in(folder))
-    for write in (conditioning, lambda folder: save_state(folder, saved(4), keep=5)):
+    for write in (conditioning, lambda folder: save_checkpoint(folder, saved(4), keep=5)):
         try:
             write(folder)
         except NoRoomError as error:

@@ -41,8 +41,8 @@ def encode(
 
 
 def read(path):
-    facts = inspect_clip(Clip(path, "x"), SMALL)
-    return facts, read_clip(facts, SMALL)
+    checked = inspect_clip(Clip(path, "x"), SMALL)
+    return checked, read_clip(checked, SMALL)
 
 
 def even(*colour):
@@ -96,9 +96,9 @@ def with_matrix(path, matrix):
 )
 def test_pictures_are_shown_by_the_whole_display_matrix(tmp_path, matrix, shown):
     path = with_matrix(encode(tmp_path / "a.mp4", "libx264", "yuv420p", corners()), matrix)
-    facts, pixels = read(path)
+    checked, pixels = read(path)
     turned = abs(matrix[1]) > abs(matrix[0])
-    assert (facts.width, facts.height) == ((HEIGHT, WIDTH) if turned else (WIDTH, HEIGHT))
+    assert (checked.width, checked.height) == ((HEIGHT, WIDTH) if turned else (WIDTH, HEIGHT))
     height, width = pixels.shape[1:3]
     quarters = [
         [pixels[3, row, column].mean().item() * 255 / 80 for column in (width // 4, 3 * width // 4)]
@@ -187,7 +187,7 @@ def test_hdr_is_left_out_and_named(tmp_path, transfer, name, file, codec):
 def test_the_wide_colours_of_sdr_become_those_of_bt709(tmp_path, transfer):
     """Against the primaries' chromaticities, worked out here; not against the matrix that the code holds."""
     colour = torch.tensor([0.5, 0.45, 0.4], dtype=torch.float64)
-    facts, pixels = read(coded(tmp_path, "a.mp4", transfer, 9, colour.tolist()))
+    checked, pixels = read(coded(tmp_path, "a.mp4", transfer, 9, colour.tolist()))
     to_xyz = {
         kind: xyz_of(*points)
         for kind, points in {
@@ -198,7 +198,7 @@ def test_the_wide_colours_of_sdr_become_those_of_bt709(tmp_path, transfer):
     expected = torch.linalg.solve(to_xyz["709"], to_xyz["2020"] @ colour.pow(2.4)).clamp(0, 1).pow(1 / 2.4)
     assert (expected - colour).abs().max() > 0.03, "it makes a difference"
     assert pixels.mean(dim=(0, 1, 2)).tolist() == pytest.approx(expected.tolist(), abs=0.012)
-    assert facts.changes == ("primaries 9 to BT.709",)
+    assert checked.changes == ("primaries 9 to BT.709",)
 
 
 def test_p3_colours_become_those_of_bt709(tmp_path):
@@ -236,19 +236,19 @@ def test_transparent_areas_are_black(tmp_path, file, codec, pixel_format):
     image = even(200, 100, 60, 255)
     image[:, WIDTH // 2 :, 3] = 0
     image[HEIGHT // 2 :, : WIDTH // 2, 3] = 128
-    facts, pixels = read(encode(tmp_path / file, codec, pixel_format, image, "rgba"))
+    checked, pixels = read(encode(tmp_path / file, codec, pixel_format, image, "rgba"))
     opaque, half, hidden = pixels[4, 6:18, 6:26], pixels[4, 30:42, 6:26], pixels[4, 6:42, 38:58]
     assert opaque.mean(dim=(0, 1)).tolist() == pytest.approx([200 / 255, 100 / 255, 60 / 255], abs=0.03)
     assert half.mean(dim=(0, 1)).tolist() == pytest.approx([100 / 255, 50 / 255, 30 / 255], abs=0.03)
     assert hidden.max() < 0.02
-    assert "transparent areas become black" in facts.notes
+    assert "transparent areas become black" in checked.notes
 
 
 @pytest.mark.parametrize(("file", "codec", "pixel_format"), ALPHA)
 def test_an_opaque_alpha_channel_is_no_news(tmp_path, file, codec, pixel_format):
-    facts, pixels = read(encode(tmp_path / file, codec, pixel_format, even(200, 100, 60, 255), "rgba"))
+    checked, pixels = read(encode(tmp_path / file, codec, pixel_format, even(200, 100, 60, 255), "rgba"))
     assert pixels.mean(dim=(0, 1, 2)).tolist() == pytest.approx([200 / 255, 100 / 255, 60 / 255], abs=0.03)
-    assert facts.notes == ()
+    assert checked.notes == ()
 
 
 def test_transparent_colours_of_a_palette_are_black(tmp_path):
@@ -392,8 +392,8 @@ def test_every_kind_of_file_is_read_frame_by_frame(tmp_path, name, codec, pixel_
         container.mux(stream.encode())
     assert path.suffix in SUFFIXES
     settings = ClipSettings(frames=9, fps=fps, width=WIDTH, height=HEIGHT)
-    facts = inspect_clip(Clip(path, "x"), settings)
-    pixels = read_clip(facts, settings)
+    checked = inspect_clip(Clip(path, "x"), settings)
+    pixels = read_clip(checked, settings)
     assert [round(value) for value in (pixels.mean(dim=(1, 2, 3)) * 255 / 25).tolist()] == list(range(9))
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from dcm_core.distill.backbone import Text
-from dcm_core.distill.method.consistency import Batch, Roles, add_noise, euler, guided, predict
+from dcm_core.distill.method.consistency import Batch, Networks, add_noise, euler, guided, predict
 from dcm_core.distill.method.phases import Phases
 
 PHASES = Phases("semantic", 0.8, shift=5.0, count=2)
@@ -23,7 +23,7 @@ def straight(batch):
 
 def test_on_straight_lines_both_sides_are_the_line_s_point_at_the_phase_s_end():
     batch = make_batch()
-    pred, target = predict(Roles(*[straight(batch)] * 3), batch, PHASES, cfg=5.0)
+    pred, target = predict(Networks(*[straight(batch)] * 3), batch, PHASES, cfg=5.0)
     expected = add_noise(batch.x0, batch.noise, PHASES.ends(batch.index))
     torch.testing.assert_close(pred, expected)
     torch.testing.assert_close(target, expected)
@@ -33,7 +33,10 @@ def test_each_network_has_its_own_part():
     """pred = x_k + (end - k) s; target = x_k + (prev - k) t + (end - prev) g, of constant velocities s, t, g."""
     batch = make_batch()
     pred, target = predict(
-        Roles(*(lambda x, sigma, text, v=v: torch.full_like(x, v) for v in (1.0, 10.0, 100.0))), batch, PHASES, cfg=0.0
+        Networks(*(lambda x, sigma, text, v=v: torch.full_like(x, v) for v in (1.0, 10.0, 100.0))),
+        batch,
+        PHASES,
+        cfg=0.0,
     )
     sigma, previous, end = PHASES.sigmas[batch.index], PHASES.previous[batch.index], PHASES.ends(batch.index)
     x = add_noise(batch.x0, batch.noise, sigma)
@@ -54,7 +57,7 @@ def test_networks_are_asked_at_the_levels_of_their_videos():
 
         return velocity
 
-    predict(Roles(note("student"), note("teacher"), note("target")), batch, PHASES, cfg=0.0)
+    predict(Networks(note("student"), note("teacher"), note("target")), batch, PHASES, cfg=0.0)
     sigma, previous = PHASES.sigmas[batch.index], PHASES.previous[batch.index]
     assert (
         torch.equal(asked["student"], sigma)
@@ -65,7 +68,7 @@ def test_networks_are_asked_at_the_levels_of_their_videos():
 
 def test_only_the_prediction_has_a_gradient():
     batch, weight = make_batch(), torch.ones((), dtype=torch.float64, requires_grad=True)
-    pred, target = predict(Roles(*[lambda x, sigma, text: weight * x] * 3), batch, PHASES, cfg=1.0)
+    pred, target = predict(Networks(*[lambda x, sigma, text: weight * x] * 3), batch, PHASES, cfg=1.0)
     assert pred.requires_grad and not target.requires_grad
 
 

@@ -39,7 +39,7 @@ def test_checkpointing_keeps_less_and_changes_nothing():
     features = [
         torch.randn(1, 400, 16, generator=torch.Generator().manual_seed(seed), requires_grad=True) for seed in range(4)
     ]
-    plain, light = (Discriminator(4, 16, hidden=64, checkpointing=flag) for flag in (False, True))
+    plain, light = (Discriminator(4, 16, hidden=64, gradient_checkpointing=flag) for flag in (False, True))
     light.load_state_dict(plain.state_dict())
     found, kept = [], []
     for discriminator in (plain, light):

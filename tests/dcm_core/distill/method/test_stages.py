@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dcm_core.distill.backbone import Features, Text
-from dcm_core.distill.method.consistency import Batch, Roles, predict
+from dcm_core.distill.method.consistency import Batch, Networks, predict
 from dcm_core.distill.method.losses import (
     discriminator_hinge,
     feature_matching,
@@ -39,8 +39,8 @@ def weight():
 
 
 @pytest.fixture
-def roles(weight):
-    return Roles(lambda x, sigma, text: weight * x, lambda x, sigma, text: 0.5 * x, lambda x, sigma, text: 0.6 * x)
+def networks(weight):
+    return Networks(lambda x, sigma, text: weight * x, lambda x, sigma, text: 0.5 * x, lambda x, sigma, text: 0.6 * x)
 
 
 def make_batch(phases):
@@ -50,22 +50,22 @@ def make_batch(phases):
     return Batch(x0, TEXT, TEXT, noise, index, phases.draw_above_phase(index, generator), level_noise)
 
 
-def test_semantic(roles):
+def test_semantic(networks):
     phases = Phases("semantic", 0.8, shift=5.0)
     batch = make_batch(phases)
-    loss, terms = SemanticStage(phases, cfg=2.0, temporal_weight=3.0).losses(roles, batch)
-    pred, target = predict(roles, batch, phases, 2.0)
+    loss, terms = SemanticStage(phases, cfg=2.0, temporal_weight=3.0).losses(networks, batch)
+    pred, target = predict(networks, batch, phases, 2.0)
     huber, temporal = pseudo_huber(pred, target), temporal_coherence(pred, target)
     assert torch.equal(terms["huber"], huber) and torch.equal(terms["temporal"], temporal) and temporal > 0
     torch.testing.assert_close(loss, huber + 3 * temporal)
 
 
-def test_detail(roles, weight):
+def test_detail(networks, weight):
     phases = Phases("detail", 0.8, shift=5.0)
     batch, judge = make_batch(phases), Judge()
     stage = DetailStage(phases, cfg=0.0, adversarial_weight=0.1, gan_weight=5.0, feature_weight=10.0)
-    loss, terms, discriminator_loss = stage.losses(roles, batch, features_of, judge)
-    pred, target = predict(roles, batch, phases, 0.0)
+    loss, terms, discriminator_loss = stage.losses(networks, batch, features_of, judge)
+    pred, target = predict(networks, batch, phases, 0.0)
     sigma, end = phases.previous[batch.level], phases.ends(batch.index)
     fake, real = (features_of(renoise(video, batch.level_noise, end, sigma), sigma, TEXT) for video in (pred, target))
     gan, matching = generator_hinge(judge(fake.raw, fake.grid)), feature_matching(fake.projected, real.projected)
@@ -76,10 +76,10 @@ def test_detail(roles, weight):
     assert set(terms) == {"huber", "gan", "feature_matching"}
 
 
-def test_student_and_discriminator_learn_from_their_own_loss_alone(roles, weight):
+def test_student_and_discriminator_learn_from_their_own_loss_alone(networks, weight):
     phases = Phases("detail", 0.8, shift=5.0)
     judge = Judge()
-    loss, _, discriminator_loss = DetailStage(phases, cfg=0.0).losses(roles, make_batch(phases), features_of, judge)
+    loss, _, discriminator_loss = DetailStage(phases, cfg=0.0).losses(networks, make_batch(phases), features_of, judge)
     loss.backward()
     assert weight.grad.abs() > 0 and all(value.grad is None for value in judge.parameters())
     weight.grad = None
@@ -88,13 +88,15 @@ def test_student_and_discriminator_learn_from_their_own_loss_alone(roles, weight
 
 
 @pytest.mark.parametrize("without", ["weight", "features"])
-def test_detail_by_consistency_alone(without, roles):
+def test_detail_by_consistency_alone(without, networks):
     phases = Phases("detail", 0.8, shift=5.0)
     batch = make_batch(phases)
     stage = DetailStage(phases, adversarial_weight=0.0 if without == "weight" else 0.1)
-    loss, terms, discriminator_loss = stage.losses(roles, batch, features_of if without == "weight" else None, Judge())
+    loss, terms, discriminator_loss = stage.losses(
+        networks, batch, features_of if without == "weight" else None, Judge()
+    )
     assert discriminator_loss is None and set(terms) == {"huber"}
-    assert torch.equal(loss, pseudo_huber(*predict(roles, batch, phases, 5.0)))
+    assert torch.equal(loss, pseudo_huber(*predict(networks, batch, phases, 5.0)))
 
 
 def test_renoised_videos_are_as_noisy_as_noised_ones():

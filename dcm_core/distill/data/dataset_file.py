@@ -16,14 +16,14 @@ from ...files.mapped import views
 from ...files.metadata import parse_json
 from ...files.storage import MAX_HEADER, Progress, TensorFile, write_stream
 from ...files.values import bytes_of, cast, is_finite
-from .dataset import TensorData, TrainingData
+from .dataset import Dataset, TensorDataset
 
 FORMAT = "dcm-dataset"
 
 
-def write_data(
+def write_dataset(
     path: str | os.PathLike,
-    data: TrainingData,
+    data: Dataset,
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = lambda done, total: None,
 ) -> None:
@@ -55,7 +55,7 @@ def write_data(
             sources.append(read)
         which.append(known[key])
     entries |= {f"latent.{index}": (dtype, data.shape(index)) for index in range(len(data))}
-    facts = {"which": which[:-1], "unconditional": which[-1], "texts": texts}
+    contents = {"which": which[:-1], "unconditional": which[-1], "texts": texts}
 
     def each() -> Iterator[tuple[str, Tensor]]:
         for number, read in enumerate(sources):
@@ -65,7 +65,7 @@ def write_data(
             yield f"latent.{index}", cast(f"latent.{index}", data.latent(index), dtype)
             progress(index + 1, len(data))
 
-    write_stream(path, entries, each(), {"format": FORMAT, "version": "1", "facts": json.dumps(facts)})
+    write_stream(path, entries, each(), {"format": FORMAT, "version": "1", "facts": json.dumps(contents)})
 
 
 def _parts(text: Conditioning, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -78,11 +78,11 @@ def _parts(text: Conditioning, dtype: torch.dtype) -> tuple[dict[str, Tensor], d
     }, numbers
 
 
-def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: None) -> TensorData:
+def read_dataset(path: str | os.PathLike, progress: Progress = lambda done, total: None) -> TensorDataset:
     """Read the data back; its tensors are views of the file, which has been read once to verify it.
 
     Args:
-        progress: as for `write_data`.
+        progress: as for `write_dataset`.
 
     Raises:
         DCMError: a file that holds none, or a damaged one.
@@ -91,19 +91,19 @@ def read_data(path: str | os.PathLike, progress: Progress = lambda done, total: 
     if file.metadata.get("format") != FORMAT:
         raise DCMError(f"{path} holds no training data. Choose a file that DCM Save Dataset wrote.")
     try:
-        facts = parse_json(file.metadata["facts"], "facts", MAX_HEADER)
-        which, unconditional = [_index(value) for value in facts["which"]], _index(facts["unconditional"])
+        contents = parse_json(file.metadata["facts"], "facts", MAX_HEADER)
+        which, unconditional = [_index(value) for value in contents["which"]], _index(contents["unconditional"])
         if not which:
             raise ValueError("no clips")
         file.verify(lambda *_: progress(0, len(which)))
         tensors = views(file)
         latents = [tensors.pop(f"latent.{index}") for index in range(len(which))]
-        texts = _texts(facts["texts"], tensors)
+        texts = _texts(contents["texts"], tensors)
         for done, latent in enumerate(latents):
             if problem := _problem_of_latent(latent, latents[0]):
                 raise ValueError(f"latent.{done} {problem}")
             progress(done + 1, len(latents))
-        return TensorData(latents, texts, which, texts[unconditional])
+        return TensorDataset(latents, texts, which, texts[unconditional])
     except CheckpointError:
         raise
     except ExpertError as error:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dcm_core.distill.data.data_file import read_data, write_data
-from dcm_core.distill.data.dataset import TensorData
+from dcm_core.distill.data.dataset import TensorDataset
+from dcm_core.distill.data.dataset_file import read_dataset, write_dataset
 from dcm_core.errors import CheckpointError, DCMError
 from dcm_core.files.storage import TensorFile, write_tensors
 from dcm_core.files.values import is_finite
@@ -27,12 +27,12 @@ def text(seed, **extras):
 def data():
     latents = [torch.full((2, 1, 2, 2), float(value)) for value in range(4)]
     texts = [text(0, pooled_output=torch.ones(1, 4).bfloat16(), guidance=6.0), text(1), text(1)]
-    return TensorData(latents, texts, [0, 1, 2, 0], text(9))
+    return TensorDataset(latents, texts, [0, 1, 2, 0], text(9))
 
 
 def test_what_is_written_comes_back(data, tmp_path):
-    write_data(tmp_path / "data.safetensors", data)
-    back = read_data(tmp_path / "data.safetensors")
+    write_dataset(tmp_path / "data.safetensors", data)
+    back = read_dataset(tmp_path / "data.safetensors")
     assert len(back) == 4 and back.buckets == data.buckets
     for index in range(4):
         assert torch.equal(back.latent(index).float(), data.latent(index))
@@ -44,12 +44,12 @@ def test_what_is_written_comes_back(data, tmp_path):
 
 def test_texts_that_differ_in_a_number_alone_are_two(tmp_path):
     texts = [text(0, guidance=6.0), text(0, guidance=3.0)]
-    write_data(tmp_path / "data.safetensors", TensorData([torch.ones(2, 1, 2, 2)] * 2, texts, [0, 1], text(9)))
-    back = read_data(tmp_path / "data.safetensors")
+    write_dataset(tmp_path / "data.safetensors", TensorDataset([torch.ones(2, 1, 2, 2)] * 2, texts, [0, 1], text(9)))
+    back = read_dataset(tmp_path / "data.safetensors")
     assert [back.conditioning(index)[0][1]["guidance"] for index in range(2)] == [6.0, 3.0]
 
 
-class Fresh(TensorData):
+class Fresh(TensorDataset):
     """Data that is made when it is asked for; `most` is how many latents were there at once."""
 
     most = 0
@@ -63,14 +63,14 @@ class Fresh(TensorData):
 
 def test_no_more_than_a_clip_is_held(data, tmp_path):
     fresh = Fresh([data.latent(0).bfloat16()] * 8, [text(1)], [0] * 8, text(9))
-    write_data(tmp_path / "data.safetensors", fresh)
+    write_dataset(tmp_path / "data.safetensors", fresh)
     assert 1 <= fresh.most <= 2
-    back = read_data(tmp_path / "data.safetensors")
+    back = read_dataset(tmp_path / "data.safetensors")
     assert len({back.latent(index).untyped_storage().data_ptr() for index in range(8)}) == 1, "views of one mapped file"
 
 
 def test_equal_texts_are_written_once(data, tmp_path):
-    write_data(tmp_path / "data.safetensors", data)
+    write_dataset(tmp_path / "data.safetensors", data)
     with safe_open(tmp_path / "data.safetensors", "pt") as file:
         assert len([key for key in list(file.keys()) if key.endswith(".context")]) == 3
 
@@ -78,24 +78,24 @@ def test_equal_texts_are_written_once(data, tmp_path):
 def test_other_and_damaged_files_are_refused(data, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(DCMError, match=r"holds no training data\. Choose a file that DCM Save Dataset wrote"):
-        read_data(tmp_path / "other.safetensors")
+        read_dataset(tmp_path / "other.safetensors")
     save_file({"latent.0": torch.zeros(1)}, tmp_path / "damaged.safetensors", {"format": "dcm-dataset", "facts": "{}"})
     with pytest.raises(DCMError, match="damaged data file"):
-        read_data(tmp_path / "damaged.safetensors")
+        read_dataset(tmp_path / "damaged.safetensors")
 
 
 def test_texts_of_the_same_tokens_in_another_order_are_two(data, tmp_path):
     tokens = text(3)[0][0]
-    both = TensorData([data.latent(0)] * 2, [[[tokens, {}]], [[tokens.flip(1), {}]]], [0, 1], text(9))
-    write_data(tmp_path / "data.safetensors", both)
-    back = read_data(tmp_path / "data.safetensors")
+    both = TensorDataset([data.latent(0)] * 2, [[[tokens, {}]], [[tokens.flip(1), {}]]], [0, 1], text(9))
+    write_dataset(tmp_path / "data.safetensors", both)
+    back = read_dataset(tmp_path / "data.safetensors")
     assert torch.equal(back.conditioning(1)[0][0], tokens.flip(1)) and torch.equal(back.conditioning(0)[0][0], tokens)
 
 
 def test_progress_tells_every_clip_and_can_interrupt(data, tmp_path):
     told = []
-    write_data(tmp_path / "data.safetensors", data, progress=lambda *done: told.append(done))
-    read_data(tmp_path / "data.safetensors", lambda *done: told.append(done))
+    write_dataset(tmp_path / "data.safetensors", data, progress=lambda *done: told.append(done))
+    read_dataset(tmp_path / "data.safetensors", lambda *done: told.append(done))
     # 0 while it is verified, which may be interrupted, too
     assert [done for done in told if done[0]] == 2 * [(1, 4), (2, 4), (3, 4), (4, 4)] and (0, 4) in told
 
@@ -103,7 +103,7 @@ def test_progress_tells_every_clip_and_can_interrupt(data, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_data(tmp_path / "other.safetensors", data, progress=stop)
+        write_dataset(tmp_path / "other.safetensors", data, progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["data.safetensors"]
 
 
@@ -154,24 +154,24 @@ def test_what_no_training_could_use_is_refused(tmp_path, case):
     path = tmp_path / "data.safetensors"
     write_tensors(path, content(**tensors), {"format": "dcm-dataset", "facts": json.dumps(FACTS | facts)})
     with pytest.raises(DCMError, match=f"data.safetensors is a damaged data file.*{message}"):
-        read_data(path)
+        read_dataset(path)
 
 
 def test_numbers_that_the_file_cannot_hold_are_not_written(data, tmp_path):
-    large = TensorData([data.latent(0) + 1e30], [text(1)], [0], text(9))
+    large = TensorDataset([data.latent(0) + 1e30], [text(1)], [0], text(9))
     with pytest.raises(CheckpointError, match=r"latent\.0 has values too large for torch\.float16"):
-        write_data(tmp_path / "data.safetensors", large, torch.float16)
+        write_dataset(tmp_path / "data.safetensors", large, torch.float16)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_changed_number_is_noticed(data, tmp_path):
     path = tmp_path / "data.safetensors"
-    write_data(path, data)
+    write_dataset(path, data)
     raw = bytearray(path.read_bytes())
     raw[TensorFile(path).offsets["latent.2"]] ^= 1
     path.write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"data\.safetensors is damaged: .*checksum"):
-        read_data(path)
+        read_dataset(path)
 
 
 def test_many_texts_are_read_in_time(tmp_path):
@@ -181,7 +181,7 @@ def test_many_texts_are_read_in_time(tmp_path):
     facts = {"which": list(range(count)), "unconditional": 0, "texts": [{}] * count}
     write_tensors(tmp_path / "x.safetensors", tensors, {"format": "dcm-dataset", "facts": json.dumps(facts)})
     with timed(5):
-        assert len(read_data(tmp_path / "x.safetensors")) == count
+        assert len(read_dataset(tmp_path / "x.safetensors")) == count
 
 
 @given(data=st.data())
@@ -191,7 +191,7 @@ def test_mangled_files_are_read_or_refused(tmp_path, data):
     mangled(path, content(), {"format": "dcm-dataset", "version": "1", "facts": json.dumps(FACTS)}, data)
     with timed():
         try:
-            found = read_data(path)
+            found = read_dataset(path)
         except DCMError as error:
             assert str(path) in str(error)
         else:
