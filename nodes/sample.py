@@ -62,7 +62,7 @@ class DCMSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DCMSampler",
-            display_name="DCM Sampler",
+            display_name="DCM Sampler (Wan 2.2 high/low MoE)",
             category="DCM/sampling",
             description=(
                 "Samples a video in 4 to 6 steps: high-noise steps with the semantic expert, low-noise steps with the detail "
@@ -135,11 +135,17 @@ class DCMSampler(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             **newer(
                 search_aliases=[
-                    "dual expert sampler",
-                    "high noise low noise",
+                    "wan 2.2 high low",
                     "wan 2.2 sampler",
-                    "few step video",
+                    "high noise low noise",
+                    "two samplers",
+                    "two models one sampler",
                     "moe sampler",
+                    "few step",
+                    "few step video",
+                    "4 step sampler",
+                    "lightx2v",
+                    "dual expert sampler",
                 ]
             ),
         )
@@ -203,7 +209,7 @@ class DCMGuider(io.ComfyNode):
                 *side_inputs(),
             ],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
-            **newer(search_aliases=["dual expert guider", "dual model guider", "cfg per expert"]),
+            **newer(search_aliases=["dual expert guider", "dual model guider", "cfg per expert", "moe guider"]),
         )
 
     @classmethod

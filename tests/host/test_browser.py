@@ -142,6 +142,27 @@ def need_aliases(page, kind):
         pytest.skip("this host knows no search aliases")
 
 
+# What people type -> the node that its name alone leads to.
+FOUND_BY = {
+    "DCM Attach": "DCM Attach Experts (4-step LoRA)",
+    "wan 2.2 high low": "DCM Sampler (Wan 2.2 high/low MoE)",
+    "moe sampler": "DCM Sampler (Wan 2.2 high/low MoE)",
+    "two samplers": "DCM Split Sigmas (two samplers)",
+    "4 step lora": "DCM Attach Experts (4-step LoRA)",
+    "lightx2v": "DCM Scheduler (lightx2v, few-step)",
+    "few step": "DCM Scheduler (lightx2v, few-step)",
+    "load wan": "DCM Load Model (Wan, Hunyuan)",
+    "video training": "DCM Video Dataset (training)",
+}
+# The same where the host knows aliases.
+FOUND_BY_ALIAS = {
+    **dict.fromkeys(("two samplers", "lightx2v", "few step"), "DCM Sampler (Wan 2.2 high/low MoE)"),
+    **dict.fromkeys(
+        ("wan 2.2 high low", "high noise low noise lora", "dual expert"), "DCM Attach Experts (4-step LoRA)"
+    ),
+}
+
+
 @pytest.mark.parametrize("words", ["DCM Sampler", "few step video"])
 def test_a_node_is_found_in_the_library_and_dragged_out(page, words):
     """By its name everywhere, by an alias where the host knows them."""
@@ -151,7 +172,7 @@ def test_a_node_is_found_in_the_library_and_dragged_out(page, words):
     page.command("Workspace.ToggleSidebarTab.node-library")
     search = page.page.get_by_placeholder("Search").first
     search.fill(words)
-    entry = page.text("DCM Sampler")
+    entry = page.text("DCM Sampler (Wan 2.2 high/low MoE)")
     entry.wait_for()
     time.sleep(1)  # the list slides
     box = entry.bounding_box()
@@ -167,16 +188,25 @@ def test_a_node_is_found_in_the_library_and_dragged_out(page, words):
     page.command("Workspace.ToggleSidebarTab.node-library")
 
 
-@pytest.mark.parametrize("words", ["DCM Attach", "high noise low noise lora", "dual expert"])
-def test_a_node_is_found_by_search(page, words):
-    """By its name everywhere, by its aliases where the host knows them."""
-    if words != "DCM Attach":
-        need_aliases(page, "DCMAttachExperts")
+def search(page, words, name):
+    """Type into the search box on the canvas until it lists a node of this name."""
     page.clear()
     page.command("Workspace.SearchBox.Toggle")
     page.page.keyboard.type(words, delay=20)
-    page.page.get_by_text("DCM Attach Experts").first.wait_for()
+    page.page.get_by_text(name).locator("visible=true").first.wait_for()
+    page.shoot(f"search {words}")
     page.page.keyboard.press("Escape")
+
+
+@pytest.mark.parametrize("words", FOUND_BY)
+def test_a_node_is_found_by_what_people_type(page, words):
+    search(page, words, FOUND_BY[words])
+
+
+@pytest.mark.parametrize("words", FOUND_BY_ALIAS)
+def test_more_nodes_are_found_where_the_host_knows_aliases(page, words):
+    need_aliases(page, "DCMSampler")
+    search(page, words, FOUND_BY_ALIAS[words])
 
 
 def test_the_step_bar_shows_the_plan_before_the_run(page):
