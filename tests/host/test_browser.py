@@ -575,7 +575,7 @@ def assert_whole(said):
 def test_the_text_of_a_node_is_read_to_its_end(page):
     page.clear()
     page.add(["DCMInspectModel"])
-    page.set_widget("DCMInspectModel", "file", "loras/dcm_small_world_semantic.safetensors")
+    page.set_widget("DCMInspectModel", "file", "loras/zz_dcm_small_world_semantic.safetensors")
     page.show("DCMInspectModel")
     page.queue()
     page.finish()
