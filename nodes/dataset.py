@@ -26,7 +26,7 @@ class DCMVideoDataset(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DCMVideoDataset",
-            display_name="DCM Video Dataset",
+            display_name="DCM Video Dataset (training)",
             category="DCM/training",
             description=(
                 "Checks clips with captions and encodes them for training, each once: what did not change comes from the cache "
@@ -79,7 +79,7 @@ class DCMVideoDataset(io.ComfyNode):
             outputs=[Dataset.Output(display_name="dataset", tooltip="Encoded clips for a training node.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            **newer(search_aliases=["training data", "video folder", "cache latents"]),
+            **newer(search_aliases=["video training", "training data", "video folder", "cache latents"]),
         )
 
     @classmethod

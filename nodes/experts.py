@@ -26,7 +26,7 @@ class DCMAttachExperts(io.ComfyNode):
         strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
         return io.Schema(
             node_id="DCMAttachExperts",
-            display_name="DCM Attach Experts",
+            display_name="DCM Attach Experts (4-step LoRA)",
             category="DCM/loaders",
             description=(
                 "Puts a semantic (high-noise) and a detail (low-noise) expert on a model. Every sampler then runs each step "
@@ -87,8 +87,12 @@ class DCMAttachExperts(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             **newer(
                 search_aliases=[
-                    "dual expert",
+                    "4 step lora",
+                    "lightx2v lora",
                     "high noise low noise lora",
+                    "wan 2.2 high low lora",
+                    "dual expert",
+                    "two loras",
                     "apply dcm",
                     "semantic expert",
                     "detail expert",

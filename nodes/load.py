@@ -17,7 +17,7 @@ class DCMLoadModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DCMLoadModel",
-            display_name="DCM Load Model",
+            display_name="DCM Load Model (Wan, Hunyuan)",
             category="DCM/loaders",
             description=(
                 "Loads a video model. A released DCM checkpoint (Wan 2.1, HunyuanVideo) comes with both experts ready to "
@@ -38,7 +38,17 @@ class DCMLoadModel(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The base with the experts its file holds.")],
             hidden=[io.Hidden.unique_id],
-            **newer(search_aliases=["dual expert", "consistency model", "load dcm", "wan dcm", "hunyuan dcm"]),
+            **newer(
+                search_aliases=[
+                    "load wan",
+                    "load hunyuanvideo",
+                    "dual expert",
+                    "consistency model",
+                    "load dcm",
+                    "wan dcm",
+                    "hunyuan dcm",
+                ]
+            ),
         )
 
     @classmethod

@@ -7,11 +7,11 @@ from comfy_api.latest import io
 
 from ..dcm_core.errors import counted
 from ..dcm_core.schedule import AUTO
-from .host.compat import newer
+from .host.compat import advanced, newer
 from .host.experts.route import step_cache_note
 from .host.report import report, show
 from .host.sampling.plan import announce
-from .host.sampling.run import choose_sampler, make_guider, prepare_model, run
+from .host.sampling.run import choose_sampler, make_guider, memory_warning, prepare_model, run
 from .host.sampling.schedules import EULER, choose_sigmas, sampler_names, schedule_names, with_shift
 from .host.sampling.setup import describe_run, plan_run
 from .schedule import DENOISE_TIP, SCHEDULE_TIP, SHIFT_TIP, STEPS_TIP
@@ -37,9 +37,18 @@ def side_inputs() -> list[io.Input]:
             step=0.1,
             optional=True,
             tooltip="cfg of the detail side. 0 means as cfg.",
+            **advanced(io.Float.Input),
         ),
         io.Float.Input(
-            "boundary", default=0.0, min=0.0, max=1.0, step=0.001, round=False, optional=True, tooltip=BOUNDARY_TIP
+            "boundary",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            round=False,
+            optional=True,
+            tooltip=BOUNDARY_TIP,
+            **advanced(io.Float.Input),
         ),
     ]
 
@@ -62,7 +71,7 @@ class DCMSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DCMSampler",
-            display_name="DCM Sampler",
+            display_name="DCM Sampler (Wan 2.2 high/low MoE)",
             category="DCM/sampling",
             description=(
                 "Samples a video in 4 to 6 steps: high-noise steps with the semantic expert, low-noise steps with the detail "
@@ -126,6 +135,7 @@ class DCMSampler(io.ComfyNode):
                     default=EULER,
                     optional=True,
                     tooltip="The sampler, as in KSampler. DCM is distilled for euler.",
+                    **advanced(io.Combo.Input),
                 ),
             ],
             outputs=[
@@ -135,11 +145,17 @@ class DCMSampler(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             **newer(
                 search_aliases=[
-                    "dual expert sampler",
-                    "high noise low noise",
+                    "wan 2.2 high low",
                     "wan 2.2 sampler",
-                    "few step video",
+                    "high noise low noise",
+                    "two samplers",
+                    "two models one sampler",
                     "moe sampler",
+                    "few step",
+                    "few step video",
+                    "4 step sampler",
+                    "lightx2v",
+                    "dual expert sampler",
                 ]
             ),
         )
@@ -175,12 +191,14 @@ class DCMSampler(io.ComfyNode):
             model = with_shift(model, schedule, shift)
         plan = plan_run(model, sigmas, sigma)
         guider = make_guider(model, positive, negative, cfg, detail_cfg)
+        notes += filter(None, [memory_warning(guider, latent_image)])
         lines = [describe_run(model, plan), *notes]
         report("\n".join(lines), cls.hidden.unique_id)
         announce(sigmas, plan, notes, cls.hidden.unique_id)
         started = time.perf_counter()
         latent, denoised = run(guider, latent_image, chosen_sampler, sigmas, seed, cls.hidden.unique_id)
-        took = f"{counted(plan.steps, 'step')} in {time.perf_counter() - started:.1f} s"
+        seconds = time.perf_counter() - started
+        took = f"{counted(plan.steps, 'step')} in {seconds:.1f} s, {seconds / plan.steps:.2f} s a step"
         text = "\n".join(filter(None, (*lines, took, step_cache_note(model))))
         return io.NodeOutput(latent, denoised, ui=show(text, cls.hidden.unique_id))
 
@@ -203,7 +221,7 @@ class DCMGuider(io.ComfyNode):
                 *side_inputs(),
             ],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
-            **newer(search_aliases=["dual expert guider", "dual model guider", "cfg per expert"]),
+            **newer(search_aliases=["dual expert guider", "dual model guider", "cfg per expert", "moe guider"]),
         )
 
     @classmethod

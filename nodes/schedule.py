@@ -31,7 +31,7 @@ class DCMScheduler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DCMScheduler",
-            display_name="DCM Scheduler",
+            display_name="DCM Scheduler (lightx2v, few-step)",
             category="DCM/sampling",
             description="Noise levels: those DCM experts are made for, even spacing, or a scheduler of KSampler.",
             inputs=[
@@ -57,7 +57,7 @@ class DCMScheduler(io.ComfyNode):
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="Falling noise levels, the last 0.")],
             hidden=[io.Hidden.unique_id],
-            **newer(search_aliases=["dcm sigmas", "few step schedule"]),
+            **newer(search_aliases=["lightx2v schedule", "few step schedule", "dcm sigmas"]),
         )
 
     @classmethod
@@ -76,7 +76,7 @@ class DCMSplitSigmas(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="DCMSplitSigmas",
-            display_name="DCM Split Sigmas",
+            display_name="DCM Split Sigmas (two samplers)",
             category="DCM/sampling",
             description="Splits a schedule where the detail expert takes over; the first part ends where the second begins.",
             inputs=[
@@ -95,7 +95,7 @@ class DCMSplitSigmas(io.ComfyNode):
                 io.Sigmas.Output(display_name="high", tooltip="The semantic expert's steps."),
                 io.Sigmas.Output(display_name="low", tooltip="The detail expert's steps."),
             ],
-            **newer(search_aliases=["split at boundary", "high low sigmas"]),
+            **newer(search_aliases=["two samplers", "split at boundary", "high low sigmas"]),
         )
 
     @classmethod

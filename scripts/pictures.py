@@ -38,9 +38,9 @@ SMALL_WORLD = next(path for path in WORKFLOWS if path.stem == "DCM small world (
 
 ENCODER = {"clip_name": "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "type": "wan"}
 RELEASE = {"model_name": "dcm_wan2.1_t2v_1.3B.safetensors"}
-BASE = {"model_name": "dcm_small_world_base.safetensors"}
-CLIPS = {"file_name": "dcm_small_world.safetensors"}
-VAE = {"vae_name": "dcm_small_world_vae.safetensors"}
+BASE = {"model_name": "zz_dcm_small_world_base.safetensors"}
+CLIPS = {"file_name": "zz_dcm_small_world.safetensors"}
+VAE = {"vae_name": "zz_dcm_small_world_vae.safetensors"}
 
 # Graphs for nodes that no shipped workflow shows, or only among many others: [(type, column, row, widgets)], [(from, output, to, input)].
 GRAPHS = {
@@ -95,7 +95,7 @@ GRAPHS = {
             ("DCMLoadModel", 0, 0, BASE),
             ("DCMLoadDataset", 0, 1, CLIPS),
             ("VAELoader", 0, 2, VAE),
-            ("DCMTrainDetailExpert", 1, 0, {"semantic_lora": "dcm_small_world_semantic.safetensors"}),
+            ("DCMTrainDetailExpert", 1, 0, {"semantic_lora": "zz_dcm_small_world_semantic.safetensors"}),
             ("PreviewImage", 2, 0, {}),
         ],
         [(0, 0, 3, "model"), (1, 0, 3, "dataset"), (2, 0, 3, "vae"), (3, 3, 4, "images")],
@@ -179,7 +179,7 @@ def stand_in_for_files(base: Path) -> None:
                     if str(name).endswith((".safetensors", ".png"))
                 }
             # what comes with the pack is there
-            files = {file for file in files if "dcm_small_world" not in file}
+            files = {file for file in files if "zz_dcm_small_world" not in file}
             for file in files:
                 (base / file).parent.mkdir(parents=True, exist_ok=True)
                 (base / file).touch()

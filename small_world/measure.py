@@ -74,7 +74,7 @@ def models(folder: Path) -> dict[str, tuple[Any, int, float]]:
     for name, run in runs.items():
         if all(expert_path(folder, part).exists() for part in run if part):
             found[name] = pair(*(load_expert(folder, part, base) if part else None for part in run))
-    shipped = {side: MODELS / "loras" / f"dcm_small_world_{side}.safetensors" for side in ("semantic", "detail")}
+    shipped = {side: MODELS / "loras" / f"zz_dcm_small_world_{side}.safetensors" for side in ("semantic", "detail")}
     found["as shipped"] = pair(*(read_expert_file(path, side, base) for side, path in shipped.items()))
     return found
 

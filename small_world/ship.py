@@ -98,7 +98,7 @@ def write_experts(folder: Path, base: Any, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for side, expert in found.items():
         experts.write_expert(
-            target / f"dcm_small_world_{side}.safetensors", expert, attach.module_shapes(base), torch.bfloat16
+            target / f"zz_dcm_small_world_{side}.safetensors", expert, attach.module_shapes(base), torch.bfloat16
         )
 
 
@@ -113,13 +113,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    copy_in_half(args.folder / "base.safetensors", MODELS / "diffusion_models" / "dcm_small_world_base.safetensors")
-    copy_in_half(args.folder / "vae.safetensors", MODELS / "vae" / "dcm_small_world_vae.safetensors")
+    copy_in_half(args.folder / "base.safetensors", MODELS / "diffusion_models" / "zz_dcm_small_world_base.safetensors")
+    copy_in_half(args.folder / "vae.safetensors", MODELS / "vae" / "zz_dcm_small_world_vae.safetensors")
     base = load_base(args.folder)
     write_experts(args.folder, base, MODELS / "loras")
-    write_captions(MODELS / "dcm_conditioning" / "dcm_small_world")
+    write_captions(MODELS / "dcm_conditioning" / "zz_dcm_small_world")
     data = load_data(args.folder, base, TRAINING_CLIPS)
-    path = MODELS / "dcm_datasets" / "dcm_small_world.safetensors"
+    path = MODELS / "dcm_datasets" / "zz_dcm_small_world.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     host.pack("dcm_core.distill.data.dataset_file").write_dataset(path, data, torch.bfloat16)
     sizes = {file.relative_to(MODELS).parts[0]: 0 for file in MODELS.rglob("*.safetensors")}

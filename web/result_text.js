@@ -1,8 +1,10 @@
 // What a DCM node says while it runs and of its result: on the node, line by line, as plain text, until the node runs again.
+// DCM Sampler's bar says it itself (step_bar.js).
 // The front ends' own text of a node is two lines high in one, Markdown in another, not drawn by a third, and gone after an interrupt.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { nodeOf } from "./preview.js";
 
 const HIGHEST = 300; // higher texts scroll
 const MARGIN = 4;
@@ -66,16 +68,6 @@ class Box {
   }
 }
 
-// An execution id leads through the subgraphs: "5:3" is node 3 in the graph of node 5.
-function nodeOf(id) {
-  let node, graph = app.rootGraph ?? app.graph;
-  for (const part of String(id).split(":")) {
-    node = graph?.getNodeById(part);
-    graph = node?.subgraph;
-  }
-  return node;
-}
-
 app.registerExtension({
   name: "DCM.ResultText",
 
@@ -86,7 +78,7 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
-    if (!node.comfyClass?.startsWith("DCM") || !node.addDOMWidget) return;
+    if (!node.comfyClass?.startsWith("DCM") || node.comfyClass === "DCMSampler" || !node.addDOMWidget) return;
     boxes.set(node, new Box(node));
     const executed = node.onExecuted;
     // comes for results that the host has kept, too

@@ -1,15 +1,19 @@
-// The plan of a DCMSampler as a bar on the node: one field a step, coloured by the active expert, filling while it runs.
-// Below it stands what the schedule does not use, and warnings.
-// Before a run the server foresees it from the widgets and files (nodes/host/sampling/plan.py); a run announces its own.
+// A DCM Sampler says on its node who runs which step: a field a step, coloured and lettered by its expert, filling while it runs.
+// Below stand one line, which is the plan, then the step that runs and the time left, then the result, and notes and warnings.
+// Before a run the server foresees the plan from the widgets and files (nodes/host/sampling/plan.py); a run announces its own.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { COLOURS, NEUTRAL, WARNING } from "./colours.js";
 
-const LOOK_EVERY_MS = 1000;
+const SETTLE_MS = 50; // changes come in bursts
+const POINTED_MS = 4000; // a finger that tapped a field is gone at once
 const PADDING = 6;
 const MARGIN = 2;
 const BYPASSED = 4;
+const MOST_LETTERS = 24; // fields become narrower than a letter
+const INK = "var(--input-text, #ddd)"; // on a node, in any theme
+const DARK = "#16171c"; // on an expert's colour
 const bars = new Map(); // node -> Bar
 
 class Bar {
@@ -19,43 +23,81 @@ class Bar {
     this.element.className = "dcm-step-bar";
     Object.assign(this.element.style, { display: "none", boxSizing: "border-box", padding: "1px 8px", overflow: "hidden" });
     this.fields = document.createElement("div");
-    Object.assign(this.fields.style, { display: "flex", gap: "2px", height: "14px" });
+    Object.assign(this.fields.style, { display: "flex", gap: "2px", height: "18px" });
+    this.fields.setAttribute("role", "progressbar");
+    this.fields.setAttribute("aria-label", "Steps and their experts");
+    this.fields.tabIndex = 0;
     this.caption = document.createElement("div");
     Object.assign(this.caption.style, {
-      font: "11px sans-serif", lineHeight: "18px", color: "var(--input-text, #ddd)", whiteSpace: "nowrap",
-      overflow: "hidden", textOverflow: "ellipsis",
+      font: "11px sans-serif", lineHeight: "18px", color: INK, overflowWrap: "anywhere", userSelect: "text",
     });
     this.notes = document.createElement("div");
-    Object.assign(this.notes.style, { font: "11px/14px sans-serif", color: "var(--descrip-text, #999)", overflowWrap: "anywhere" });
+    Object.assign(this.notes.style, {
+      font: "11px/14px sans-serif", color: "var(--descrip-text, #999)", overflowWrap: "anywhere", userSelect: "text",
+    });
     this.body = document.createElement("div");
     this.body.append(this.fields, this.caption, this.notes);
     this.element.append(this.body);
     this.asked = null; // what the shown plan was foreseen from
     this.plan = null;
+    this.said = []; // the result, line by line
     this.done = 0;
     this.running = false;
+    this.times = []; // when the run began, and when each step was done
+    this.pointed = null; // the field that is pointed at
+    this.listen();
+  }
+
+  listen() {
+    const fieldOf = (event) => [...this.fields.children].indexOf(event.target.closest("[data-expert]"));
+    this.fields.addEventListener("pointerover", (event) => this.point(fieldOf(event)));
+    this.fields.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && this.point(null));
+    this.fields.addEventListener("click", (event) => this.point(fieldOf(event), POINTED_MS));
+    this.fields.addEventListener("blur", () => this.point(null));
+    this.fields.addEventListener("keydown", (event) => {
+      const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!way || !this.plan) return;
+      event.preventDefault();
+      event.stopPropagation(); // the front end moves nodes by them
+      const from = this.pointed ?? (way > 0 ? -1 : this.plan.steps.length);
+      this.point(Math.min(Math.max(from + way, 0), this.plan.steps.length - 1));
+    });
+  }
+
+  // Say in the caption what a field is; for a while, or until something else is pointed at.
+  point(index, forget = null) {
+    clearTimeout(this.forgetting);
+    this.pointed = index >= 0 ? index : null;
+    if (forget) this.forgetting = setTimeout(() => this.point(null), forget);
+    this.paint();
   }
 
   show(plan) {
     this.plan = plan;
     this.done = 0;
-    this.element.style.display = plan ? "block" : "none";
+    this.pointed = null;
+    this.said = [];
+    const count = plan?.steps.length;
+    this.fields.style.display = plan ? "flex" : "none";
     this.fields.replaceChildren(...(plan?.steps ?? []).map((step, index) => {
       const field = document.createElement("div");
-      Object.assign(field.style, { flex: "1", borderRadius: "2px", background: COLOURS[step.expert] ?? NEUTRAL });
+      Object.assign(field.style, {
+        flex: "1 1 0", minWidth: "0", boxSizing: "border-box", borderRadius: "3px", border: `1px solid ${INK}`,
+        font: "bold 10px/16px sans-serif", textAlign: "center", overflow: "hidden", cursor: "default",
+      });
       field.dataset.expert = step.expert ?? "";
-      field.title = describe(step, index, plan.steps.length);
+      field.textContent = count <= MOST_LETTERS ? (step.expert ?? "").charAt(0).toUpperCase() : "";
+      field.title = describe(step, index, count);
+      field.setAttribute("aria-hidden", "true");
       return field;
     }));
-    this.notes.replaceChildren(...(plan?.notes ?? []).map((text) => {
-      const note = document.createElement("div");
-      note.textContent = text;
-      if (text.startsWith("Warning")) note.style.color = WARNING;
-      return note;
-    }));
     this.paint();
-    // makes room for the notes
-    this.node.setDirtyCanvas?.(true, true);
+  }
+
+  // The result of a run, which its node gives as text: the plan in words, then notes, then the time it took.
+  say(text) {
+    this.said = text ? text.split("\n") : [];
+    this.paint();
   }
 
   height() {
@@ -63,29 +105,73 @@ class Bar {
   }
 
   fill(done, running) {
+    if (done > this.done) this.times[done] = performance.now();
     this.done = done;
     this.running = running;
     this.paint();
   }
 
+  begin(plan) {
+    this.show(plan);
+    this.times = [performance.now()];
+    this.fill(0, true);
+  }
+
   paint() {
-    if (!this.plan) return;
-    const { steps, boundary } = this.plan;
+    this.element.style.display = this.plan || this.said.length ? "block" : "none";
     [...this.fields.children].forEach((field, index) => {
+      const colour = COLOURS[field.dataset.expert] ?? NEUTRAL;
+      const done = index < this.done;
       const current = this.running && index === this.done;
-      field.style.opacity = index < this.done ? "1" : current ? "0.7" : "0.35";
-      field.style.outline = current ? "1px solid var(--input-text, #fff)" : "none";
-      field.dataset.done = String(index < this.done);
+      field.style.background = done ? colour : `color-mix(in srgb, ${colour} ${current ? 45 : 20}%, transparent)`;
+      field.style.color = done ? DARK : INK;
+      field.style.boxShadow = current || index === this.pointed ? `inset 0 0 0 1px ${INK}` : "none";
+      field.dataset.done = String(done);
     });
-    if (this.running && this.done < steps.length) {
-      this.caption.textContent = describe(steps[this.done], this.done, steps.length);
-      return;
+    this.caption.textContent = this.words();
+    const notes = this.said.length ? this.said.slice(1) : this.plan?.notes ?? [];
+    this.notes.replaceChildren(...notes.map((text) => {
+      const note = document.createElement("div");
+      note.textContent = text; // never markup: it may come from a file
+      if (text.startsWith("Warning")) note.style.color = WARNING;
+      return note;
+    }));
+    this.tell();
+    this.makeRoom();
+  }
+
+  // The one line below the fields.
+  words() {
+    const { steps } = this.plan ?? {};
+    if (steps && this.pointed !== null) return describe(steps[this.pointed], this.pointed, steps.length);
+    if (steps && this.running && this.done < steps.length) {
+      return [describe(steps[this.done], this.done, steps.length), this.timeLeft()].filter(Boolean).join("  ");
     }
-    const count = (owner) => steps.filter((step) => step.expert === owner).length;
-    const owners = [...new Set(steps.map((step) => step.expert))];
-    const sides = owners.map((owner) => `${count(owner)} ${owner}`).join(" + ");
-    const words = owners.some((owner) => owner in COLOURS) ? sides : `${steps.length} step${steps.length === 1 ? "" : "s"}, no active expert`;
-    this.caption.textContent = boundary === null ? words : `${words}, boundary σ ${shorten(boundary)}`;
+    return this.said[0] ?? (this.plan ? planInWords(this.plan) : "");
+  }
+
+  // The first step also loads the model: it counts only while it is the only one.
+  timeLeft() {
+    const first = this.done > 1 ? 1 : 0;
+    const since = this.times[first];
+    const until = this.times[this.done];
+    if (!this.done || since === undefined || until === undefined) return "";
+    const each = (until - since) / (this.done - first) / 1000;
+    return `${duration(each)} a step, ${duration(each * (this.plan.steps.length - this.done))} left`;
+  }
+
+  tell() {
+    const steps = this.plan?.steps.length ?? 0;
+    for (const [name, value] of Object.entries({ min: 0, max: steps, now: this.done, text: this.caption.textContent })) {
+      this.fields.setAttribute(`aria-value${name}`, String(value));
+    }
+  }
+
+  makeRoom() {
+    // the canvas does not do it by itself
+    const needed = this.node.computeSize?.()[1];
+    if (this.node.graph && this.node.size[1] < needed) this.node.setSize([this.node.size[0], needed]);
+    this.node.setDirtyCanvas?.(true, true);
   }
 }
 
@@ -93,8 +179,21 @@ function describe(step, index, count) {
   return [`${index + 1} / ${count}`, step.expert, `σ ${shorten(step.sigma)}`].filter(Boolean).join("  ");
 }
 
+function planInWords({ steps, boundary }) {
+  const owners = [...new Set(steps.map((step) => step.expert))];
+  const sides = owners.map((owner) => `${steps.filter((step) => step.expert === owner).length} ${owner}`).join(" + ");
+  const words = owners.some((owner) => owner in COLOURS) ? sides : `${steps.length} step${steps.length === 1 ? "" : "s"}, no active expert`;
+  return boundary === null ? words : `${words}, boundary σ ${shorten(boundary)}`;
+}
+
 function shorten(value) {
   return String(Number(value.toPrecision(4)));
+}
+
+function duration(seconds) {
+  if (seconds < 10) return `${seconds.toFixed(1)} s`;
+  const whole = Math.round(seconds);
+  return whole < 90 ? `${whole} s` : `${Math.floor(whole / 60)} min ${whole % 60} s`;
 }
 
 function widgetValue(node, name) {
@@ -171,11 +270,16 @@ function isOpen(node) {
   return node.graph === root || (node.graph && root.subgraphs?.get(node.graph.id) === node.graph);
 }
 
-function lookAtAll() {
-  if (document.hidden) return;
-  for (const [node, bar] of bars) {
-    if (isOpen(node)) foresee(bar).catch(() => bar.show(null));
-  }
+let waiting;
+
+// Look at the widgets and links of every sampler, once the change that is under way is made.
+function lookSoon() {
+  clearTimeout(waiting);
+  waiting = setTimeout(() => {
+    for (const [node, bar] of bars) {
+      if (isOpen(node)) foresee(bar).catch(() => bar.show(null));
+    }
+  }, SETTLE_MS);
 }
 
 app.registerExtension({
@@ -187,9 +291,11 @@ app.registerExtension({
       if (!bar) return;
       // stays after the run, until a widget changes
       bar.asked = JSON.stringify(ask(bar.node));
-      bar.show(detail);
-      bar.fill(0, true);
+      bar.begin(detail);
     });
+    api.addEventListener("dcm.text", ({ detail }) => barOf(detail.node)?.say(detail.text));
+    // the result of an earlier run must not stand beside an error of this one
+    api.addEventListener("executing", ({ detail }) => detail && barOf(detail)?.say(""));
     api.addEventListener("progress_state", ({ detail }) => {
       for (const [id, state] of Object.entries(detail.nodes ?? {})) {
         const bar = barOf(id);
@@ -201,10 +307,18 @@ app.registerExtension({
       }
     });
     for (const end of ["execution_error", "execution_interrupted", "execution_success"]) {
-      api.addEventListener(end, () => bars.forEach((bar) => bar.running && bar.fill(bar.done, false)));
+      api.addEventListener(end, () => {
+        bars.forEach((bar) => bar.running && bar.fill(bar.done, false));
+        lookSoon();
+      });
     }
-    setInterval(lookAtAll, LOOK_EVERY_MS);
+    // whatever a user changes in the graph
+    api.addEventListener("graphChanged", lookSoon);
   },
+
+  afterConfigureGraph: lookSoon,
+  // the lists of files are read again
+  refreshComboInNodes: lookSoon,
 
   nodeCreated(node) {
     if (node.comfyClass !== "DCMSampler" || !node.addDOMWidget) return;
@@ -216,10 +330,20 @@ app.registerExtension({
     widget.serialize = false;
     widget.label = "experts"; // where a front end lists the widgets
     bars.set(node, bar);
-    const removed = node.onRemoved;
+    const { onRemoved, onExecuted, onConnectionsChange } = node;
     node.onRemoved = function (...args) {
       bars.delete(node);
-      return removed?.apply(this, args);
+      return onRemoved?.apply(this, args);
     };
+    node.onConnectionsChange = function (...args) {
+      lookSoon();
+      return onConnectionsChange?.apply(this, args);
+    };
+    // comes for results that the host has kept, too
+    node.onExecuted = function (output, ...rest) {
+      if (output?.text) bar.say([output.text].flat().join("\n"));
+      return onExecuted?.call(this, output, ...rest);
+    };
+    lookSoon();
   },
 });

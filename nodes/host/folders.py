@@ -35,7 +35,8 @@ LONGEST_NAME, LONGEST_PATH = 255, 4000
 MARKUP = "<>"
 # What Windows has in no name; a colon would write where no list looks.
 NOT_ON_WINDOWS = ':"|?*'
-# Small models that come with the pack.
+# Small models that come with the pack, named so that every list of the host, which sorts by name, has them last.
+SHIPPED_PREFIX = "zz_dcm_small_world"
 SHIPPED = Path(__file__).resolve().parents[2] / "small_world" / "models"
 
 for category in (CONDITIONING, DATASETS):
@@ -48,11 +49,14 @@ for category in (MODELS, LORAS, VAES, CONDITIONING, DATASETS):
 
 
 def files(category: str) -> list[str]:
-    """Names of the category's files; those of our own categories with / on every system, as shipped graphs name them."""
+    """Names of the category's files, the pack's own last; those of our own categories with / on every system, as shipped graphs
+    name them."""
     found = folder_paths.get_filename_list(category)
     names = [name for name in found if fault_of(name) is None]
     if len(names) < len(found):
         _tell_unusable(category, frozenset(found).difference(names))
+    # names in other scripts come after any prefix
+    names.sort(key=lambda name: name.startswith(SHIPPED_PREFIX))
     return [name.replace(os.sep, "/") for name in names] if category in (CONDITIONING, DATASETS) else names
 
 

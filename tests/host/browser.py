@@ -33,6 +33,8 @@ SETTINGS = {
     "Comfy.Minimap.Visible": False,
 }
 SECONDS = 30
+# The front end's themes -> the colour of their texts.
+THEMES = {"dark": "#ddd", "light": "#222"}
 # Front ends of 2025 find no help page in a folder with a dot in its name.
 FOLDER = "ComfyUI-DCM"
 
@@ -220,6 +222,14 @@ class Page:
             widget.value = value; widget.callback?.(value) }""",
             [self.node(kind), name, value],
         )
+        self.changed()
+
+    def changed(self):
+        """What a front end does at the end of a click or a key: look at what the user changed in the graph."""
+        self.run(
+            """() => { const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker;
+            (tracker.captureCanvasState ?? tracker.checkState).call(tracker) }"""
+        )
 
     def show(self, kind, settle=1):
         """Select a node alone and bring it to the middle of the screen, with room for its tools above; wait `settle` seconds."""
@@ -260,11 +270,33 @@ class Page:
             new MutationObserver(() => captions.push(caption.textContent)).observe(caption, { childList: true }) }"""
         )
 
-    def wait_for_preview(self, node):
-        """Until a node shows a preview: drawn by the canvas, or an element of Nodes 2.0."""
+    def caption(self):
+        """The one line of the step bar."""
+        return self.page.locator(".dcm-step-bar > div > div").nth(1).text_content()
+
+    def use_theme(self, name):
+        self.run("name => app.extensionManager.setting.set('Comfy.ColorPalette', name)", name)
         self.wait(
-            """id => app.graph.getNodeById(id).imgs?.some(image => image.src.startsWith('blob:'))
-            || document.querySelector(`[data-node-id="${id}"] img[src^="blob:"]`) !== null""",
+            "color => getComputedStyle(document.body).getPropertyValue('--input-text').trim() === color", THEMES[name]
+        )
+
+    def zoom(self, kind, scale):
+        """Draw the graph so large, with the bar of the graph's only node of a kind on the screen."""
+        self.run(
+            """([id, scale]) => { const node = app.graph.getNodeById(id), { canvas } = app;
+            const widget = node.widgets.find(({ name }) => name === 'dcm_plan');
+            canvas.ds.scale = scale; canvas.ds.offset = [300 / scale - node.pos[0], 500 / scale - node.pos[1] - widget.y];
+            canvas.setDirty(true, true) }""",
+            [self.node(kind), scale],
+        )
+        time.sleep(1)
+
+    def previews_of(self, node):
+        """Keep what a node shows as its preview, drawn by the canvas or an element of Nodes 2.0, in the page's `previews`."""
+        self.run(
+            """id => { window.previews = new Set(); setInterval(() => { const drawn = app.graph.getNodeById(id)?.imgs ?? [];
+            for (const { src } of [...drawn, ...document.querySelectorAll(`[data-node-id="${id}"] img`)])
+              if (/^(blob|data):/.test(src)) previews.add(src) }, 20) }""",
             node,
         )
 
@@ -274,7 +306,7 @@ class Page:
             """() => { window.heard = [];
             if (window.listening) return; window.listening = true;
             const names = ['progress_state', 'execution_success', 'execution_error', 'execution_interrupted', 'b_preview_with_metadata',
-              'b_preview', 'dcm.plan'];
+              'b_preview', 'dcm.plan', 'dcm.preview'];
             for (const name of names) app.api.addEventListener(name, ({ detail }) =>
               window.heard.push([name, detail instanceof Blob || detail?.blob ? 'image' : structuredClone(detail)])) }"""
         )

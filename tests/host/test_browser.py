@@ -1,16 +1,19 @@
 """The pack in a real browser: the host's own front end and a newer one, drawn on the canvas and as Nodes 2.0."""
 
 import base64
+import io
 import os
+import re
 import time
 
 import pytest
 import torch
+from PIL import Image
 
 from dcm_core.files.conditioning import save_conditioning
 from dcm_core.files.storage import write_tensors
 
-from .browser import ARGUMENTS, CHROMIUM, FOLDER, NO_ELEMENTS, Page
+from .browser import ARGUMENTS, CHROMIUM, FOLDER, NO_ELEMENTS, THEMES, Page
 from .graphs import WORKFLOWS, read
 from .server import HOST, ROOT, start_server
 
@@ -142,6 +145,27 @@ def need_aliases(page, kind):
         pytest.skip("this host knows no search aliases")
 
 
+# What people type -> the node that its name alone leads to.
+FOUND_BY = {
+    "DCM Attach": "DCM Attach Experts (4-step LoRA)",
+    "wan 2.2 high low": "DCM Sampler (Wan 2.2 high/low MoE)",
+    "moe sampler": "DCM Sampler (Wan 2.2 high/low MoE)",
+    "two samplers": "DCM Split Sigmas (two samplers)",
+    "4 step lora": "DCM Attach Experts (4-step LoRA)",
+    "lightx2v": "DCM Scheduler (lightx2v, few-step)",
+    "few step": "DCM Scheduler (lightx2v, few-step)",
+    "load wan": "DCM Load Model (Wan, Hunyuan)",
+    "video training": "DCM Video Dataset (training)",
+}
+# The same where the host knows aliases.
+FOUND_BY_ALIAS = {
+    **dict.fromkeys(("two samplers", "lightx2v", "few step"), "DCM Sampler (Wan 2.2 high/low MoE)"),
+    **dict.fromkeys(
+        ("wan 2.2 high low", "high noise low noise lora", "dual expert"), "DCM Attach Experts (4-step LoRA)"
+    ),
+}
+
+
 @pytest.mark.parametrize("words", ["DCM Sampler", "few step video"])
 def test_a_node_is_found_in_the_library_and_dragged_out(page, words):
     """By its name everywhere, by an alias where the host knows them."""
@@ -151,7 +175,7 @@ def test_a_node_is_found_in_the_library_and_dragged_out(page, words):
     page.command("Workspace.ToggleSidebarTab.node-library")
     search = page.page.get_by_placeholder("Search").first
     search.fill(words)
-    entry = page.text("DCM Sampler")
+    entry = page.text("DCM Sampler (Wan 2.2 high/low MoE)")
     entry.wait_for()
     time.sleep(1)  # the list slides
     box = entry.bounding_box()
@@ -167,16 +191,25 @@ def test_a_node_is_found_in_the_library_and_dragged_out(page, words):
     page.command("Workspace.ToggleSidebarTab.node-library")
 
 
-@pytest.mark.parametrize("words", ["DCM Attach", "high noise low noise lora", "dual expert"])
-def test_a_node_is_found_by_search(page, words):
-    """By its name everywhere, by its aliases where the host knows them."""
-    if words != "DCM Attach":
-        need_aliases(page, "DCMAttachExperts")
+def search(page, words, name):
+    """Type into the search box on the canvas until it lists a node of this name."""
     page.clear()
     page.command("Workspace.SearchBox.Toggle")
     page.page.keyboard.type(words, delay=20)
-    page.page.get_by_text("DCM Attach Experts").first.wait_for()
+    page.page.get_by_text(name).locator("visible=true").first.wait_for()
+    page.shoot(f"search {words}")
     page.page.keyboard.press("Escape")
+
+
+@pytest.mark.parametrize("words", FOUND_BY)
+def test_a_node_is_found_by_what_people_type(page, words):
+    search(page, words, FOUND_BY[words])
+
+
+@pytest.mark.parametrize("words", FOUND_BY_ALIAS)
+def test_more_nodes_are_found_where_the_host_knows_aliases(page, words):
+    need_aliases(page, "DCMSampler")
+    search(page, words, FOUND_BY_ALIAS[words])
 
 
 def test_the_step_bar_shows_the_plan_before_the_run(page):
@@ -198,7 +231,7 @@ def test_the_step_bar_shows_the_plan_before_the_run(page):
     assert unused not in page.page.locator(".dcm-step-bar").inner_text()
     page.set_widget("DCMAttachExperts", "detail_strength", 0)
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert=semantic]').length === 10")
-    assert page.page.locator(".dcm-step-bar").inner_text().strip() == "10 semantic"
+    assert page.caption() == "10 semantic"
     page.set_widget("DCMAttachExperts", "detail_lora", "none")
     page.set_widget("DCMAttachExperts", "semantic_lora", "none")
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 0")
@@ -212,9 +245,119 @@ def assert_bar_is_whole(page):
     page.wait(f"() => {{ const [box, words] = ({place})(); return words <= box + 1 }}")
 
 
+# What a node shows for a widget, whether it is the word in place of a number or the number.
+SHOWN_ON_CANVAS = """([id, name]) => { const node = app.graph.getNodeById(id), widget = node.widgets.find(w => w.name === name);
+const texts = [], { fillText } = CanvasRenderingContext2D.prototype, { canvas } = app;
+CanvasRenderingContext2D.prototype.fillText = function (text, x, y) {
+  texts.push(text); fillText.call(this, text, x, y) };
+canvas.ds.scale = 1; canvas.ds.offset = [100 - node.pos[0], 100 - node.pos[1]]; canvas.draw(true, true);
+CanvasRenderingContext2D.prototype.fillText = fillText;
+return texts[texts.indexOf(name) + 1] }"""
+SHOWN_IN_NODES_2 = """([id, name]) => { const node = document.querySelector(`[data-node-id="${id}"]`);
+const input = node.querySelector(`input[aria-label="${name}"], [aria-label="${name}"] input`);
+const word = getComputedStyle(input.parentElement, '::after').content;
+return getComputedStyle(input).color === 'rgba(0, 0, 0, 0)' ? JSON.parse(word) : input.value }"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "word"), [("DCMSampler", "boundary", "automatic"), ("DCMGuider", "detail_cfg", "as cfg")]
+)
+def test_a_zero_that_stands_for_a_choice_is_a_word(page, kind, name, word):
+    page.clear()
+    page.add([kind])
+    # they are advanced, where the front end knows that
+    page.run(
+        "async () => { try { await app.extensionManager.setting.set('Comfy.Node.AlwaysShowAdvancedWidgets', true) } catch {} }"
+    )
+    page.show(kind)
+    script, widget = SHOWN_IN_NODES_2 if page.nodes2 else SHOWN_ON_CANVAS, [page.node(kind), name]
+    assert page.run(script, widget) == word
+    page.shoot(f"{word} in {kind}")
+    page.set_widget(kind, name, 0.5)
+    page.wait(f"argument => Number(({script})(argument)) === 0.5", widget)
+    page.set_widget(kind, name, 0)
+    page.wait(f"([argument, word]) => ({script})(argument) === word", [widget, word])
+    value = "([id, name]) => app.graph.getNodeById(id).widgets.find(widget => widget.name === name).value"
+    assert page.run(value, widget) == 0, "the graph keeps the number"
+
+
+def luminance(pixel):
+    """Relative luminance of an sRGB colour, as the WCAG define it."""
+    parts = [part / 255 for part in pixel[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(first, second):
+    bright, dark = sorted(map(luminance, (first, second)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_the_fields_of_the_bar_are_seen_in_every_theme(page, theme):
+    """Before their step has run: edges of 3:1 against the node, letters of 4.5:1 on their field (WCAG 2.2, AA)."""
+    page.open(SMALL_WORLD)
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")
+    page.use_theme(theme)
+    try:
+        page.zoom("DCMSampler", 2)
+        for number, letter in ((0, "S"), (5, "D")):
+            field = page.page.locator(".dcm-step-bar [data-expert]").nth(number)
+            assert field.inner_text() == letter
+            box = field.bounding_box()
+            clip = {"x": box["x"] - 8, "y": box["y"] - 3, "width": box["width"] + 16, "height": box["height"] + 6}
+            with Image.open(io.BytesIO(page.page.screenshot(clip=clip))) as picture:
+                row = [picture.getpixel((x, picture.height // 2)) for x in range(picture.width)]
+                inside = picture.crop((12, 8, picture.width - 12, picture.height - 8)).convert("RGB")
+            outside, edge = (row[1], row[7:11]) if number == 0 else (row[-2], row[-11:-7])
+            assert max(contrast(outside, pixel) for pixel in edge) >= 3
+            colours = sorted(inside.getcolors(10_000), reverse=True)
+            assert max(contrast(colours[0][1], colour) for _, colour in colours) >= 4.5
+        page.shoot(f"bar in {theme}")
+    finally:
+        page.use_theme("dark")
+
+
+def test_the_bar_is_told_without_a_mouse_and_without_colours(page):
+    page.open(SMALL_WORLD)
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")
+    page.show("DCMSampler")
+    bar = page.page.get_by_role("progressbar", name="Steps and their experts")
+    plan = page.caption()
+    told = [bar.get_attribute(f"aria-value{name}") for name in ("min", "max", "now", "text")]
+    assert told == ["0", "6", "0", plan] and plan.startswith("3 semantic + 3 detail, boundary σ ")
+    bar.focus()
+    for number, expert in ((1, "semantic"), (2, "semantic"), (3, "semantic"), (4, "detail")):
+        page.page.keyboard.press("ArrowRight")
+        assert page.caption().startswith(f"{number} / 6  {expert}  σ ")
+    page.page.keyboard.press("ArrowLeft")
+    assert page.caption().startswith("3 / 6  semantic  σ ")
+    page.run("() => document.activeElement.blur()")
+    assert page.caption() == plan
+    # a finger has no hover
+    page.page.locator(".dcm-step-bar [data-expert]").nth(5).dispatch_event("click")
+    assert page.caption().startswith("6 / 6  detail  σ ")
+    page.wait("plan => document.querySelector('.dcm-step-bar > div').children[1].textContent === plan", plan)
+
+
+def test_the_bar_asks_when_a_user_changes_something_and_only_then(page):
+    page.open(SMALL_WORLD)
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")
+    asked = []
+    page.page.on("request", lambda request: request.url.endswith("/dcm/plan") and asked.append(request.post_data_json))
+    page.page.wait_for_timeout(2500)
+    assert asked == []
+    page.run("id => app.canvas.selectNode(app.graph.getNodeById(id))", page.node("DCMAttachExperts"))
+    page.page.locator("#graph-canvas").focus()
+    page.page.keyboard.press("Control+b")
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert=base]').length === 6")
+    assert len(asked) == 1
+
+
 def test_the_step_bar_warns_of_a_base_without_experts(page):
     page.open(SMALL_WORLD)
     page.run("() => { app.graph._nodes.find(node => node.type === 'DCMAttachExperts').mode = 4 }")
+    page.changed()
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert=base]').length === 6")
     words = page.page.locator(".dcm-step-bar").inner_text()
     assert "6 steps, no active expert" in words and "boundary" not in words
@@ -298,6 +441,7 @@ def test_a_run_fills_the_bar_and_its_video_plays(page):
     page.show("DCMSampler")
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")
     page.listen_to_the_bar()
+    page.previews_of(page.node("DCMSampler"))
     page.queue()
     page.finish()
     sampler = str(page.node("DCMSampler"))
@@ -310,13 +454,21 @@ def test_a_run_fills_the_bar_and_its_video_plays(page):
     assert {state["max"] for state in states if state["value"]} == {6}
     captions = page.run("() => captions")
     for number, step in enumerate(plan["steps"], 1):
-        assert f"{number} / 6  {step['expert']}  σ {step['sigma']:.4g}" in captions
+        said = next(
+            text for text in captions if text.startswith(f"{number} / 6  {step['expert']}  σ {step['sigma']:.4g}")
+        )
+        assert re.search(r"  \d+\.\d s a step, \d+\.\d s left$", said) or number == 1
     assert "image" in page.heard("b_preview_with_metadata") + page.heard("b_preview")
-    page.wait_for_preview(sampler)
+    # the preview is a video: of the latent's five frames
+    assert [len(event["frames"]) for event in page.heard("dcm.preview")] == [5] * 6
+    assert len([source for source in page.run("() => [...previews]") if source.startswith("data:image/jpeg")]) > 1
     page.wait(
         "() => [...document.querySelectorAll('.dcm-step-bar [data-done]')].filter(f => f.dataset.done === 'true').length === 6"
     )
-    page.wait("() => document.body.innerText.includes('step 1-3 semantic, 4-6 detail')")
+    # once, and below it the time
+    page.wait("() => document.body.innerText.split('step 1-3 semantic, 4-6 detail').length === 2")
+    assert page.caption().startswith("step 1-3 semantic, 4-6 detail, boundary ")
+    assert re.search(r"6 steps in \d+\.\d s, \d+\.\d\d s a step", page.page.locator(".dcm-step-bar").inner_text())
     page.shoot("sampler after its run")
     # the text is not listed among the widgets by an inner name
     assert not {"$$", "dcm_text"} & set(page.run("() => document.body.innerText").split())
@@ -423,7 +575,7 @@ def assert_whole(said):
 def test_the_text_of_a_node_is_read_to_its_end(page):
     page.clear()
     page.add(["DCMInspectModel"])
-    page.set_widget("DCMInspectModel", "file", "loras/dcm_small_world_semantic.safetensors")
+    page.set_widget("DCMInspectModel", "file", "loras/zz_dcm_small_world_semantic.safetensors")
     page.show("DCMInspectModel")
     page.queue()
     page.finish()

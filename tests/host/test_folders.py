@@ -36,6 +36,33 @@ def test_files_of_our_categories_have_the_same_names_on_every_system(module, mon
     assert folders.files("loras") == ["world\\a.safetensors"]
 
 
+def test_the_pack_s_own_files_are_last_and_no_default(module, node, tmp_path, monkeypatch):
+    """Whatever the user's files are called in our nodes; by the host's own order in all others."""
+    import folder_paths
+
+    folders = module("nodes.host.folders")
+    for category in (folders.MODELS, folders.LORAS, folders.VAES, folders.CONDITIONING, folders.DATASETS):
+        shipped = [path for path in (folders.SHIPPED / category).iterdir()]
+        assert shipped and all(path.name.startswith(folders.SHIPPED_PREFIX) for path in shipped)
+        mine = tmp_path / category
+        mine.mkdir()
+        for name in ("z_image_turbo.safetensors", "Zebra.safetensors", "zz.safetensors", "模型.safetensors"):
+            (mine / name).touch()
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths,
+            category,
+            ([str(folders.SHIPPED / category), str(mine)], {".safetensors"}),
+        )
+        monkeypatch.delitem(folder_paths.filename_list_cache, category, raising=False)
+        own = [name for name in folders.files(category) if name.startswith(folders.SHIPPED_PREFIX)]
+        assert own and folders.files(category)[-len(own) :] == own and len(folders.files(category)) == len(own) + 4
+        ascii_names = [name for name in folder_paths.get_filename_list(category) if name.isascii()]
+        assert [name.replace("\\", "/") for name in ascii_names[-len(own) :]] == own
+        monkeypatch.delitem(folder_paths.filename_list_cache, category, raising=False)
+    schema = node.classes["DCMLoadModel"].define_schema()
+    assert schema.inputs[0].options[0] == "Zebra.safetensors"
+
+
 def test_new_files_may_lie_behind_links_but_not_outside(module, tmp_path, monkeypatch):
     """A folder of models that is a link to another disk is common."""
     import folder_paths

@@ -37,30 +37,30 @@ NUMBERS = {
 
 # What gives an input of a kind: nodes by number, the first one's first output.
 SOURCES = {
-    "MODEL": {"DCMLoadModel": {"model_name": "dcm_small_world_base.safetensors", "weight_dtype": "default"}},
-    "CONDITIONING": {"DCMLoadConditioning": {"name": "dcm_small_world/a blue circle moving down.safetensors"}},
+    "MODEL": {"DCMLoadModel": {"model_name": "zz_dcm_small_world_base.safetensors", "weight_dtype": "default"}},
+    "CONDITIONING": {"DCMLoadConditioning": {"name": "zz_dcm_small_world/a blue circle moving down.safetensors"}},
     "LATENT": {"EmptyHunyuanLatentVideo": {"width": 64, "height": 64, "length": 5, "batch_size": 1}},
     "SIGMAS": {"DCMScheduler": {"preset": "generic", "steps": 2, "shift": 8.0, "denoise": 1.0}},
-    "DCM_DATASET": {"DCMLoadDataset": {"file_name": "dcm_small_world.safetensors"}},
-    "VAE": {"VAELoader": {"vae_name": "dcm_small_world_vae.safetensors"}},
+    "DCM_DATASET": {"DCMLoadDataset": {"file_name": "zz_dcm_small_world.safetensors"}},
+    "VAE": {"VAELoader": {"vae_name": "zz_dcm_small_world_vae.safetensors"}},
     "CLIP": {"CLIPLoader": {"clip_name": "none.safetensors", "type": "wan"}},
 }
 # so that what is good runs, and soon
 GOOD = {
-    "DCMAttachExperts": {"detail_lora": "dcm_small_world_detail.safetensors"},
+    "DCMAttachExperts": {"detail_lora": "zz_dcm_small_world_detail.safetensors"},
     "DCMSampler": {"schedule": "generic", "steps": 1, "shift": 8.0, "cfg": 1.0, "boundary": 0.9},
     "DCMGuider": {"cfg": 1.0},
     "DCMScheduler": {"preset": "generic"},
     "DCMSchedulePlot": {"boundary": 0.9},
-    "DCMInspectModel": {"file": "loras/dcm_small_world_detail.safetensors"},
+    "DCMInspectModel": {"file": "loras/zz_dcm_small_world_detail.safetensors"},
     "DCMTrainSemanticExpert": {"steps": 1, "rank": 1},
     "DCMTrainDetailExpert": {"steps": 1, "rank": 1, "shift": 17.0, "boundary": 0.9},
     "DCMConvertCheckpoint": {"model_name": "dcm_wan2.1_t2v_1.3B.safetensors", "overwrite": True},
     "DCMExtractLoRA": {
         "tuned_model": "dcm_wan2.1_t2v_1.3B.safetensors",
-        "base_model": "dcm_small_world_base.safetensors",
+        "base_model": "zz_dcm_small_world_base.safetensors",
     },
-    "DCMExportExpert": {"expert": "dcm_small_world_detail.safetensors", "format": "diffusers LoRA", "overwrite": True},
+    "DCMExportExpert": {"expert": "zz_dcm_small_world_detail.safetensors", "format": "diffusers LoRA", "overwrite": True},
     "DCMSaveConditioning": {"overwrite": True},
     "DCMSaveDataset": {"overwrite": True},
 }

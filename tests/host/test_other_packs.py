@@ -19,10 +19,10 @@ from .server import FOLDER, HOST, ROOT, start_server
 PACKS = os.environ.get("COMFYUI_OTHER_PACKS")
 SMALL_WORLD = ROOT / "workflows" / "DCM small world (CPU).json"
 SHIPPED = ROOT / "small_world" / "models"
-BASE = SHIPPED / "diffusion_models" / "dcm_small_world_base.safetensors"
-SEMANTIC, DETAIL = "dcm_small_world_semantic.safetensors", "dcm_small_world_detail.safetensors"
+BASE = SHIPPED / "diffusion_models" / "zz_dcm_small_world_base.safetensors"
+SEMANTIC, DETAIL = "zz_dcm_small_world_semantic.safetensors", "zz_dcm_small_world_detail.safetensors"
 BOUNDARY = 0.76
-GGUF_MODEL = "dcm_small_world_base_bf16.gguf"
+GGUF_MODEL = "zz_dcm_small_world_base_bf16.gguf"
 
 pytestmark = [
     pytest.mark.skipif(PACKS is None, reason="COMFYUI_OTHER_PACKS names no folder of custom nodes"),

@@ -55,7 +55,7 @@ print(*measure.models(folder), sep="; ")
 
 
 def test_scripts_make_base_and_experts(environment, tmp_path):
-    shutil.copy(SMALL_WORLD / "models" / "vae" / "dcm_small_world_vae.safetensors", tmp_path / "vae.safetensors")
+    shutil.copy(SMALL_WORLD / "models" / "vae" / "zz_dcm_small_world_vae.safetensors", tmp_path / "vae.safetensors")
     command = [str(environment.python), "-c", MAKE, str(SMALL_WORLD), str(tmp_path)]
     result = subprocess.run(command, env=environment.variables(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -69,8 +69,8 @@ def test_scripts_make_base_and_experts(environment, tmp_path):
     ]
     shipped = sorted((tmp_path / "shipped").iterdir())
     assert [path.name for path in shipped] == [
-        "dcm_small_world_detail.safetensors",
-        "dcm_small_world_semantic.safetensors",
+        "zz_dcm_small_world_detail.safetensors",
+        "zz_dcm_small_world_semantic.safetensors",
     ]
     assert sum(path.stat().st_size for path in shipped) < 6.5e6
 

@@ -1,22 +1,30 @@
 """What the sampling nodes ask of the host: a MODEL that switches, checks before a run, and the run."""
 
+import base64
+import io
 from typing import Any
 
 import comfy.model_management
 import comfy.sample
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
 from einops import rearrange
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ....dcm_core.errors import DCMError, ScheduleError, check_choice, counted
 from ....dcm_core.experts.modules import find_module
 from ..experts.attach import diffusion_model, model_family, with_boundary
+from ..report import server
 from .schedules import sampler_names
 from .setup import setup_of
 from .switch import Sides, SidesGuider, with_sides
+
+# What the front end plays while a video is sampled (web/preview.js): at most so many frames of it.
+PREVIEW_EVENT, PREVIEW_FRAMES = "dcm.preview", 16
 
 
 def prepare_model(
@@ -124,6 +132,31 @@ def _downscale_ratio(latent: dict) -> tuple:
     return tuple(latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")[: count - 2])
 
 
+def memory_warning(guider: Any, latent: dict) -> str | None:
+    """What to tell a user whose device cannot hold one step of this run, by the host's own estimate; None where it can.
+
+    The weights are left out: the host moves to the CPU what has no room. What one step computes has to fit.
+    """
+    model = guider.model_patcher
+    device = model.load_device
+    samples = latent["samples"]
+    if samples.is_nested:
+        return None
+    # an empty latent gets the model's channels
+    shape = [samples.shape[0], model.get_model_object("latent_format").latent_channels, *samples.shape[2:]]
+    _, needed = comfy.sampler_helpers.estimate_memory(model, shape, guider.original_conds)
+    room = comfy.model_management.get_free_memory(device)
+    if not comfy.model_management.is_device_cpu(device):
+        loaded = [entry for entry in comfy.model_management.current_loaded_models if entry.model is not None]
+        room += sum(entry.model_loaded_memory() for entry in loaded if entry.device == device)
+    if needed <= room:
+        return None
+    return (
+        f"Warning: a step needs about {needed / 1e9:.1f} GB beside the model's weights, and {device} has {room / 1e9:.1f} GB "
+        "(ComfyUI's estimate). Use fewer frames or a smaller size."
+    )
+
+
 def choose_sampler(sampler: Any, name: str) -> Any:
     """The SAMPLER that is connected, else the host's by name.
 
@@ -170,8 +203,25 @@ def _callback(model: Any, steps: int, node_id: str | None, last: dict[str, Tenso
         last["denoised"] = denoised
         preview = previewer.decode_latent_to_preview_image("JPEG", denoised) if previewer else None
         bar.update_absolute(step + 1, total_steps, preview)
+        if previewer and node_id is not None and server() is not None and denoised.ndim == 5 and denoised.shape[2] > 1:
+            frames = preview_frames(previewer, denoised)
+            server().send_sync(PREVIEW_EVENT, {"node": node_id, "frames": frames}, server().client_id)
 
     return callback
+
+
+def preview_frames(previewer: Any, denoised: Tensor) -> list[str]:
+    """A video latent, shape (batch, channels, frames, height, width), as JPEG files in base64: the host's preview, which is of
+    the first frame, made of frames all along the first video of the batch."""
+    count = min(denoised.shape[2], PREVIEW_FRAMES)
+    frames = []
+    for frame in torch.linspace(0, denoised.shape[2] - 1, count).round().int().tolist():
+        kind, image, size = previewer.decode_latent_to_preview_image("JPEG", denoised[:1, :, frame : frame + 1])
+        if size:
+            image = ImageOps.contain(image, (size, size), Image.Resampling.BILINEAR)
+        image.save(file := io.BytesIO(), format=kind, quality=85)
+        frames.append(base64.b64encode(file.getvalue()).decode())
+    return frames
 
 
 def as_image(pixels: Any) -> Tensor:

@@ -106,17 +106,17 @@ def test_an_expert_file_alone_and_beside_its_base(node, look, releases, converte
 @pytest.fixture
 def small_world(folder):
     """The shipped base and experts among the host's models."""
-    for path in SHIPPED.glob("*/dcm_small_world_*.safetensors"):
+    for path in SHIPPED.glob("*/zz_dcm_small_world_*.safetensors"):
         if (folder / path.parent.name).is_dir():
             shutil.copy(path, folder / path.parent.name)
     return {
-        "semantic_lora": "dcm_small_world_semantic.safetensors",
-        "detail_lora": "dcm_small_world_detail.safetensors",
+        "semantic_lora": "zz_dcm_small_world_semantic.safetensors",
+        "detail_lora": "zz_dcm_small_world_detail.safetensors",
     }
 
 
 def test_both_experts_stacked_and_independent(node, look, small_world):
-    base = load(node, "dcm_small_world_base.safetensors")
+    base = load(node, "zz_dcm_small_world_base.safetensors")
     changes = []
     for how, said in ((STACKED, "stacked"), (INDEPENDENT, "independent")):
         facts, _ = look(
@@ -137,7 +137,7 @@ def share(facts, side):
 
 
 def test_changes_are_shown_at_their_strength(node, look, small_world):
-    base = load(node, "dcm_small_world_base.safetensors")
+    base = load(node, "zz_dcm_small_world_base.safetensors")
     full, half, none = (
         look(model=attach(node, base, semantic_strength=s, detail_strength=s, **small_world))[0]
         for s in (1.0, 0.5, 0.0)
@@ -159,7 +159,7 @@ def test_a_strength_of_a_replaced_layer_in_a_semantic_expert_that_is_stacked(nod
 def test_a_plain_model_and_its_loras(node, look, small_world):
     import comfy.sd
 
-    base = load(node, "dcm_small_world_base.safetensors")
+    base = load(node, "zz_dcm_small_world_base.safetensors")
     facts, pictures = look(model=base)
     assert (facts["family"], facts["experts"], facts["LoRAs"], pictures) == ("Wan 2.1", "none attached", "none", 1)
     assert "change" not in facts and "computes in" in facts["dtypes"]
@@ -175,7 +175,7 @@ def test_patches_in_the_weights_do_not_count_as_the_base(node, look, small_world
     """While a model is loaded its LoRAs are in its weights; the host keeps the originals aside."""
     import comfy.model_management as management
 
-    model = attach(node, load(node, "dcm_small_world_base.safetensors"), **small_world)
+    model = attach(node, load(node, "zz_dcm_small_world_base.safetensors"), **small_world)
     before, _ = look(model=model)
     management.load_models_gpu([model, *model.get_additional_models()])
     try:
@@ -189,11 +189,11 @@ def test_nothing_is_loaded_moved_or_changed(node, look, small_world):
     import comfy.model_management as management
 
     management.unload_all_models()
-    model = attach(node, load(node, "dcm_small_world_base.safetensors"), **small_world)
+    model = attach(node, load(node, "zz_dcm_small_world_base.safetensors"), **small_world)
     tensors = dict(model.model.named_parameters())
     before = {name: (id(tensor), tensor.data_ptr(), tensor.device, tensor.clone()) for name, tensor in tensors.items()}
     patches = model.patches_uuid
-    look("loras/dcm_small_world_detail.safetensors", model)
+    look("loras/zz_dcm_small_world_detail.safetensors", model)
     assert not management.current_loaded_models
     assert model.patches_uuid == patches and not model.backup
     for name, tensor in model.model.named_parameters():
@@ -227,14 +227,14 @@ def test_an_expert_of_another_family_beside_a_model(node, look, releases, conver
 
 
 def test_an_expert_of_another_size_beside_a_model(node, look, releases, small_world):
-    (file, _), _ = look("loras/dcm_small_world_detail.safetensors", load(node, releases["wan_tiny"]))
+    (file, _), _ = look("loras/zz_dcm_small_world_detail.safetensors", load(node, releases["wan_tiny"]))
     assert "another size: diffusion_model." in file["fit model"]
     assert "detail norm" in file["change"]
 
 
 def test_a_model_of_no_family(node, look, wan, small_world, monkeypatch, module):
     monkeypatch.setattr(module("nodes.host.experts.inspect"), "model_family", lambda model: None)
-    (file, model), _ = look("loras/dcm_small_world_detail.safetensors", wan())
+    (file, model), _ = look("loras/zz_dcm_small_world_detail.safetensors", wan())
     assert "the model is WAN21" in file["fit model"] and model["family"] == "unknown"
 
 

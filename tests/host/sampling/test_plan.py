@@ -17,9 +17,9 @@ from ..server import ROOT
 SETTINGS = {"schedule": "auto", "steps": 6, "shift": 17.0, "denoise": 1.0, "boundary": 0.0, "two_models": False}
 RELEASE = "dcm_wan2.1_t2v_1.3B.safetensors"
 SMALL = {
-    "model": "dcm_small_world_base.safetensors",
-    "semantic": "dcm_small_world_semantic.safetensors",
-    "detail": "dcm_small_world_detail.safetensors",
+    "model": "zz_dcm_small_world_base.safetensors",
+    "semantic": "zz_dcm_small_world_semantic.safetensors",
+    "detail": "zz_dcm_small_world_detail.safetensors",
 }
 
 

@@ -1,7 +1,11 @@
 """A run of DCMSampler in the host: what is called, shown, kept and stopped."""
 
+import base64
+import io
+
 import pytest
 import torch
+from PIL import Image, ImageChops, ImageOps, ImageStat
 
 COND = [[torch.randn(1, 5, 4096, generator=torch.Generator().manual_seed(4)), {}]]
 OTHER = [[torch.randn(1, 7, 4096, generator=torch.Generator().manual_seed(5)), {}]]
@@ -127,6 +131,55 @@ def test_previews_come_from_both_sides_on_the_nodes_one_bar(module, base, low, m
         kind, image, _ = args[2]
         assert kind == "JPEG"
         assert image.size == (6, 4)
+
+
+def test_the_frames_of_a_preview_are_the_host_s_preview_of_each(module, base):
+    """As many as are shown at most, from the first to the last."""
+    import latent_preview
+
+    host = module("nodes.host.sampling.run")
+    latent_format = base.model.latent_format
+    previewer = latent_preview.Latent2RGBPreviewer(
+        latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+    )
+    video = torch.randn(2, 16, 31, 4, 6, generator=torch.Generator().manual_seed(0))
+    frames = host.preview_frames(previewer, video)
+    assert len(frames) == host.PREVIEW_FRAMES == 16
+    for number, data in enumerate(frames):
+        with Image.open(io.BytesIO(base64.b64decode(data))) as shown:
+            _, one, size = previewer.decode_latent_to_preview_image("JPEG", video[:, :, 2 * number : 2 * number + 1])
+            assert shown.format == "JPEG" and max(shown.size) == size
+            expected = ImageOps.contain(one, (size, size), Image.Resampling.BILINEAR)
+            difference = ImageChops.difference(shown, expected)
+            assert sum(ImageStat.Stat(difference).mean) / 3 < 6, "but for what JPEG loses"
+    assert len(host.preview_frames(previewer, video[:, :, :3])) == 3
+
+
+def test_too_little_memory_is_told_before_the_run(module, run, routed, monkeypatch, caplog):
+    """By the host's own number for one row: what it plans with."""
+    import comfy.model_management
+
+    free = comfy.model_management.get_free_memory
+    host = module("nodes.host.sampling.run")
+    guider = host.make_guider(host.prepare_model(routed)[0], COND, None, 1.0)
+    large = {"samples": torch.zeros(1, 1, 1, 1, 1).expand(1, 4, 21, 60, 104)}
+    needed = routed.model.memory_required([1, 16, 21, 60, 104], cond_shapes={"c_crossattn": [list(COND[0][0].shape)]})
+    assert needed > 1e8
+    for room, warns in ((needed, False), (needed - 1e6, True)):
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device, room=room: room)
+        said = host.memory_warning(guider, large)
+        assert bool(said) == warns
+    assert said == (
+        f"Warning: a step needs about {needed / 1e9:.1f} GB beside the model's weights, and cpu has {(needed - 1e6) / 1e9:.1f} GB "
+        "(ComfyUI's estimate). Use fewer frames or a smaller size."
+    )
+    monkeypatch.setattr(
+        comfy.model_management, "get_free_memory", lambda device, both=False: free(device, both) if both else 0.0
+    )
+    with caplog.at_level("INFO"):
+        out = run(routed)
+    assert "Warning: a step needs about 0.0 GB" in caplog.messages[0], "told before it begins"
+    assert "Warning: a step needs about" in out.ui.as_dict()["text"][0]
 
 
 @pytest.mark.parametrize("step", [0, 2, 3])
