@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExpertError
+from ..routing import SIDES
 from ..text import given, one_line
 
 FORMAT = "1"
-SIDES = ("semantic", "detail")
 
 # Of a text that is parsed, in characters and levels.
 LONGEST_TEXT, DEEPEST = 1 << 20, 32
