@@ -1,6 +1,6 @@
 """What loading a release takes, beside the host's own loader on a native file of the same base.
 
-    COMFYUI_PATH=<ComfyUI> python benchmarks/loading.py [--layers 6] [--dtype float32] [--repeats 3] [--cpu-time] [--folder <for the files>]
+    COMFYUI_PATH=<ComfyUI> python benchmarks/loading.py [--layers 6] [--dtype float32] [--repeats 3] [--cpu-time | --thread-time]
 
 A release of Wan 2.1 1.3B's layer sizes (`--layers 30` is the whole model, 6.2 GB in float32) with random weights, and its base as
 DCM Convert Checkpoint writes it. Each load runs in a process of its own, in turn, so that each peak of memory is that load's alone; the
@@ -25,6 +25,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 HOST, RELEASE = "host", "release"
+CLOCKS = {"clock": "perf_counter", "processor": "process_time", "thread": "thread_time"}
 
 
 def write_files(folder: Path, layers: int, dtype: torch.dtype) -> dict[str, Path]:
@@ -90,13 +91,20 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where the files are made and removed again (default: a temporary folder)"
     )
-    parser.add_argument(
+    clock = parser.add_mutually_exclusive_group()
+    clock.add_argument(
         "--cpu-time", action="store_true", help="count the processor's seconds, where others use the machine too"
+    )
+    clock.add_argument(
+        "--thread-time",
+        action="store_true",
+        help="the same of the loading thread alone: what runs beside it is left out",
     )
     parser.add_argument("--load", nargs=2, metavar=("KIND", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    kind_of_time = "processor" if args.cpu_time else "thread" if args.thread_time else "clock"
     if args.load:
-        print(*load(args.load[0], Path(args.load[1]), time.process_time if args.cpu_time else time.perf_counter))
+        print(*load(args.load[0], Path(args.load[1]), getattr(time, CLOCKS[kind_of_time])))
         return
     found: dict[str, list[tuple[float, float]]] = {HOST: [], RELEASE: []}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -113,13 +121,12 @@ def main() -> None:
                     kind,
                     str(paths[kind]),
                     *(["--cpu-time"] if args.cpu_time else []),
+                    *(["--thread-time"] if args.thread_time else []),
                 ]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 seconds, peak = map(float, output.splitlines()[-1].split())
                 loads.append((seconds, peak))
-    print(
-        f"{args.layers} layers, {args.dtype}, {os.cpu_count()} cores, {'processor' if args.cpu_time else 'clock'} seconds"
-    )
+    print(f"{args.layers} layers, {args.dtype}, {os.cpu_count()} cores, {kind_of_time} seconds")
     for kind, loads in found.items():
         times, peaks = zip(*loads, strict=True)
         spread = f"{median(times):.2f} s [{min(times):.2f}, {max(times):.2f}]"
