@@ -197,6 +197,7 @@ def test_the_boundary_is_the_given_one_then_the_experts_then_the_models(setup, g
     [
         (EXPERTS, (900.0, 500.0), "DCM grid"),
         (LORA, WAN.preset.timesteps, "DCM grid"),
+        (Setup(WAN, detail=True), WAN.preset.timesteps, "DCM grid"),
         (PLAIN, WAN.preset.timesteps, "even"),
         (PAIR, "even", "even"),
         # LoRAs on two models say nothing; DCM experts do
