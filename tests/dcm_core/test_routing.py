@@ -233,6 +233,7 @@ def test_experts_timesteps_are_the_first_that_are_known():
     [
         (EXPERTS, (900.0, 500.0), "DCM grid"),
         (LORA, WAN.preset.timesteps, "DCM grid"),
+        (Setup(WAN, detail=True), WAN.preset.timesteps, "DCM grid"),
         (PLAIN, WAN.preset.timesteps, "even"),
         (PAIR, "even", "even"),
         # LoRAs on two models say nothing; DCM experts do

@@ -27,7 +27,9 @@ def test_the_paper_s_values_are_the_defaults():
     assert TrainingConfig("semantic", rank=0).for_family(WAN).learning_rate == 1e-6
     assert TrainingConfig("detail").for_family(HUNYUAN_VIDEO).feature_weight == 1
     assert semantic.timesteps(WAN) == WAN.preset.timesteps
-    assert len(TrainingConfig("semantic", shift=5.0, sample_steps=4).timesteps(WAN)) == 4
+    other = TrainingConfig("semantic", shift=5.0, sample_steps=4).timesteps(WAN)
+    # i / 50 with i = 50, 38, 25, 13, shifted by 5 s / (1 + 4 s)
+    assert other == pytest.approx([1000, 5000 * 38 / 202, 5000 * 25 / 150, 5000 * 13 / 102], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,21 @@ def test_an_expert_that_is_no_file_is_checked_for_its_sizes(family):
             check_sizes(replace(expert, **lost), shapes)
 
 
+def test_rows_of_a_fused_layer_have_their_sizes():
+    """q, k, v as high as the input is wide, the feed-forward rows after them, or all of them."""
+    module, shapes = "single_blocks.0.linear1", {"single_blocks.0.linear1.weight": (3 * 8 + 20, 8)}
+
+    def check(rows, start):
+        pair = LowRank(torch.zeros(2, 8), torch.zeros(rows, 2), 1.0, start)
+        check_sizes(Expert("hunyuan_video", "detail", {module: (pair,)}), shapes)
+
+    for rows, start in ((8, 0), (8, 16), (20, 24), (44, 0)):
+        check(rows, start)
+    for rows, start in ((20, 0), (21, 24), (68, 24)):
+        with pytest.raises(ExpertError, match=rf"the model's {module} is \(44, 8\)"):
+            check(rows, start)
+
+
 def test_wrong_family_is_recognised_by_its_keys():
     tensors, *_ = release(HUNYUAN_VIDEO)
     *_, shapes = release(WAN)
@@ -407,6 +422,16 @@ def test_an_expert_s_id_is_of_all_it_does():
     assert expert_id(experts[0]) == expert_id(
         Expert("wan", "semantic", {"q": (LowRank(down.clone(), up.clone(), 1.0),)})
     )
+
+
+def test_an_expert_s_id_is_the_one_that_checkpoints_hold():
+    """A run is resumed only if the expert it stands on has the id of its checkpoint."""
+    pairs = {
+        name: (LowRank(torch.ones(rank, 3), torch.ones(5, rank), 1.0),) for name, rank in (("q", 2), ("k", 4), ("v", 3))
+    }
+    semantic = Expert("wan", "semantic", pairs, diff={"q.bias": torch.ones(5)})
+    detail = Expert("wan", "detail", replaced={"head.head.weight": torch.ones(5)})
+    assert [expert_id(expert)[:16] for expert in (semantic, detail)] == ["e1d70a8e9668f5de", "7e46e1cebe5f1fea"]
 
 
 def test_an_expert_says_what_it_holds():

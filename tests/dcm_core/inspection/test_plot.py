@@ -52,6 +52,8 @@ def test_the_words_of_the_header_do_not_touch(width, height):
     for colour in COLOURS.values():
         dot = of_colour(image, colour)[: header_height(image)].any(0).nonzero()[0].item()
         assert empty(image)[: header_height(image), dot - 12 : dot - 5].all()
+        end = of_colour(image, colour)[: header_height(image)].any(0).nonzero()[-1].item()
+        assert empty(image)[: header_height(image), end + 5 : end + 8].all(), "between a dot and its words"
 
 
 def test_words_have_the_size_of_their_font():

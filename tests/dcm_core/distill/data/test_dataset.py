@@ -447,6 +447,7 @@ def test_split_parts_all_clips_and_repeats_itself(count, held_out, seed):
         return
     train, held = data.split(held_out, seed)
     assert len(held) == held_out and sorted(train + held) == list(range(count))
+    assert train == sorted(train) and held == sorted(held)
     assert (train, held) == data.split(held_out, seed)
 
 
