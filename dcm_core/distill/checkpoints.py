@@ -9,10 +9,11 @@ from pathlib import Path
 from ..errors import CheckpointError, NoRoomError, counted
 from ..families.keymap import Shape
 from ..files.unfinished import check_room, remove_left
+from ..text import LOGGER
 from .checkpoint_file import Checkpoint, read_checkpoint, write_checkpoint
 from .config import TrainingConfig, TrainingError
 
-logger = logging.getLogger("ComfyUI-DCM")
+logger = logging.getLogger(LOGGER)
 
 PATTERN = "step_*.safetensors"
 NAME = re.compile(r"step_\d{8}\.safetensors")

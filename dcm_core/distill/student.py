@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from ..errors import ExpertError, name_some
 from ..experts.expert import Expert, LowRank, merged
-from ..experts.modules import LAYER_PARAMS, RoutedExpert, find_module
+from ..experts.modules import LAYER_PARAMS, RoutedExpert, find_module, is_linear
 from ..families import Family
 from .backbone import Working
 
@@ -179,9 +179,8 @@ def new_detail(
     complete = _block_linears(family, modules) if every_linear else []
     for name in [*complete, *(name for name in sorted(modules) if name not in complete)]:
         pieces = family.key_map.sources_of(name)
-        rows = [
-            _rows(modules[name], piece.part) for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)
-        ]
+        released = [piece for piece in pieces if family.lora_target_pattern.fullmatch(piece.source)]
+        rows = [piece.rows(modules[name].in_features) for piece in released]
         if name in complete:
             rows += _rest(modules[name], rows)
         if rows:
@@ -195,7 +194,7 @@ def new_detail(
 def _block_linears(family: Family, modules: Mapping[str, nn.Module]) -> list[str]:
     """The names of all linears of the blocks."""
     lists = tuple(f"{name}." for name in family.block_lists)
-    return sorted(name for name, module in modules.items() if name.startswith(lists) and hasattr(module, "in_features"))
+    return sorted(name for name, module in modules.items() if name.startswith(lists) and is_linear(module))
 
 
 def _rest(module: nn.Module, rows: list[slice]) -> list[slice]:
@@ -207,7 +206,7 @@ def _rest(module: nn.Module, rows: list[slice]) -> list[slice]:
 def _parameter_names(name: str, module: nn.Module) -> list[str]:
     """Native names of a module's own parameters; of a linear not those that say how its weight is stored."""
     own = [param for param, _ in module.named_parameters(recurse=False)]
-    if hasattr(module, "in_features"):
+    if is_linear(module):
         own = [param for param in LAYER_PARAMS if getattr(module, param) is not None]
     return [f"{name}.{param}" if name else param for param in own]
 
@@ -218,12 +217,6 @@ def _own_weights(modules: Mapping[str, nn.Module]) -> WeightOf:
         return getattr(modules[module], param)
 
     return weight_of
-
-
-def _rows(module: nn.Module, part: int | None) -> slice:
-    """The rows of a fused layer's q, k or v, all of another's."""
-    width = module.in_features
-    return slice(None) if part is None else slice(part * width, (part + 1) * width)
 
 
 def _new_low_rank(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..experts.expert import Expert
+from ..text import LOGGER
 from .backbone import Backbone, Working
 from .batches import Batches
 from .checkpoint_file import EMA, LOSS_SCALE_NAME, Checkpoint, History
@@ -29,7 +30,7 @@ from .signals import held_back
 from .student import Student, make_fixed
 from .watcher import Quiet, Watcher
 
-logger = logging.getLogger("ComfyUI-DCM")
+logger = logging.getLogger(LOGGER)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..errors import CheckpointError, NoRoomError
+from ..text import LOGGER
 
 try:
     import fcntl
 except ImportError:  # Windows, where nobody can remove a file that is open
     fcntl = None
 
-logger = logging.getLogger("ComfyUI-DCM")
+logger = logging.getLogger(LOGGER)
 
 # What an unfinished file is called. A name may have 255 bytes, so the final one is cut.
 PREFIX, SUFFIX = ".dcm.", ".part"

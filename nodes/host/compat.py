@@ -20,7 +20,9 @@ from comfy_api.latest import io
 from einops import rearrange
 from torch import Tensor
 
-logger = logging.getLogger("ComfyUI-DCM")
+from ...dcm_core.text import LOGGER
+
+logger = logging.getLogger(LOGGER)
 
 # The newest ComfyUI that the tests were run in.
 NEWEST_TRIED = "0.33.0"

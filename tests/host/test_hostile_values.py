@@ -60,7 +60,11 @@ GOOD = {
         "tuned_model": "dcm_wan2.1_t2v_1.3B.safetensors",
         "base_model": "zz_dcm_small_world_base.safetensors",
     },
-    "DCMExportExpert": {"expert": "zz_dcm_small_world_detail.safetensors", "format": "diffusers LoRA", "overwrite": True},
+    "DCMExportExpert": {
+        "expert": "zz_dcm_small_world_detail.safetensors",
+        "format": "diffusers LoRA",
+        "overwrite": True,
+    },
     "DCMSaveConditioning": {"overwrite": True},
     "DCMSaveDataset": {"overwrite": True},
 }

@@ -10,10 +10,11 @@ from ....dcm_core.experts.reader import WrongSideError, check_facts, check_sizes
 from ....dcm_core.files.metadata import Facts, settings_beside
 from ....dcm_core.files.storage import TensorFile
 from ....dcm_core.routing import Side
+from ....dcm_core.text import LOGGER
 from ..folders import LORAS, NONE, files, path_of
 from .attach import module_shapes, require_family
 
-logger = logging.getLogger("ComfyUI-DCM")
+logger = logging.getLogger(LOGGER)
 
 ANOTHER = "Choose another file."
 

@@ -9,9 +9,10 @@ from torch import nn
 from ....dcm_core.errors import ExpertError, name_some
 from ....dcm_core.experts.expert import FILE_PREFIX
 from ....dcm_core.experts.modules import is_compiled
+from ....dcm_core.text import LOGGER
 from .route import KEY, AttachedExperts, attached_experts, step_cache_note
 
-logger = logging.getLogger("ComfyUI-DCM")
+logger = logging.getLogger(LOGGER)
 
 # Where newer hosts keep a MODEL's clones on further GPUs.
 GPU_CLONES = "multigpu"

@@ -20,9 +20,10 @@ from ....dcm_core.experts.modules import RoutedExpert, is_compiled
 from ....dcm_core.experts.placing import in_place, unanswered
 from ....dcm_core.families import FAMILIES
 from ....dcm_core.routing import Side, is_detail
+from ....dcm_core.text import LOGGER
 from ..compat import ACTIVATIONS, NEWEST_TRIED, host_version
 
-logger = logging.getLogger("ComfyUI-DCM")
+logger = logging.getLogger(LOGGER)
 
 KEY = "dcm"
 

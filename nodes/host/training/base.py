@@ -24,13 +24,14 @@ from ....dcm_core.distill.trainer import Trainer
 from ....dcm_core.errors import counted
 from ....dcm_core.experts.expert import FILE_PREFIX
 from ....dcm_core.families import Family
+from ....dcm_core.text import LOGGER
 from ..compat import is_oom, key_patches
 from ..experts.attach import compute_dtype, detach_experts, diffusion_model, module_shapes, require_family
 from ..report import tell
 from ..sampling.run import check_text
 from .encoders import unload
 
-logger = logging.getLogger("ComfyUI-DCM")
+logger = logging.getLogger(LOGGER)
 
 # What a step may take to end, and a checkpoint to be written, when the process is about to.
 EXIT_SECONDS = 120.0

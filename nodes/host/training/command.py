@@ -18,6 +18,7 @@ from ....dcm_core.errors import counted
 from ....dcm_core.files.storage import Progress, TensorFile
 from ....dcm_core.files.unfinished import write_bytes
 from ....dcm_core.routing import Side
+from ....dcm_core.text import LOGGER
 from ..experts.attach import require_family
 from ..experts.expert_files import read_expert_file
 from ..experts.load import load_file
@@ -25,7 +26,7 @@ from ..folders import data_cache
 from .encoders import host_encoders
 from .run import check_not_output, plots_of, save_expert, train_expert
 
-logger = logging.getLogger("ComfyUI-DCM")
+logger = logging.getLogger(LOGGER)
 
 SETTINGS = {
     "model",

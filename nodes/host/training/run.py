@@ -25,6 +25,7 @@ from ....dcm_core.families import Family
 from ....dcm_core.inspection.loss_plot import plot_losses
 from ....dcm_core.routing import SAME_BOUNDARY, own_boundary, split_sigmas
 from ....dcm_core.schedule import sigmas_from_timesteps
+from ....dcm_core.text import LOGGER
 from ..compat import gradients
 from ..experts.attach import diffusion_model, module_shapes, require_family
 from ..experts.expert_files import load_expert, trained_expert
@@ -46,7 +47,7 @@ from .base import (
 from .encoders import weights_id
 from .show import Show, in_words, with_experts
 
-logger = logging.getLogger("ComfyUI-DCM")
+logger = logging.getLogger(LOGGER)
 
 FLOAT32 = 4
 

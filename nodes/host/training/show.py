@@ -23,12 +23,13 @@ from ....dcm_core.experts.expert import Expert
 from ....dcm_core.families import FAMILIES
 from ....dcm_core.inspection.loss_plot import plot_losses
 from ....dcm_core.schedule import sigmas_from_timesteps
+from ....dcm_core.text import LOGGER
 from ..experts.attach import attach_experts
 from ..report import tell
 from ..sampling.run import make_guider
 from ..video import save_video
 
-logger = logging.getLogger("ComfyUI-DCM")
+logger = logging.getLogger(LOGGER)
 
 # between two plots on the node, and between two lines in the log
 SHOW_SECONDS, LOG_SECONDS = 1.0, 30.0
