@@ -260,6 +260,15 @@ def test_a_form_that_the_expert_to_continue_from_has_is_taken(form, module, mode
     training.check_form(model, settings.for_family(family), family, start, None)
 
 
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_an_expert_to_continue_from_is_taken_whole(side, module, model, config):
+    training, family, settings = module("nodes.host.training.run"), module("dcm_core.families").WAN, config(side)
+    fresh = training.first_expert(model, family, settings, None, None)
+    trained = dataclasses.replace(fresh, replaced={name: value + 1 for name, value in fresh.replaced.items()})
+    assert same(training.first_expert(model, family, settings, trained, None), trained)
+    assert bool(trained.replaced) == (side == "detail")
+
+
 def test_a_plain_lora_to_continue_from_gets_embedders_and_head_of_its_own(module, model, config):
     training, family = module("nodes.host.training.run"), module("dcm_core.families").WAN
     settings = config("detail")
