@@ -212,24 +212,22 @@ function chain(node, input) {
   return nodes.filter((at) => at.mode !== BYPASSED);
 }
 
-// What a plan depends on: the sampler's widgets, and the files of the nodes its model comes through.
+// What a plan depends on: the sampler's widgets, and the files of the nodes its model comes through. Null for what only the run knows.
 function ask(node) {
-  // a connected schedule is known only when it runs
-  if (before(node, "sigmas")) return null;
   const names = ["schedule", "steps", "shift", "denoise", "boundary", "cfg", "detail_cfg", "sampler_name"];
+  if (isFed(node, "sigmas", ...names)) return null;
   const asked = Object.fromEntries(names.map((name) => [name, widgetValue(node, name)]));
   // nor is it known what a connected sampler is called
   if (before(node, "sampler")) delete asked.sampler_name;
   const nodes = chain(node, "model");
   const others = chain(node, "detail_model");
+  if ([...nodes, ...others].some(makesExperts)) return null;
   // the same weights are one model; what else differs between the two, only the run tells
   const same = others.length > 0 && others.at(-1) === nodes.at(-1);
   if (same && !(others.length === nodes.length && others.every((at, place) => at === nodes[place]))) return null;
   asked.two_models = others.length > 0 && !same;
   for (const at of nodes) {
     if (at.comfyClass === "DCMAttachExperts" && !("semantic" in asked)) {
-      // an expert straight from its training is known only when it runs
-      if (before(at, "semantic_expert") || before(at, "detail_expert")) return null;
       asked.semantic = widgetValue(at, "semantic_lora");
       asked.detail = widgetValue(at, "detail_lora");
       asked.semantic_strength = widgetValue(at, "semantic_strength");
@@ -240,6 +238,18 @@ function ask(node) {
     asked.model = widgetValue(at, "model_name") ?? widgetValue(at, "unet_name") ?? asked.model;
   }
   return asked;
+}
+
+// Whether another node gives the value of one of these inputs or widgets.
+function isFed(node, ...names) {
+  return names.some((name) => before(node, name));
+}
+
+// Whether a node's experts are known only when it runs: it trains them, or gets them or their names from other nodes.
+function makesExperts(node) {
+  const inputs = node.inputs?.map(({ name }) => name).filter((name) => name !== "model") ?? [];
+  if (node.comfyClass === "DCMAttachExperts") return isFed(node, ...inputs);
+  return /^DCMTrain/.test(node.comfyClass) || isFed(node, "model_name", "unet_name");
 }
 
 async function foresee(bar) {

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
 from ...dcm_core.errors import ExpertError
@@ -33,8 +34,11 @@ def on_clone(model: Any, clone: Any) -> None:
 
 
 def on_load(model: Any, device: Any, memory: Any, force_patch_weights: bool, *args: Any) -> None:
-    """ON_LOAD callback: older hosts write all patches into the weights to save or compare them, and never to sample."""
-    if force_patch_weights:
+    """ON_LOAD callback: older hosts write all patches into the weights to save or compare them, and never to sample.
+
+    Other packs' patchers may do so at every load, as ComfyUI-GGUF's.
+    """
+    if force_patch_weights and type(model).load.__module__ == ModelPatcher.__module__:
         refuse()
 
 

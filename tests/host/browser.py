@@ -74,6 +74,12 @@ return { text: textContent, lines: innerText, wide: scrollWidth - clientWidth, h
   outside: Math.max(frame.left - box.left, box.right - frame.right, frame.top - box.top, box.bottom - frame.bottom) } }"""
 
 
+# Types of nodes that reach beyond the group they lie in.
+OUTGROWN = """() => app.graph._nodes.filter(({ pos: [x, y], size: [width, height] }) => app.graph._groups.some(({ _bounding }) => {
+const [left, top, wide, high] = _bounding, within = x >= left && x < left + wide && y >= top && y < top + high;
+return within && (x + width > left + wide || y + height > top + high) })).map(({ type }) => type)"""
+
+
 class Page:
     """A page of the front end, open on an empty graph.
 

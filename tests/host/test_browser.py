@@ -13,7 +13,7 @@ from PIL import Image
 from dcm_core.files.conditioning import save_conditioning
 from dcm_core.files.storage import write_tensors
 
-from .browser import ARGUMENTS, CHROMIUM, FOLDER, NO_ELEMENTS, THEMES, Page
+from .browser import ARGUMENTS, CHROMIUM, FOLDER, NO_ELEMENTS, OUTGROWN, THEMES, Page
 from .graphs import WORKFLOWS, read
 from .server import HOST, ROOT, start_server
 
@@ -415,6 +415,39 @@ def test_the_step_bar_asks_for_two_models_and_for_one_twice(page):
     assert asked(lambda: page.run(connect)) == {"model": high, "two_models": False}
 
 
+FIELDS_OF_THE_BAR = "document.querySelectorAll('.dcm-step-bar [data-expert]').length"
+
+
+@pytest.mark.parametrize(
+    ("kind", "widget", "source"),
+    [
+        ("DCMSampler", "steps", "PrimitiveInt"),
+        ("DCMAttachExperts", "detail_strength", "PrimitiveFloat"),
+        ("DCMLoadModel", "model_name", "PrimitiveNode"),
+    ],
+)
+def test_the_step_bar_does_not_foresee_what_another_node_gives(page, kind, widget, source):
+    page.open(SMALL_WORLD)
+    page.wait(f"() => {FIELDS_OF_THE_BAR} === 6")
+    page.run(
+        """([kind, widget, source]) => { const target = app.graph._nodes.find(node => node.type === kind);
+        const node = LiteGraph.createNode(source); app.graph.add(node); node.connect(0, target, target.findInputSlot(widget)) }""",
+        [kind, widget, source],
+    )
+    page.wait(f"() => {FIELDS_OF_THE_BAR} === 0")
+
+
+def test_the_step_bar_does_not_foresee_a_model_straight_from_its_training(page):
+    page.open(TRAINING)
+    page.show("DCMSampler")
+    set_mode = "mode => app.graph._nodes.filter(n => n.type.startsWith('DCMTrain')).forEach(n => { n.mode = mode })"
+    # bypassed nodes pass the plain base on
+    page.run(set_mode, 4)
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert=base]').length === 6")
+    page.run(set_mode, 0)
+    page.wait(f"() => {FIELDS_OF_THE_BAR} === 0")
+
+
 def test_without_what_it_needs_the_bar_is_not_there_and_the_graph_runs(page, chromium):
     page.open(SMALL_WORLD)
     bar = page.page.locator(".dcm-step-bar")
@@ -531,6 +564,7 @@ def test_training_shows_its_losses_and_samples(page):
     assert len(page.heard("b_preview_with_metadata") + page.heard("b_preview")) >= 4
     page.wait("() => document.body.innerText.includes('feature_matching')")
     page.shoot("training")
+    assert page.run(OUTGROWN) == []
 
 
 def test_an_interrupted_training_says_where_it_is_saved_and_resumes(page):

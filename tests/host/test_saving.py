@@ -4,6 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from .compare import relative
+
 MESSAGE = r"carries DCM experts, which ComfyUI's save nodes leave out.*Save the model from before DCM Attach Experts.*DCM Convert"
 SIGMAS = [1.0, 0.9, 0.0]
 
@@ -74,3 +76,17 @@ def test_what_a_file_can_hold_is_saved(attach, wan, random_expert, save):
     torch.testing.assert_close(load_file(path)[key], own + update.scale * update.up @ update.down)
     (path,) = save(attach.detach_experts(attach.attach_experts(base, semantic, random_expert(base))), "detached")
     assert torch.equal(load_file(path)[key], own)
+
+
+def test_a_patcher_that_writes_its_patches_at_every_load_is_sampled(attach, wan, random_expert, sample):
+    """As ComfyUI-GGUF's does."""
+    base = wan()
+
+    class Writing(type(base)):
+        def load(self, *args, force_patch_weights=False, **kwargs):
+            super().load(*args, force_patch_weights=True, **kwargs)
+
+    experts = random_expert(base, "semantic", 1, replaced=False), random_expert(base)
+    expected = sample(attach.attach_experts(wan(), *experts), SIGMAS)
+    base.__class__ = Writing
+    assert relative(sample(attach.attach_experts(base, *experts), SIGMAS), expected) < 1e-6
