@@ -5,7 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..dcm_core.errors import DCMError
-from ..dcm_core.inspection.plot import plot_schedule
+from ..dcm_core.inspection.plot import DARK, THEMES, plot_schedule
 from ..dcm_core.routing import plan_steps
 from .host.compat import newer
 from .host.experts.expert_files import last_written
@@ -47,6 +47,9 @@ class DCMSchedulePlot(io.ComfyNode):
                 io.Model.Input(
                     "detail_model", optional=True, tooltip="The second full model, if DCM Sampler has one (Wan 2.2)."
                 ),
+                io.Combo.Input(
+                    "theme", options=list(THEMES), default=DARK, optional=True, tooltip="Colours of the plot."
+                ),
             ],
             outputs=[io.Image.Output(display_name="plot", tooltip="For Preview Image or Save Image.")],
             **newer(search_aliases=["plot sigmas", "sigma graph", "show schedule"]),
@@ -54,7 +57,14 @@ class DCMSchedulePlot(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, sigmas: Any, boundary: float, width: int, height: int, model: Any = None, detail_model: Any = None
+        cls,
+        sigmas: Any,
+        boundary: float,
+        width: int,
+        height: int,
+        model: Any = None,
+        detail_model: Any = None,
+        theme: str = DARK,
     ) -> io.NodeOutput:
         if model is None:
             if not boundary:
@@ -65,7 +75,7 @@ class DCMSchedulePlot(io.ComfyNode):
         else:
             prepared, sigma = prepare_model(model, boundary, detail_model)
             plan = plan_run(prepared, sigmas, sigma)
-        return io.NodeOutput(as_image(plot_schedule(sigmas, plan.boundary, width, height, plan.owners)))
+        return io.NodeOutput(as_image(plot_schedule(sigmas, plan.boundary, width, height, plan.owners, theme)))
 
 
 class DCMInspectModel(io.ComfyNode):

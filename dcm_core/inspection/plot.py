@@ -1,170 +1,218 @@
 """Draw a schedule (noise levels over steps, coloured by the expert that owns them), and how much each expert changes each
 block.
+
+Each plot is a matplotlib figure, and an image of it. matplotlib is imported when something is drawn.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
 
-from PIL import Image, ImageDraw, ImageFont
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image
 from torch import Tensor
 
+from ..errors import DCMError, check_choice
 from ..routing import SIDES, Owner, plan_steps
 from .magnitude import AFTER, BEFORE, Profile
 
-BACKGROUND, GRID, TEXT = "#1e1f26", "#3a3c48", "#d7d9e0"
-COLOURS = {"semantic": "#f2a33c", "detail": "#4cb3ff"}
-NEUTRAL = "#8a8d99"  # a model without an expert
-SCALE = 2  # drawn larger and reduced: smooth lines
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-Point = tuple[float, float]
+# A power of two: sizes in pixels are exact.
+DPI = 64
+# Letters of so many pixels where the shorter side has so many.
+LETTERS, SIDE = 13, 432
 
 
-class Canvas:
-    """An image that is being drawn: positions in its own large pixels, widths, radii and margins in `unit`s.
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a plot.
 
     Attributes:
-        unit: a hundredth of the shorter side.
-        left, top, right, bottom: of the box inside the margins.
-        font, small: of `text` units, and a little smaller.
+        experts: role -> colour.
+        neutral: of a model without an expert.
     """
 
-    def __init__(self, width: int, height: int, margins: tuple[float, float, float, float], text: float = 4.2):
-        self.size = width, height
-        self.image = Image.new("RGB", (width * SCALE, height * SCALE), BACKGROUND)
-        self.draw = ImageDraw.Draw(self.image)
-        self.unit = min(width, height) * SCALE / 100
-        self.font, self.small = (ImageFont.load_default(size=size * self.unit) for size in (text, 0.81 * text))
-        left, top, right, bottom = (margin * self.unit for margin in margins)
-        self.left, self.top, self.right, self.bottom = left, top, self.image.width - right, self.image.height - bottom
+    background: str
+    text: str
+    grid: str
+    experts: Mapping[str, str]
+    neutral: str
 
-    def at(self, across: float, up: float) -> Point:
-        """A place in the box: (0, 0) is its lower left corner, (1, 1) the upper right one."""
-        return self.left + (self.right - self.left) * across, self.bottom - (self.bottom - self.top) * up
-
-    def line(self, points: Sequence[Point], colour: str, width: float) -> None:
-        self.draw.line(points, fill=colour, width=max(1, round(width * self.unit)))
-
-    def dot(self, centre: Point, colour: str, radius: float = 1.4) -> None:
-        x, y, radius = *centre, radius * self.unit
-        self.draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=colour)
-
-    def text(self, place: Point, text: str, anchor: str, font: ImageFont.FreeTypeFont | None = None) -> None:
-        self.draw.text(place, text, fill=TEXT, font=font or self.font, anchor=anchor)
-
-    def level(self, up: float, label: str, font: ImageFont.FreeTypeFont | None = None, gap: float = 1.5) -> None:
-        """A line across the box, its label before it."""
-        x, y = self.at(0, up)
-        self.line([(x, y), (self.right, y)], GRID, 0.25)
-        self.text((x - gap * self.unit, y), label, "rm", font)
-
-    def legend(self, y: float, colours: Mapping[str, str]) -> None:
-        """Words in a row, a dot in its colour before each."""
-        x = self.left
-        for text, colour in colours.items():
-            self.dot((x, y), colour)
-            self.text((x + 3 * self.unit, y), text, "lm")
-            x += self.draw.textlength(text, font=self.font) + 8 * self.unit
-
-    def shortened(self, text: str) -> str:
-        """The text, its end left out where it is wider than the box."""
-        shown = text
-        while text and self.draw.textlength(shown, font=self.font) > self.right - self.left:
-            text = text[:-1]
-            shown = f"{text}..."
-        return shown
-
-    def finished(self) -> Image.Image:
-        return self.image.resize(self.size, Image.Resampling.LANCZOS)
+    def of(self, expert: str) -> str:
+        return self.experts.get(expert, self.neutral)
 
 
-def plot_schedule(
-    sigmas: Tensor, boundary: float | None, width: int = 768, height: int = 432, owners: tuple[Owner, Owner] = SIDES
-) -> Image.Image:
-    """The schedule as an image of the given size in pixels, coloured by who runs which step as in `routing.plan_steps`.
+THEMES = {
+    "dark": Theme("#1e1f26", "#d7d9e0", "#3a3c48", {"semantic": "#f2a33c", "detail": "#4cb3ff"}, "#8a8d99"),
+    "light": Theme("#ffffff", "#22242b", "#d5d7de", {"semantic": "#b56a00", "detail": "#0b6fc0"}, "#6d7080"),
+}
+DARK = "dark"
+
+
+def new_axes(width: int, height: int, theme: str, title: str) -> tuple[Axes, Theme]:
+    """Axes of a figure of this size in pixels, in the colours of a theme.
+
+    Raises:
+        DCMError: a theme that is none.
+    """
+    # not above: it takes a second
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = THEMES[check_choice("theme", theme, THEMES, DCMError)]
+    size = LETTERS * min(max(min(width, height) / SIDE, 0.5), 3) * 72 / DPI
+    figure = Figure((width / DPI, height / DPI), dpi=DPI, layout="constrained", facecolor=colours.background)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_facecolor(colours.background)
+    axes.tick_params(colors=colours.text, labelsize=0.85 * size)
+    axes.grid(color=colours.grid)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set_color(colours.grid)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color=colours.text, fontsize=size)
+        axis.get_offset_text().set(color=colours.text, fontsize=0.85 * size)
+    # a name may hold what would be mathematics
+    axes.set_title(title, loc="left", color=colours.text, fontsize=1.1 * size, parse_math=False)
+    return axes, colours
+
+
+def add_legend(axes: Axes, colours: Theme, title: str | None = None, place: str = "best") -> None:
+    size = axes.xaxis.label.get_fontsize()
+    legend = axes.legend(
+        loc=place,
+        title=title,
+        fontsize=0.85 * size,
+        title_fontsize=0.85 * size,
+        labelcolor=colours.text,
+        framealpha=0.8,
+    )
+    legend.get_title().set_color(colours.text)
+    legend.get_frame().set(facecolor=colours.background, edgecolor=colours.grid)
+
+
+def as_picture(figure: Figure) -> Image.Image:
+    figure.canvas.draw()
+    return Image.frombytes("RGBA", figure.canvas.get_width_height(), bytes(figure.canvas.buffer_rgba())).convert("RGB")
+
+
+def schedule_figure(
+    sigmas: Tensor,
+    boundary: float | None,
+    width: int = 768,
+    height: int = 432,
+    owners: tuple[Owner, Owner] = SIDES,
+    theme: str = DARK,
+) -> Figure:
+    """The noise levels over the steps, coloured by who runs which step as in `routing.plan_steps`.
 
     Raises:
         ScheduleError: sigmas that cannot be sampled, or a boundary outside (0, 1).
     """
     plan = plan_steps(sigmas, boundary, owners)
-    canvas = Canvas(width, height, (13, 14, 5, 13.5))
-    unit = canvas.unit
-    points = [canvas.at(step / plan.steps, sigma) for step, sigma in enumerate(sigmas.tolist())]
-    for sigma in (0, 0.25, 0.5, 0.75, 1):
-        canvas.level(sigma, f"{sigma:g}", gap=2.5)
+    axes, colours = new_axes(width, height, theme, "Noise schedule")
+    levels = sigmas.tolist()
+    steps = {"semantic": plan.semantic, "detail": plan.detail}
+    first = 0
+    for (words, owner), count in zip(plan.parts, filter(None, steps.values()), strict=True):
+        last = first + count
+        axes.plot(
+            range(first, last + 1),
+            levels[first : last + 1],
+            color=colours.of(owner),
+            marker="o",
+            # the level where it ends is the next one's, or none's
+            markevery=range(count),
+            label=words,
+        )
+        first = last
     if boundary is not None:
-        _dashed(canvas, boundary)
-        below = boundary > 0.5  # on the side of the line that has room
-        x, y = canvas.at(0, boundary)
-        canvas.text((x + unit, y + (unit if below else -unit)), f"boundary {boundary:g}", "la" if below else "ld")
-    canvas.legend(5 * unit, {words: COLOURS.get(owner, NEUTRAL) for words, owner in plan.parts})
-    every = max(1, round(plan.steps / 12))
-    for step in range(plan.steps):
-        colour = COLOURS.get(plan.side(step), NEUTRAL)
-        canvas.line(points[step : step + 2], colour, 0.9)
-        canvas.dot(points[step], colour)
-        if step % every == 0:
-            canvas.text((canvas.at((step + 0.5) / plan.steps, 0)[0], canvas.bottom + 2 * unit), str(step + 1), "ma")
-    canvas.dot(points[-1], TEXT, 1.1)
-    canvas.text((canvas.at(0.5, 0)[0], canvas.bottom + 7 * unit), "step", "ma")
-    return canvas.finished()
+        axes.axhline(boundary, color=colours.text, linestyle="--", linewidth=1, label=f"boundary {boundary:g}")
+    axes.set(
+        xlabel="steps done", ylabel="noise level σ", xlim=(-0.02 * plan.steps, 1.02 * plan.steps), ylim=(-0.02, 1.04)
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    add_legend(axes, colours, place="lower left")
+    return axes.figure
 
 
-def _dashed(canvas: Canvas, up: float) -> None:
-    x, y = canvas.at(0, up)
-    while x < canvas.right:
-        canvas.line([(x, y), (min(x + 2 * canvas.unit, canvas.right), y)], TEXT, 1 / 3)
-        x += 3.5 * canvas.unit
+def plot_schedule(
+    sigmas: Tensor,
+    boundary: float | None,
+    width: int = 768,
+    height: int = 432,
+    owners: tuple[Owner, Owner] = SIDES,
+    theme: str = DARK,
+) -> Image.Image:
+    """`schedule_figure` as an image of the given size in pixels."""
+    return as_picture(schedule_figure(sigmas, boundary, width, height, owners, theme))
 
 
-def plot_profile(profile: Profile | None, title: str, width: int = 768, height: int = 432) -> Image.Image:
+def profile_figure(
+    profile: Profile | None, title: str, width: int = 768, height: int = 432, theme: str = DARK
+) -> Figure:
     """A bar for each expert at each block, the embedders before and the output head after them; None: no expert."""
-    canvas = Canvas(width, height, (14, 27, 3, 16), text=5.2)
-    unit = canvas.unit
-    canvas.text((canvas.left, 5 * unit), canvas.shortened(title), "lm")
-    every = [size for sizes in profile.experts.values() for size in sizes.values()] if profile else []
-    highest = max(every, default=0.0)
-    if not highest:
-        canvas.text(canvas.at(0.5, 0.5), "no change to show" if profile else "no expert", "mm")
-        return canvas.finished()
-    step = round_step(highest / 4)
-    lines = math.ceil(highest / step - 1e-9)
-    for line in range(lines + 1):
-        canvas.level(line / lines, f"{100 * line * step:g}%" if profile.relative else f"{line * step:g}", canvas.small)
-    canvas.legend(13 * unit, {name: COLOURS.get(name, TEXT) for name in profile.experts})
-    says = "size of the change / size of the weights" if profile.relative else "size of the change (Frobenius norm)"
-    says += ", ? needs the base" if profile.unmeasured else ""
-    canvas.text((canvas.left, 20 * unit), says, "lm", canvas.small)
-    _bars(canvas, profile, lines * step)
-    return canvas.finished()
+    axes, colours = new_axes(width, height, theme, shortened(title, width))
+    if not profile or not any(size for sizes in profile.experts.values() for size in sizes.values()):
+        says = "no change to show" if profile else "no expert"
+        axes.text(0.5, 0.5, says, color=colours.text, ha="center", va="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+        return axes.figure
+    places = columns(profile.groups)
+    bar = 0.8 / len(profile.experts)
+    for number, (expert, sizes) in enumerate(profile.experts.items()):
+        across = [places[column] + (number + 0.5) * bar - 0.4 for column in sizes]
+        axes.bar(across, list(sizes.values()), bar, color=colours.of(expert), label=expert)
+    for column in profile.unmeasured.values():
+        axes.annotate("?", (places[column], 0), color=colours.text, ha="center", va="bottom")
+    size = "size of the change / size of the weights" if profile.relative else "size of the change (Frobenius norm)"
+    axes.set(xlabel="block", ylabel=size.replace(" / ", " /\n").replace(" (", "\n("))
+    if profile.relative:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    axes.grid(visible=False, axis="x")
+    _name_columns(axes, profile.groups, places)
+    add_legend(axes, colours, "? needs the base" if profile.unmeasured else None)
+    return axes.figure
 
 
-def _bars(canvas: Canvas, profile: Profile, highest: float) -> None:
-    unit, bottom = canvas.unit, canvas.bottom
-    groups = {group: count for group, count in profile.groups.items() if count}
-    # a gap before and after each group, as wide as a column
-    column = (canvas.right - canvas.left) / (sum(groups.values()) + len(groups))
-    bar = min(0.8 * column / len(profile.experts), 10 * unit)
-    every = round_step(max(1.0, 9 * unit / column))
-    x = canvas.left + column / 2
+def plot_profile(
+    profile: Profile | None, title: str, width: int = 768, height: int = 432, theme: str = DARK
+) -> Image.Image:
+    """`profile_figure` as an image of the given size in pixels."""
+    return as_picture(profile_figure(profile, title, width, height, theme))
+
+
+def columns(groups: Mapping[str, int]) -> dict[tuple[str, int], int]:
+    """Where each column stands on the axis, a place free between two groups."""
+    places: dict[tuple[str, int], int] = {}
+    place = 0
     for group, count in groups.items():
-        single = group in (BEFORE, AFTER)
-        name = group if single else group.removesuffix("s").replace("_", " ")
-        canvas.text((x + count * column / 2, bottom + (2 if single else 8) * unit), name, "ma", canvas.small)
+        places |= {(group, index): place + index for index in range(count)}
+        place += count + bool(count)
+    return places
+
+
+def _name_columns(axes: Axes, groups: Mapping[str, int], places: Mapping[tuple[str, int], int]) -> None:
+    """The name of a group below its columns, with the numbers of about twenty of them all."""
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if len(places) / step <= 24)
+    marks: dict[int, str] = {}
+    for group, count in groups.items():
         for index in range(count):
-            if not single and index % every == 0:
-                canvas.text((x + column / 2, bottom + 2 * unit), str(index), "ma", canvas.small)
-            for number, (expert, sizes) in enumerate(profile.experts.items()):
-                if (group, index) in sizes:
-                    start = x + column / 2 + (number - len(profile.experts) / 2) * bar
-                    top = canvas.at(0, sizes[group, index] / highest)[1]
-                    canvas.draw.rectangle([start, top, start + bar, bottom], fill=COLOURS.get(expert, TEXT))
-            if (group, index) in profile.unmeasured.values():
-                canvas.text((x + column / 2, bottom - unit), "?", "md", canvas.small)
-            x += column
-        x += column
+            if group in (BEFORE, AFTER):
+                marks[places[group, index]] = group
+            elif index % every == 0:
+                name = group.removesuffix("s").replace("_", " ")
+                marks[places[group, index]] = f"{index}\n{name}" if index == 0 else str(index)
+    axes.set_xticks(list(marks), list(marks.values()))
+    axes.set_xlim(-1, max(places.values()) + 1)
 
 
-def round_step(value: float) -> float:
-    """The next 1, 2 or 5 times a power of ten."""
-    power = 10 ** math.floor(math.log10(value))
-    return next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9))
+def shortened(title: str, width: int) -> str:
+    """The title, its end left out where it would be wider than a picture of so many pixels."""
+    most = width // 9
+    return title if len(title) <= most else f"{title[: most - 3]}..."

@@ -1,111 +1,144 @@
-"""A picture says what its numbers say."""
+"""What a plot of a schedule or of experts shows: data, words and colours of its axes, and that nothing of it is cut off."""
+
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import ImageColor
 
-from dcm_core.errors import ScheduleError
+from dcm_core.errors import DCMError, ScheduleError
 from dcm_core.families import WAN
 from dcm_core.inspection.magnitude import Profile
-from dcm_core.inspection.plot import BACKGROUND, COLOURS, NEUTRAL, Canvas, plot_profile, plot_schedule
+from dcm_core.inspection.plot import (
+    THEMES,
+    plot_profile,
+    plot_schedule,
+    profile_figure,
+    schedule_figure,
+)
 from dcm_core.schedule import generic_sigmas
 
-
-def pixels(image):
-    """uint8, (height, width, 3)."""
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+ROOT = Path(__file__).parents[3]
+DARK = THEMES["dark"]
 
 
-def of_colour(image, colour):
-    """Where a pixel has exactly this colour: bool, (height, width)."""
-    return (pixels(image) == torch.tensor(ImageColor.getrgb(colour), dtype=torch.uint8)).all(-1)
+def words(figure):
+    """Every text of the figure that says something."""
+    from matplotlib.text import Text
+
+    return {text.get_text() for text in figure.findobj(Text) if text.get_text()}
 
 
-def header_height(image):
-    return min(image.size) // 10
+def legend(figure):
+    """Label -> colour of what it names."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    return {label: colour_of(handle) for handle, label in zip(handles, labels, strict=True)}
 
 
-def centre(image, colour):
-    """Horizontal centre of a colour below the header, as a share of the width."""
-    return of_colour(image, colour)[header_height(image) :].any(0).nonzero().float().mean().item() / image.width
+def colour_of(artist):
+    from matplotlib.colors import to_hex
+
+    return to_hex(artist[0].get_facecolor() if hasattr(artist, "patches") else artist.get_color())
 
 
-def empty(image):
-    """Where nothing is drawn: bool, (height, width); smoothing may ring a little."""
-    background = torch.tensor(ImageColor.getrgb(BACKGROUND))
-    return ((pixels(image).int() - background).abs() < 8).all(-1)
+def cut_off(image, background):
+    """Is anything drawn at the image's border?"""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).int()
+    drawn = (pixels - torch.tensor(ImageColor.getrgb(background))).abs().amax(-1) >= 8
+    return bool(torch.cat([drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]]).any())
 
 
-@pytest.mark.parametrize(("width", "height"), [(256, 144), (256, 512), (1024, 144), (768, 432), (640, 640)])
+def contrast(first, second):
+    """As the WCAG define it."""
+
+    def luminance(colour):
+        parts = [part / 255 for part in ImageColor.getrgb(colour)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    bright, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_colours_are_seen_on_their_background(theme):
+    """Lines of 3:1, words of 4.5:1."""
+    theme = THEMES[theme]
+    assert contrast(theme.text, theme.background) >= 4.5
+    for colour in (*theme.experts.values(), theme.neutral):
+        assert contrast(colour, theme.background) >= 3
+
+
+def test_drawing_is_loaded_when_something_is_drawn():
+    code = "import sys, dcm_core.inspection.plot, dcm_core.inspection.loss_plot; print('matplotlib' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
+
+
+def test_no_window_is_opened():
+    """pyplot would keep every figure, and ask for a screen."""
+    plot_schedule(WAN.preset.sigmas, WAN.preset.boundary)
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize(("width", "height"), [(256, 144), (256, 512), (1024, 144), (768, 432), (4096, 2160)])
 @pytest.mark.parametrize("steps", [1, 6, 50])
-def test_nothing_is_cut_off(width, height, steps):
-    image = plot_schedule(generic_sigmas(steps), 0.979, width, height)
-    assert image.size == (width, height)
-    assert image.mode == "RGB"
-    inside = empty(image)[1:-1, 1:-1]
-    assert empty(image).logical_not().sum() == inside.logical_not().sum()
+def test_nothing_is_cut_off(width, height, steps, theme):
+    image = plot_schedule(generic_sigmas(steps), 0.979, width, height, theme=theme)
+    assert (image.size, image.mode) == ((width, height), "RGB")
+    assert not cut_off(image, THEMES[theme].background)
 
 
-@pytest.mark.parametrize(("width", "height"), [(768, 432), (640, 640), (512, 768)])
-def test_the_words_of_the_header_do_not_touch(width, height):
-    image = plot_schedule(generic_sigmas(50), 0.9, width, height)
-    for colour in COLOURS.values():
-        dot = of_colour(image, colour)[: header_height(image)].any(0).nonzero()[0].item()
-        assert empty(image)[: header_height(image), dot - 12 : dot - 5].all()
-        end = of_colour(image, colour)[: header_height(image)].any(0).nonzero()[-1].item()
-        assert empty(image)[: header_height(image), end + 5 : end + 8].all(), "between a dot and its words"
+@pytest.mark.parametrize("theme", THEMES)
+def test_a_schedule_s_lines_are_its_noise_levels_in_the_colours_of_their_owners(theme):
+    sigmas = WAN.preset.sigmas
+    figure = schedule_figure(sigmas, WAN.preset.boundary, theme=theme)
+    (axes,) = figure.axes
+    semantic, detail, boundary = axes.get_lines()
+    # each side ends where the next begins
+    assert semantic.get_xydata().tolist() == [[step, pytest.approx(sigmas[step].item())] for step in range(4)]
+    assert detail.get_xydata().tolist() == [[step, pytest.approx(sigmas[step].item())] for step in range(3, 7)]
+    assert set(boundary.get_ydata()) == {WAN.preset.boundary}
+    colours = THEMES[theme]
+    assert legend(figure) == {
+        "step 1-3 semantic": colours.experts["semantic"],
+        "4-6 detail": colours.experts["detail"],
+        f"boundary {WAN.preset.boundary:g}": colours.text,
+    }
+    assert {"Noise schedule", "steps done", "noise level σ"} <= words(figure)
+    assert axes.get_ylim()[0] <= 0 and axes.get_ylim()[1] >= 1
 
 
-def test_words_have_the_size_of_their_font():
-    heights = []
-    for units in (4, 8):
-        for small in (False, True):
-            canvas = Canvas(400, 400, (5, 5, 5, 5), text=units)
-            canvas.text(canvas.at(0.5, 0.5), "H", "mm", canvas.small if small else None)
-            heights.append(empty(canvas.finished()).logical_not().any(1).sum().item())
-    # a capital letter takes seven tenths of its font's size, smoothing a row or so more
-    assert heights == pytest.approx([0.7 * size + 2 for size in (16, 0.81 * 16, 32, 0.81 * 32)], abs=2)
-
-
-def test_semantic_steps_lie_left_of_detail_steps():
-    image = plot_schedule(WAN.preset.sigmas, WAN.preset.boundary)
-    assert centre(image, COLOURS["semantic"]) < 0.5 < centre(image, COLOURS["detail"])
-
-
-@pytest.mark.parametrize(("boundary", "only"), [(0.5, "semantic"), (0.9999, "detail")])
-def test_a_side_without_steps_is_not_drawn(boundary, only):
-    image = plot_schedule(torch.tensor([0.999, 0.9, 0.8, 0.7]), boundary)
-    for side, colour in COLOURS.items():
-        assert of_colour(image, colour)[header_height(image) :].any() == (side == only)
+@pytest.mark.parametrize("steps", [1, 2, 6, 50])
+def test_steps_are_counted_in_whole_numbers(steps):
+    figure = schedule_figure(generic_sigmas(steps), 0.9)
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert all(tick == round(tick) for tick in axes.get_xticks() if low <= tick <= high)
 
 
 @pytest.mark.parametrize(
-    ("owners", "seen"),
+    ("boundary", "owners", "seen"),
     [
-        (("base", "base"), []),
-        (("semantic", "semantic"), ["semantic"]),
-        (("semantic", "base"), ["semantic"]),
-        (("base", "detail"), ["detail"]),
+        (0.5, ("semantic", "detail"), {"step 1-3 semantic"}),
+        (0.9999, ("semantic", "detail"), {"step 1-3 detail"}),
+        (None, ("base", "base"), {"step 1-3 base"}),
+        (0.85, ("semantic", "base"), {"step 1-2 semantic", "3 base"}),
+        (0.85, ("base", "detail"), {"step 1-2 base", "3 detail"}),
     ],
 )
-def test_no_expert_is_drawn_that_does_not_run(owners, seen):
-    image = plot_schedule(WAN.preset.sigmas, 0.979 if owners[0] != owners[1] else None, owners=owners)
-    assert [side for side, colour in COLOURS.items() if of_colour(image, colour).any()] == seen
-    assert of_colour(image, NEUTRAL).any() == ("base" in owners)
-
-
-def test_without_a_boundary_no_line_is_drawn():
-    """And nothing else differs: the line and its words are a few rows."""
-    with_line, without = (
-        plot_schedule(torch.tensor([0.4, 0.3, 0.0]), boundary, owners=("base", "base")) for boundary in (0.8, None)
-    )
-    rows = (pixels(with_line) != pixels(without)).any(-1).any(1).nonzero()
-    assert 5 < rows.max() - rows.min() < with_line.height / 10
-
-
-def test_moving_the_boundary_changes_the_picture():
-    first, second = (plot_schedule(generic_sigmas(10), boundary).tobytes() for boundary in (0.5, 0.95))
-    assert first != second
+def test_only_what_runs_is_drawn(boundary, owners, seen):
+    figure = schedule_figure(torch.tensor([0.999, 0.9, 0.8, 0.0]), boundary, owners=owners)
+    shown = legend(figure)
+    if boundary is not None:
+        assert shown.pop(f"boundary {boundary:g}") == DARK.text
+    assert set(shown) == seen
+    for label, colour in shown.items():
+        assert colour == DARK.experts.get(label.split()[-1], DARK.neutral)
 
 
 def test_refuses_what_has_no_plan():
@@ -113,6 +146,8 @@ def test_refuses_what_has_no_plan():
         plot_schedule(torch.tensor([0.1, 0.5]), 0.979)
     with pytest.raises(ScheduleError, match="boundary"):
         plot_schedule(WAN.preset.sigmas, 1.0)
+    with pytest.raises(DCMError, match="theme is 'pink'; choose one of dark, light"):
+        plot_schedule(WAN.preset.sigmas, 0.979, theme="pink")
 
 
 GROUPS = {"in": 1, "blocks": 4, "out": 1}
@@ -123,65 +158,73 @@ def profile_of(experts, groups=GROUPS, relative=True, unmeasured=()):
     return Profile(groups, experts, relative, {str(column): column for column in unmeasured}, ())
 
 
-def bar(image, colour):
-    """Left, right and height of what has this colour below the header, in pixels."""
-    found = of_colour(image, colour)[image.height // 5 :]
-    across = found.any(0).nonzero()
-    return across.min().item(), across.max().item(), found.any(1).sum().item()
-
-
 @pytest.mark.parametrize(("width", "height"), [(768, 432), (640, 360), (480, 216)])
-@pytest.mark.parametrize("title", ["a.safetensors", "long " * 100])
+@pytest.mark.parametrize("title", ["a.safetensors", "long " * 100, "$x_1$ costs $5"])
 @pytest.mark.parametrize("relative", [True, False])
 def test_nothing_of_a_profile_is_cut_off(width, height, title, relative):
     sizes = {(group, index): 0.013 * (1 + index % 7) for group, count in DEEP.items() for index in range(count)}
     profile = profile_of({"semantic": sizes, "detail": sizes}, DEEP, relative, [("in", 0)])
     image = plot_profile(profile, title, width, height)
     assert (image.size, image.mode) == ((width, height), "RGB")
-    inside = empty(image)[1:-1, 1:-1]
-    assert empty(image).logical_not().sum() == inside.logical_not().sum()
+    assert not cut_off(image, DARK.background)
 
 
-def test_bars_are_as_high_as_the_changes():
-    heights = [
-        bar(
-            plot_profile(profile_of({"semantic": {("blocks", 0): 0.04}, "detail": {("blocks", 1): size}}), "x"),
-            COLOURS["detail"],
-        )[2]
-        for size in (0.01, 0.02, 0.04)
-    ]
-    assert heights[2] > 200
-    assert heights == pytest.approx([heights[2] / 4, heights[2] / 2, heights[2]], abs=6), "but for smoothed edges"
+def bars(figure):
+    """Expert -> [(left, right, height), ...]."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    return {
+        label: [(bar.get_x(), bar.get_x() + bar.get_width(), bar.get_height()) for bar in handle]
+        for handle, label in zip(handles, labels, strict=True)
+    }
 
 
-def test_blocks_lie_from_left_to_right_between_embedders_and_head():
-    lefts = []
-    for column in [("in", 0), ("blocks", 0), ("blocks", 3), ("out", 0)]:
-        left, right, _ = bar(plot_profile(profile_of({"detail": {column: 1.0}}), "x"), COLOURS["detail"])
-        assert not lefts or left > lefts[-1]
-        lefts.append(right)
+def test_bars_are_the_changes_from_embedders_to_head():
+    sizes = {("in", 0): 0.04, ("blocks", 0): 0.01, ("blocks", 3): 0.02, ("out", 0): 0.03}
+    (found,) = bars(profile_figure(profile_of({"detail": sizes}), "x")).values()
+    assert [height for _, _, height in found] == list(sizes.values())
+    assert all(left < right < after for (left, right, _), (after, _, _) in pairwise(found))
+    # the embedders and the head stand apart, the blocks one beside the other
+    centres = [(left + right) / 2 for left, right, _ in found]
+    assert centres == pytest.approx([0, 2, 5, 7])
 
 
-def test_experts_stand_beside_each_other_in_their_colours():
-    image = plot_profile(profile_of({"semantic": {("blocks", 1): 0.1}, "detail": {("blocks", 1): 0.1}}), "x")
-    semantic, detail = (bar(image, COLOURS[side]) for side in ("semantic", "detail"))
-    assert semantic[1] < detail[0] <= semantic[1] + 8
-    assert semantic[2] == detail[2]
+@pytest.mark.parametrize("theme", THEMES)
+def test_experts_stand_beside_each_other_in_their_colours(theme):
+    sizes = {("blocks", 1): 0.1}
+    figure = profile_figure(profile_of({"semantic": sizes, "detail": sizes}), "a file", theme=theme)
+    assert legend(figure) == dict(THEMES[theme].experts)
+    ((_, end, _),), ((start, _, _),) = bars(figure).values()
+    assert end == pytest.approx(start)
+    assert {"a file", "block", "size of the change /\nsize of the weights", "in", "out", "0\nblock"} <= words(figure)
+
+
+def test_sizes_are_shares_or_norms():
+    sizes = {"detail": {("blocks", 1): 0.1}}
+    relative, absolute = (profile_figure(profile_of(sizes, relative=relative), "x") for relative in (True, False))
+    for figure in (relative, absolute):
+        figure.canvas.draw()
+    assert "10%" in words(relative)
+    assert not any(word.endswith("%") for word in words(absolute))
+    assert "size of the change\n(Frobenius norm)" in words(absolute)
 
 
 def test_what_is_unknown_is_marked():
-    sizes = {"detail": {("blocks", 1): 2.0}}
-    plain, marked = (
-        plot_profile(profile_of(sizes, relative=False, unmeasured=columns), "x") for columns in ((), [("in", 0)])
-    )
-    differs = (pixels(plain).int() - pixels(marked)).abs().amax(-1)[100:] > 8
-    assert differs.any() and differs.any(0).nonzero().max() < plain.width / 3, (
-        "a mark where the embedders' bar would be"
-    )
+    figure = profile_figure(profile_of({"detail": {("blocks", 1): 2.0}}, unmeasured=[("in", 0)]), "x")
+    (mark,) = (text for text in figure.axes[0].texts if text.get_text() == "?")
+    assert mark.xy == (0, 0)
+    assert "? needs the base" in words(figure)
 
 
-def test_without_an_expert_no_bar_is_drawn():
-    for profile in (None, profile_of({}), profile_of({"detail": {}}), profile_of({"detail": {("blocks", 0): 0.0}})):
-        image = plot_profile(profile, "x")
-        assert not any(of_colour(image, colour).any() for colour in COLOURS.values())
-        assert not empty(image).all()
+@pytest.mark.parametrize(
+    ("profile", "says"),
+    [
+        (None, "no expert"),
+        (profile_of({}), "no change to show"),
+        (profile_of({"detail": {}}), "no change to show"),
+        (profile_of({"detail": {("blocks", 0): 0.0}}), "no change to show"),
+    ],
+)
+def test_without_an_expert_no_bar_is_drawn(profile, says):
+    figure = profile_figure(profile, "x")
+    assert says in words(figure) and bars(figure) == {}
+    assert plot_profile(profile, "x").size == (768, 432)

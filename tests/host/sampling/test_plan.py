@@ -8,7 +8,7 @@ import torch
 
 from dcm_core.families import WAN
 from dcm_core.files.storage import TensorFile, write_tensors
-from dcm_core.inspection.plot import COLOURS, NEUTRAL
+from dcm_core.inspection.plot import THEMES
 from dcm_core.routing import plan_steps
 from dcm_core.schedule import generic_sigmas
 
@@ -241,5 +241,5 @@ def test_the_sampler_announces_its_plan(module, monkeypatch):
 def test_the_front_end_wears_the_plot_s_colours():
     text = (ROOT / "web" / "colours.js").read_text(encoding="utf-8")
     found = dict(re.findall(r'(\w+): "(#\w+)"', text.split("COLOURS = {")[1].split("}")[0]))
-    assert found == COLOURS
-    assert f'NEUTRAL = "{NEUTRAL}"' in text
+    assert found == THEMES["dark"].experts
+    assert f'NEUTRAL = "{THEMES["dark"].neutral}"' in text
