@@ -123,14 +123,14 @@ class Batches:
         self._family, self._guidance, self._latent_in = family, guidance, latent_in
         self._processes, self._device = processes, device
         self._size = config.batch_size * processes.count
-        self._order = BatchOrder(dataset.buckets_of(indices), self._size, config.seed)
+        self.order = BatchOrder(dataset.buckets_of(indices), self._size, config.seed)
         self._no_text = text_of(dataset.unconditional(), family, guidance)
 
     def of_step(self, step: int) -> Iterator[tuple[Batch, float]]:
         """This process's batches of a step, counted from 0, with their shares in its loss."""
         parts = self._config.gradient_accumulation_steps
         for part in range(parts):
-            chosen = self._order.batch(step * parts + part)
+            chosen = self.order.batch(step * parts + part)
             videos = [
                 self._video(index, generator_of(self._config.seed, step, part * self._size + position))
                 for position, index in self._processes.share(chosen)

@@ -158,7 +158,7 @@ def test_step_equals_the_slow_one(side, trainer, model):
     # the averaged expert is the semantic stage's target network; here it is the student
     for (_, mine), (_, theirs) in zip(made.ema.named_parameters(), made.student.named_parameters(), strict=True):
         mine.data.copy_(theirs.data)
-    ((batch, share),) = made._batches(0)
+    ((batch, share),) = made.batches.of_step(0)
     assert share == 1
     loss, _, _ = made.losses(batch)
     loss.backward()

@@ -339,8 +339,8 @@ def test_a_full_fine_tune_is_kept_in_the_base_s_precision(dtype, rank, stored, m
 @pytest.mark.usefixtures("gradients")
 def test_clips_that_are_held_out_are_measured_and_never_trained_on(trainer, monkeypatch):
     made, seen = trainer("detail", steps=5, held_out=2, held_out_every=2), []
-    batch = made.order.batch
-    monkeypatch.setattr(made.order, "batch", lambda step: seen.append(batch(step)) or seen[-1])
+    batch = made.batches.order.batch
+    monkeypatch.setattr(made.batches.order, "batch", lambda step: seen.append(batch(step)) or seen[-1])
     result = made.run()
     assert len(made.held_out) == 2 and not set(made.held_out) & {index for indices in seen for index in indices}
     assert [entry["step"] for entry in result.history if "held_out" in entry] == [2, 4, 5]
@@ -365,11 +365,11 @@ def test_a_batch_of_mixed_captions_is_the_mean_of_its_videos(trainer, module):
     data = dataset.TensorDataset(latents, texts, [0, 1, 2], [[torch.zeros(1, 3, 4096), {}]])
     made = trainer("semantic", data=data, batch_size=2, ema_decay=0.0)
     assert [len(bucket) for bucket in data.buckets] == [2, 1]
-    step = next(step for step in range(9) if set(made.order.batch(step)) == {0, 1})
+    step = next(step for step in range(9) if set(made.batches.order.batch(step)) == {0, 1})
     terms = made._gradients(step)
     together = {name: value.grad.clone() for name, value in made.learner.parameters.items()}
     made._zero_grad()
-    batches = list(made._batches(step))
+    batches = list(made.batches.of_step(step))
     assert [share for _, share in batches] == [0.5, 0.5]
     losses = []
     for batch, _ in batches:
