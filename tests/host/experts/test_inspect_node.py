@@ -130,6 +130,21 @@ def test_both_experts_stacked_and_independent(node, look, small_world):
     assert changes[0] == changes[1] and "semantic" in changes[0] and "detail" in changes[0]
 
 
+def test_a_stacked_expert_is_measured_with_its_scale(module, wan, random_expert):
+    """Its alpha is not its rank; stacked or routed, it changes the base as much."""
+    inspect, attach, base = module("nodes.host.experts.inspect"), module("nodes.host.experts.attach"), wan()
+    expert, found = random_expert(base, "semantic", replaced=False), []
+    for stacked in (True, False):
+        model = attach.attach_experts(base, expert, stacked=stacked)
+        changes = inspect.model_changes(model, model.get_attachment("dcm"), module("dcm_core.families").WAN)["semantic"]
+        found.append({change.name: change.norm for change in changes})
+    update = expert.low_rank["blocks.0.self_attn.q"][0]
+    assert found[0]["blocks.0.self_attn.q.weight"] == pytest.approx(
+        (update.scale * update.up @ update.down).norm().item(), rel=1e-4
+    )
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def share(facts, side):
     """The average change of one expert."""
     words = next(part for part in facts["change"].split("; ") if part.startswith(side))

@@ -138,6 +138,7 @@ def test_a_block_that_a_node_skips_is_said_in_the_log(attach, base, random_exper
         "blocks.1.cross_attn.o, blocks.1.cross_attn.q, blocks.1.cross_attn.v and 3 more" in line
         and "detail side" in line
     )
+    assert "torch.compile" not in caplog.text
 
 
 def test_a_model_of_which_no_block_runs_stops_the_run(attach, base, random_expert, sample):

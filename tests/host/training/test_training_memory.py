@@ -232,3 +232,14 @@ def test_an_average_is_there_before_the_first_step_and_only_where_there_is_one(m
     check_fits = module("nodes.host.training.base").check_fits
     found = [check_fits(model, config("semantic", ema_decay=decay), trained=1000, beside=10) for decay in (0.0, 0.95)]
     assert found == [1010, 2010]
+
+
+def test_the_device_is_cleared_of_other_models_alone(module, model, wan):
+    import comfy.model_management as management
+
+    other = wan(layers=1)
+    management.load_models_gpu([model, other])
+    module("nodes.host.training.base").clear_device(model)
+    loaded = [entry.model for entry in management.current_loaded_models]
+    assert any(model.is_clone(patcher) for patcher in loaded)
+    assert not any(other.is_clone(patcher) for patcher in loaded)
