@@ -53,6 +53,15 @@ GRAPHS = {
         ],
         [(0, 0, 1, "model"), (0, 0, 2, "model"), (1, 0, 2, "sigmas"), (2, 0, 3, "images")],
     ),
+    "DCMVideoSize": (
+        [
+            ("DCMLoadModel", 0, 0, RELEASE),
+            ("DCMVideoSize", 1, 0, {}),
+            ("EmptyHunyuanLatentVideo", 2, 0, {}),
+            ("CreateVideo", 2, 1, {}),
+        ],
+        [(0, 0, 1, "model"), (1, 0, 2, "width"), (1, 1, 2, "height"), (1, 2, 2, "length"), (1, 3, 3, "fps")],
+    ),
     "DCMSplitSigmas": (
         [
             ("DCMLoadModel", 0, 0, RELEASE),

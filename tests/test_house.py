@@ -53,6 +53,7 @@ NODE_IDS = {
     "DCMTrainSemanticExpert",
     "DCMTrainDetailExpert",
     "DCMInspectModel",
+    "DCMVideoSize",
 }
 MAX_LINES = 400
 PACK = "pack"  # the name of the checkout as a package: anything

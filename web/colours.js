@@ -26,6 +26,7 @@ const SIZES = {
   DCMVideoDataset: [400, 360],
   DCMScheduler: [320, 230],
   DCMSchedulePlot: [420, 420],
+  DCMVideoSize: [340, 240],
 };
 
 app.registerExtension({

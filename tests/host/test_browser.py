@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import os
 import re
 import time
@@ -210,6 +211,46 @@ def test_a_node_is_found_by_what_people_type(page, words):
 def test_more_nodes_are_found_where_the_host_knows_aliases(page, words):
     need_aliases(page, "DCMSampler")
     search(page, words, FOUND_BY_ALIAS[words])
+
+
+def test_a_chain_is_added_at_a_model_output(page):
+    """By the menu of the output; where Nodes 2.0 have a menu of their own, by the command."""
+    page.clear()
+    page.add(["UNETLoader"])
+    place = page.run(
+        """() => { const [node] = app.graph._nodes, { ds, canvas } = app.canvas; ds.scale = 1; ds.offset = [200, 300];
+        app.canvas.setDirty(true, true); const [x, y] = node.getConnectionPos(false, 0), box = canvas.getBoundingClientRect();
+        return [box.left + x + 200, box.top + y + 300] }"""
+    )
+    time.sleep(1)
+    if page.name == "own nodes 2.0":
+        page.run("() => app.canvas.selectNode(app.graph._nodes[0])")
+        page.command("DCM.AddChain")
+    else:
+        page.page.mouse.click(place[0] - 4, place[1], button="right")
+        page.page.get_by_text("Add DCM chain", exact=True).locator("visible=true").first.click()
+    page.wait("() => app.graph._nodes.length === 3")
+    links = """() => [...(app.graph.links.values?.() ?? Object.values(app.graph.links))].map(link => {
+        const [from, to] = [link.origin_id, link.target_id].map(id => app.graph.getNodeById(id));
+        return [from.type, from.outputs[link.origin_slot].type, to.type, to.inputs[link.target_slot].name] })"""
+    assert sorted(page.run(links)) == [
+        ["DCMAttachExperts", "MODEL", "DCMSampler", "model"],
+        ["UNETLoader", "MODEL", "DCMAttachExperts", "model"],
+    ]
+    boxes = page.run(
+        "() => app.graph._nodes.map(({ pos, size }) => [pos[0], pos[0] + size[0]]).sort((a, b) => a[0] - b[0])"
+    )
+    assert all(first[1] < second[0] for first, second in itertools.pairwise(boxes)), "beside each other"
+    page.shoot("chain")
+
+
+def test_other_outputs_have_no_chain(page):
+    page.clear()
+    page.add(["VAELoader"])
+    page.run("() => app.canvas.selectNode(app.graph._nodes[0])")
+    page.command("DCM.AddChain")
+    items = "() => [...app.collectNodeMenuItems(app.graph._nodes[0])].map(item => item?.content)"
+    assert page.run("() => app.graph._nodes.length") == 1 and "Add DCM chain" not in page.run(items)
 
 
 def test_the_step_bar_shows_the_plan_before_the_run(page):

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ....dcm_core.errors import counted
+from ....dcm_core.errors import DCMError, counted
+from ....dcm_core.families import FAMILIES
 from ....dcm_core.routing import Plan, Setup
+from ....dcm_core.video_size import HUNYUAN_VIDEO, WAN, WAN_5B
 from ..experts.attach import attached_experts, diffusion_model, is_own, model_family
 from .switch import KEY as SIDES_KEY
 
@@ -54,6 +56,23 @@ def setup_of(model: Any, detail_model: Any = None) -> Setup:
         timesteps=facts.timesteps,
         boundary=facts.boundary if facts.own_boundary else None,
     )
+
+
+def video_format(model: Any) -> str:
+    """Which of `video_size.FORMATS` the videos of a MODEL have.
+
+    Raises:
+        DCMError: no MODEL, or one that is not known.
+    """
+    family = None if model is None else model_family(model)
+    if family is None:
+        given = "no model is connected" if model is None else "the connected model is none of these"
+        raise DCMError(
+            f"model_type is automatic, but {given}. Choose model_type, or connect a Wan or HunyuanVideo model."
+        )
+    if family is FAMILIES["hunyuan_video"]:
+        return HUNYUAN_VIDEO
+    return WAN if model.get_model_object("latent_format").latent_channels == 16 else WAN_5B
 
 
 def are_two(model: Any, detail_model: Any) -> bool:
