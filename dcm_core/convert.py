@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import CheckpointError, counted
 from .experts.expert import expert_entries, expert_metadata, write_expert
 from .experts.reader import read_release
-from .files.checkpoint import Contents, Layout, each_native, recognise, release_facts
+from .files.checkpoint import Contents, Layout, each_native, recognise, release_metadata
 from .files.storage import Entries, Progress, TensorFile, file_size, write_stream
 from .files.unfinished import check_room, check_targets, unfinished_file
 from .files.values import cast
@@ -114,7 +114,7 @@ def _base_tensors(
 def _base_metadata(file: TensorFile, contents: Contents) -> dict[str, str]:
     metadata = {"dcm.family": contents.family.name}
     if contents.layout is Layout.RELEASE:
-        metadata |= {"dcm.expert": "semantic", "dcm.boundary": repr(release_facts(file, contents.family).boundary)}
+        metadata |= {"dcm.expert": "semantic", "dcm.boundary": repr(release_metadata(file, contents.family).boundary)}
     return metadata
 
 

@@ -275,12 +275,12 @@ def _make_folder(folder: Path) -> bool:
 
 def _metadata(view: ExpertView) -> dict[str, str]:
     """As other tools expect it, and what we need to know the expert again."""
-    facts = view.facts
+    metadata = view.metadata
     known = {
         "dcm.family": view.family.name,
-        "dcm.expert": facts.side,
-        "dcm.boundary": facts.boundary and repr(facts.boundary),
-        "dcm.timesteps": facts.timesteps and json.dumps(facts.timesteps),
+        "dcm.expert": metadata.side,
+        "dcm.boundary": metadata.boundary and repr(metadata.boundary),
+        "dcm.timesteps": metadata.timesteps and json.dumps(metadata.timesteps),
     }
     return {"format": "pt"} | {name: value for name, value in known.items() if value}
 

@@ -167,7 +167,7 @@ def _check_base(parts: _Parts, dtype: torch.dtype | None) -> None:
 
 
 def _check_boundaries(parts: _Parts) -> None:
-    own, other = parts.detail.facts.boundary, parts.semantic and parts.semantic.facts.boundary
+    own, other = parts.detail.metadata.boundary, parts.semantic and parts.semantic.metadata.boundary
     if own and other and own != other:
         raise ExpertError(
             f"The detail expert is made for boundary {own:g}, the semantic expert for {other:g}. Choose two that were trained together."
@@ -293,12 +293,12 @@ def _pairs(parts: _Parts, module: str, entries: Entries, rank: int) -> Iterator[
 
 def _metadata(parts: _Parts) -> dict[str, str]:
     """As other tools expect it, and what our loaders need to switch where the expert was trained to."""
-    metadata, facts = {"format": "pt", "dcm.family": parts.family.name}, parts.detail.facts
-    if facts.boundary is not None:
-        metadata["dcm.boundary"] = repr(facts.boundary)
-        if facts.timesteps is not None:
-            metadata["dcm.timesteps"] = json.dumps(facts.timesteps)
-    return metadata
+    entries, metadata = {"format": "pt", "dcm.family": parts.family.name}, parts.detail.metadata
+    if metadata.boundary is not None:
+        entries["dcm.boundary"] = repr(metadata.boundary)
+        if metadata.timesteps is not None:
+            entries["dcm.timesteps"] = json.dumps(metadata.timesteps)
+    return entries
 
 
 def _notes(parts: _Parts, rank: int) -> Iterator[str]:
@@ -310,7 +310,7 @@ def _notes(parts: _Parts, rank: int) -> Iterator[str]:
         yield f"The official scripts expect LoRA rank {OFFICIAL_RANK}: set r={rank}, lora_alpha={alpha} there" + (
             f", or write the file with rank {OFFICIAL_RANK}." if rank < OFFICIAL_RANK else "."
         )
-    boundary = parts.detail.facts.boundary
+    boundary = parts.detail.metadata.boundary
     if boundary not in (None, parts.family.preset.boundary):
         yield (
             f"The experts change over at sigma {boundary:g}, the official code at {parts.family.preset.boundary:g}: change it there. "

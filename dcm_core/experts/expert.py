@@ -256,7 +256,7 @@ def split_fused(update: LowRank, module: str, family: Family) -> tuple[LowRank, 
 
 
 def expert_metadata(expert: Expert, count: int) -> dict[str, str]:
-    """Facts of the file; the alpha is of one update, before any stacking, and only given where all agree."""
+    """The `dcm.*` metadata of the file. Rank and alpha are those of one update before stacking, and only written where all agree."""
     scales = {update.scale for updates in expert.low_rank.values() for update in updates}
     metadata = {
         "dcm.format": FORMAT,

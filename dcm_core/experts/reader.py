@@ -16,8 +16,8 @@ from ..errors import CheckpointError, ExpertError, counted, name_some
 from ..families import FAMILIES, Family
 from ..families.keymap import Shape
 from ..families.lora_names import LOW_RANK, Kind, Shapes, count_known, is_release_part
-from ..files.checkpoint import Contents, release_facts
-from ..files.metadata import FORMAT, Facts, read_facts
+from ..files.checkpoint import Contents, release_metadata
+from ..files.metadata import FORMAT, ExpertMetadata, read_metadata
 from ..files.storage import TensorFile
 from ..files.values import is_finite
 from ..routing import Side
@@ -56,8 +56,8 @@ def read_expert(
         ExpertError: wrong family or role; keys that fit no module, half a low-rank update, unsupported kinds (DoRA, LoHa, LoKr ...),
             wrong shapes, NaN or infinite values, missing keys in a file of ours, settings or metadata that cannot be read.
     """
-    facts = read_facts(metadata)
-    check_facts(facts, role, family)
+    parsed = read_metadata(metadata)
+    check_metadata(parsed, role, family)
     sites, left_out = find_places({key: tuple(tensor.shape) for key, tensor in tensors.items()}, family, shapes)
     check_values({key: tensors[key] for site in sites for key in site.keys.values()})
     check_reshapes(sites, tensors, shapes)
@@ -69,16 +69,16 @@ def read_expert(
         held = {kind: tensors[key] for kind, key in site.keys.items()}
         for update in site_updates(site.piece, held, family, shapes, default_scale):
             gather(update, shapes[update.name], low_rank, replaced, diff)
-    if facts.format is not None:
-        check_complete(tensors, facts, shapes)
+    if parsed.format is not None:
+        check_complete(tensors, parsed, shapes)
     return Expert(
         family.name,
         role,
         {module: tuple(sorted(updates, key=attrgetter("start"))) for module, updates in low_rank.items()},
         replaced,
         diff,
-        boundary=facts.boundary,
-        timesteps=facts.timesteps,
+        boundary=parsed.boundary,
+        timesteps=parsed.timesteps,
         notes=(*default_scale.notes, *(_left_out_note(why, keys) for why, keys in left_out.items())),
     )
 
@@ -99,9 +99,9 @@ def read_release(file: TensorFile, contents: Contents, tensors: Mapping[str, Ten
         expert = read_expert(found, {}, "detail", family, contents.native_shapes(file))
     except ExpertError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
-    facts = release_facts(file, family)
+    parsed = release_metadata(file, family)
     # its scale is the family's, which needs no note
-    return replace(expert, boundary=facts.boundary, timesteps=facts.timesteps, notes=())
+    return replace(expert, boundary=parsed.boundary, timesteps=parsed.timesteps, notes=())
 
 
 def _left_out_note(why: str, keys: Sequence[str]) -> str:
@@ -109,22 +109,22 @@ def _left_out_note(why: str, keys: Sequence[str]) -> str:
     return f"left out {counted(len(keys), 'tensor')}: {what} ({name_some(keys)})"
 
 
-def check_facts(facts: Facts, role: Side, family: Family) -> None:
+def check_metadata(metadata: ExpertMetadata, role: Side, family: Family) -> None:
     """Refuse a file of ours that says it is something else.
 
     Raises:
         ExpertError: another family, another role, or a newer format.
     """
-    if facts.family not in (None, family.name):
-        title = FAMILIES[facts.family].title if facts.family in FAMILIES else given(facts.family)
+    if metadata.family not in (None, family.name):
+        title = FAMILIES[metadata.family].title if metadata.family in FAMILIES else given(metadata.family)
         raise ExpertError(
             f"This expert is for {title}, the model is {family.title}. Load the expert made for {family.title}."
         )
-    if facts.side not in (None, role):
-        raise WrongSideError(facts.side, role)
-    if facts.format not in (None, FORMAT):
+    if metadata.side not in (None, role):
+        raise WrongSideError(metadata.side, role)
+    if metadata.format not in (None, FORMAT):
         raise ExpertError(
-            f"This expert file has format {given(facts.format)}; this version reads {FORMAT}. Update the node pack."
+            f"This expert file has format {given(metadata.format)}; this version reads {FORMAT}. Update the node pack."
         )
 
 
@@ -299,9 +299,9 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def check_complete(tensors: Mapping[str, Tensor], facts: Facts, shapes: Shapes) -> None:
+def check_complete(tensors: Mapping[str, Tensor], metadata: ExpertMetadata, shapes: Shapes) -> None:
     """A file of ours has the same keys in every block it touches; name what a cut-down one lacks."""
-    expected = len(tensors) if facts.tensors is None else facts.tensors
+    expected = len(tensors) if metadata.tensors is None else metadata.tensors
     if len(tensors) == expected:
         return
     templates = {re.sub(r"\.\d+\.", ".{n}.", key, count=1) for key in tensors}

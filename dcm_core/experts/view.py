@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from ..errors import CheckpointError, DCMError, ExpertError
 from ..families import Family
 from ..families.lora_names import Shapes, is_release_part
-from ..files.checkpoint import Layout, recognise, release_facts
-from ..files.metadata import read_facts
+from ..files.checkpoint import Layout, recognise, release_metadata
+from ..files.metadata import read_metadata
 from ..files.storage import TensorFile
 from ..routing import Side
 from .expert import Expert, LowRank
 from .match import AnyModel, Site, expert_part, tensor_name
-from .reader import check_complete, check_facts, check_reshapes, check_values, find_places, gather
+from .reader import check_complete, check_metadata, check_reshapes, check_values, find_places, gather
 from .updates import DefaultScale, Update, site_updates
 
 
@@ -21,7 +21,7 @@ class ExpertView:
     """What the expert in a file does to each layer of its base. A release's detail expert counts.
 
     Attributes:
-        facts: what the file says of itself.
+        metadata: what the file says of itself.
         modules: native names of the layers it changes.
 
     Args:
@@ -47,17 +47,17 @@ class ExpertView:
             raise CheckpointError(f"{path} is {contents.layout.value}; expected an expert file (a LoRA), or a release.")
         with self._named():
             released = contents.layout is Layout.RELEASE
-            self.facts = release_facts(self.file, found) if released else read_facts(self.file.metadata)
+            self.metadata = release_metadata(self.file, found) if released else read_metadata(self.file.metadata)
             family = family or found
             if family is None:
                 raise ExpertError("Its layers are neither Wan's nor HunyuanVideo's. Choose an expert of one of these.")
             self.family = family
-            check_facts(self.facts, role or self.facts.side, family)
+            check_metadata(self.metadata, role or self.metadata.side, family)
             self._shapes = AnyModel(family) if shapes is None else shapes
             keys = {name: self.file.shapes[key] for name, key in self._keys.items()}
             sites, self._left_out = find_places(keys, family, self._shapes)
-            if self.facts.format is not None:
-                check_complete(self._keys, self.facts, self._shapes)
+            if self.metadata.format is not None:
+                check_complete(self._keys, self.metadata, self._shapes)
             self._scale = DefaultScale(
                 family, self.file.metadata, self.file.path, released=is_release_part(self._keys, family)
             )
@@ -107,7 +107,7 @@ class ExpertView:
     def layer(self, module: str) -> Expert:
         """The same as an expert that changes nothing else; the base's shapes have to be known. Raises as `updates`."""
         low_rank: dict[str, list[LowRank]] = {}
-        expert = Expert(self.family.name, self.facts.side or "semantic")
+        expert = Expert(self.family.name, self.metadata.side or "semantic")
         for update in self.updates(module):
             gather(update, self._shapes[update.name], low_rank, expert.replaced, expert.diff)
         in_row_order = {name: tuple(sorted(pairs, key=lambda pair: pair.start)) for name, pairs in low_rank.items()}

@@ -12,7 +12,7 @@ from ..families import FAMILIES, Family
 from ..families.keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from ..families.lora_names import split_key
 from .fit import misfits
-from .metadata import Facts, read_facts
+from .metadata import ExpertMetadata, read_metadata
 from .storage import Progress, TensorFile, each_read
 from .values import is_finite
 
@@ -180,7 +180,7 @@ def _check_fit(
         semantic, detail: name in the model -> the file's key.
     """
     names = {**semantic, **detail}
-    shapes, dtypes = ({name: facts[key] for name, key in names.items()} for facts in (file.shapes, file.dtypes))
+    shapes, dtypes = ({name: values[key] for name, key in names.items()} for values in (file.shapes, file.dtypes))
     if wrong := misfits(shapes, dtypes, family, matched, detail):
         first = min(wrong)
         raise CheckpointError(
@@ -248,17 +248,17 @@ def _sources(contents: Contents) -> list[str]:
     return [piece.source for pieces in contents.matched.values() for piece in pieces]
 
 
-def release_facts(file: TensorFile, family: Family) -> Facts:
+def release_metadata(file: TensorFile, family: Family) -> ExpertMetadata:
     """Of a release's detail expert: what the file says, which ours do; else what the official code has for it.
 
     Raises:
         ExpertError: metadata that cannot be read.
     """
-    said, preset = read_facts(file.metadata), family.preset
+    said, preset = read_metadata(file.metadata), family.preset
     boundary, timesteps = (
         (preset.boundary, preset.timesteps) if said.boundary is None else (said.boundary, said.timesteps)
     )
-    return Facts(family.name, "detail", boundary=boundary, timesteps=timesteps)
+    return ExpertMetadata(family.name, "detail", boundary=boundary, timesteps=timesteps)
 
 
 def check_finite(file: TensorFile, tensors: Mapping[str, Tensor]) -> None:

@@ -45,7 +45,7 @@ LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
 @dataclass(frozen=True)
-class Facts:
+class ExpertMetadata:
     """The `dcm.*` entries of a file's metadata; None where one is absent.
 
     Attributes:
@@ -67,7 +67,7 @@ class Facts:
     timesteps: tuple[float, ...] | None = None
 
 
-def read_facts(metadata: Mapping[str, str]) -> Facts:
+def read_metadata(metadata: Mapping[str, str]) -> ExpertMetadata:
     """Our facts in a file's metadata.
 
     Raises:
@@ -75,11 +75,11 @@ def read_facts(metadata: Mapping[str, str]) -> Facts:
     """
     side = metadata.get("dcm.expert")
     if side not in (None, *SIDES):
-        raise _bad_fact("dcm.expert", side, "semantic or detail")
+        raise _bad_entry("dcm.expert", side, "semantic or detail")
     boundary = _number(metadata, "dcm.boundary", "a number between 0 and 1")
     if boundary is not None and not 0 < boundary < 1:
-        raise _bad_fact("dcm.boundary", metadata["dcm.boundary"], "a number between 0 and 1")
-    return Facts(
+        raise _bad_entry("dcm.boundary", metadata["dcm.boundary"], "a number between 0 and 1")
+    return ExpertMetadata(
         said_family(metadata),
         side,
         metadata.get("dcm.format"),
@@ -96,7 +96,7 @@ def said_family(metadata: Mapping[str, str]) -> str | None:
     return metadata.get("dcm.family")
 
 
-def _bad_fact(key: str, value: object, expected: str) -> ExpertError:
+def _bad_entry(key: str, value: object, expected: str) -> ExpertError:
     return ExpertError(
         f"Its metadata says {key} = {given(value)}; expected {expected}. Save or download the file again."
     )
@@ -110,7 +110,7 @@ def _number(metadata: Mapping[str, str], key: str, expected: str) -> float | Non
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise _bad_fact(key, metadata[key], expected)
+        raise _bad_entry(key, metadata[key], expected)
     return number
 
 
@@ -119,7 +119,7 @@ def _count(metadata: Mapping[str, str], key: str) -> int | None:
     if text is None:
         return None
     if not (len(text) < 10 and text.isascii() and text.isdecimal()):
-        raise _bad_fact(key, text, "a whole number")
+        raise _bad_entry(key, text, "a whole number")
     return int(text)
 
 
@@ -135,7 +135,7 @@ def _timesteps(metadata: Mapping[str, str]) -> tuple[float, ...] | None:
     if not all(_is_number(step) and 0 < step <= 1000 for step in steps) or any(
         low >= high for high, low in pairwise(steps)
     ):
-        raise _bad_fact("dcm.timesteps", text, "falling numbers within 0 to 1000, such as [1000.0, 912.4]")
+        raise _bad_entry("dcm.timesteps", text, "falling numbers within 0 to 1000, such as [1000.0, 912.4]")
     return tuple(map(float, steps))
 
 

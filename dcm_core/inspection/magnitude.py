@@ -19,7 +19,7 @@ from ..experts.updates import Update, file_updates
 from ..families import Family
 from ..families.keymap import fuse
 from ..files.checkpoint import Contents, Layout, recognise
-from ..files.metadata import read_facts
+from ..files.metadata import read_metadata
 from ..files.storage import Progress, TensorFile
 
 # (native tensor name, first row, number of rows) -> these rows of the base, None where they are not at hand as numbers.
@@ -64,7 +64,7 @@ class Profile:
     unmeasured: Mapping[str, Column]
     broken: tuple[str, ...]
 
-    def facts(self) -> dict[str, str | None]:
+    def summary(self) -> dict[str, str | None]:
         """In words, by subject."""
         waiting, broken = counted(len(self.unmeasured), "replaced tensor"), counted(len(self.broken), "tensor")
         return {
@@ -174,7 +174,7 @@ def file_profile(
     family, expert = expert_part(file, contents)
     if family is None or not expert:
         return None
-    role = read_facts(file.metadata).side or "expert"
+    role = read_metadata(file.metadata).side or "expert"
     keys = {name: file.shapes[key] for name, key in expert.items()}
     shapes = target.shapes if target is not None and target.takes(keys, family) else None
     if contents.layout is Layout.RELEASE:

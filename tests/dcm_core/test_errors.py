@@ -37,7 +37,7 @@ def test_one_of_everything_is_said_in_the_singular():
         describe_conditioning([[torch.zeros(1, 1, 8), {}]]),
         str(Conversion("Wan 2.1", Path("base"), 1, None, "")),
         str(Extraction(Path("x"), {"a": LayerReport(1, 1.0, 1.0)}, ("b",), 1)),
-        "; ".join(filter(None, Profile({}, {}, True, {"a": ("in", 0)}, ("b",)).facts().values())),
+        "; ".join(filter(None, Profile({}, {}, True, {"a": ("in", 0)}, ("b",)).summary().values())),
         said(check_sigmas, torch.tensor([[1.0, 0.0]])),
         one_latent(),
     ]
