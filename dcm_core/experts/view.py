@@ -1,4 +1,4 @@
-"""An expert in its file, read a layer at a time: for what is written from it, whatever its size."""
+"""An expert in its file, read one layer at a time, so that experts of any size can be written in another format."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from .updates import DefaultScale, Update, site_updates
 
 
 class ExpertView:
-    """What the expert in a file does to each layer of its base. A release's detail expert counts.
+    """What the expert in a file does to each layer of its base. For a release, this is the detail expert.
 
     Attributes:
         metadata: what the file says of itself.
@@ -26,11 +26,11 @@ class ExpertView:
 
     Args:
         shapes: native tensor name -> shape of the base; None for any model of the family.
-        role: the side it is to be used for; None for whichever it is.
+        role: the side to use it for; None for its own.
 
     Raises:
-        CheckpointError: a file that cannot be read, is damaged, or holds no expert.
-        ExpertError: an expert of another family or side, or tensors that fit no layer.
+        CheckpointError: the file cannot be read, is damaged, or contains no expert.
+        ExpertError: the expert is for another family or side, or a tensor does not fit any layer.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ExpertView:
             self.metadata = release_metadata(self.file, found) if released else read_metadata(self.file.metadata)
             family = family or found
             if family is None:
-                raise ExpertError("Its layers are neither Wan's nor HunyuanVideo's. Choose an expert of one of these.")
+                raise ExpertError("Its layers are neither Wan's nor HunyuanVideo's. Choose an expert for one of these models.")
             self.family = family
             check_metadata(self.metadata, role or self.metadata.side, family)
             self._shapes = AnyModel(family) if shapes is None else shapes
@@ -70,7 +70,7 @@ class ExpertView:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors begin with the file."""
+        """Put the file's name in front of errors."""
         try:
             yield
         except DCMError as error:
@@ -78,20 +78,20 @@ class ExpertView:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to tell of how it was read, once its layers were."""
+        """Notes on how it was read, complete once all layers were."""
         return self._scale.notes
 
     @property
     def left_out(self) -> list[str]:
-        """Tensors of the file that belong to no transformer, or to a part that this one lacks."""
+        """Tensors of the file that are not for a transformer, or for a part that this one lacks."""
         return [key for keys in self._left_out.values() for key in keys]
 
     def updates(self, module: str) -> list[Update]:
-        """What it does to a layer.
+        """What it does to one layer.
 
         Raises:
-            CheckpointError: a file that changed since it was opened.
-            ExpertError: NaN or infinite values, or a trainer's settings that cannot be read.
+            CheckpointError: the file changed since it was opened.
+            ExpertError: NaN or infinite values, or its trainer's settings cannot be read.
         """
         found: list[Update] = []
         for site in self._sites.get(module, ()):
@@ -105,7 +105,7 @@ class ExpertView:
         return found
 
     def layer(self, module: str) -> Expert:
-        """The same as an expert that changes nothing else; the base's shapes have to be known. Raises as `updates`."""
+        """The same as an expert that changes this layer alone. It needs the base's shapes, and raises what `updates` raises."""
         low_rank: dict[str, list[LowRank]] = {}
         expert = Expert(self.family.name, self.metadata.side or "semantic")
         for update in self.updates(module):

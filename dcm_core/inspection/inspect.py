@@ -1,4 +1,4 @@
-"""Say what a file is: layout, family, experts, rank, dtype, boundary, and keys that are missing or odd."""
+"""Describe a file: layout, family, experts, rank, dtype, boundary, and keys that are missing or unknown."""
 
 import json
 import math
@@ -18,20 +18,20 @@ from ..files.metadata import ExpertMetadata, read_metadata
 from ..files.storage import Progress, TensorFile
 from ..text import LINE_LENGTH, given, one_line
 
-# Alphas that are read, and different ones that are listed.
+# How many alphas are read, and how many different ones are listed.
 MOST_READ, MOST_ALPHAS = 2000, 6
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file is.
+    """The description of a file.
 
     Attributes:
-        unplaced: keys of a LoRA that follow no known naming.
+        unplaced: keys of a LoRA in an unknown naming.
         known: how many of a LoRA's keys its family has a layer for.
-        fits: how many of the expert's keys have a place in the model it was compared with.
-        checksum: of a file of ours, once its content was found to match.
-        problem: None for a sound file.
+        fits: how many of the expert's keys fit the model it was compared with.
+        checksum: the checksum of one of our own files, if its content matches.
+        problem: what is wrong with the file, or None.
     """
 
     path: str
@@ -73,23 +73,23 @@ class Inspection:
 
 
 def in_lines(lines: Mapping[str, str | None]) -> str:
-    """A line for each fact that is known."""
+    """One line for each known value."""
     return "\n".join(
         f"{name:>10}: {one_line(value, LINE_LENGTH)}" for name, value in lines.items() if value is not None
     )
 
 
 def inspect_file(path: str | os.PathLike, target: Target | None = None, progress: Progress | None = None) -> Inspection:
-    """Look at a safetensors file; an incomplete or damaged model is described, with what is wrong in `problem`.
+    """Describe a safetensors file. For an incomplete or damaged model, `problem` says what is wrong.
 
-    A file with a checksum is read from end to end.
+    A file with a checksum is read completely.
 
     Args:
-        target: the model its expert is to go on.
+        target: the model to compare its expert with.
         progress: called with (bytes done, bytes in all); may raise to interrupt.
 
     Raises:
-        CheckpointError: a file that cannot be read at all.
+        CheckpointError: the file cannot be read at all.
     """
     file = TensorFile(path)
     problem = None
@@ -136,7 +136,7 @@ def inspect_file(path: str | os.PathLike, target: Target | None = None, progress
 
 
 def _ranks(file: TensorFile, metadata: ExpertMetadata, names: Mapping[str, LoraKey | None]) -> tuple[int, ...]:
-    """Of our files the rank of one update, not of the stacked ones of fused modules."""
+    """The ranks of its LoRA. In our own files this is the rank of one update, before fused modules are stacked."""
     if metadata.rank is not None:
         return (metadata.rank,)
     downs = (file.shapes[key] for key, name in names.items() if name and name.kind == "down")
@@ -144,7 +144,7 @@ def _ranks(file: TensorFile, metadata: ExpertMetadata, names: Mapping[str, LoraK
 
 
 def _alpha(file: TensorFile, metadata: ExpertMetadata, names: Mapping[str, LoraKey | None]) -> str | None:
-    """As the file says it, else the alphas it stores."""
+    """The alpha in its metadata, else the alphas it stores."""
     if metadata.alpha is not None:
         return f"{metadata.alpha:g}"
     keys = [key for key, name in names.items() if name and name.kind == "alpha" and math.prod(file.shapes[key]) == 1]
@@ -154,10 +154,10 @@ def _alpha(file: TensorFile, metadata: ExpertMetadata, names: Mapping[str, LoraK
 
 
 def _default_scales(file: TensorFile, shapes: Mapping[str, Shape], family: Family) -> tuple[str, ...]:
-    """What is taken for the layers of a LoRA that store no alpha.
+    """The scales that are used for layers of a LoRA without a stored alpha.
 
     Raises:
-        ExpertError: a trainer's settings that cannot be read.
+        ExpertError: its trainer's settings cannot be read.
     """
     scale = DefaultScale(family, file.metadata, file.path, released=is_release_part(shapes, family))
     for site in match_expert(shapes, family, AnyModel(family)).sites:

@@ -1,4 +1,4 @@
-"""Draw a loss of a training run over its steps."""
+"""Plot a loss of a training run over its steps."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,20 +10,20 @@ from ..errors import counted
 from .plot import COLOURS, GRID, Canvas, Point, round_step
 
 MEAN, EACH = COLOURS["semantic"], "#6d7080"
-# Of a step in the running mean.
+# Weight of a new step in the running mean.
 WEIGHT = 0.03
-# From where on a loss is drawn over the logarithm: its highest value over its lowest.
+# A loss is drawn on a log scale if its highest value divided by its lowest is at least this.
 LOG_RATIO = 20
-# Magnitudes that can be drawn; what is smaller is drawn as 0, what is larger as the largest.
+# Magnitudes that can be drawn. Smaller values are drawn as 0, larger ones as the largest.
 SMALLEST, LARGEST = 1e-300, 1e300
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Where a value lies on an axis.
+    """An axis.
 
     Attributes:
-        marks: rising values with a line and a label each; the first and the last are the axis' ends.
+        marks: rising values, each with a line and a label. The first and the last are the ends of the axis.
         labels: a text for each mark.
     """
 
@@ -32,7 +32,7 @@ class Scale:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """0 at the lower end, 1 at the upper; what is beyond lies at the end."""
+        """Position of a value: 0 at the lower end, 1 at the upper end. Values outside are moved to the end."""
         low, high = self.marks[0], self.marks[-1]
         value = min(max(value, low), high)
         if self.log:
@@ -41,12 +41,12 @@ class Scale:
 
 
 def plot_losses(history: Sequence[Mapping[str, float]], term: str, width: int = 768, height: int = 432) -> Image.Image:
-    """A loss over the steps: every value faint, the running mean strong, the newest of both in numbers.
+    """Plot a loss over the steps: every value faint, the running mean strong, and the latest of both as numbers.
 
-    Positive losses that change much are drawn over the logarithm. Steps whose loss is NaN or infinite are a gap, and counted.
+    Positive losses over a wide range are drawn on a log scale. Steps whose loss is NaN or infinite leave a gap and are counted.
 
     Args:
-        history: for each step its `step` and losses by name; steps without `term` are passed over.
+        history: for each step, its number `step` and its losses by name. Steps without `term` are skipped.
     """
     entries = [(entry["step"], entry[term]) for entry in history if term in entry]
     finite = [(step, _drawable(value)) for step, value in entries if math.isfinite(value)]
@@ -97,9 +97,9 @@ def _drawable(value: float) -> float:
 
 
 def _range(ordered: Sequence[float]) -> tuple[float, float]:
-    """The lowest and the highest value to draw; a few wild ones far from the rest must not flatten it.
+    """The lowest and the highest value to draw. A few outliers must not flatten the rest.
 
-    The rest: all but the lowest and the highest fiftieth. Far: further than the rest's own span.
+    The rest is all values but the lowest and the highest 2%. Outliers are further away than the span of the rest.
     """
     few = len(ordered) // 50
     places = [math.log10(value) for value in ordered] if ordered[0] > 0 else ordered
@@ -111,18 +111,18 @@ def _range(ordered: Sequence[float]) -> tuple[float, float]:
 
 
 def scale_of(low: float, high: float) -> Scale:
-    """An axis for values from `low` to `high`, its ends round numbers outside of them."""
+    """An axis for values from `low` to `high`. Its ends are round numbers around them."""
     if low > 0 and high / low >= LOG_RATIO:
         return _log_scale(low, high)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
-        # no change to be seen: the line lies in the middle
+        # a constant line is drawn in the middle
         half = max(abs(low) / 2, SMALLEST) if low else 1.0
         low, high = low - half, high + half
     step = round_step((high / 4 - low / 4) or SMALLEST)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     marks = tuple(number * step for number in range(first, last + 1))
     magnitude = math.floor(math.log10(max(abs(marks[0]), abs(marks[-1]))))
-    # enough digits that no two are the same; thousands in full
+    # enough digits to tell the labels apart; thousands are written in full
     digits = max(magnitude - math.floor(math.log10(step)), min(magnitude, 5) if magnitude < 6 else 0) + 1
     return Scale(marks, tuple(f"{mark:.{digits}g}" for mark in marks))
 
@@ -134,7 +134,7 @@ def _log_scale(low: float, high: float) -> Scale:
         powers = range(first, first + every * math.ceil((last - first) / every) + 1, every)
         marks = [float(f"1e{power}") for power in powers]
     else:
-        # 2 and 5 between few powers of ten
+        # with few powers of ten, 2 and 5 get marks too
         between = (1, 2, 5) if last - first <= 2 else (1,)
         marks = [float(f"{digit}e{power}") for power in range(first, last + 1) for digit in between]
         marks = marks[sum(mark <= low for mark in marks[1:]) : len(marks) - sum(mark >= high for mark in marks[:-1])]
@@ -150,10 +150,10 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 
 def _steps_below(canvas: Canvas, steps: Sequence[float]) -> Callable[[float], float]:
-    """Label the lower axis; where a step lies on it, as a share of its length."""
+    """Label the lower axis. Returns a function from a step to its position on it, from 0 to 1."""
     unit, first, last = canvas.unit, steps[0], steps[-1]
     widest = canvas.draw.textlength(f"{last:,.0f}", font=canvas.font)
-    # half of the last label is right of the axis
+    # half of the last label extends past the axis
     canvas.right -= max(0, widest / 2 - 5 * unit)
     room = widest + 6 * unit
     every = max(1, round_step(max(1, last - first) * room / (canvas.right - canvas.left)))
@@ -170,7 +170,7 @@ def _steps_below(canvas: Canvas, steps: Sequence[float]) -> Callable[[float], fl
 
 
 def _unbroken(entries: Sequence[tuple[float, float]]) -> list[list[Point]]:
-    """Steps and losses in parts that no step without a finite loss interrupts."""
+    """Steps and losses, split at steps without a finite loss."""
     parts: list[list[Point]] = [[]]
     for step, value in entries:
         if math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Draw a schedule (noise levels over steps, coloured by the expert that owns them), and how much each expert changes each
+"""Plot a schedule (noise levels over steps, coloured by the expert that runs them), or how much each expert changes each
 block.
 """
 
@@ -14,18 +14,18 @@ from .magnitude import AFTER, BEFORE, Profile
 BACKGROUND, GRID, TEXT = "#1e1f26", "#3a3c48", "#d7d9e0"
 COLOURS = {"semantic": "#f2a33c", "detail": "#4cb3ff"}
 NEUTRAL = "#8a8d99"  # a model without an expert
-SCALE = 2  # drawn larger and reduced: smooth lines
+SCALE = 2  # drawn larger and scaled down, for smooth lines
 
 Point = tuple[float, float]
 
 
 class Canvas:
-    """An image that is being drawn: positions in its own large pixels, widths, radii and margins in `unit`s.
+    """An image to draw on. Positions are in its enlarged pixels; widths, radii and margins are in `unit`s.
 
     Attributes:
-        unit: a hundredth of the shorter side.
-        left, top, right, bottom: of the box inside the margins.
-        font, small: of `text` units, and a little smaller.
+        unit: one hundredth of the shorter side.
+        left, top, right, bottom: edges of the box inside the margins.
+        font, small: the font at `text` units, and a smaller one.
     """
 
     def __init__(self, width: int, height: int, margins: tuple[float, float, float, float], text: float = 4.2):
@@ -38,7 +38,7 @@ class Canvas:
         self.left, self.top, self.right, self.bottom = left, top, self.image.width - right, self.image.height - bottom
 
     def at(self, across: float, up: float) -> Point:
-        """A place in the box: (0, 0) is its lower left corner, (1, 1) the upper right one."""
+        """A position in the box: (0, 0) is the lower left corner, (1, 1) the upper right one."""
         return self.left + (self.right - self.left) * across, self.bottom - (self.bottom - self.top) * up
 
     def line(self, points: Sequence[Point], colour: str, width: float) -> None:
@@ -52,13 +52,13 @@ class Canvas:
         self.draw.text(place, text, fill=TEXT, font=font or self.font, anchor=anchor)
 
     def level(self, up: float, label: str, font: ImageFont.FreeTypeFont | None = None, gap: float = 1.5) -> None:
-        """A line across the box, its label before it."""
+        """A line across the box with its label on the left."""
         x, y = self.at(0, up)
         self.line([(x, y), (self.right, y)], GRID, 0.25)
         self.text((x - gap * self.unit, y), label, "rm", font)
 
     def legend(self, y: float, colours: Mapping[str, str]) -> None:
-        """Words in a row, a dot in its colour before each."""
+        """Labels in a row, each after a dot in its colour."""
         x = self.left
         for text, colour in colours.items():
             self.dot((x, y), colour)
@@ -66,7 +66,7 @@ class Canvas:
             x += self.draw.textlength(text, font=self.font) + 8 * self.unit
 
     def shortened(self, text: str) -> str:
-        """The text, its end left out where it is wider than the box."""
+        """The text, cut if it is wider than the box."""
         shown = text
         while text and self.draw.textlength(shown, font=self.font) > self.right - self.left:
             text = text[:-1]
@@ -80,10 +80,10 @@ class Canvas:
 def plot_schedule(
     sigmas: Tensor, boundary: float | None, width: int = 768, height: int = 432, owners: tuple[Owner, Owner] = SIDES
 ) -> Image.Image:
-    """The schedule as an image of the given size in pixels, coloured by who runs which step as in `routing.plan_steps`.
+    """Plot a schedule at a size in pixels, coloured by what runs each step (see `routing.plan_steps`).
 
     Raises:
-        ScheduleError: sigmas that cannot be sampled, or a boundary outside (0, 1).
+        ScheduleError: the sigmas cannot be sampled, or the boundary is outside (0, 1).
     """
     plan = plan_steps(sigmas, boundary, owners)
     canvas = Canvas(width, height, (13, 14, 5, 13.5))
@@ -93,7 +93,7 @@ def plot_schedule(
         canvas.level(sigma, f"{sigma:g}", gap=2.5)
     if boundary is not None:
         _dashed(canvas, boundary)
-        below = boundary > 0.5  # on the side of the line that has room
+        below = boundary > 0.5  # the label is put on the side of the line with room
         x, y = canvas.at(0, boundary)
         canvas.text((x + unit, y + (unit if below else -unit)), f"boundary {boundary:g}", "la" if below else "ld")
     canvas.legend(5 * unit, {words: COLOURS.get(owner, NEUTRAL) for words, owner in plan.parts})
@@ -117,7 +117,7 @@ def _dashed(canvas: Canvas, up: float) -> None:
 
 
 def plot_profile(profile: Profile | None, title: str, width: int = 768, height: int = 432) -> Image.Image:
-    """A bar for each expert at each block, the embedders before and the output head after them; None: no expert."""
+    """Plot one bar for each expert and block, with the embedders first and the output head last. None means no expert."""
     canvas = Canvas(width, height, (14, 27, 3, 16), text=5.2)
     unit = canvas.unit
     canvas.text((canvas.left, 5 * unit), canvas.shortened(title), "lm")
@@ -141,7 +141,7 @@ def plot_profile(profile: Profile | None, title: str, width: int = 768, height: 
 def _bars(canvas: Canvas, profile: Profile, highest: float) -> None:
     unit, bottom = canvas.unit, canvas.bottom
     groups = {group: count for group, count in profile.groups.items() if count}
-    # a gap before and after each group, as wide as a column
+    # a gap of one column before and after each group
     column = (canvas.right - canvas.left) / (sum(groups.values()) + len(groups))
     bar = min(0.8 * column / len(profile.experts), 10 * unit)
     every = round_step(max(1.0, 9 * unit / column))
@@ -165,6 +165,6 @@ def _bars(canvas: Canvas, profile: Profile, highest: float) -> None:
 
 
 def round_step(value: float) -> float:
-    """The next 1, 2 or 5 times a power of ten."""
+    """The next larger 1, 2 or 5 times a power of ten."""
     power = 10 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= value * (1 - 1e-9))
