@@ -142,7 +142,9 @@ def check_sizes(expert: Expert, shapes: Shapes) -> None:
             heights = (*shape[1:], shape[0] - update.start) if shape else ()
             if tuple(update.down.shape[1:]) != shape[1:] or update.up.shape[0] not in heights:
                 raise _other_size(
-                    f"The LoRA of {module} has shapes {tuple(update.down.shape)} and {tuple(update.up.shape)}", module, shape
+                    f"The LoRA of {module} has shapes {tuple(update.down.shape)} and {tuple(update.up.shape)}",
+                    module,
+                    shape,
                 )
     for name, tensor in (*expert.replaced.items(), *expert.diff.items()):
         if tuple(tensor.shape) != (shape := tuple(shapes.get(name, ()))):

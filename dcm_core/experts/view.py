@@ -50,7 +50,9 @@ class ExpertView:
             self.metadata = release_metadata(self.file, found) if released else read_metadata(self.file.metadata)
             family = family or found
             if family is None:
-                raise ExpertError("Its layers are neither Wan's nor HunyuanVideo's. Choose an expert for one of these models.")
+                raise ExpertError(
+                    "Its layers are neither Wan's nor HunyuanVideo's. Choose an expert for one of these models."
+                )
             self.family = family
             check_metadata(self.metadata, role or self.metadata.side, family)
             self._shapes = AnyModel(family) if shapes is None else shapes

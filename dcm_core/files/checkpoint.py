@@ -268,4 +268,6 @@ def check_finite(file: TensorFile, tensors: Mapping[str, Tensor]) -> None:
     """
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if broken:
-        raise CheckpointError(f"{file.path} has NaN or infinite values in {name_some(broken)}. Download the file again.")
+        raise CheckpointError(
+            f"{file.path} has NaN or infinite values in {name_some(broken)}. Download the file again."
+        )

@@ -293,9 +293,7 @@ def _peft_settings(values: Mapping[str, Any], source: str) -> LoraSettings:
         )
     alphas, ranks = (_pattern(getattr(config, name), name, source) for name in ("alpha_pattern", "rank_pattern"))
     plain = {_plain_name(name): int(value) for name, value in ranks.items()}
-    if (
-        None in plain
-    ):  # the rank only shows whether the settings belong to the file, so its layers are not compared
+    if None in plain:  # the rank only shows whether the settings belong to the file, so its layers are not compared
         plain, rank = {}, None
     return LoraSettings(
         source,

@@ -67,7 +67,9 @@ class Unfinished:
         with self._told():
             # flushed to disk before the rename: a power cut leaves the old file or the new one
             os.fsync(self._file.fileno())
-            if fcntl is None:  # Windows cannot move an open file; on other systems it stays locked until it has its name
+            if (
+                fcntl is None
+            ):  # Windows cannot move an open file; on other systems it stays locked until it has its name
                 self._file.close()
             self._place.replace(self.path)
 
@@ -140,7 +142,9 @@ def check_targets(sources: Sequence[Path], targets: Sequence[Path], overwrite: b
     resolved = [target.resolve() for target in targets]
     if {source.resolve() for source in sources} & set(resolved) or len(set(resolved)) < len(resolved):
         inputs = f"the input{'s' if len(sources) > 1 else ''} {', '.join(map(str, sources))}"
-        raise CheckpointError(f"The outputs {', '.join(map(str, targets))} must be different files, and different from {inputs}.")
+        raise CheckpointError(
+            f"The outputs {', '.join(map(str, targets))} must be different files, and different from {inputs}."
+        )
     existing = [str(target) for target in targets if target.exists()]
     if existing and not overwrite:
         verb = "exists" if len(existing) == 1 else "exist"
@@ -192,4 +196,6 @@ def remove_left(folder: Path, pattern: str) -> None:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another process writes
             size = path.stat().st_size
             path.unlink()
-            logger.warning("Removed the unfinished file %s (%.1f MB). The process that was writing it has ended.", path, size / 1e6)
+            logger.warning(
+                "Removed the unfinished file %s (%.1f MB). The process that was writing it has ended.", path, size / 1e6
+            )
