@@ -12,7 +12,7 @@ from .config import TrainingConfig
 from .parallel import Processes
 
 # Loss scale for models that compute in float16: without it, gradients of a video underflow.
-# torch's GradScaler is not used: it grows without limit, and its step count would have to be saved and resumed.
+# PyTorch's GradScaler is not used: it grows without limit, and its step count would have to be saved and resumed.
 LOSS_SCALE = 2.0**16
 # After it was lowered, it is doubled again after this many steps.
 STEPS_TO_RESCALE = 1000

@@ -39,7 +39,7 @@ CASTING = SimpleNamespace(
 
 
 class PreciseExpert(RoutedExpert):
-    """Its bare parameters stay in its own dtype, since the base's may be too coarse to train in. Strength has no effect."""
+    """Its bare parameters stay in its own dtype, since the base's may be too coarse to train in. `strength` is not used."""
 
     def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for name, replaced, tensor in zip(self.bare_names, self.bare_replaced, self.bare, strict=True):

@@ -115,7 +115,7 @@ def unanswered(
 ) -> tuple[set[str], set[str]]:
     """The layers and bare parameters that were not used inside `in_place` with `watch`.
 
-    A part of the model may be idle: a block that a node skips while others of its list run, or a part for an optional input.
+    A part of the model may be idle: a block that a node skips while others run, or a part for an optional input.
 
     Args:
         required: names of the top-level parts that every call needs.

@@ -11,8 +11,8 @@ from .storage import TensorFile
 def views(file: TensorFile) -> dict[str, Tensor]:
     """All tensors as views of the mapped file. The system reads them on use, and drops them when it needs memory.
 
-    Writing to one does not change the file. The file must stay while one exists: Windows does not let anyone replace it, and
-    on other systems it must not be written to in place. A tensor that cannot be mapped is read.
+    Writing to a tensor does not change the file. The file must stay while a view exists. Windows does not let anyone replace
+    it; on other systems it must not be written to in place. A tensor that cannot be mapped is read.
 
     Raises:
         CheckpointError: the file changed since it was opened.

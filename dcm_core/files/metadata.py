@@ -288,7 +288,7 @@ def _peft_settings(values: Mapping[str, Any], source: str) -> LoraSettings:
         )
     if str(config.init_lora_weights).split("_niter")[0] in CHANGES_BASE:
         raise ExpertError(
-            f"{source} says init_lora_weights = {given(config.init_lora_weights)}: the LoRA only works on the base that was changed with it. "
+            f"{source} says init_lora_weights = {given(config.init_lora_weights)}: the LoRA needs the base that was changed with it. "
             "Save it with PEFT's path_initial_model_for_weight_conversion, which makes it a LoRA for the plain base."
         )
     alphas, ranks = (_pattern(getattr(config, name), name, source) for name in ("alpha_pattern", "rank_pattern"))

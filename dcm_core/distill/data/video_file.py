@@ -240,11 +240,11 @@ def _colours(frame: Any) -> dict[str, int]:
     matrix, extent = frame.colorspace, frame.color_range
     if frame.format.is_rgb or (matrix == UNSPECIFIED and not extent):
         return {}
-    told = {
+    colours = {
         "src_colorspace": matrix,
         "dst_colorspace": Colorspace.ITU709 if matrix == Colorspace.ITU601 else Colorspace.ITU601,
     }
-    return told | ({"src_color_range": extent, "dst_color_range": ColorRange.JPEG} if extent else {})
+    return colours | ({"src_color_range": extent, "dst_color_range": ColorRange.JPEG} if extent else {})
 
 
 def _has_alpha(frame: Any) -> bool:
