@@ -129,7 +129,7 @@ def test_boundary_outside_the_open_interval_is_refused(boundary):
 
 
 def test_plan_refuses_what_cannot_be_sampled():
-    with pytest.raises(ScheduleError, match="have to fall"):
+    with pytest.raises(ScheduleError, match="expected values that fall"):
         plan_steps(torch.tensor([0.5, 0.9, 0.0]), 0.979)
 
 

@@ -116,7 +116,7 @@ def test_an_empty_one_is_refused(tmp_path):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"0.cond": torch.ones(1)}, {})
-    with pytest.raises(DCMError, match="holds no saved conditioning"):
+    with pytest.raises(DCMError, match="is not a saved conditioning"):
         load_conditioning(path)
     path.write_bytes(b"PK\x03\x04 a pickle")
     with pytest.raises(DCMError, match="pickle"):

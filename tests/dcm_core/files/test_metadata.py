@@ -251,7 +251,7 @@ def test_metadata_of_diffusers_are_read_in_the_same_way():
         ({"layer_replication": [[0, 2]]}, "is made for replicated layers, which cannot"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4': .*a base that was changed"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-        ({"peft_type": "LOKR"}, "is for the method 'LOKR'. Experts are made of plain LoRA"),
+        ({"peft_type": "LOKR"}, "is for the method 'LOKR'. Experts use plain LoRA"),
         ({"task_type": "PAINTING"}, "adapter_config.json is no LoRA configuration of PEFT .*PAINTING"),
         ({"target_modules": [[]]}, "is no LoRA configuration of PEFT"),
         ({"r": "4"}, "r is '4'; expected a number"),
