@@ -103,7 +103,7 @@ def extract_lora(
         raise CheckpointError(f"{out} is one of the inputs. Choose another name for the LoRA.")
     _check_device(device)
     if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists already. Choose another name, or allow overwriting.")
+        raise CheckpointError(f"{out} already exists. Choose another name, or allow overwriting.")
     new, old = NativeView(tuned), NativeView(base)
     _check_same(new, old)
     check_room({out: dtype.itemsize * sum(_most_values(name, new.shape(name), rank) for name in new.pieces)})

@@ -117,13 +117,13 @@ def read_checkpoint(path: Path, shapes: Mapping[str, Shape] | None = None, weigh
         raise CheckpointError(f"{path} is not a training checkpoint. Choose the folder of a training run.")
     tensors = file.read_all() if weights else {key: file.read(key) for key in file.shapes.keys() & {HISTORY}}
     try:
-        settings = renamed(dict(parse_json(file.metadata["config"], "config")), FORMER)
+        settings = renamed(dict(parse_json(file.metadata["config"], "metadata entry 'config'")), FORMER)
         unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(TrainingConfig)})
         # version 0.1.0 stored the history in the header
         history = tensors.pop(HISTORY).numpy().tobytes() if HISTORY in tensors else file.metadata[HISTORY]
         steps, identity, history = (
             int(file.metadata["steps"]),
-            parse_json(file.metadata["facts"], "facts"),
+            parse_json(file.metadata["facts"], "metadata entry 'facts'"),
             json.loads(history),
         )
         config = None if unknown else TrainingConfig.from_dict(settings)

@@ -69,7 +69,7 @@ def load_conditioning(path: str | os.PathLike) -> Conditioning:
         raise DCMError(f"{path} is not a saved conditioning. Choose a file that DCM Save Conditioning wrote.")
     tensors = file.read_all()
     try:
-        values = parse_json(file.metadata["values"], "values")
+        values = parse_json(file.metadata["values"], "metadata entry 'values'")
         if not values or not all(isinstance(extras, dict) for extras in values):
             raise ValueError("it has no list of entries")
         conditioning: Conditioning = [[tensors.pop(str(index)), dict(extras)] for index, extras in enumerate(values)]

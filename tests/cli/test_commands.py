@@ -68,7 +68,7 @@ def test_export_to_a_release(source, tmp_path, capsys):
     found, wanted = load_file(back), load_file(source)
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in found)
     assert run("export", expert, back, "--to", "release", "--base", base, "--rank", 16, "--dtype", "float32") == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert run("export", expert, back, "--to", "release", "--base", base, "--rank", 16, "--overwrite") == 0
     assert "LoRA rank 16" in capsys.readouterr().out
 

@@ -159,7 +159,7 @@ def test_existing_files_are_kept(family, save, release, targets):
     source = save(release)
     for existing in targets:
         existing.write_bytes(b"old")
-        with pytest.raises(CheckpointError, match=rf"{existing.name} exists already"):
+        with pytest.raises(CheckpointError, match=rf"{existing.name} already exists"):
             convert_release(source, *targets)
         assert written(targets) == [existing.name]
         assert existing.read_bytes() == b"old"

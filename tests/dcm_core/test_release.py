@@ -311,7 +311,7 @@ def test_existing_files_and_inputs_are_kept(converted, tmp_path):
         with pytest.raises(DCMError, match="must be different files, and different from the inputs"):
             write_release(*converted, out, overwrite=True)
     (out := tmp_path / "old.safetensors").write_bytes(b"old")
-    with pytest.raises(DCMError, match="exists already"):
+    with pytest.raises(DCMError, match="already exists"):
         write_release(*converted, out)
     assert out.read_bytes() == b"old" and [path.read_bytes() for path in converted] == before
 

@@ -91,7 +91,7 @@ def read_dataset(path: str | os.PathLike, progress: Progress = lambda done, tota
     if file.metadata.get("format") != FORMAT:
         raise DCMError(f"{path} is not a dataset file. Choose a file that DCM Save Dataset wrote.")
     try:
-        contents = parse_json(file.metadata["facts"], "facts", MAX_HEADER)
+        contents = parse_json(file.metadata["facts"], "metadata entry 'facts'", MAX_HEADER)
         which, unconditional = [_index(value) for value in contents["which"]], _index(contents["unconditional"])
         if not which:
             raise ValueError("it has no clips")

@@ -195,7 +195,7 @@ def test_what_no_sampler_could_use_is_refused(tmp_path, case):
         }
     write_tensors(tmp_path / "x.safetensors", tensors, {"format": "dcm-conditioning", "values": json.dumps(values)})
     # numbers that are none are not even JSON
-    said = "Its values is not valid JSON .NaN is not a number" if case == "number" else message
+    said = "Its metadata entry 'values' is not valid JSON .NaN is not a number" if case == "number" else message
     with pytest.raises(DCMError, match=f"damaged conditioning file.*{said}"):
         load_conditioning(tmp_path / "x.safetensors")
 
