@@ -17,7 +17,7 @@ NO_LAYER, OTHER_SIZE, HALF, TWICE, ROWS = (
     "no such layer",
     "another size",
     "half of a LoRA layer",
-    "given twice",
+    "duplicate",
     "only some rows",
 )
 # Why a tensor can be left out: the rest of the file works without it.

@@ -66,7 +66,7 @@ def _blocks(shapes: Shapes) -> Misfits:
         (usual, _), *others = Counter(tuple(shapes[name]) for name in names).most_common()
         if others:
             yield from (
-                (name, f"has shape {shapes[name]}, but in other blocks {usual}")
+                (name, f"has shape {shapes[name]}, but {usual} in other blocks")
                 for name in names
                 if tuple(shapes[name]) != usual
             )
@@ -77,7 +77,7 @@ def _biases(shapes: Shapes) -> Misfits:
     for name, shape in shapes.items():
         weight = shapes.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
         if weight is not None and tuple(shape) != tuple(weight[:1]):
-            yield name, f"has shape {shape}, but its weight {weight}"
+            yield name, f"has shape {shape}, but its weight has {weight}"
 
 
 def _perceptrons(shapes: Shapes) -> Misfits:
@@ -85,7 +85,7 @@ def _perceptrons(shapes: Shapes) -> Misfits:
         for name, shape in shapes.items():
             after = f"{name.removesuffix(ending)}{following}" if name.endswith(ending) else ""
             if after in shapes and tuple(shapes[after][1:]) != tuple(shape[:1]):
-                yield after, f"has shape {shapes[after]}, but {name} before it {shape}"
+                yield after, f"has shape {shapes[after]}, but {name} before it has {shape}"
 
 
 def _fused(shapes: Shapes, dtypes: DTypes, matched: Mapping[str, Sequence[Piece]]) -> Misfits:
@@ -107,7 +107,7 @@ def _copies(
     """The detail expert's own layers must have the shapes of the base's layers."""
     for name, source in copies.items():
         if tuple(shapes[name]) != tuple(shapes[source]):
-            yield name, f"has shape {shapes[name]}, but {source} {shapes[source]}"
+            yield name, f"has shape {shapes[name]}, but {source} has {shapes[source]}"
     own = {source: name for name, source in copies.items()}
     together = {
         target: [own[piece.source] for piece in pieces if piece.source in own] for target, pieces in matched.items()
@@ -121,11 +121,11 @@ def _pairs(shapes: Shapes, dtypes: DTypes, pairs: Mapping[str, Mapping[str, str]
     for module, pair in pairs.items():
         base, down, up = shapes[f"{module}.weight"], shapes[pair["down"]], shapes[pair["up"]]
         if len(base) != 2 or len(down) != 2 or down[1] != base[1]:
-            yield pair["down"], f"has shape {down}, but its layer {base}"
+            yield pair["down"], f"has shape {down}, but its layer has {base}"
         if len(base) != 2 or len(up) != 2 or up[0] != base[0]:
-            yield pair["up"], f"has shape {up}, but its layer {base}"
+            yield pair["up"], f"has shape {up}, but its layer has {base}"
         elif len(down) == 2 and up[1] != down[0]:
-            yield pair["up"], f"has rank {up[1]}, but {pair['down']} {down[0]}"
+            yield pair["up"], f"has rank {up[1]}, but {pair['down']} has rank {down[0]}"
         together.setdefault(family.key_map.find_module(module).target, []).extend(pair.values())
     yield from _one_dtype(together, dtypes)
 

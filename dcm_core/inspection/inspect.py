@@ -171,4 +171,4 @@ def _experts(metadata: ExpertMetadata, contents: Contents) -> tuple[str, ...]:
         return ("semantic", "detail")
     if metadata.side:
         return (metadata.side,)
-    return ("not said",) if contents.layout is Layout.EXPERT else ()
+    return ("unknown",) if contents.layout is Layout.EXPERT else ()

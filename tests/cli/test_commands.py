@@ -44,7 +44,7 @@ def test_convert(source, tmp_path, capsys):
     assert "100%" in captured.err
     assert set(TensorFile(targets[0]).dtypes.values()) == {torch.float32}
     assert run("convert", source, *targets) == 2
-    assert "exist already" in capsys.readouterr().err
+    assert "already exist" in capsys.readouterr().err
     assert run("convert", source, *targets, "--overwrite") == 0
 
 

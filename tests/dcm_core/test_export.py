@@ -426,7 +426,7 @@ def test_existing_files_are_kept(files, tmp_path, to):
     out = tmp_path / "out"
     export_expert(files[1], out, to)
     before = {path: path.read_bytes() for path in (out.iterdir() if to == PEFT else [out])}
-    with pytest.raises(DCMError, match=r"exists? already"):
+    with pytest.raises(DCMError, match=r"already exists?"):
         export_expert(files[1], out, to)
     with pytest.raises(DCMError, match="and different from the input"):
         export_expert(out / "adapter_model.safetensors" if to == PEFT else out, out, to, overwrite=True)

@@ -305,7 +305,7 @@ def test_no_rank(sources, out, rank):
 
 def test_two_families(sources, save, out):
     other = as_native(without_experts(HUNYUAN_VIDEO, make_release(HUNYUAN_VIDEO)), save)
-    with pytest.raises(CheckpointError, match=r"tuned model is HunyuanVideo, the base Wan 2\.1"):
+    with pytest.raises(CheckpointError, match=r"tuned model is HunyuanVideo, but the base is Wan 2\.1"):
         extract_lora(save(other, "other.safetensors"), sources[1], out, 2, progress=never)
 
 

@@ -301,7 +301,9 @@ def test_files_that_do_not_belong_together(save, converted, family, expert, shap
         (r"nowhere\.safetensors does not exist", base, tmp_path / "nowhere.safetensors"),
     ):
         refused(message, *paths, tmp_path=tmp_path)
-    refused("dtype is fp8, which the official code cannot run", base, detail, tmp_path=tmp_path, dtype=torch.float8_e4m3fn)
+    refused(
+        "dtype is fp8, which the official code cannot run", base, detail, tmp_path=tmp_path, dtype=torch.float8_e4m3fn
+    )
     write_release(small, detail, tmp_path / "fine.safetensors", dtype=torch.bfloat16)
 
 

@@ -142,7 +142,7 @@ def test_denoise_takes_as_many_levels_as_ksampler(steps, denoise, levels):
         ((4, 5.0, 0.0), "denoise is 0.0"),
         ((4, 5.0, 1.01), "denoise is 1.01"),
         ((4, 5.0, math.nan), "denoise is nan"),
-        ((4, 5.0, 1e-12), "denoise is 1e-12, too small for 4 steps. Raise it to 0.0004"),
+        ((4, 5.0, 1e-12), "denoise is 1e-12, which is too small for 4 steps. Raise it to 0.0004"),
     ],
 )
 def test_even_spacing_refuses(settings, message):

@@ -225,7 +225,7 @@ def broken(kind, tensors):
         ("half lora", r"missing \(blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\)"),
         (
             "shape",
-            r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\. .* has rank 9, but .*lora_A\.lora1\.weight 8",
+            r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\. .* has rank 9, but .*lora_A\.lora1\.weight has rank 8",
         ),
         ("nan", r"has NaN or infinite values in proj_out_lora\.weight"),
         ("nan base", r"has NaN or infinite values in blocks\.1\.ffn\.net\.2\.bias"),
@@ -313,7 +313,8 @@ def test_wrong_family_and_no_expert_are_refused(node, module, releases, folder):
         "boundary": 0.0,
     }
     with pytest.raises(
-        ValueError, match=r"detail_lora is 'he\.safetensors'\. This expert is for HunyuanVideo, but the model is Wan 2\.1"
+        ValueError,
+        match=r"detail_lora is 'he\.safetensors'\. This expert is for HunyuanVideo, but the model is Wan 2\.1",
     ):
         node("DCMAttachExperts", detail_lora="he.safetensors", **settings)
     with pytest.raises(ValueError, match="both none"):

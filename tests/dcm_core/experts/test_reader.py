@@ -208,7 +208,9 @@ def test_a_tucker_core(module, down, mid):
 def test_a_reshape_that_changes_nothing():
     lora = pair(Q) | {f"{Q}.reshape_weight": torch.tensor([4, 4])}
     assert list(read(lora).low_rank) == [Q]
-    with pytest.raises(ExpertError, match=rf"changes the shape of {Q}\.weight to \[4, 8\]; in the model it is \[4, 4\]"):
+    with pytest.raises(
+        ExpertError, match=rf"changes the shape of {Q}\.weight to \[4, 8\]; in the model it is \[4, 4\]"
+    ):
         read(pair(Q) | {f"{Q}.reshape_weight": torch.tensor([4, 8])})
 
 

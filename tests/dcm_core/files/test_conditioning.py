@@ -103,7 +103,9 @@ class ControlNet:
     ],
 )
 def test_more_than_data_is_refused(tmp_path, name, value, kind):
-    with pytest.raises(DCMError, match=f"holds `{name}`, a {kind}.*Save the conditioning right after the text encoder"):
+    with pytest.raises(
+        DCMError, match=f"contains `{name}`, a {kind}.*Save the conditioning right after the text encoder"
+    ):
         save_conditioning(tmp_path / "x.safetensors", prompt(**{name: value}))
     assert not list(tmp_path.iterdir())
 

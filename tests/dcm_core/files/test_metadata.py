@@ -247,13 +247,13 @@ def test_metadata_of_diffusers_are_read_in_the_same_way():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "says that the file is DoRA, which cannot be switched during sampling"),
+        ({"use_dora": True}, "says that the LoRA is DoRA, which cannot be switched during sampling"),
         ({"layer_replication": [[0, 2]]}, "is made for replicated layers, which cannot"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4': .*a base that was changed"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4': .*the base that was changed"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
         ({"peft_type": "LOKR"}, "is for the method 'LOKR'. Experts use plain LoRA"),
-        ({"task_type": "PAINTING"}, "adapter_config.json is no LoRA configuration of PEFT .*PAINTING"),
-        ({"target_modules": [[]]}, "is no LoRA configuration of PEFT"),
+        ({"task_type": "PAINTING"}, "adapter_config.json is not a LoRA configuration of PEFT .*PAINTING"),
+        ({"target_modules": [[]]}, "is not a LoRA configuration of PEFT"),
         ({"r": "4"}, "r is '4'; expected a number"),
         ({"rank_pattern": [4]}, "rank_pattern is .*expected at most"),
         ({"alpha_pattern": {"(a+)+b": 1}}, "a regular expression"),

@@ -142,7 +142,11 @@ WRONG = {
     "fraction": ({}, {"which": [0, 0.5, 1]}, r"0\.5 is not the index of a text"),
     "flag": ({}, {"unconditional": True}, "True is not the index of a text"),
     "no clips": ({}, {"which": []}, "it has no clips"),
-    "number": ({}, {"texts": [{"guidance": NAN}, {}]}, "Its metadata entry 'facts' is not valid JSON .NaN is not a number"),
+    "number": (
+        {},
+        {"texts": [{"guidance": NAN}, {}]},
+        "Its metadata entry 'facts' is not valid JSON .NaN is not a number",
+    ),
     "text": ({}, {"texts": ["a", "b"]}, "its texts are not a list of entries"),
     "texts": ({}, {"texts": 5}, "its texts are not a list of entries"),
 }

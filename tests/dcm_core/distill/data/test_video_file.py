@@ -109,7 +109,9 @@ def test_pictures_are_shown_by_the_whole_display_matrix(tmp_path, matrix, shown)
 
 def test_a_slanted_picture_is_named(tmp_path):
     path = with_matrix(encode(tmp_path / "a.mp4", "libx264", "yuv420p", corners()), (0.866, 0.5, -0.5, 0.866))
-    with pytest.raises(ClipError, match=r"is rotated by an angle that is not a multiple of 90 degrees\. Encode it upright"):
+    with pytest.raises(
+        ClipError, match=r"is rotated by an angle that is not a multiple of 90 degrees\. Encode it upright"
+    ):
         inspect_clip(Clip(path, "x"), SMALL)
 
 
