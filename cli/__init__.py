@@ -1,1 +1,1 @@
-"""The command line, and how it finds ComfyUI."""
+"""The command line. It finds and loads ComfyUI where a command needs it."""

@@ -23,12 +23,12 @@ from dcm_core.text import plain
 
 TRAINING_PAGE = "https://github.com/comfyui-dcm/ComfyUI-DCM/blob/main/docs/training.md"
 RELEASE = "release"
-# of an answer, in characters: a table has a line a layer
+# Characters that are printed at most. A table has one line for each layer.
 LONGEST = 10**7
 
 
 def progress_line(label: str) -> Progress:
-    """A progress bar on stderr, in percent; it appears with the first progress."""
+    """A progress bar in percent on stderr. It appears at the first update."""
     bar = None
 
     def update(done: int, total: int) -> None:
@@ -68,7 +68,7 @@ def export(args: argparse.Namespace) -> str:
     settings = {"dtype": DTYPES[args.dtype], "progress": progress_line("export"), "overwrite": args.overwrite}
     if args.to == RELEASE:
         if args.base is None:
-            raise DCMError("A release holds the base, too. Name its file with --base.")
+            raise DCMError("A release also contains the base model. Name its file with --base.")
         return str(write_release(args.base, args.expert, args.out, args.semantic, rank=args.rank, **settings))
     if args.base or args.semantic or args.rank:
         raise DCMError(f"--base, --semantic and --rank are only used with --to {RELEASE}. Leave them out.")
@@ -76,7 +76,7 @@ def export(args: argparse.Namespace) -> str:
 
 
 def inspect(args: argparse.Namespace) -> str:
-    """All files that can be read are described, then the others are told of."""
+    """Describe every readable file, then report the others as errors."""
     reports, errors = [], []
     for path in args.files:
         try:
@@ -95,7 +95,7 @@ def inspect(args: argparse.Namespace) -> str:
 
 
 def train(args: argparse.Namespace) -> str:
-    """The host does it: it has the models."""
+    """Train inside ComfyUI, which has the model classes."""
     settings = read_settings(args.config)
     pack = load_pack(find_comfyui(args.comfyui))
     try:
@@ -105,7 +105,7 @@ def train(args: argparse.Namespace) -> str:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON or TOML file.
+    """Read training settings from a JSON or TOML file.
 
     Raises:
         DCMError: a file that cannot be read.
@@ -118,13 +118,15 @@ def read_settings(path: Path) -> dict[str, Any]:
             return tomllib.loads(text)
         settings = json.loads(text)
     except ImportError as error:
-        raise DCMError(f"{path}: TOML needs Python 3.11. Write the settings as JSON.") from error
+        raise DCMError(f"{path} is TOML, which needs Python 3.11. Write the settings as JSON.") from error
     except (OSError, ValueError) as error:
         raise DCMError(
             f"{path} cannot be read as settings ({error}). Write JSON or TOML as in {TRAINING_PAGE}."
         ) from error
     if not isinstance(settings, dict):
-        raise DCMError(f"{path} holds a {type(settings).__name__}; expected settings by name, as in {TRAINING_PAGE}.")
+        raise DCMError(
+            f"{path} contains a {type(settings).__name__}; expected settings by name, as in {TRAINING_PAGE}."
+        )
     return settings
 
 
@@ -132,48 +134,57 @@ def device(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{name!r} is no device; expected cpu, cuda, cuda:1, mps ...") from error
+        raise argparse.ArgumentTypeError(f"{name!r} is not a device; expected cpu, cuda, cuda:1, mps ...") from error
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m dcm_core", description="Dual-Expert Consistency Models: files.")
+    parser = argparse.ArgumentParser(
+        "python -m dcm_core", description="Convert, export, inspect and train Dual-Expert Consistency Models."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser(
-        "convert", help="a released checkpoint -> a native base file and an expert file (back: export)"
+        "convert", help="convert a released checkpoint to a base model and an expert file (export does the reverse)"
     )
     command.add_argument("source", type=Path, help="transformer/diffusion_pytorch_model.safetensors of the release")
     command.add_argument(
-        "base", type=Path, help="where to write the native base (ComfyUI: models/diffusion_models/...)"
+        "base", type=Path, help="where to write the base model in ComfyUI's layout (models/diffusion_models/...)"
     )
-    command.add_argument("expert", type=Path, help="where to write the detail expert (ComfyUI: models/loras/...)")
+    command.add_argument("expert", type=Path, help="where to write the detail expert (models/loras/...)")
     command.add_argument(
-        "--dtype", choices=DTYPES, default=KEEP, help="of the base; fp8 only for the blocks (default: %(default)s)"
+        "--dtype",
+        choices=DTYPES,
+        default=KEEP,
+        help="dtype of the base; fp8 is only used for the blocks (default: %(default)s)",
     )
-    command.add_argument("--overwrite", action="store_true", help="write over existing files")
+    command.add_argument("--overwrite", action="store_true", help="overwrite existing files")
     command.set_defaults(run=convert)
 
-    command = commands.add_parser("extract", help="a full fine-tune and its base -> a LoRA")
-    command.add_argument("tuned", type=Path, help="the fine-tune (native, diffusers or release file)")
-    command.add_argument("base", type=Path, help="the base it was made from")
+    command = commands.add_parser("extract", help="extract a LoRA from a full fine-tune and its base")
+    command.add_argument("tuned", type=Path, help="the fine-tuned model (native, diffusers or release file)")
+    command.add_argument("base", type=Path, help="the base model it was fine-tuned from")
     command.add_argument("out", type=Path, help="where to write the LoRA")
-    command.add_argument("--rank", type=int, default=128, help="rank of every layer (default: %(default)s)")
+    command.add_argument("--rank", type=int, default=128, help="LoRA rank of every layer (default: %(default)s)")
     floats = [name for name, dtype in DTYPES.items() if dtype is not None and dtype.itemsize > 1]
-    command.add_argument("--dtype", choices=floats, default="bfloat16", help="of the LoRA (default: %(default)s)")
+    command.add_argument("--dtype", choices=floats, default="bfloat16", help="dtype of the LoRA (default: %(default)s)")
     command.add_argument(
-        "--device", type=device, default="cpu", help="where to decompose, e.g. cuda (default: %(default)s)"
+        "--device",
+        type=device,
+        default="cpu",
+        help="device that runs the decomposition, e.g. cuda (default: %(default)s)",
     )
-    command.add_argument("--seed", type=int, default=0, help="of the decomposition (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the decomposition (default: %(default)s)")
     command.add_argument("--layers", action="store_true", help="print a line for each layer")
-    command.add_argument("--overwrite", action="store_true", help="write over an existing file")
+    command.add_argument("--overwrite", action="store_true", help="overwrite an existing file")
     command.set_defaults(run=extract)
 
     command = commands.add_parser(
-        "export", help="an expert -> a PEFT adapter or a diffusers LoRA; a base and its experts -> one file as released"
+        "export",
+        help="export an expert as a PEFT adapter or a diffusers LoRA, or a base and its experts as one release file",
     )
-    command.add_argument("expert", type=Path, help="the expert file; with --to release the detail expert")
-    command.add_argument("out", type=Path, help="where to write it: a file, or the folder of a PEFT adapter")
-    command.add_argument("--to", choices=[RELEASE, PEFT, DIFFUSERS], required=True, help="for whom")
+    command.add_argument("expert", type=Path, help="the expert file; with --to release, the detail expert")
+    command.add_argument("out", type=Path, help="where to write it: a file, or a folder for a PEFT adapter")
+    command.add_argument("--to", choices=[RELEASE, PEFT, DIFFUSERS], required=True, help="output format")
     command.add_argument("--base", type=Path, help="release: the base model")
     command.add_argument("--semantic", type=Path, help="release: a semantic expert to merge into the base")
     command.add_argument(
@@ -183,19 +194,19 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"release: pad the LoRA to this rank; the official scripts expect {OFFICIAL_RANK} (default: as trained)",
     )
     floats = [name for name, dtype in DTYPES.items() if dtype is None or dtype.itemsize > 1]
-    command.add_argument("--dtype", choices=floats, default=KEEP, help="of all tensors (default: %(default)s)")
-    command.add_argument("--overwrite", action="store_true", help="write over existing files")
+    command.add_argument("--dtype", choices=floats, default=KEEP, help="dtype of all tensors (default: %(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="overwrite existing files")
     command.set_defaults(run=export)
 
-    command = commands.add_parser("inspect", help="what a file is")
+    command = commands.add_parser("inspect", help="show what a file contains")
     command.add_argument("files", nargs="+", type=Path, help="safetensors files")
-    command.add_argument("--json", action="store_true", help="machine-readable")
+    command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=inspect)
 
-    command = commands.add_parser("train", help="distil an expert, or go on with an interrupted run")
-    command.add_argument("expert", choices=["semantic", "detail"], help="which expert")
+    command = commands.add_parser("train", help="train an expert, or resume an interrupted run")
+    command.add_argument("expert", choices=["semantic", "detail"], help="which expert to train")
     command.add_argument(
-        "--config", type=Path, required=True, help=f"settings, a .json or .toml file ({TRAINING_PAGE})"
+        "--config", type=Path, required=True, help=f"settings in a .json or .toml file ({TRAINING_PAGE})"
     )
     command.add_argument(
         "--comfyui", type=Path, help="ComfyUI's folder (default: COMFYUI_PATH, or where the pack is installed)"
@@ -206,7 +217,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    # what launchers, batch systems and containers send before they kill: a training run is saved
+    # launchers, batch systems and containers send SIGTERM before they kill; a training run then saves a checkpoint
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         print(plain(args.run(args), LONGEST))

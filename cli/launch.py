@@ -16,30 +16,30 @@ ROOT = Path(__file__).resolve().parents[1]
 PACK = "dcm_pack"
 
 
-def find_comfyui(given: Path | None = None) -> Path:
-    """ComfyUI's folder: the given one, COMFYUI_PATH, or the one whose custom_nodes hold this pack.
+def find_comfyui(folder: Path | None = None) -> Path:
+    """ComfyUI's folder: `folder`, else COMFYUI_PATH, else the one whose custom_nodes contains this pack.
 
     Raises:
-        DCMError: none of them holds ComfyUI.
+        DCMError: none of them contains ComfyUI.
     """
-    candidates = [given, os.environ.get("COMFYUI_PATH"), ROOT.parents[1] if len(ROOT.parents) > 1 else None]
+    candidates = [folder, os.environ.get("COMFYUI_PATH"), ROOT.parents[1] if len(ROOT.parents) > 1 else None]
     named = [Path(candidate).expanduser() for candidate in candidates if candidate]
-    folder = next((path for path in named if (path / "comfy" / "sd.py").is_file()), None)
-    if folder is None:
+    found = next((path for path in named if (path / "comfy" / "sd.py").is_file()), None)
+    if found is None:
         raise DCMError(
-            f"No ComfyUI was found in {', '.join(str(path) for path in named)} (no comfy/sd.py). "
-            "Give its folder with --comfyui, or set COMFYUI_PATH."
+            f"ComfyUI was not found in {', '.join(str(path) for path in named)} (no comfy/sd.py). "
+            "Name its folder with --comfyui, or set COMFYUI_PATH."
         )
-    return folder.resolve()
+    return found.resolve()
 
 
 def load_pack(comfyui: Path) -> Callable[[str], ModuleType]:
-    """Import ComfyUI and the pack in it; gives the pack's modules by name."""
-    # the pack's own folder comes last: its `nodes` would hide the host's module
+    """Import ComfyUI and this pack in it. Returns a function that imports the pack's modules by name."""
+    # the pack's own folder comes last, or its `nodes` would hide the host's module
     paths = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
     sys.path[:] = [str(comfyui), *paths, str(ROOT)]
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        # one of several processes: the host takes the current GPU
+        # one of several processes: the host uses the current GPU
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     arguments = sys.argv
     sys.argv = ["main.py"] if _accelerated() else ["main.py", "--cpu"]
@@ -55,7 +55,7 @@ def load_pack(comfyui: Path) -> Callable[[str], ModuleType]:
 
 
 def _accelerated() -> bool:
-    """Whether there is a device that the host would take; it fails where there is none and nobody says so."""
+    """Whether the host finds an accelerator. Without one it fails to start unless `--cpu` is set."""
     if hasattr(torch, "accelerator"):
         return torch.accelerator.is_available()
     return torch.cuda.is_available() or torch.backends.mps.is_available()

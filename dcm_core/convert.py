@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import CheckpointError, counted
 from .experts.expert import expert_entries, expert_metadata, write_expert
 from .experts.reader import read_release
-from .files.checkpoint import Contents, Layout, each_native, recognise, release_facts
+from .files.checkpoint import Contents, Layout, each_native, recognise, release_metadata
 from .files.storage import Entries, Progress, TensorFile, file_size, write_stream
 from .files.unfinished import check_room, check_targets, unfinished_file
 from .files.values import cast
@@ -40,7 +40,7 @@ class Conversion:
 
     def __str__(self) -> str:
         lines = [f"{self.family} base: {self.base} ({counted(self.base_tensors, 'tensor')})"]
-        lines += [f"{self.expert_line}: {self.expert}"] if self.expert else ["no expert in the file"]
+        lines += [f"{self.expert_line}: {self.expert}"] if self.expert else ["There is no expert in the file."]
         return "\n".join(lines)
 
 
@@ -52,24 +52,24 @@ def convert_release(
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Convert a diffusers-layout file: its base to native names, its detail expert (releases) to an expert file.
+    """Convert a diffusers-layout file: the base to native names, and a release's detail expert to an expert file.
 
     Both files appear only when both are complete. Memory: about one tensor plus the expert.
 
     Args:
-        dtype: of the written base, None to keep; fp8 is for the blocks' matrices only, the rest then stays as it is.
-            The expert is never reduced to fp8.
+        dtype: dtype of the written base; None keeps it. fp8 is only used for the blocks' matrices; other tensors keep
+            their dtype. The expert is never reduced to fp8.
         progress: called with (bytes read, bytes in all); may raise to interrupt.
 
     Raises:
-        CheckpointError: a file that needs no conversion or is incomplete, or a target that exists.
+        CheckpointError: the file needs no conversion or is incomplete, or a target exists.
     """
     source, base, expert = Path(source), Path(base), Path(expert)
     file = TensorFile(source)
     contents = recognise(file)
     if contents.matched is None:
         raise CheckpointError(
-            f"{source} is {contents.layout.value}; only diffusers-layout model files are converted. Load it as it is."
+            f"{source} is {contents.layout.value}; only diffusers-layout model files need conversion. Load the file directly."
         )
     released = contents.layout is Layout.RELEASE
     targets = [base, expert] if released else [base]
@@ -83,14 +83,14 @@ def convert_release(
     if found is not None:
         expert_file = expert_entries(found, shapes, expert_dtype)
         sizes[expert] = file_size(expert_file, expert_metadata(found, len(expert_file)))
-    # both together; each is looked at again when it is begun
+    # room for both files; each is checked again when it is started
     check_room(sizes)
     line = str(found)
     with ExitStack() as stack:
         base_file, *expert_files = [stack.enter_context(unfinished_file(target, sizes[target])) for target in targets]
         if found is not None:
             write_expert(expert_files[0], found, shapes, expert_dtype)
-            # not kept while the base's large tensors pass
+            # freed before the base's large tensors are read
             found = None
         write_stream(base_file, entries, _base_tensors(file, contents, entries, progress), metadata)
     return Conversion(contents.family.title, base, len(contents.matched), expert if released else None, line)
@@ -114,7 +114,7 @@ def _base_tensors(
 def _base_metadata(file: TensorFile, contents: Contents) -> dict[str, str]:
     metadata = {"dcm.family": contents.family.name}
     if contents.layout is Layout.RELEASE:
-        metadata |= {"dcm.expert": "semantic", "dcm.boundary": repr(release_facts(file, contents.family).boundary)}
+        metadata |= {"dcm.expert": "semantic", "dcm.boundary": repr(release_metadata(file, contents.family).boundary)}
     return metadata
 
 

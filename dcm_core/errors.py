@@ -1,4 +1,4 @@
-"""The errors users meet. Every message says what was given, what was expected and how to fix it."""
+"""The errors users see. Every message says what is wrong, what was expected and how to fix it."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,11 +18,11 @@ class ScheduleError(DCMError):
 
 
 class CheckpointError(DCMError):
-    """A file that is not what it has to be: unreadable, incomplete, or of another layout."""
+    """A file that is unreadable, incomplete, or in an unexpected layout."""
 
 
 class NoRoomError(CheckpointError):
-    """A file that the disk has no room for."""
+    """There is not enough room on the disk for a file."""
 
 
 class ExpertError(DCMError):
@@ -37,13 +37,13 @@ def name_some(names: Iterable[str], limit: int = 3) -> str:
 
 
 def check_choice(setting: str, value: Any, choices: Iterable[str], error: type[DCMError] = DCMError) -> str:
-    """The value if it is one of the choices: not every host checks what its clients send.
+    """Return the value if it is one of the choices. Not every host checks what its clients send.
 
     Raises:
-        DCMError: of the given class.
+        DCMError: the value is not one of them; raised as the class `error`.
     """
     choices = list(choices)
-    # a list, as what cannot be hashed may be looked up in it
+    # a list, so that unhashable values can be looked up too
     if value not in choices:
         listed = ", ".join(map(given, choices) if any("," in choice for choice in choices) else choices)
         raise error(f"{setting} is {given(value)}; choose one of {listed}.")
@@ -51,5 +51,5 @@ def check_choice(setting: str, value: Any, choices: Iterable[str], error: type[D
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """`1 step`, `2 steps`, `0 entries`: a number with the form of its noun; `plural` where that is not the noun with an s."""
+    """`1 step`, `2 steps`, `0 entries`: a number with its noun. `plural` is only needed where adding an s is wrong."""
     return f"{number} {noun if number == 1 else plural or f'{noun}s'}"

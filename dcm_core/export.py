@@ -1,4 +1,4 @@
-"""An expert for other tools, in diffusers' names: a PEFT adapter, or a LoRA file that diffusers' pipelines load."""
+"""Export an expert in diffusers' names: as a PEFT adapter, or as a LoRA file for diffusers pipelines."""
 
 import json
 import os
@@ -25,9 +25,9 @@ from .files.values import cast
 PEFT, DIFFUSERS = "peft", "diffusers"
 TITLES = {PEFT: "PEFT adapter", DIFFUSERS: "diffusers LoRA"}
 ADAPTER_MODEL, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# Layers that are left out and named in what is said.
+# How many of the layers left out are named in the report.
 MOST_NAMED = 12
-# What pipelines call the model.
+# What diffusers pipelines call the model.
 TRANSFORMER = "transformer."
 
 Tensors = Iterator[tuple[str, Tensor]]
@@ -42,7 +42,7 @@ class Export:
         layers: number of diffusers layers with a LoRA.
         replaced: diffusers layers that are replaced.
         left_out: tensors that the format has no form for.
-        notes: what the user has to know, a sentence each.
+        notes: what the user should know, one sentence each.
     """
 
     path: Path
@@ -58,21 +58,21 @@ class Export:
         if self.left_out:
             layers = {name.removesuffix(".weight").removesuffix(".bias") for name in self.left_out}
             lines.append(
-                f"Left out, because a {TITLES[self.to]} cannot hold it: {counted(len(self.left_out), 'tensor')} of "
-                f"{name_some(layers, MOST_NAMED)}. Results will differ from those of the expert here."
+                f"Left out, because a {TITLES[self.to]} has no place for it: {counted(len(self.left_out), 'tensor')} of "
+                f"{name_some(layers, MOST_NAMED)}. Results will differ from those of the original expert."
             )
         return "\n".join(lines)
 
 
 @dataclass
 class _Found:
-    """What a first look at an expert found.
+    """What a first pass over an expert found.
 
     Attributes:
-        ranks, alphas: by diffusers layer.
+        ranks, alphas: diffusers layer -> value.
         biased: whether a LoRA has a bias.
         replaced: diffusers tensors of replaced layers.
-        left_out: tensors that are neither.
+        left_out: tensors of neither kind.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
@@ -98,20 +98,20 @@ def export_expert(
     """Write an expert as a PEFT adapter or as a LoRA for diffusers' pipelines. One layer is in memory at a time.
 
     Args:
-        expert: an expert file of any naming, or a release, whose detail expert is taken.
+        expert: an expert file in any naming, or a release, whose detail expert is exported.
         out: the folder of a PEFT adapter, or the file of a diffusers LoRA.
         to: PEFT or DIFFUSERS.
-        dtype: of all tensors, None to keep.
+        dtype: dtype of all tensors; None keeps it.
         progress: called with (bytes written, bytes in all); may raise to interrupt.
 
     Raises:
-        CheckpointError: files that cannot be read, or a target that may not be written.
-        ExpertError: an expert without a LoRA, or of no known model.
+        CheckpointError: a file cannot be read, or the target cannot be written.
+        ExpertError: the expert has no LoRA, or is for an unknown model.
     """
     source, out = Path(expert), Path(out)
     check_targets([source], [out / ADAPTER_MODEL, out / ADAPTER_CONFIG] if to == PEFT else [out], overwrite)
     if dtype is not None and dtype.itemsize == 1:
-        raise CheckpointError("A LoRA is not written in fp8. Choose bfloat16, float16 or float32.")
+        raise CheckpointError("dtype is fp8, which does not work for a LoRA. Choose bfloat16, float16 or float32.")
     view = ExpertView(source)
     found = _look(view)
     if to == PEFT:
@@ -127,7 +127,7 @@ def export_expert(
             return _pipeline_tensors(view, found)
 
         left_out = found.left_out | set(found.replaced)
-    # made twice, so that no more than a layer is ever in memory
+    # read twice, so that only one layer is in memory at a time
     entries = {key: (dtype or tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors()}
     stream = ((key, cast(key, tensor, entries[key][0])) for key, tensor in tensors())
     if to == PEFT:
@@ -157,7 +157,7 @@ def _look(view: ExpertView) -> _Found:
                 found.biased |= layer.bias is not None
     if not found.ranks:
         raise ExpertError(
-            f"{view.file.path} has no LoRA: it replaces whole layers. Export it as a release, together with its base."
+            f"{view.file.path} has no LoRA, only replaced layers. Export it as a release, together with its base."
         )
     return found
 
@@ -175,7 +175,7 @@ def _adapter_tensors(view: ExpertView, found: _Found, prefix: str) -> Tensors:
 
 
 def _pipeline_tensors(view: ExpertView, found: _Found) -> Tensors:
-    """At alpha = rank, which diffusers takes where a file says nothing, and one rank, as older versions scale others wrongly."""
+    """At alpha = rank, which is diffusers' default, and at one rank for all: older versions scale mixed ranks wrongly."""
     rank = max(found.ranks.values())
     for layer in _layers(view):
         if layer.pair is not None:
@@ -188,16 +188,16 @@ def _pipeline_tensors(view: ExpertView, found: _Found) -> Tensors:
 
 
 def _lora_bias(layer: Layer) -> Tensor:
-    """What PEFT multiplies by alpha / rank, too."""
+    """The LoRA's bias before PEFT multiplies it by alpha / rank."""
     if layer.bias is None:
         return layer.pair.up.new_zeros(len(layer.pair.up))
     return scaled(layer.bias, 1 / layer.pair.scale)
 
 
 def _root(found: _Found, family: Family) -> str:
-    """What has to stand before the layers' names, so that PEFT finds those to replace.
+    """The prefix that layer names need, so that PEFT replaces the right layers.
 
-    It compares the ends of names: HunyuanVideo's `proj_out` would be every single block's `proj_out`, too.
+    PEFT compares the ends of names: HunyuanVideo's `proj_out` would also match the `proj_out` of every single block.
     """
     names = {*found.saved, *found.ranks}
     parts = {piece.optional for name in names if (piece := family.key_map.find_module(name))} | {""}
@@ -207,7 +207,7 @@ def _root(found: _Found, family: Family) -> str:
 
 
 def _config(found: _Found, root: str) -> dict[str, Any]:
-    # late: it imports transformers
+    # imported here, as it imports transformers
     from peft import LoraConfig
 
     rank, ranks = _usual(found.ranks, root)
@@ -228,7 +228,7 @@ def _config(found: _Found, root: str) -> dict[str, Any]:
 
 
 def _usual(values: Mapping[str, Any], root: str) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and the layers that have another; PEFT takes `^` for the beginning of a name."""
+    """The most frequent value, and the layers with another one. In PEFT, `^` marks the beginning of a name."""
     usual = Counter(values.values()).most_common(1)[0][0]
     return usual, {f"^{root}{name}": value for name, value in values.items() if value != usual}
 
@@ -260,27 +260,27 @@ def _write_adapter(
 
 
 def _make_folder(folder: Path) -> bool:
-    """Whether it had to be made."""
+    """Make the folder if it is missing; True if it was."""
     if folder.is_dir():
         return False
     try:
         folder.mkdir()
     except OSError as error:
         raise CheckpointError(
-            f"The folder {folder} cannot be made ({error.strerror}). A PEFT adapter is a folder of two files: choose another name, or "
-            "create the folders above it."
+            f"The folder {folder} cannot be created ({error.strerror}). A PEFT adapter is a folder of two files. Choose another name, or "
+            "create the parent folders."
         ) from error
     return True
 
 
 def _metadata(view: ExpertView) -> dict[str, str]:
-    """As other tools expect it, and what we need to know the expert again."""
-    facts = view.facts
+    """The format that other tools expect, and our own entries, so that the expert is recognised when it is loaded."""
+    metadata = view.metadata
     known = {
         "dcm.family": view.family.name,
-        "dcm.expert": facts.side,
-        "dcm.boundary": facts.boundary and repr(facts.boundary),
-        "dcm.timesteps": facts.timesteps and json.dumps(facts.timesteps),
+        "dcm.expert": metadata.side,
+        "dcm.boundary": metadata.boundary and repr(metadata.boundary),
+        "dcm.timesteps": metadata.timesteps and json.dumps(metadata.timesteps),
     }
     return {"format": "pt"} | {name: value for name, value in known.items() if value}
 
@@ -290,5 +290,5 @@ def _loading(folder: Path, root: str) -> str:
         return f"Load it with PeftModel.from_pretrained(pipe.transformer, {str(folder)!r})."
     return (
         f'Load it with PeftModel.from_pretrained(torch.nn.ModuleDict({{"transformer": pipe.transformer}}), {str(folder)!r}): PEFT finds '
-        "layers by the ends of their names, and some are alike here."
+        "layers by the ends of their names, and the prefix makes these unique."
     )

@@ -1,4 +1,4 @@
-"""A full fine-tune and its base -> a low-rank expert: the truncated SVD of the difference, layer by layer."""
+"""Extract a low-rank expert from a full fine-tune and its base: the truncated SVD of the difference, layer by layer."""
 
 import math
 import os
@@ -20,13 +20,13 @@ from .text import one_line
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
-# Below this many rows or columns the whole SVD is as fast and exact.
+# With fewer rows or columns than this, a full SVD is as fast, and it is exact.
 SMALL = 512
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How well a layer's difference is kept: its rank, the kept share of its energy (squared norm), and its norm."""
+    """How well a layer's difference is kept: rank, the kept share of its energy (squared norm), and its norm."""
 
     rank: int
     energy: float
@@ -40,7 +40,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What an extraction kept."""
+    """The result of an extraction."""
 
     path: Path
     layers: dict[str, LayerReport] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Extraction:
 
     @property
     def energy(self) -> float:
-        """Kept share of the energy of all low-rank layers."""
+        """The kept share of the energy of all low-rank layers."""
         total = sum(layer.norm**2 for layer in self.layers.values())
         return sum(layer.energy * layer.norm**2 for layer in self.layers.values()) / total if total else 1.0
 
@@ -58,13 +58,13 @@ class Extraction:
         lines = [
             f"{self.path}: {counted(len(self.layers), 'layer')} at rank {max((r.rank for r in self.layers.values()), default=0)}, "
             f"{self.energy:.2%} of the difference's energy kept",
-            f"{counted(len(self.full), 'tensor')} kept whole (norms, biases, ...), {self.unchanged} unchanged",
+            f"{counted(len(self.full), 'tensor')} kept in full (norms, biases, ...), {self.unchanged} unchanged",
         ]
         lines += [f"  least kept: {name} {layer.energy:.2%} (error {layer.error:.3f})" for name, layer in worst]
         return "\n".join(lines)
 
     def table(self) -> str:
-        """A line a layer: name, rank, energy kept, relative error."""
+        """One line for each layer: name, rank, energy kept, relative error."""
         return "\n".join(
             f"{one_line(n)}\t{r.rank}\t{r.energy:.4%}\t{r.error:.4f}" for n, r in sorted(self.layers.items())
         )
@@ -82,28 +82,28 @@ def extract_lora(
     progress: Progress | None = None,
     overwrite: bool = False,
 ) -> Extraction:
-    """Write the semantic expert `tuned - base` as a LoRA of `rank` (less where a layer is smaller).
+    """Write the semantic expert `tuned - base` as a LoRA of `rank` (lower if a layer is smaller).
 
-    Matrices become low-rank pairs; every other changed tensor is kept whole. One layer is in memory at a time, plus
-    the result.
+    Matrices become low-rank updates. Every other changed tensor is kept in full. One layer is in memory at a time,
+    plus the result.
 
     Args:
-        tuned, base: model files of one family, in any layout (of a release: its semantic base).
-        dtype: of the written pairs.
-        device: where the decompositions run.
-        seed: of the randomised decomposition.
+        tuned, base: model files of one family in any layout. For a release, its semantic base is used.
+        dtype: dtype of the written LoRA.
+        device: device that runs the decompositions.
+        seed: seed of the randomised decomposition.
 
     Raises:
-        CheckpointError: files of different models, or no difference.
+        CheckpointError: the files are of different models, or do not differ.
     """
     if rank < 1:
-        raise CheckpointError(f"rank is {rank}; it has to be at least 1 (128 is what the released experts use).")
+        raise CheckpointError(f"rank is {rank}; expected 1 or more (released experts: 128).")
     out = Path(out)
     if out.resolve() in (Path(tuned).resolve(), Path(base).resolve()):
-        raise CheckpointError(f"{out} is an input; the LoRA needs a file of its own. Choose another name.")
+        raise CheckpointError(f"{out} is one of the inputs. Choose another name for the LoRA.")
     _check_device(device)
     if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists already. Choose another name, or allow overwriting.")
+        raise CheckpointError(f"{out} already exists. Choose another name, or allow overwriting.")
     new, old = NativeView(tuned), NativeView(base)
     _check_same(new, old)
     check_room({out: dtype.itemsize * sum(_most_values(name, new.shape(name), rank) for name in new.pieces)})
@@ -120,7 +120,7 @@ def extract_lora(
             diff[name] = difference.to(dtype)
     if not low_rank and not diff:
         raise CheckpointError(
-            f"{tuned} and {base} hold the same weights: there is nothing to extract. Check which files you chose."
+            f"{tuned} and {base} have the same weights, so there is nothing to extract. Check which files you chose."
         )
     expert = Expert(new.family.name, "semantic", low_rank, diff=diff, boundary=new.family.preset.boundary)
     write_expert(out, expert, {name: new.shape(name) for name in new.pieces})
@@ -128,7 +128,7 @@ def extract_lora(
 
 
 def _most_values(name: str, shape: Shape, rank: int) -> int:
-    """How many numbers a tensor's difference takes at most."""
+    """The largest number of values that a tensor's difference may need."""
     if len(shape) == 2 and name.endswith(".weight"):
         return min(rank, *shape) * sum(shape)
     return math.prod(shape)
@@ -140,28 +140,28 @@ def _check_device(device: torch.device | str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"The device {device} cannot be used ({reason}). Choose cpu, or a device this machine has."
+            f"The device {device} cannot be used ({reason}). Choose cpu, or a device of this machine."
         ) from error
 
 
 def _check_same(new: NativeView, old: NativeView) -> None:
     if new.family is not old.family:
         raise CheckpointError(
-            f"The tuned model is {new.family.title}, the base {old.family.title}; expected two files of one model."
+            f"The tuned model is {new.family.title}, but the base is {old.family.title}. Choose two files of one model."
         )
     odd = set(new.pieces) ^ set(old.pieces)
     odd |= {name for name in set(new.pieces) & set(old.pieces) if new.shape(name) != old.shape(name)}
     if odd:
         raise CheckpointError(
             f"{new.file.path} and {old.file.path} differ in the name or shape of {counted(len(odd), 'tensor')} ({name_some(odd)}). "
-            "Expected a fine-tune and the very base it was made from."
+            "Choose a fine-tune and the base it was made from."
         )
     if Layout.EXPERT in (new.contents.layout, old.contents.layout):
-        raise CheckpointError("Expected two full models, but one of the files is a LoRA already.")
+        raise CheckpointError("One of the files is already a LoRA. Choose two full models.")
 
 
 def _differences(new: NativeView, old: NativeView, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
-    """(name, tuned - base) of every tensor that changed, float32."""
+    """(name, tuned - base) of every changed tensor, in float32."""
     for done, name in enumerate(new.pieces):
         difference = new.read(name).float() - old.read(name).float()
         if bool(difference.any()):
@@ -171,10 +171,10 @@ def _differences(new: NativeView, old: NativeView, progress: Progress | None) ->
 
 
 def truncate(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, LayerReport]:
-    """The best approximation `up @ down` of a matrix (out, in): down (rank, in), up (out, rank), and what it keeps.
+    """The best approximation `up @ down` of a matrix (out, in): down (rank, in), up (out, rank), and a report.
 
-    Exact for small matrices, else randomised with power iterations (Halko et al., arXiv 0909.4061). Both factors carry
-    the root of the singular values.
+    It is exact for small matrices, else randomised with power iterations (Halko et al., arXiv 0909.4061). Both factors
+    include the square root of the singular values.
     """
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= max(SMALL, rank + OVERSAMPLING):
@@ -186,6 +186,6 @@ def truncate(matrix: Tensor, rank: int, generator: torch.Generator) -> tuple[Ten
             u, s, v = torch.svd_lowrank(matrix, q=rank + OVERSAMPLING, niter=POWER_ITERATIONS)
     root = s[:rank].sqrt()
     norm = float(matrix.norm())
-    # float64 on the CPU, as not every device has it
+    # float64 on the CPU, since some devices do not support it
     energy = min(1.0, float((s[:rank].cpu().double() ** 2).sum()) / norm**2) if norm else 1.0
     return (v[:, :rank] * root).T.contiguous(), (u[:, :rank] * root).contiguous(), LayerReport(rank, energy, norm)

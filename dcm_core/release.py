@@ -1,4 +1,4 @@
-"""A base and its expert files -> one file in the release's layout, tensor by tensor: what `convert` does, backwards."""
+"""Write a base and its expert files as one release file, tensor by tensor: the reverse of `convert`."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from .files.storage import Entries, Progress, write_stream
 from .files.unfinished import check_targets
 from .files.values import cast
 
-# The official scripts make a LoRA of this rank before they read the file.
+# The official scripts create a LoRA of this rank before they read the file.
 OFFICIAL_RANK = 128
 
 
 @dataclass(frozen=True)
 class Release:
-    """What was written; `notes` are what its user has to know, a sentence each."""
+    """What was written. `notes` tell the user what to know about it, one sentence each."""
 
     family: str
     path: Path
@@ -43,7 +43,7 @@ class Release:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What goes into the file."""
+    """The inputs of a release."""
 
     base: NativeView
     detail: ExpertView
@@ -54,24 +54,24 @@ class _Parts:
         return self.base.family
 
     def semantic_tensor(self, name: str) -> Tensor:
-        """A native tensor of the base with the semantic expert in it."""
+        """A native tensor of the base with the semantic expert merged in."""
         tensor = self.base.read(name)
         return tensor if self.semantic is None else _with_expert(self.semantic, name, tensor)
 
     def detail_tensor(self, name: str) -> Tensor:
-        """The same with the detail expert in it, too."""
+        """The same with the detail expert merged in as well."""
         return _with_expert(self.detail, name, self.semantic_tensor(name))
 
     def sources(self, name: str) -> list[Piece]:
         return self.family.key_map.sources_of_tensor(name)
 
     def width(self, name: str) -> int:
-        """Columns of the weight beside a tensor, as far as it has any."""
+        """Columns of the weight that a tensor belongs to."""
         shape = self.base.shape(weight) if (weight := _weight(name)) in self.base.pieces else ()
         return shape[1] if len(shape) > 1 else 0
 
     def own_layers(self) -> Iterator[str]:
-        """The native tensors that the detail expert has a copy of."""
+        """The native tensors that the detail expert replaces with its own copy."""
         for name in self.base.pieces:
             if any(self.detail_module(piece) for piece in self.sources(name)):
                 yield name
@@ -97,25 +97,25 @@ def write_release(
 ) -> Release:
     """Write a base and its experts as one checkpoint in the layout of the official release.
 
-    Nothing is rounded that is not changed: from the two files of `convert_release` comes the release, bit for bit. One layer is in
-    memory at a time.
+    Unchanged tensors are not rounded: the two files of `convert_release` give the original release, bit for bit. One layer is
+    in memory at a time.
 
     Args:
-        base: a model file of any layout; of a release its semantic base.
-        detail: the detail expert's file, or a release that holds it.
-        semantic: a semantic expert that is merged into the base.
-        rank: of the LoRA, padded with zeros, which changes nothing; 0 for the expert's own.
-        dtype: of all tensors, None to keep.
+        base: a model file in any layout. For a release, its semantic base is used.
+        detail: the detail expert's file, or a release that contains it.
+        semantic: a semantic expert to merge into the base.
+        rank: rank of the LoRA. Padding with zeros does not change its effect. 0 uses the expert's own rank.
+        dtype: dtype of all tensors; None keeps it.
         progress: called with (bytes written, bytes in all); may raise to interrupt.
 
     Raises:
-        CheckpointError: files that cannot be read, or a target that may not be written.
-        ExpertError: experts that do not fit, or a detail expert that changes what the official layout has no place for.
+        CheckpointError: a file cannot be read, or the target cannot be written.
+        ExpertError: an expert does not fit, or the detail expert changes tensors that the official layout has no place for.
     """
     out, inputs = Path(out), [Path(path) for path in (base, detail, semantic) if path is not None]
     check_targets(inputs, [out], overwrite)
     if dtype is not None and dtype.itemsize == 1:
-        raise CheckpointError("A release is not written in fp8: the official code cannot run it. Choose bfloat16.")
+        raise CheckpointError("dtype is fp8, which the official code cannot run. Choose bfloat16.")
     model = NativeView(base)
     shapes = {name: model.shape(name) for name in model.pieces}
     parts = _Parts(
@@ -137,7 +137,7 @@ def write_release(
 
 
 def _with_expert(view: ExpertView, name: str, tensor: Tensor) -> Tensor:
-    """The tensor with the expert in it; as it is where the expert leaves it alone."""
+    """The tensor with the expert merged in. A tensor that the expert does not change is returned unchanged."""
     expert = view.layer(name.rpartition(".")[0])
     return merged(expert, name, lambda _: tensor) if _changes(expert, name) else tensor
 
@@ -167,10 +167,10 @@ def _check_base(parts: _Parts, dtype: torch.dtype | None) -> None:
 
 
 def _check_boundaries(parts: _Parts) -> None:
-    own, other = parts.detail.facts.boundary, parts.semantic and parts.semantic.facts.boundary
+    own, other = parts.detail.metadata.boundary, parts.semantic and parts.semantic.metadata.boundary
     if own and other and own != other:
         raise ExpertError(
-            f"The detail expert is made for boundary {own:g}, the semantic expert for {other:g}. Choose two that were trained together."
+            f"The detail expert was trained for boundary {own:g}, the semantic expert for {other:g}. Choose two that were trained together."
         )
 
 
@@ -178,14 +178,14 @@ def _check_detail(parts: _Parts) -> tuple[list[int], torch.dtype | None]:
     """The ranks and the dtype of the detail expert's LoRA.
 
     Raises:
-        ExpertError: a change that is neither a LoRA on the release's layers nor in the detail expert's own.
+        ExpertError: the expert changes a tensor other than by a LoRA on the release's layers or in its own copies.
     """
     own, ranks, dtypes, odd = set(parts.own_layers()), [], [], []
     for module in parts.detail.modules:
         expert = parts.detail.layer(module)
         odd += [name for name in (*expert.replaced, *expert.diff) if name not in own]
         if f"{module}.weight" in own:
-            continue  # goes into the copy
+            continue  # merged into the copy
         for piece, pair in source_updates(module, expert.low_rank.get(module, ()), parts.family):
             if parts.has_pair(piece.source):
                 ranks.append(pair.rank)
@@ -195,8 +195,8 @@ def _check_detail(parts: _Parts) -> tuple[list[int], torch.dtype | None]:
     if odd:
         raise ExpertError(
             f"{parts.detail.file.path} changes {counted(len(odd), 'tensor')} that the official layout has no place for: {name_some(odd)}. "
-            "There the detail expert is a LoRA on the attention beside its own embedders and output head. Export it as a PEFT "
-            "adapter, or train one without every_linear."
+            "In that layout the detail expert is a LoRA on attention plus its own embedders and output head. Export it as a PEFT "
+            "adapter, or train an expert without every_linear."
         )
     return ranks, reduce(torch.promote_types, dtypes) if dtypes else None
 
@@ -256,7 +256,7 @@ def _copy_key(parts: _Parts, piece: Piece) -> str:
 
 
 def _tensors(parts: _Parts, entries: Entries, rank: int) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the file, in the order of the entries."""
+    """Every tensor of the file, in the order of `entries`."""
     for name in parts.base.pieces:
         for source, tensor in unfuse(parts.sources(name), parts.semantic_tensor(name), parts.width(name)):
             key = _base_key(parts, source)
@@ -274,7 +274,7 @@ def _tensors(parts: _Parts, entries: Entries, rank: int) -> Iterator[tuple[str, 
 
 
 def _pairs(parts: _Parts, module: str, entries: Entries, rank: int) -> Iterator[tuple[str, Tensor]]:
-    """The LoRA of the layers that make up a native one; zeros where the expert has none."""
+    """The LoRA of each layer that makes up a native one; zeros if the expert has none."""
     layers = [piece.source for piece in parts.family.key_map.sources_of(module) if parts.has_pair(piece.source)]
     if not layers:
         return
@@ -292,13 +292,13 @@ def _pairs(parts: _Parts, module: str, entries: Entries, rank: int) -> Iterator[
 
 
 def _metadata(parts: _Parts) -> dict[str, str]:
-    """As other tools expect it, and what our loaders need to switch where the expert was trained to."""
-    metadata, facts = {"format": "pt", "dcm.family": parts.family.name}, parts.detail.facts
-    if facts.boundary is not None:
-        metadata["dcm.boundary"] = repr(facts.boundary)
-        if facts.timesteps is not None:
-            metadata["dcm.timesteps"] = json.dumps(facts.timesteps)
-    return metadata
+    """The format that other tools expect, and the boundary and timesteps that our loaders read."""
+    entries, metadata = {"format": "pt", "dcm.family": parts.family.name}, parts.detail.metadata
+    if metadata.boundary is not None:
+        entries["dcm.boundary"] = repr(metadata.boundary)
+        if metadata.timesteps is not None:
+            entries["dcm.timesteps"] = json.dumps(metadata.timesteps)
+    return entries
 
 
 def _notes(parts: _Parts, rank: int) -> Iterator[str]:
@@ -310,9 +310,9 @@ def _notes(parts: _Parts, rank: int) -> Iterator[str]:
         yield f"The official scripts expect LoRA rank {OFFICIAL_RANK}: set r={rank}, lora_alpha={alpha} there" + (
             f", or write the file with rank {OFFICIAL_RANK}." if rank < OFFICIAL_RANK else "."
         )
-    boundary = parts.detail.facts.boundary
+    boundary = parts.detail.metadata.boundary
     if boundary not in (None, parts.family.preset.boundary):
         yield (
-            f"The experts change over at sigma {boundary:g}, the official code at {parts.family.preset.boundary:g}: change it there. "
-            "ComfyUI-DCM reads it from the file."
+            f"These experts switch at sigma {boundary:g}, the official code at {parts.family.preset.boundary:g}. Change it there. "
+            "ComfyUI-DCM reads the boundary from the file."
         )

@@ -1,6 +1,6 @@
-"""Which expert owns a noise level, and what follows from the models of a run. Sampling, plans and training ask here.
+"""Which expert runs at a noise level, and what follows from the models of a run. Sampling and training both use this.
 
-The semantic expert owns sigma >= boundary, the detail expert the rest (paper, section 3.2).
+The semantic expert runs at sigma >= boundary, the detail expert below the boundary (paper, section 3.2).
 """
 
 import math
@@ -15,52 +15,52 @@ from .families import PRESETS, Family
 from .schedule import AUTO, DCM_GRID, EVEN, GENERIC, check_sigmas
 
 Side = Literal["semantic", "detail"]
-# Who runs a step: an active expert, or a model without one.
+# What runs a step: an active expert, or a model without one.
 Owner = Literal["semantic", "detail", "base"]
 SIDES: tuple[Owner, Owner] = ("semantic", "detail")
 
-# timestep / 1000 in float32 may land one float below the boundary it equals.
+# In float32, timestep / 1000 may be one float smaller than the boundary it equals.
 SIGMA_TOLERANCE = 1e-6
-# Boundaries go through text in files and widgets.
+# Files and widgets store boundaries as text.
 SAME_BOUNDARY = 1e-6
 
 
 def check_boundary(boundary: float) -> float:
-    """Return `boundary` if it splits the noise levels.
+    """Return `boundary` if it lies within the noise levels.
 
     Raises:
         ScheduleError: outside (0, 1).
     """
     if not (math.isfinite(boundary) and 0 < boundary < 1):
         raise ScheduleError(
-            f"boundary is {boundary}; it is the sigma where the detail expert takes over and has to lie between 0 and 1, "
-            "exclusive (Wan 2.1: 0.979, HunyuanVideo: 0.982). Where 0 is offered, 0 means the expert's own."
+            f"boundary is {boundary}, the sigma where the detail expert takes over; expected more than 0 and less than 1 "
+            "(Wan 2.1: 0.979, HunyuanVideo: 0.982). Where a widget allows 0, it uses the expert's own boundary."
         )
     return boundary
 
 
 def is_detail(sigma: Tensor, boundary: float) -> Tensor:
-    """True where the detail expert owns `sigma`; same shape as `sigma`."""
+    """True where the detail expert runs at `sigma`; same shape as `sigma`."""
     return sigma < boundary - SIGMA_TOLERANCE
 
 
-def own_boundary(experts: Iterable[float | None], given: float | None = None) -> float | None:
-    """The boundary of experts on a model: the one given with them, else the one they were made for; None where neither is known.
+def own_boundary(experts: Iterable[float | None], chosen: float | None = None) -> float | None:
+    """The boundary of experts on a model: `chosen`, else the one they were trained for, else None.
 
     Raises:
-        ExpertError: experts that were made for different ones, and none is given.
+        ExpertError: the experts were trained for different boundaries, and none is chosen.
     """
     found = sorted({boundary for boundary in experts if boundary})
-    if not given and found and found[-1] - found[0] > SAME_BOUNDARY:
+    if not chosen and found and found[-1] - found[0] > SAME_BOUNDARY:
         raise ExpertError(
-            f"The experts were made for different boundaries ({found[0]:g} and {found[-1]:g}), so that between these one of them is "
-            "wrong. Choose experts of one pair, or set `boundary` here."
+            f"The experts were trained for different boundaries ({found[0]:g} and {found[-1]:g}). Choose two that were trained together, "
+            "or set `boundary` here."
         )
-    return given or (found[0] if found else None)
+    return chosen or (found[0] if found else None)
 
 
 def own_timesteps(experts: Iterable[tuple[float, ...] | None]) -> tuple[float, ...] | None:
-    """The timesteps that experts were made for, the first that are known."""
+    """The timesteps that experts were made for: the first that are known."""
     return next((timesteps for timesteps in experts if timesteps), None)
 
 
@@ -69,14 +69,14 @@ class Setup:
     """The models and experts of a run, and what follows from them.
 
     Attributes:
-        seen: the MODEL itself was looked at, so that no family means another family; else only what its files and widgets say is known.
-        family: of the model; None for a model that has no DCM experts, or is not known.
-        two_models: two full models with weights of their own (Wan 2.2 A14B).
-        two_sides: the low-noise side has a MODEL that differs in anything: weights, LoRAs, experts.
-        takes_image: whether the model takes an image; None where that is not known.
-        semantic, detail: whether the attached expert works, None where none is attached. An expert at strength 0 does not.
-        stacked: the semantic expert works on both sides.
-        timesteps, boundary: the experts' own, None where they name none.
+        seen: the MODEL itself was inspected, so `family` None means another family. Otherwise only its files and widgets are known.
+        family: family of the model; None if it has no DCM experts or is unknown.
+        two_models: there are two full models with their own weights (Wan 2.2 A14B).
+        two_sides: the low-noise side has a different MODEL (weights, LoRAs or experts).
+        takes_image: whether the model takes an image; None if unknown.
+        semantic, detail: whether the attached expert is active; None if none is attached. Strength 0 makes it inactive.
+        stacked: the semantic expert is active on both sides.
+        timesteps, boundary: the experts' own values; None if they have none.
     """
 
     family: Family | None = None
@@ -97,19 +97,19 @@ class Setup:
 
     @property
     def owners(self) -> tuple[Owner, Owner]:
-        """Who runs the steps from the boundary upwards, and those below it."""
+        """What runs the steps at or above the boundary, and those under it."""
         if self.two_sides:
             return SIDES
-        # a detail expert alone works beside the semantic expert that the base is
+        # with a detail expert alone, the base itself is the semantic expert
         high: Owner = "semantic" if self.semantic or (self.semantic is None and self.detail) else "base"
         if self.detail:
             return high, "detail"
         return high, high if self.stacked else "base"
 
-    def boundary_for(self, given: float | None) -> float | None:
-        """The sigma where the detail side begins: as given, else the experts' own, else the usual one; None if there is none."""
-        if given or self.boundary:
-            return check_boundary(given or self.boundary)
+    def boundary_for(self, chosen: float | None) -> float | None:
+        """The sigma where the detail side begins: `chosen`, else the experts' own, else the family's default, else None."""
+        if chosen or self.boundary:
+            return check_boundary(chosen or self.boundary)
         if self.family is None:
             return None
         if self.two_models and self.family.pair_boundary:
@@ -117,10 +117,12 @@ class Setup:
         return self.family.preset.boundary
 
     def schedule(self, chosen: str) -> str | tuple[float, ...] | None:
-        """The schedule that counts where `chosen` is asked for: fixed timesteps, or the name of a spacing.
+        """The schedule that `chosen` stands for: fixed timesteps, or the name of a spacing.
 
-        auto: the experts' own, else the family's, else (two full models, other families) even spacing; None where the model is not
-        known. generic: the DCM grid for DCM experts or where nothing is known, else even spacing.
+        auto uses the experts' own timesteps, else the family's. Two full models and other families get even spacing.
+        It is None if the model is unknown.
+
+        generic uses the DCM grid for DCM experts or if nothing is known, else even spacing.
         """
         if chosen == AUTO:
             if self.timesteps:
@@ -129,21 +131,21 @@ class Setup:
                 return self.family.preset.timesteps
             return EVEN if self.seen or self.two_models else None
         if chosen == GENERIC:
-            # a LoRA on one of two full models is no DCM expert unless its file says so
+            # on two full models, a LoRA counts as a DCM expert only if its file says so
             of_dcm = self.attached and (self.timesteps or not self.two_models)
             return DCM_GRID if of_dcm or self == Setup() else EVEN
         return PRESETS.get(chosen, chosen)
 
     def changes(self, two_cfgs: bool = False) -> bool:
-        """Whether anything changes at the boundary: who runs the steps, or the cfg."""
+        """Whether anything changes at the boundary: what runs the steps, or the cfg."""
         return two_cfgs or self.owners[0] != self.owners[1]
 
     def plan(self, sigmas: Tensor, boundary: float | None, two_cfgs: bool = False) -> "Plan":
-        """Who runs which step; as `plan_steps`."""
+        """What runs each step; see `plan_steps`."""
         return plan_steps(sigmas, boundary if self.changes(two_cfgs) else None, self.owners)
 
     def notes(self, chosen: str) -> list[str]:
-        """What the user has to know of a chosen schedule: settings without effect, a base that needs more steps."""
+        """What the user should know about a schedule: settings without effect, or too few steps for a plain base."""
         schedule = self.schedule(chosen)
         if schedule is None or isinstance(schedule, str):
             return []
@@ -158,11 +160,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who runs which step: the first `semantic` steps, then `detail` more.
+    """What runs each step: first `semantic` steps, then `detail` steps.
 
     Attributes:
-        boundary: None where nothing changes from step to step.
-        owners: who runs the steps of each side.
+        boundary: None if the same model runs every step.
+        owners: what runs the steps of each side.
     """
 
     semantic: int
@@ -175,12 +177,12 @@ class Plan:
         return self.semantic + self.detail
 
     def side(self, step: int) -> Owner:
-        """Who runs a step counted from 0."""
+        """What runs a step, counted from 0."""
         return self.owners[step >= self.semantic]
 
     @property
     def parts(self) -> list[tuple[str, Owner]]:
-        """The sides that have steps, in words and by owner: [("step 1-3 semantic", "semantic"), ("4-6 detail", "detail")]."""
+        """The sides that have steps, as text and owner: [("step 1-3 semantic", "semantic"), ("4-6 detail", "detail")]."""
         found = []
         for owner, first, last in zip(self.owners, (1, self.semantic + 1), (self.semantic, self.steps), strict=True):
             if last >= first:
@@ -194,10 +196,10 @@ class Plan:
 
 
 def plan_steps(sigmas: Tensor, boundary: float | None, owners: tuple[Owner, Owner] = SIDES) -> Plan:
-    """The plan of a schedule; a step belongs to the owner of the sigma it starts from. Without a boundary all are the first owner's.
+    """The plan of a schedule. The sigma where a step starts decides who runs it; without a boundary, the first owner runs all.
 
     Raises:
-        ScheduleError: sigmas that cannot be sampled, or a boundary outside (0, 1).
+        ScheduleError: the sigmas cannot be sampled, or the boundary is outside (0, 1).
     """
     steps = check_sigmas(sigmas)[:-1]
     detail = 0 if boundary is None else int(is_detail(steps, check_boundary(boundary)).sum())
@@ -205,16 +207,16 @@ def plan_steps(sigmas: Tensor, boundary: float | None, owners: tuple[Owner, Owne
 
 
 def split_sigmas(sigmas: Tensor, boundary: float) -> tuple[Tensor, Tensor]:
-    """The two stretches of one trajectory: (high, low), `high` ending where `low` begins.
+    """Split one trajectory into (high, low). `high` ends where `low` begins.
 
     Raises:
-        ScheduleError: as `plan_steps`, and when one side would have no step.
+        ScheduleError: as for `plan_steps`, or one side would have no steps.
     """
     plan = plan_steps(sigmas, boundary)
     if not plan.semantic or not plan.detail:
         empty = "semantic (high-noise)" if not plan.semantic else "detail (low-noise)"
         raise ScheduleError(
-            f"The {empty} side is empty: the steps start at sigma {sigmas[0]:.4g} .. {sigmas[-2]:.4g} and the boundary is "
+            f"The {empty} side has no steps: they start at sigma {sigmas[0]:.4g} to {sigmas[-2]:.4g}, and the boundary is "
             f"{boundary:g}. Choose a boundary between them, or sample without splitting."
         )
     return sigmas[: plan.semantic + 1], sigmas[plan.semantic :]

@@ -1,9 +1,11 @@
-"""The documentation speaks of what is there, in plain English: links lead to files, the method map names what exists."""
+"""The documentation and the texts of the code are plain English. Links lead to files, the method map names what exists."""
 
 import ast
 import dataclasses
+import io
 import json
 import re
+import tokenize
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
@@ -28,6 +30,13 @@ PAGES = [
 LINK = re.compile(r"\]\(<([^>]+)>\)|\]\(([^\s()<>]+)\)|(?:src|href)=\"([^\"]+)\"")
 # What people read besides the pages.
 HELP = sorted((ROOT / "web" / "docs").glob("*.md"))
+# The code whose docstrings, comments and messages are checked.
+CODE = sorted(path for folder in ("dcm_core", "cli") for path in (ROOT / folder).rglob("*.py"))
+# An entry of a docstring's section: `name: ` or `first, second: `.
+ENTRY = re.compile(r"\w+(?:, \w+)*: ")
+SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
+# Strings of fewer words are names, keys and parts of sentences.
+SENTENCE = 4
 # Words of a sentence.
 LONGEST = 25
 # Words and forms that read as translated; the field has better ones (checkpoint, resume, LoRA, full, unchanged ...).
@@ -36,7 +45,8 @@ BANNED = re.compile(
     ^Of\b                                      # a fragment for a sentence
     | \b(?:go|goes|going|gone|went)\ on\b
     | \b(?:is|are|was|were)\ told\b
-    | \b(?:holds?|carry|carries|carried|carrying|weighs?)\b
+    | \bholds?\b(?!\ out\b)                    # "hold out" clips is the field's word
+    | \b(?:carry|carries|carried|carrying|weighs?)\b
     | (?<!there\ )\b(?:is|are)\ no\b(?!\ longer)  # "X is no Y"
     | \bas\ (?:it|they)\ (?:is|are|stands?)\b
     | \bgoes\ before\b
@@ -85,6 +95,55 @@ def blocks(text):
         else:
             found[-1] += f" {line}"
     return [block.strip() for block in found if re.search(r"\w", block)]
+
+
+def in_docstring(text):
+    """The paragraphs of a docstring and the entries of its sections."""
+    found = [""]
+    for line in map(str.strip, text.splitlines()):
+        if not line or line in SECTIONS:
+            found.append("")
+        elif ENTRY.match(line):
+            found.append(ENTRY.sub("", line, count=1))
+        else:
+            found[-1] += f" {line}"
+    return found
+
+
+def comments(source):
+    """Comments of a file; lines of their own that follow each other are one."""
+    found, last = [], -1
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line, text = token.start[0], token.string.lstrip("# ")
+            alone = token.line.lstrip().startswith("#")
+            if alone and line == last + 1:
+                found[-1] += f" {text}"
+            else:
+                found.append(text)
+            last = line if alone else -1
+    return found
+
+
+def texts_in(path):
+    """What people read in a file of code: its docstrings, comments and messages. `X` stands for what an f-string puts in."""
+    source = path.read_text(encoding="utf-8")
+    nodes = list(ast.walk(ast.parse(source)))
+    documented = [
+        node
+        for node in nodes
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+    ]
+    seen = {node.body[0].value for node in documented}
+    seen |= {part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+    found = [text for node in documented for text in in_docstring(ast.get_docstring(node))]
+    found += comments(source)
+    for node in nodes:
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "X" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in seen:
+            found.append(node.value)
+    return [text for text in found if len(text.split()) >= SENTENCE]
 
 
 def sentences(text):
@@ -153,6 +212,40 @@ def test_pages_are_plain_english(page):
 def test_notes_in_workflows_are_plain_english(path):
     notes = [node["widgets_values"][0] for node in read(path)["nodes"] if node["type"] == "MarkdownNote"]
     assert notes and [fault for note in notes for fault in faults(note)] == []
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_texts_in_code_are_plain_english(path):
+    assert [fault for text in texts_in(path) for fault in faults(text)] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        '"""What a file holds in it."""',
+        'def f():\n    """A function.\n\n    Args:\n        x, y: of the base that comes first.\n    """',
+        'class A:\n    """A class.\n\n    Raises:\n        ValueError: x is no number at all.\n    """',
+        "# a comment whose second line\n# says that it goes on",
+        "x = 1  # of the base that comes first",
+        "raise ValueError(f'{path} holds no training data.')",
+        "raise ValueError('A file is '\n'no safetensors file.')",
+    ],
+)
+def test_translated_texts_in_code_are_found(tmp_path, code):
+    path = tmp_path / "code.py"
+    path.write_text(code)
+    assert [fault for text in texts_in(path) for fault in faults(text)]
+
+
+def test_plain_texts_in_code_pass(tmp_path):
+    path = tmp_path / "code.py"
+    words = " ".join(["word"] * (LONGEST - 1))
+    path.write_text(
+        f'"""{words}\n\nArgs:\n    x: {words}\n    y: {words}\n"""\n# {words}\nx = 1  # {words}\n# {words}\n'
+        f"raise ValueError(f'{words} {{facts.given}}', 'whole pairs')\n"
+    )
+    assert len(texts_in(path)) == 7
+    assert [fault for text in texts_in(path) for fault in faults(text)] == []
 
 
 def test_the_changelog_is_plain_english():

@@ -1,1 +1,1 @@
-"""Distillation: training of the semantic and the detail expert."""
+"""Distillation: train the semantic and the detail expert."""

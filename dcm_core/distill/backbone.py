@@ -1,6 +1,6 @@
 """The frozen transformer that teacher, student and target network share.
 
-One copy of its weights: the teacher is the transformer as it is, the others put their experts in place for one call.
+There is one copy of its weights. The teacher is the plain transformer; the other two put their experts in place for a call.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ class Text:
 
     Attributes:
         context: embeddings, (batch, tokens, width).
-        extras: further arguments of the transformer, each (batch, ...) (HunyuanVideo: `y`, `guidance`).
+        extras: other arguments of the transformer, each (batch, ...) (HunyuanVideo: `y`, `guidance`).
     """
 
     context: Tensor
@@ -38,11 +38,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Features:
-    """What the teacher's blocks gave for one video.
+    """The outputs of the teacher's blocks for one video.
 
     Attributes:
         raw: block outputs, each (batch, video tokens, width).
-        projected: the same after the teacher's own output norm and projection.
+        projected: the same after the teacher's output norm and projection.
         grid: (frames, height, width) in tokens.
     """
 
@@ -53,14 +53,14 @@ class Features:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A transformer of the host, called with noise levels.
+    """The host's transformer, called with noise levels.
 
     Attributes:
-        module: the native model class; its weights are never written, and get no gradient.
-        dtype: what it computes in.
-        options: makes the host's `transformer_options` for a call.
-        gradient_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again (always so for a family
-            whose blocks overwrite what a backward pass needs).
+        module: the native model class. Its weights are never written and get no gradient.
+        dtype: the dtype it computes in.
+        options: creates the host's `transformer_options` for a call.
+        gradient_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again. It is always
+            on for a family whose blocks overwrite what a backward pass needs.
     """
 
     module: nn.Module
@@ -75,7 +75,7 @@ class Backbone:
             return self._call(x, sigma, text)
 
     def features(self, x: Tensor, sigma: Tensor, text: Text) -> Features:
-        """Outputs of every second feature block of the teacher, and what its output layer makes of them."""
+        """Outputs of every second feature block of the teacher, raw and after its output layer."""
         frames, height, width = x.shape[2], -(-x.shape[3] // 2), -(-x.shape[4] // 2)
         tokens = frames * height * width
         found: list[Tensor] = []
@@ -83,7 +83,7 @@ class Backbone:
         arguments: dict[str, Any] = {}
 
         def keep(_: nn.Module, __: Any, kwargs: dict[str, Any], out: Tensor) -> None:
-            # where video and text are joined, newer hosts say where the video begins; in older ones it comes first
+            # where video and text are joined, newer hosts say where the video begins; in older ones the video is first
             start, *_ = kwargs.get("transformer_options", {}).get("img_slice", (0,))
             video = out[:, start : start + tokens]
             found.append(video.clone() if self.family.writes_in_place else video)
@@ -132,7 +132,7 @@ class Backbone:
         return (self.gradient_checkpointing or self.family.writes_in_place) and torch.is_grad_enabled()
 
     def _forgetful(self, function: Callable[..., Any], experts: Working) -> Callable[..., Any]:
-        """The function without its inner activations, where they are not to be kept: computed again with the same experts in place."""
+        """The function, recomputing its activations in the backward pass if configured, with the same experts in place."""
 
         def again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), self._in_place(experts)
@@ -144,12 +144,12 @@ class Backbone:
 
     @contextmanager
     def _checkpointed(self, experts: Working) -> Iterator[None]:
-        """The blocks without their inner activations, where they are not to be kept."""
+        """Inside this context the blocks recompute their activations in the backward pass, if configured."""
         if not self._forgets:
             yield
             return
         blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
-        # another pack may have put a forward of its own on a block
+        # another pack may have replaced the forward of a block
         forwards = [_on_copies(block) if self.family.writes_in_place else block.forward for block in blocks]
         with placed(
             (block.__dict__, "forward", self._forgetful(forward, experts))
@@ -159,10 +159,10 @@ class Backbone:
 
 
 def _on_copies(block: nn.Module) -> Callable[..., Any]:
-    """The forward of a block that writes into its input after its norms have read it.
+    """The forward of a block that overwrites its input after its norms have read it.
 
-    What the backward pass needs stays as it is: the block's input, which is kept, and that of its norms. PyTorch notices such a
-    write, but not into what a checkpoint computes again.
+    It works on copies, so that the backward pass finds the inputs of the block and of its norms unchanged. PyTorch detects
+    such a write, but not inside a recomputed checkpoint.
     """
     forward, norms = block.forward, [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
 
@@ -178,13 +178,13 @@ def _on_copies(block: nn.Module) -> Callable[..., Any]:
 
 
 def _own(value: Any) -> Any:
-    """A copy of what may be written into."""
+    """A copy of any tensor that may be overwritten."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
 def _can_be_saved(weight: Tensor) -> bool:
-    """Whether a backward pass can save it. A weight of inference mode that was moved outside it says no more that it is one, but has
-    no version."""
+    """Whether a backward pass can save it. A weight from inference mode that was moved later looks like a normal tensor, but has
+    no version counter."""
     try:
         return not weight.is_inference() and weight._version >= 0
     except RuntimeError:
@@ -193,9 +193,9 @@ def _can_be_saved(weight: Tensor) -> bool:
 
 @contextmanager
 def usable_weights(module: nn.Module) -> Iterator[None]:
-    """For the length of the block, weights that were loaded in inference mode can be part of a backward pass, moved since or not.
+    """Inside the block, weights that were loaded in inference mode can be used in a backward pass.
 
-    A plain tensor over the same memory stands in for each: nothing is copied or moved.
+    Each is replaced by a plain tensor over the same memory. Nothing is copied or moved.
     """
     with placed(_plain_weights(module)):
         yield
@@ -207,5 +207,5 @@ def _plain_weights(module: nn.Module) -> Iterator[Placement]:
             if weight is not None and not _can_be_saved(weight) and type(weight.data) is Tensor:
                 plain = torch.empty(0, dtype=weight.dtype, device=weight.device)
                 plain.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
-                # not an attribute that hides the parameter: it would hide an expert's, too
+                # an attribute that hides the parameter would not work: it would also hide an expert's
                 yield parameters, name, plain

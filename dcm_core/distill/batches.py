@@ -1,4 +1,4 @@
-"""Which videos, noise and noise levels a step works on: a function of seed and step alone."""
+"""The videos, noise and noise levels of each step. They depend on seed and step alone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from .parallel import Processes
 
 
 def generator_of(seed: int, step: int, element: int) -> torch.Generator:
-    """The randomness of one video of one step, whichever process works on it."""
+    """The random generator for one video of one step. It does not depend on the process."""
     return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 65_537 + element) % 2**63)
 
 
 @dataclass(frozen=True)
 class Video:
-    """One element of a batch, not yet stacked with others."""
+    """One element of a batch, before stacking."""
 
     x0: Tensor
     text: Text
@@ -32,16 +32,16 @@ class Video:
 
     @property
     def kind(self) -> tuple:
-        """Videos of one kind can be stacked."""
+        """Videos of the same kind can be stacked."""
         texts = (self.text.context.shape, self.no_text.context.shape)
         return (tuple(self.x0.shape), *texts)
 
 
 def text_of(conditioning: Conditioning, family: Family, guidance: float | None) -> Text:
-    """A conditioning as the transformer takes it; of masked text only the valid tokens.
+    """A conditioning in the form that the transformer takes. Masked text is cut to its valid tokens.
 
     Args:
-        guidance: embedded guidance, for a transformer that has it.
+        guidance: embedded guidance, for a transformer that uses it.
 
     Raises:
         TrainingError: an entry that the family needs is missing.
@@ -66,7 +66,7 @@ def text_of(conditioning: Conditioning, family: Family, guidance: float | None) 
 
 
 def stacked(videos: Sequence[Video], phases: Phases, device: torch.device) -> Iterator[tuple[Batch, float]]:
-    """Batches of videos of one kind, each with its share of all videos."""
+    """Batches of videos of the same kind, each with its share of all videos."""
     kinds = {video.kind: None for video in videos}
     for kind in kinds:
         group = [video for video in videos if video.kind == kind]
@@ -74,7 +74,7 @@ def stacked(videos: Sequence[Video], phases: Phases, device: torch.device) -> It
 
 
 def make_batch(videos: Sequence[Video], phases: Phases, device: torch.device) -> Batch:
-    """Draw points and noise for each video from its own generator."""
+    """Draw solver points and noise for each video from its own generator."""
     index = torch.cat([phases.draw(1, video.generator) for video in videos])
     level = torch.cat([phases.draw_above_phase(index[i : i + 1], video.generator) for i, video in enumerate(videos)])
 
@@ -102,8 +102,8 @@ class Batches:
 
     Args:
         indices: the clips of the dataset to train on.
-        guidance: embedded guidance, for a transformer that has it.
-        latent_in: the host's scaling of VAE latents to what the transformer sees.
+        guidance: embedded guidance, for a transformer that uses it.
+        latent_in: the host's scaling from VAE latents to the transformer's input.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Batches:
         self._no_text = text_of(dataset.unconditional(), family, guidance)
 
     def of_step(self, step: int) -> Iterator[tuple[Batch, float]]:
-        """This process's batches of a step, counted from 0, with their shares in its loss."""
+        """This process's batches of a step, counted from 0, each with its share of the loss."""
         parts = self._config.gradient_accumulation_steps
         for part in range(parts):
             chosen = self.order.batch(step * parts + part)
@@ -138,12 +138,12 @@ class Batches:
             yield from ((batch, share / parts) for batch, share in self._stacked(videos))
 
     def held_out(self, position: int, index: int) -> Batch:
-        """The batch of a held-out clip, the `position`-th of them, with the same noise each time."""
+        """The batch of the `position`-th held-out clip. Its noise is the same each time."""
         batch, _ = next(self._stacked([self._video(index, generator_of(self._config.seed + 1, 0, position))]))
         return batch
 
     def empty(self, index: int, shape: tuple[int, ...]) -> Iterator[tuple[Batch, float]]:
-        """Batches of zeros instead of the latent of a clip.
+        """Batches with zeros instead of a clip's latent.
 
         Args:
             shape: (videos, channels, frames, height, width).

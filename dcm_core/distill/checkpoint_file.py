@@ -1,6 +1,6 @@
-"""A training run after a step, in one safetensors file, so that a resumed run equals one that was never interrupted.
+"""A training checkpoint in one safetensors file. A resumed run equals one that was never interrupted.
 
-Randomness and the order of the data follow from seed and step; they need no tensors.
+Randomness and the order of the data follow from seed and step, so they are not stored.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from .config import FORMER, TrainingConfig, TrainingError, renamed
 from .learner import MOMENTS
 
 FORMAT = "dcm-training"
-# names in the file
+# prefixes of names in the file
 HISTORY, LOSS_SCALE_NAME, EMA = "history", "loss_scale", "average"
 
 History = list[dict[str, float]]
@@ -32,7 +32,7 @@ class Checkpoint:
     """A run after `steps` steps.
 
     Attributes:
-        identity: what a resumed run has to share beside its settings (the dataset's fingerprint, the model), by name.
+        identity: what a resumed run must share besides its settings, by name (the dataset's fingerprint, the model).
         tensors: everything that the next step depends on, by name.
     """
 
@@ -43,10 +43,10 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def check(self, config: TrainingConfig, identity: dict[str, str], path: Path) -> None:
-        """Refuse to resume with other settings or data than the run was started with, and what would change nothing.
+        """Refuse to resume with other settings or data than the run was started with, or if it would change nothing.
 
         Raises:
-            TrainingError: names every difference, or fewer steps than were made, or a learning rate that no step is left for.
+            TrainingError: settings or data differ, `steps` is less than the steps done, or a new learning rate has no steps left.
         """
         found = config.differences(self.config)
         names = {**self.identity, **identity}
@@ -63,18 +63,18 @@ class Checkpoint:
         if config.steps < self.steps:
             raise TrainingError(
                 f"steps is {config.steps}, but the run in {path.parent} is already at step {self.steps}. Set steps to {self.steps} to get "
-                "its expert as it is, set it higher to train further, or choose another name for a new run."
+                "its expert unchanged, set it higher to train further, or choose another name for a new run."
             )
         rates = config.new_rates(self.config)
         if config.steps == self.steps and rates:
             raise TrainingError(
                 f"The run in {path.parent} is already at step {self.steps} of {self.steps}, so no step is left for {'; '.join(rates)}. "
-                "Raise steps to train further at the new rate, set the rate back to get the expert as it is, or choose another name for "
-                "a new run."
+                "Raise steps to train further at the new rate, or set the rate back to get the expert unchanged. For a new run, choose "
+                "another name."
             )
 
     def in_words(self, config: TrainingConfig) -> str:
-        """What a run with these settings does with the checkpoint."""
+        """What a run with these settings does with the checkpoint, as text."""
         if config.steps == self.steps:
             return f"Already at step {self.steps} of {config.steps}: nothing was trained. Raise steps to train further."
         changes = config.changes(self.config)
@@ -89,8 +89,8 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint.
 
     Raises:
-        NoRoomError: too little room on the disk.
-        CheckpointError: a file that cannot be written.
+        NoRoomError: there is not enough room on the disk.
+        CheckpointError: the file cannot be written.
     """
     metadata = {
         "format": FORMAT,
@@ -106,24 +106,24 @@ def read_checkpoint(path: Path, shapes: Mapping[str, Shape] | None = None, weigh
     """Read a checkpoint.
 
     Args:
-        shapes: name -> shape of the run's tensors, where they are known.
-        weights: read the tensors too.
+        shapes: name -> shape of the run's tensors, if known.
+        weights: whether to read the tensors too.
 
     Raises:
-        CheckpointError: a damaged or incomplete file, or no checkpoint of a training run.
+        CheckpointError: the file is damaged, incomplete, or not a training checkpoint.
     """
     file = TensorFile(path)
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a training checkpoint. Choose the folder of a training run.")
     tensors = file.read_all() if weights else {key: file.read(key) for key in file.shapes.keys() & {HISTORY}}
     try:
-        settings = renamed(dict(parse_json(file.metadata["config"], "config")), FORMER)
+        settings = renamed(dict(parse_json(file.metadata["config"], "metadata entry 'config'")), FORMER)
         unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(TrainingConfig)})
-        # version 0.1.0 had the history in the header
+        # version 0.1.0 stored the history in the header
         history = tensors.pop(HISTORY).numpy().tobytes() if HISTORY in tensors else file.metadata[HISTORY]
         steps, identity, history = (
             int(file.metadata["steps"]),
-            parse_json(file.metadata["facts"], "facts"),
+            parse_json(file.metadata["facts"], "metadata entry 'facts'"),
             json.loads(history),
         )
         config = None if unknown else TrainingConfig.from_dict(settings)
@@ -133,7 +133,7 @@ def read_checkpoint(path: Path, shapes: Mapping[str, Shape] | None = None, weigh
         raise _damaged(path, error) from error
     if config is None:
         raise CheckpointError(
-            f"{path} is of a newer version: {', '.join(unknown)} is no setting here. Update ComfyUI-DCM."
+            f"{path} was written by a newer version. This version does not know {', '.join(unknown)}. Update ComfyUI-DCM."
         )
     problem = _no_identity(identity) or _no_history(history, steps) or _incomplete(file, config)
     if problem := problem or _compared(_shapes_of(file), shapes or _shapes_of(file)):
@@ -146,9 +146,9 @@ def _damaged(path: Path, why: Any) -> CheckpointError:
 
 
 def _no_identity(identity: Any) -> str:
-    """What is wrong with it, empty if nothing is; the same for the functions that follow."""
+    """What is wrong with it; empty if nothing is. The functions after this one return the same."""
     texts = isinstance(identity, dict) and all(isinstance(value, str) for value in identity.values())
-    return "" if texts else "its facts are not texts by name"
+    return "" if texts else "its identity is not a table of texts by name"
 
 
 def _no_history(history: Any, steps: int) -> str:
@@ -165,7 +165,7 @@ def _shapes_of(file: TensorFile) -> dict[str, Shape]:
 
 
 def _incomplete(file: TensorFile, config: TrainingConfig) -> str:
-    """Compares the tensors with each other: every trained one needs its optimizer state and, with EMA, its average."""
+    """Compare the tensors with each other: every trained one needs its optimizer state and, with EMA, its average."""
     shapes = _shapes_of(file)
     parts = ("expert", "discriminator") if config.adversarial else ("expert",)
     wanted: dict[str, Shape] = {}
@@ -194,5 +194,5 @@ def _compared(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
 
 
 def _as_tensor(history: History) -> Tensor:
-    """The history as JSON in bytes: it grows with the run, a file's header may not."""
+    """The history as JSON in bytes. It grows with the run, so the header is not the place for it."""
     return torch.frombuffer(bytearray(json.dumps(history), "ascii"), dtype=torch.uint8)

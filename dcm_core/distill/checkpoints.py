@@ -1,4 +1,4 @@
-"""The checkpoints of a run in its folder: written, cleared away, found."""
+"""Write, remove and find the checkpoints of a run in its folder."""
 
 import logging
 import re
@@ -20,12 +20,12 @@ NAME = re.compile(r"step_\d{8}\.safetensors")
 
 
 def check_folder(folder: Path, size: int, count: int) -> None:
-    """Make the folder, and see that there is room for as many checkpoints of `size` bytes as it will hold at once.
+    """Create the folder, and check that it has room for `count` checkpoints of `size` bytes.
 
-    What a run that was killed while it wrote has left is removed.
+    Unfinished files of a killed run are removed.
 
     Raises:
-        CheckpointError: a folder that cannot be made or written to, or too little room on the disk.
+        CheckpointError: the folder cannot be created or written to, or there is not enough room on the disk.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,13 +41,13 @@ def check_folder(folder: Path, size: int, count: int) -> None:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int, best_step: int = 0) -> Path:
-    """Write a checkpoint, then remove those before it but the last `keep - 1`, and the newest up to `best_step`.
+    """Write a checkpoint, then remove older ones. The last `keep - 1` and the newest up to `best_step` stay.
 
-    Where the disk is full, all but the newest make room first.
+    If the disk is full, all older ones but the newest are removed first.
 
     Raises:
-        NoRoomError: too little room on the disk; the newest checkpoint stays.
-        CheckpointError: a file that cannot be written.
+        NoRoomError: there is not enough room on the disk. The newest checkpoint stays.
+        CheckpointError: the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(folder, checkpoint.steps)
@@ -70,7 +70,7 @@ def _path(folder: Path, steps: int) -> Path:
 
 
 def _sorted_until(folder: Path, path: Path) -> list[Path]:
-    """The checkpoints up to `path`, oldest first; others are of another run, or damaged."""
+    """The checkpoints up to `path`, oldest first. Later ones belong to another run or are damaged."""
     return sorted(found for found in checkpoints_in(folder) if found <= path)
 
 
@@ -79,8 +79,10 @@ def _remove(paths: Iterable[Path]) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
-            # held by another program, such as a backup: it goes with a later checkpoint
-            logger.warning("%s cannot be removed (%s)", path, error.strerror)
+            # in use by another program, such as a backup: it is removed with a later checkpoint
+            logger.warning(
+                "%s cannot be removed (%s). It will be tried again after the next checkpoint.", path, error.strerror
+            )
 
 
 def checkpoints_in(folder: Path) -> Iterator[Path]:
@@ -89,10 +91,10 @@ def checkpoints_in(folder: Path) -> Iterator[Path]:
 
 
 def check_resumable(folder: Path, config: TrainingConfig, identity: dict[str, str]) -> None:
-    """Refuse a folder whose newest checkpoint the run could not resume (`Checkpoint.check`); reads no weights.
+    """Refuse a folder whose newest checkpoint this run cannot resume (`Checkpoint.check`). No weights are read.
 
     Raises:
-        TrainingError: a checkpoint of another run, or none that can be read.
+        TrainingError: the checkpoint is of another run, or none can be read.
     """
     found = newest_checkpoint(folder, weights=False)
     if found is not None:
@@ -103,14 +105,14 @@ def check_resumable(folder: Path, config: TrainingConfig, identity: dict[str, st
 def newest_checkpoint(
     folder: Path, shapes: Mapping[str, Shape] | None = None, weights: bool = True
 ) -> tuple[Path, Checkpoint] | None:
-    """The newest checkpoint that can be used, None without any; one that cannot is passed over for the one before.
+    """The newest usable checkpoint; None if there are none. Unusable ones are skipped.
 
     Args:
-        shapes: name -> shape of the run's tensors, where they are known.
-        weights: read the tensors too.
+        shapes: name -> shape of the run's tensors, if known.
+        weights: whether to read the tensors too.
 
     Raises:
-        TrainingError: there are checkpoints, but none that is complete.
+        TrainingError: there are checkpoints, but none is usable.
     """
     paths = sorted(checkpoints_in(folder), reverse=True)
     for path in paths:

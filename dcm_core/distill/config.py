@@ -1,4 +1,4 @@
-"""What a training run is told: validated settings with the paper's values as defaults."""
+"""Settings of a training run: validated, with the paper's values as defaults."""
 
 import dataclasses
 import json
@@ -14,28 +14,28 @@ from .method.phases import Phases
 
 
 class TrainingError(DCMError):
-    """A training run that cannot start, continue or be resumed."""
+    """A training run cannot start, continue or be resumed."""
 
 
 SCHEDULERS = ("constant", "cosine")
-# the types of settings, as a reader calls them
+# names of the types for readers
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What there is to say of a setting: checks, the nodes' widgets and the table in docs/training.md are made from it.
+    """The description of a setting. Checks, node widgets and the table in docs/training.md are made from it.
 
     Attributes:
         help: what it does, then what to set, then what 0 or -1 means.
-        semantic_help: what is true for a semantic expert alone, said after the help.
+        semantic_help: added to the help for a semantic expert.
         limits: the lowest and the highest number.
-        automatic: a number that stands for a value that follows from expert and model; it may lie outside the limits.
-        widget: lowest, highest and step of the number on a node, where it differs from the limits; None for no step.
+        automatic: a number that stands for a value derived from expert and model. It may be outside the limits.
+        widget: lowest number, highest number and step of the node's widget, if they differ from the limits; None for no step.
         options: the texts to choose from.
         only: the expert that has this setting, if not both.
-        resumable: a resumed run may change it, as it only says how long, how fast or how often.
-        former: its name in settings files and checkpoints of earlier versions, and in saved graphs.
+        resumable: whether a resumed run may change it, because it only sets how long, how fast or how often.
+        former: its name in settings files, checkpoints and saved graphs of earlier versions.
     """
 
     help: str
@@ -52,7 +52,7 @@ class Setting:
         return f"{self.help} {self.semantic_help}" if expert == "semantic" and self.semantic_help else self.help
 
     def problem_of(self, value: Any) -> str:
-        """What is wrong with a value of the right type, as words that go on after it; empty if nothing is."""
+        """What is wrong with a value of the right type, to be added to a message; empty if nothing is."""
         if self.options and value not in self.options:
             return f"choose one of {', '.join(self.options)}"
         if self.limits is None or value == self.automatic:
@@ -63,31 +63,31 @@ class Setting:
 
 
 def renamed(values: dict[str, Any], former: dict[str, str]) -> dict[str, Any]:
-    """The values by their names of today.
+    """Rename values from the names of earlier versions.
 
     Args:
-        former: name of earlier versions -> name of today.
+        former: name in earlier versions -> current name.
 
     Raises:
-        TrainingError: a value by both names.
+        TrainingError: both names are there.
     """
     for old, name in former.items():
         if old in values and name in values:
-            raise TrainingError(f"{old} is the former name of {name}, and both are there. Remove {old}.")
+            raise TrainingError(f"{old} is the old name of {name}, and both are set. Remove {old}.")
     return {former.get(name, name): value for name, value in values.items()}
 
 
 def setting(default: Any, help: str, semantic_help: str = "", **about: Any) -> Any:
-    """A field with its `Setting`."""
+    """A dataclass field with its `Setting`."""
     return dataclasses.field(default=default, metadata={"setting": Setting(help, semantic_help, **about)})
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Settings of one run that trains the expert of a `side`; `SETTINGS` says what each is.
+    """Settings of one run that trains the expert of a `side`. `SETTINGS` describes each of them.
 
     Raises:
-        TrainingError: a value outside its limits.
+        TrainingError: a value is outside its limits.
     """
 
     side: Side
@@ -268,17 +268,17 @@ class TrainingConfig:
             raise TrainingError(f"discriminator_width is {self.discriminator_width}; expected a multiple of 32.")
         if self.side == "detail" and self.shared:
             raise TrainingError(
-                "shared is true, but an expert for all noise levels is trained as a semantic expert. Train that."
+                "shared is true, but an expert for all noise levels is trained as a semantic expert. Train a semantic expert."
             )
         if self.side == "detail" and self.rank == 0:
-            raise TrainingError("rank is 0, but a detail expert is a LoRA: expected 1 or more (released models: 128).")
+            raise TrainingError("rank is 0, but a detail expert is a LoRA; expected 1 or more (released models: 128).")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainingConfig":
-        """Settings from a file's values, by their names of today or of earlier versions.
+        """Settings from a file's values, by current names or those of earlier versions.
 
         Raises:
-            TrainingError: a name that is none, or a value of another type.
+            TrainingError: a name is unknown, or a value has another type.
         """
         values = renamed(values, FORMER)
         kinds = {"side": str, **{name: type(getattr(cls, name)) for name in SETTINGS}}
@@ -293,7 +293,7 @@ class TrainingConfig:
         return cls(**values)
 
     def for_family(self, family: Family, boundary: float | None = None) -> "TrainingConfig":
-        """With every automatic value filled in; `boundary` is that of the experts it starts from or belongs with."""
+        """The settings with every automatic value filled in. `boundary` comes from the experts that the run builds on."""
         rate = self.learning_rate or (5e-6 if self.side == "detail" else 1e-4 if self.rank else 1e-6)
         return dataclasses.replace(
             self,
@@ -304,7 +304,7 @@ class TrainingConfig:
 
     @property
     def adversarial(self) -> bool:
-        """Whether there is a discriminator."""
+        """Whether the run has a discriminator."""
         return self.side == "detail" and self.adversarial_weight > 0
 
     def make_phases(self, family: Family) -> Phases:
@@ -314,21 +314,21 @@ class TrainingConfig:
         )
 
     def timesteps(self, family: Family) -> tuple[float, ...]:
-        """What the expert is stored with: the release's schedule where it was trained on its noise levels, else the generic one."""
+        """The timesteps saved with the expert: the release's if it was trained on those noise levels, else the generic schedule's."""
         if (self.shift, self.points) == (DEFAULT_SHIFT, DEFAULT_POINTS):
             return family.preset.timesteps
         return tuple(1000 * value for value in generic_sigmas(self.sample_steps, self.shift, self.points)[:-1].tolist())
 
     def differences(self, other: "TrainingConfig") -> list[str]:
-        """`name: other's -> mine` of every setting that a resumed run may not change."""
+        """`name: old -> new` for every changed setting that a resumed run must not change."""
         return self._compared(other, ["side", *(name for name, about in SETTINGS.items() if not about.resumable)])
 
     def changes(self, other: "TrainingConfig") -> list[str]:
-        """The same of those that it may change."""
+        """The same for settings that it may change."""
         return self._compared(other, [name for name, about in SETTINGS.items() if about.resumable])
 
     def new_rates(self, other: "TrainingConfig") -> list[str]:
-        """The same of the learning rates that are used."""
+        """The same for the learning rates in use."""
         return self._compared(other, ["learning_rate", *(["discriminator_learning_rate"] if self.adversarial else [])])
 
     def _compared(self, other: "TrainingConfig", names: list[str]) -> list[str]:
@@ -342,9 +342,9 @@ class TrainingConfig:
         return json.dumps(dataclasses.asdict(self))
 
 
-# Every setting but `side` by its name.
+# Every setting but `side`, by name.
 SETTINGS: dict[str, Setting] = {
     field.name: field.metadata["setting"] for field in dataclasses.fields(TrainingConfig) if field.metadata
 }
-# Names of earlier versions -> those of today.
+# Names in earlier versions -> current names.
 FORMER = {"expert": "side", **{about.former: name for name, about in SETTINGS.items() if about.former}}

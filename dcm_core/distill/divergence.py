@@ -1,4 +1,4 @@
-"""Is a run still learning? Losses that stay NaN or infinite, or that have grown far beyond what they were, end it."""
+"""Stop a run whose losses stay NaN or infinite, or have grown far beyond their lowest value."""
 
 import math
 from itertools import takewhile
@@ -7,18 +7,18 @@ from statistics import mean
 from .checkpoint_file import History
 from .config import TrainingConfig, TrainingError
 
-# Steps in a row that may be skipped because there is no number to learn from.
+# Steps in a row that may be skipped because their loss is NaN or infinite.
 PATIENCE = 5
-# Steps whose mean loss is compared.
+# Number of steps whose mean loss is compared.
 WINDOW = 50
 
 
 def check_losses(history: History, config: TrainingConfig) -> None:
-    """Look at the losses of a run after a step.
+    """Check the losses of a run after a step.
 
     Raises:
-        TrainingError: losses or gradients that stay NaN or infinite.
-        Diverged: losses that have grown `config.divergence`-fold.
+        TrainingError: losses or gradients stay NaN or infinite.
+        Diverged: the loss has grown `config.divergence`-fold.
     """
     skipped = sum(1 for _ in takewhile(_is_skipped, reversed(history)))
     if skipped and skipped % PATIENCE == 0:
@@ -35,11 +35,11 @@ def _is_skipped(entry: dict[str, float]) -> bool:
 
 
 class Diverged(TrainingError):
-    """The expert has become worse than it was; it is not worth saving."""
+    """The expert has become worse, so it is not saved."""
 
 
 def best_step(history: History) -> int:
-    """The last step of the window of the lowest mean loss, 0 where no window is complete."""
+    """The last step of the window with the lowest mean loss; 0 if no window is complete."""
     means = _window_means(history)
     return WINDOW * (1 + _lowest(means)) if means else 0
 

@@ -1,4 +1,4 @@
-"""Tensors under training with their AdamW: what makes a step of their gradients."""
+"""A set of trained tensors with its AdamW optimiser."""
 
 import math
 from collections.abc import Mapping
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 from .config import TrainingConfig
 from .parallel import Processes
 
-# What the loss is multiplied by where the model computes in float16: the gradients of a video are below its smallest numbers.
-# Not torch's GradScaler: it grows without limit, by a count of steps that would be one more thing to save and resume.
+# Loss scale for models that compute in float16: without it, gradients of a video underflow.
+# PyTorch's GradScaler is not used: it grows without limit, and its step count would have to be saved and resumed.
 LOSS_SCALE = 2.0**16
-# Once it was lowered, it is doubled again this often.
+# After it was lowered, it is doubled again after this many steps.
 STEPS_TO_RESCALE = 1000
-# AdamW's of each parameter, in its shape.
+# AdamW's state of each parameter, in the parameter's shape.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Learner:
-    """One set of tensors.
+    """A set of trained tensors.
 
     Attributes:
-        name: of its tensors in a checkpoint.
-        parameters: by name.
+        name: prefix of its tensors in a checkpoint.
+        parameters: name -> parameter.
         clip: the largest norm of all gradients together.
     """
 
@@ -37,17 +37,17 @@ class Learner:
 
     @property
     def scratch(self) -> int:
-        """Bytes that AdamW's step makes beside its state: twice the largest tensor."""
+        """Temporary memory of AdamW's step in bytes: twice the largest tensor."""
         return 2 * max(value.numel() * value.element_size() for value in self.parameters.values())
 
     def gather(self, processes: Processes, scale: float = 1.0) -> float:
         """Average the gradients over the processes, then clip them.
 
         Args:
-            scale: what the loss was multiplied by.
+            scale: the factor that the loss was multiplied by.
 
         Returns:
-            Their norm before they were clipped.
+            Their norm before clipping.
         """
         parameters = list(self.parameters.values())
         processes.average_gradients(parameters)
@@ -56,33 +56,33 @@ class Learner:
         return float(nn.utils.clip_grad_norm_(parameters, self.clip))
 
     def set_learning_rate(self, rate: float) -> None:
-        """For the next step."""
+        """Set the learning rate for the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
     def step(self, norm: float) -> None:
-        """Step along the gradients, whose norm is `norm`; if that is NaN or infinite, they are thrown away."""
+        """Make a step with the gradients. If their norm `norm` is NaN or infinite, they are discarded."""
         if math.isfinite(norm):
             self.optimizer.step()
         self.zero_grad()
 
     def allocate_gradients(self) -> None:
-        """Make room for the gradients, as zeros."""
+        """Allocate the gradients as zeros."""
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
 
     def zero_grad(self) -> None:
-        """Throw the gradients away."""
+        """Discard the gradients."""
         self.optimizer.zero_grad()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and AdamW's state by their names in a checkpoint."""
+        """Name in a checkpoint -> parameter or AdamW state."""
         values = {f"{self.name}.{name}": value for name, value in self.parameters.items()}
         return values | _optimizer_tensors(f"{self.name}_optimizer", self.parameters, self.optimizer)
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take up the tensors of a checkpoint."""
+        """Load the tensors of a checkpoint."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"{self.name}.{name}"])
         _load_optimizer(f"{self.name}_optimizer", list(self.parameters), self.optimizer, tensors)
@@ -95,20 +95,20 @@ def make_learner(
     clip: float = math.inf,
     **settings: float | tuple[float, float],
 ) -> Learner:
-    """A learner with AdamW.
+    """Create a learner with AdamW.
 
     Args:
         rate: the (peak) learning rate.
-        settings: of AdamW.
+        settings: other arguments of AdamW.
     """
-    # one tensor at a time: all at once would need as much memory again
+    # one tensor at a time; all at once would double the memory
     return Learner(name, parameters, torch.optim.AdamW(parameters.values(), lr=rate, foreach=False, **settings), clip)
 
 
 def _optimizer_tensors(
     prefix: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """AdamW's state by the names of its parameters; without a step yet, what the first step begins with."""
+    """AdamW's state by parameter names. Before the first step, this is its initial state."""
     found = {}
     for name, parameter in parameters.items():
         zeros = torch.zeros((), device=parameter.device).expand(parameter.shape)
@@ -120,7 +120,7 @@ def _optimizer_tensors(
 def _load_optimizer(
     prefix: str, names: list[str], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Give the optimizer its state back."""
+    """Restore the optimiser's state."""
     state: dict[int, dict[str, Any]] = {}
     for index, name in enumerate(names):
         start = f"{prefix}.{name}."
@@ -131,7 +131,7 @@ def _load_optimizer(
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """The learning rate of a step, counted from 0: a linear warm-up, then constant, or half a cosine down to 0."""
+    """The learning rate of a step, counted from 0: a linear warm-up, then constant or a cosine decay to 0."""
     peak, warmup = config.learning_rate, min(config.warmup_steps, config.steps - 1)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)

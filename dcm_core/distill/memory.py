@@ -1,9 +1,9 @@
-"""What a run will need in memory, told before its first step.
+"""Estimate the memory of a run before its first step.
 
-    peak = base + trained x (weight + EMA + 2 AdamW moments + gradient) + what else a step makes
+    peak = base + trained x (weight + EMA + 2 AdamW moments + gradient) + temporary tensors of a step
 
-The last is measured: a step is made on a video of zeros, and the tensors that are alive at once are counted. A step that
-is larger than `PROBE` tokens follows from smaller ones, as it grows with the tokens and, for the texts, with the videos.
+The last part is measured: a step runs on a video of zeros, and the tensors that are alive at the same time are counted.
+Steps above `PROBE` tokens are extrapolated from smaller ones, as memory grows with tokens and, for the texts, with videos.
 """
 
 import math
@@ -20,22 +20,22 @@ from torch.utils._pytree import tree_leaves
 from .config import TrainingConfig, TrainingError
 
 GIB = 2**30
-# The largest steps that are made only to be measured: (videos, frames, height, width) of latents, and the tokens of the largest.
+# Sizes of the steps that are measured: (videos, frames, height, width) of latents, and the tokens of the largest.
 FEW, MANY, TWO_VIDEOS = (1, 4, 32, 32), (1, 8, 32, 32), (2, 4, 32, 32)
 PROBE = 2048
-# Kernels hold some memory of their own.
+# Allowance for memory of the kernels themselves.
 MARGIN = 1.05
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what they are for.
+    """Memory in bytes by purpose.
 
     Attributes:
         base: the base model's weights.
-        present: experts and discriminator, which are there before the first step.
-        moments: of the optimiser, there after the first step.
-        step: the most that a step makes at once, gradients and all.
+        present: experts and discriminator, allocated before the first step.
+        moments: the optimiser's moments, allocated in the first step.
+        step: peak of temporary tensors in a step, including gradients.
     """
 
     base: int
@@ -45,7 +45,7 @@ class Memory:
 
     @property
     def coming(self) -> int:
-        """What has to be free when the run starts, wherever the host has put the base."""
+        """Memory that has to be free when the run starts, not counting the base."""
         return self.moments + self.step
 
     @property
@@ -59,10 +59,10 @@ class Memory:
         return f"Peak memory about {sum(self.parts.values()):.2f} GiB ({listed})"
 
     def check(self, available: int, config: TrainingConfig) -> None:
-        """Refuse what cannot fit even with the base offloaded.
+        """Refuse a run that does not fit even with the base offloaded.
 
         Raises:
-            TrainingError: with what to change.
+            TrainingError: there is not enough memory. The message says what to change.
         """
         if self.coming <= available:
             return
@@ -76,13 +76,13 @@ class Memory:
         elif config.rank > 16:
             fixes.append(f"lower rank from {config.rank}, and alpha in proportion")
         raise TrainingError(
-            f"Training needs about {(self.present + self.coming) / GIB:.2f} GiB beside the base model, but only "
+            f"Training needs about {(self.present + self.coming) / GIB:.2f} GiB besides the base model, but only "
             f"{(self.present + available) / GIB:.2f} GiB are available. To need less: {'; '.join(fixes)}."
         )
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside the block that are still there; `most` is their peak."""
+    """Counts the bytes of live tensors that were created inside the block. `most` is their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        # what comes in unseen was there before
+        # inputs that were not seen before existed before the block
         self._see((args, kwargs), counted=False)
         out = function(*args, **(kwargs or {}))
         self._see(out, counted=True)
@@ -101,7 +101,7 @@ class Alive(TorchDispatchMode):
 
     def _see(self, values: Any, counted: bool) -> None:
         for value in tree_leaves(values):
-            # a quantised tensor of the host is a shell around others
+            # a quantised tensor of the host wraps other tensors
             if type(value) in (Tensor, nn.Parameter):
                 storage = value.untyped_storage()
                 if storage._cdata not in self._seen:
@@ -124,22 +124,22 @@ def total(tensors: Iterable[Tensor]) -> int:
 
 
 def tokens_of(shape: tuple[int, ...]) -> int:
-    """Tokens of videos whose latents have the shape (videos, frames, height, width)."""
+    """Number of tokens for latents of shape (videos, frames, height, width)."""
     videos, frames, height, width = shape
     return videos * frames * -(-height // 2) * -(-width // 2)
 
 
 def step_size(step: Callable[[tuple[int, ...]], None], shape: tuple[int, ...]) -> int:
-    """The most that a step on latents of `shape` (videos, frames, height, width) makes at once.
+    """Peak of temporary memory of a step on latents of `shape` (videos, frames, height, width).
 
     Args:
-        step: makes a step on latents of a shape; the gradients it adds to are there already.
+        step: runs a step on latents of a shape. Its gradients are already allocated.
     """
     tokens, videos = tokens_of(shape), shape[0]
     if tokens <= PROBE:
         return int(MARGIN * _measured(step, shape))
     little, much = _measured(step, FEW), _measured(step, MANY)
-    # as many tokens in two videos: what one more text takes
+    # the same number of tokens in two videos shows the cost of one more text
     text = max(0, _measured(step, TWO_VIDEOS) - much) if videos > 1 else 0
     a_token = max(0, much - little) / (tokens_of(MANY) - tokens_of(FEW))
     return math.ceil(MARGIN * (much + (tokens - tokens_of(MANY)) * a_token + (videos - 1) * text))

@@ -1,4 +1,4 @@
-"""Several processes that train one expert: `torchrun` or `accelerate launch` starts them, this averages over them."""
+"""Train one expert in several processes, started by `torchrun` or `accelerate launch`. Gradients are averaged over them."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ PATIENCE = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all."""
+    """This process and the number of all processes."""
 
     rank: int = 0
     count: int = 1
@@ -25,19 +25,19 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: list[int]) -> list[tuple[int, int]]:
-        """(position, item) of this process's part of a global batch, whose length `count` divides."""
+        """(position, item) of this process's part of a global batch. Its length must be a multiple of `count`."""
         each = len(items) // self.count
         return list(enumerate(items))[self.rank * each : (self.rank + 1) * each]
 
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Every process gets the mean of all processes' gradients."""
+        """Replace the gradients with their mean over all processes."""
         if self.count == 1:
             return
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            # one by one: all together would be a second copy of them
+            # one at a time; all at once would need a second copy of them
             dist.all_reduce(parameter.grad)
             parameter.grad /= self.count
 
@@ -52,13 +52,13 @@ class Processes:
         return dict(zip(values, (tensor / self.count).tolist(), strict=True))
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier()
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first process runs the block, then the others do."""
+        """The first process runs the block, then the others."""
         if not self.first:
             self.wait()
         yield
@@ -67,11 +67,11 @@ class Processes:
 
 
 def join(device: torch.device) -> Processes:
-    """This process among those a launcher started (it sets RANK and WORLD_SIZE), or alone."""
+    """Join the processes of a launcher, which sets RANK and WORLD_SIZE. Without one, this process is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     if not dist.is_initialized():
-        # one may encode all clips while the others wait
+        # long enough for one process to encode all clips while the others wait
         nccl = device.type == "cuda" and dist.is_nccl_available()
         dist.init_process_group("nccl" if nccl else "gloo", timeout=PATIENCE)
     return Processes(dist.get_rank(), dist.get_world_size())

@@ -1,4 +1,4 @@
-"""Signals that would end the process in the middle of something that has to be whole."""
+"""Delay signals that would end the process in the middle of an operation."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """SIGINT and SIGTERM wait for the end of the block. Threads other than the main one get none."""
+    """Delay SIGINT and SIGTERM until the end of the block. Threads other than the main one do not get them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -19,7 +19,7 @@ def held_back() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            # None: not set by Python
+            # None if the handler was not set by Python
             signal.signal(number, handler or signal.SIG_DFL)
         if came:
             signal.raise_signal(came[0])

@@ -1,4 +1,4 @@
-"""An expert under training: float32 tensors beside the frozen base."""
+"""The student: an expert's float32 tensors, trained on top of the frozen base."""
 
 import copy
 import dataclasses
@@ -17,12 +17,12 @@ from ..experts.modules import LAYER_PARAMS, RoutedExpert, find_module, is_linear
 from ..families import Family
 from .backbone import Working
 
-# native tensor name -> its value, dequantised
+# native tensor name -> its dequantised value
 WeightOf = Callable[[str], Tensor]
 
 
 def _casting(kind: type[nn.Module]) -> type[nn.Module]:
-    """The layer, computing in its input's dtype while its weights stay float32."""
+    """A subclass of the layer that computes in its input's dtype, while its weights stay float32."""
 
     class Casting(kind):
         def forward(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ CASTING = SimpleNamespace(
 
 
 class PreciseExpert(RoutedExpert):
-    """Its bare parameters stay in its own dtype, as the base's may be too small to train in, and go in whole."""
+    """Its bare parameters stay in its own dtype, since the base's may be too coarse to train in. `strength` is not used."""
 
     def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for name, replaced, tensor in zip(self.bare_names, self.bare_replaced, self.bare, strict=True):
@@ -49,29 +49,29 @@ class PreciseExpert(RoutedExpert):
 
 
 class Student(nn.Module):
-    """An expert under training.
+    """An expert in training.
 
-    Low-rank updates work at `scale` = alpha / rank, which stays outside the weights as in the paper's training; what replaces
-    a layer works alone. Parameter names are those in saved checkpoints.
+    Low-rank updates are applied at `scale` = alpha / rank, which stays outside of the weights as in the paper's training. A
+    replaced layer has no scale. Parameter names are those in saved checkpoints.
 
     Args:
         base: native name -> module of the base.
 
     Raises:
-        ExpertError: an expert that does not fit, whose alpha / rank differs between layers, or that holds differences.
+        ExpertError: the expert does not fit, its alpha / rank differs between layers, or it contains differences.
     """
 
     def __init__(self, expert: Expert, base: Mapping[str, nn.Module], device: torch.device):
         super().__init__()
         if expert.diff:
             raise ExpertError(
-                f"{name_some(expert.diff)} are differences to the base. Training starts from a LoRA and replaced layers."
+                f"The expert adds full differences ({name_some(expert.diff)}). Start training from a LoRA with replaced layers at most."
             )
         scales = sorted({update.scale for updates in expert.low_rank.values() for update in updates})
-        # files hold alphas in float32
+        # files store alphas in float32
         if scales and not math.isclose(scales[0], scales[-1], rel_tol=1e-6):
             raise ExpertError(
-                f"The expert's alpha / rank differs between layers ({scales}). Training starts from one for all."
+                f"The expert's alpha / rank differs between layers ({scales}); expected one value. Start from another expert."
             )
         self.scale = scales[0] if scales else 1.0
         self.without_tensors = dataclasses.replace(expert, low_rank={}, replaced={})
@@ -88,11 +88,11 @@ class Student(nn.Module):
 
     @property
     def working(self) -> Working:
-        """For `Backbone.velocity`."""
+        """The expert for `Backbone.velocity`."""
         return ((self.low_rank, self.scale), (self.replaced, 1.0))
 
     def make_ema(self) -> "Student":
-        """A copy without gradients, to be moved by `update_ema`."""
+        """A copy without gradients, which `update_ema` updates."""
         return copy.deepcopy(self).requires_grad_(False)
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def to_expert(self) -> Expert:
-        """What has been learned, as an expert of its own on the CPU."""
+        """The trained expert, copied to the CPU."""
         low_rank: dict[str, tuple[LowRank, ...]] = {}
         for name, site in zip(self.low_rank.names, self.low_rank.sites, strict=True):
             downs = site.branch.down.weight.split(site.branch.ranks)
@@ -124,10 +124,10 @@ def _free(tensor: Tensor) -> Tensor:
 
 
 def make_fixed(expert: Expert, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> Working:
-    """A finished expert that another is trained on top of, whatever it holds.
+    """A finished expert that another is trained on top of. It may contain anything.
 
     Raises:
-        ExpertError: one that does not fit.
+        ExpertError: it does not fit.
     """
     return ((PreciseExpert(expert, modules, CASTING, dtype, device).requires_grad_(False), 1.0),)
 
@@ -140,10 +140,10 @@ def new_semantic(
     generator: torch.Generator,
     weight_of: WeightOf | None = None,
 ) -> Expert:
-    """A semantic expert that changes nothing yet: low-rank updates of every linear of the blocks; rank 0 is a full fine-tune.
+    """A new semantic expert without effect: a LoRA on every linear layer of the blocks. Rank 0 makes it a full fine-tune.
 
     Args:
-        weight_of: the base's weights where they are not plain numbers in `modules`.
+        weight_of: returns the base's weights, for those that `modules` does not store as plain numbers.
     """
     if rank == 0:
         weight_of = weight_of or _own_weights(modules)
@@ -165,12 +165,12 @@ def new_detail(
     weight_of: WeightOf | None = None,
     every_linear: bool = False,
 ) -> Expert:
-    """A detail expert that changes nothing yet: the release's low-rank sites, and its copies of embedders and head.
+    """A new detail expert without effect: a LoRA on the release's layers, and copies of embedders and head.
 
     Args:
-        semantic: the expert it will work on top of; the copies start from that one's embedders and head.
-        weight_of: as for `new_semantic`.
-        every_linear: low-rank updates of every linear of the blocks too, and of the rows of fused ones that the release leaves out.
+        semantic: the expert it is trained on top of. The copies start from that expert's embedders and head.
+        weight_of: see `new_semantic`.
+        every_linear: put the LoRA on every linear layer of the blocks, including rows of fused ones that the release leaves out.
     """
     weight_of = weight_of or _own_weights(modules)
     low_rank: dict[str, tuple[LowRank, ...]] = {}
@@ -192,19 +192,19 @@ def new_detail(
 
 
 def _block_linears(family: Family, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The names of all linears of the blocks."""
+    """The names of all linear layers of the blocks."""
     lists = tuple(f"{name}." for name in family.block_lists)
     return sorted(name for name, module in modules.items() if name.startswith(lists) and is_linear(module))
 
 
 def _rest(module: nn.Module, rows: list[slice]) -> list[slice]:
-    """The rows of a linear after `rows`, if there are any."""
+    """The rows of a linear layer after `rows`, if any."""
     start = sum(len(range(*part.indices(module.out_features))) for part in rows)
     return [slice(start, None)] if start < module.out_features else []
 
 
 def _parameter_names(name: str, module: nn.Module) -> list[str]:
-    """Native names of a module's own parameters; of a linear not those that say how its weight is stored."""
+    """Native names of a module's own parameters. For a linear layer, parameters that describe its storage are left out."""
     own = [param for param, _ in module.named_parameters(recurse=False)]
     if is_linear(module):
         own = [param for param in LAYER_PARAMS if getattr(module, param) is not None]
@@ -222,7 +222,7 @@ def _own_weights(modules: Mapping[str, nn.Module]) -> WeightOf:
 def _new_low_rank(
     module: nn.Module, rank: int, alpha: float, generator: torch.Generator, rows: slice = slice(None)
 ) -> LowRank:
-    """A low-rank update that adds nothing yet: down uniform like nn.Linear's weight, up zero; on some `rows` of a fused layer's weight."""
+    """A new low-rank update for some `rows`: down is initialised like nn.Linear's weight, up is zero, so it has no effect."""
     bound = 1 / math.sqrt(module.in_features)
     down = torch.empty(rank, module.in_features).uniform_(-bound, bound, generator=generator)
     start, stop, _ = rows.indices(module.out_features)

@@ -35,12 +35,12 @@ logger = logging.getLogger(LOGGER)
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
-        history: for each step its number `step` and losses by name.
-        seconds: of this run, without what was done before it was resumed.
-        resumed: from which checkpoint, in words; empty for a new run.
+        history: for each step, its number `step` and its losses by name.
+        seconds: time of this run, not counting steps before it was resumed.
+        resumed: which checkpoint it was resumed from, as text; empty for a new run.
     """
 
     expert: Expert
@@ -51,14 +51,14 @@ class Result:
 
 @dataclass
 class Trainer:
-    """One run.
+    """One training run.
 
     Attributes:
-        start: the expert that is trained, as it begins; it is not kept.
-        semantic: the finished semantic expert that stays in place under a detail expert.
-        latent_in: the host's scaling of VAE latents to what the transformer sees.
-        folder: where checkpoints are kept.
-        identity: as in `Checkpoint`.
+        start: the expert to start from. It is not kept.
+        semantic: the finished semantic expert that a detail expert is trained on top of.
+        latent_in: the host's scaling from VAE latents to the transformer's input.
+        folder: folder of the checkpoints.
+        identity: see `Checkpoint`.
     """
 
     backbone: Backbone
@@ -110,15 +110,15 @@ class Trainer:
 
     @property
     def done(self) -> int:
-        """Steps made so far."""
+        """Number of steps done so far."""
         return len(self.history)
 
     def run(self) -> Result:
         """Train, from the newest checkpoint in the folder if there is one.
 
         Raises:
-            TrainingError: a checkpoint of another run, or losses that stay NaN or infinite, or diverge.
-            CheckpointError: a folder that cannot be written to, or a disk without room for the checkpoints.
+            TrainingError: the checkpoint is of another run, or losses stay NaN or infinite, or diverge.
+            CheckpointError: the folder cannot be written to, or there is not enough room for the checkpoints.
         """
         resumed = self._resume()
         if self.processes.first:
@@ -133,7 +133,7 @@ class Trainer:
         except Diverged:
             raise
         except BaseException as error:
-            # the last good checkpoint is worth keeping, whatever ended the run; others may wait elsewhere
+            # save what was learned, whatever ended the run; the other processes may be waiting elsewhere
             if self.worth_saving and self.done > self.saved:
                 self._save()
             self.watcher.stopped(self.saved, self.config.steps, error)
@@ -141,11 +141,11 @@ class Trainer:
         return Result(self.expert(), self.history, time.monotonic() - began, resumed)
 
     def expert(self) -> Expert:
-        """The expert as it is now: the EMA's, if there is one."""
+        """The current expert: the EMA if there is one, else the student."""
         return (self.ema or self.student).to_expert()
 
     def memory(self) -> Memory:
-        """What the run will need; makes a step that teaches nothing."""
+        """Estimate the memory of the run. It runs steps that do not change the weights."""
         example = max((bucket[0] for bucket in self.data.buckets), key=lambda index: math.prod(self.data.shape(index)))
         channels, *largest = self.data.shape(example)
         trained = total(self.learner.parameters.values())
@@ -170,7 +170,7 @@ class Trainer:
         )
 
     def networks(self) -> Networks:
-        """Teacher, student and target network on the one backbone."""
+        """Teacher, student and target network on the shared backbone."""
         backbone, semantic = self.backbone, self.semantic_working
         student = (*semantic, *self.student.working)
         # the detail stage's target network is the student itself (paper, section 3.4)
@@ -200,19 +200,21 @@ class Trainer:
         return make_learner("discriminator", parameters, rate, betas=(0.0, 0.999), weight_decay=0.0)
 
     def _training_step(self) -> None:
-        """One step of the optimisers, and its losses in the history."""
+        """One step of the optimisers. Its losses are added to the history."""
         scale = self.loss_scale
         terms, norm = self._gradients(self.done), self.learner.gather(self.processes, self.loss_scale)
         while not math.isfinite(norm) and math.isfinite(terms["loss"]) and self.loss_scale > 1:
-            # too large for float16: the same step again
+            # the loss scale was too large for float16: repeat the step
             self.loss_scale /= 2
             self._zero_grad()
             terms, norm = self._gradients(self.done), self.learner.gather(self.processes, self.loss_scale)
         if not math.isfinite(norm):
-            # not for its scale: the step is passed over
+            # the scale was not the reason: skip the step
             self.loss_scale = scale
         judging_norm = self.discriminator_learner and self.discriminator_learner.gather(self.processes)
-        with held_back():  # half a step is not worth saving; nothing in it waits for other processes
+        with (
+            held_back()
+        ):  # a checkpoint in the middle of a step would be useless; nothing here waits for other processes
             self.worth_saving = False
             self.learner.set_learning_rate(learning_rate_at(self.done, self.config))
             self.learner.step(norm)
@@ -226,7 +228,7 @@ class Trainer:
             self.worth_saving = True
 
     def _gradients(self, step: int) -> dict[str, float]:
-        """Add up the gradients of a step; the mean losses of all processes."""
+        """Accumulate the gradients of a step. Returns the mean losses of all processes."""
         sums: dict[str, float] = {}
         for batch, share in self.batches.of_step(step):
             for name, value in self._learn(batch, share).items():
@@ -234,7 +236,7 @@ class Trainer:
         return self.processes.mean(sums)
 
     def _learn(self, batch: Batch, share: float) -> Terms:
-        """Add the gradients of a batch; its losses."""
+        """Add the gradients of a batch. Returns its losses."""
         loss, terms, discriminator_loss = self.losses(batch)
         (self.loss_scale * share * loss).backward()
         terms = {"loss": loss.detach(), **terms}
@@ -263,7 +265,7 @@ class Trainer:
         self.watcher.step(self.history, config.steps)
 
     def _hold_out(self) -> None:
-        """The held-out loss, where the last step wants it and has none yet: an interrupt may have come between."""
+        """Measure the held-out loss if the last step needs it. An interrupt may have come before it was measured."""
         config, done = self.config, self.done
         due = self.held_out and done and (done % config.held_out_every == 0 or done == config.steps)
         if due and "held_out" not in self.history[-1]:
@@ -271,7 +273,7 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """The consistency loss on the held-out clips, with the same noise each time."""
+        """The consistency loss on the held-out clips. Their noise is the same each time."""
         total = 0.0
         for position, index in enumerate(self.held_out):
             batch = self.batches.held_out(position, index)
@@ -290,26 +292,28 @@ class Trainer:
         return tensors
 
     def _check_room(self) -> None:
-        """See that the checkpoints can be written, before any step is made."""
-        # weights and AdamW's two moments of each
+        """Check before the first step that the checkpoints can be written."""
+        # each weight with its two AdamW moments
         size = 3 * sum(total(learner.parameters.values()) for learner in self._learners)
         size += total(self.learner.parameters.values()) if self.ema else 0
         saves = -(-(self.config.steps - self.done) // self.config.save_every)
         check_folder(self.folder, size, min(saves, self.config.keep + 1))
 
-    @held_back()  # who is impatient presses again
+    @held_back()  # impatient users interrupt twice
     def _save(self) -> None:
         if self.processes.first:
             checkpoint = Checkpoint(self.done, self.config, self.identity, self.history, self._tensors())
-            # if the run diverges, it is resumed from there
+            # a run that diverges can be resumed from there
             best = best_step(self.history) if self.config.divergence else 0
             save_checkpoint(self.folder, checkpoint, self.config.keep, best)
         self.saved = self.done
 
     @torch.no_grad()
     def _resume(self) -> str:
-        """Take up the newest checkpoint, if there is one; what that means in words."""
-        check_resumable(self.folder, self.config, self.identity)  # of other settings: told of by them, not as damaged
+        """Load the newest checkpoint, if there is one. Returns what that means, as text."""
+        check_resumable(
+            self.folder, self.config, self.identity
+        )  # first, so that other settings are not reported as damage
         found = newest_checkpoint(self.folder, {name: tuple(value.shape) for name, value in self._tensors().items()})
         if found is None:
             return ""

@@ -1,4 +1,4 @@
-"""Who looks on while a run works."""
+"""The interface of a run's observer."""
 
 from typing import Protocol
 
@@ -7,32 +7,32 @@ from .checkpoint_file import History
 
 
 class Watcher(Protocol):
-    """Who is told of a run; what it raises (an interrupt) ends the run after its checkpoint is saved."""
+    """Observes a run. An exception that it raises (an interrupt) ends the run after a checkpoint is saved."""
 
     def resumed(self, words: str) -> None:
-        """The run continues from a checkpoint, in words."""
+        """The run was resumed from a checkpoint, described in `words`."""
 
     def step(self, history: History, steps: int) -> None:
-        """A step of `steps` is made; the losses of all so far."""
+        """One of `steps` steps is done. `history` has the losses of all steps so far."""
 
     def sample(self, done: int, expert: Expert) -> None:
-        """Time for a sample video of the expert as it is."""
+        """It is time for a sample video of the current expert."""
 
     def stopped(self, saved: int, steps: int, error: BaseException) -> None:
-        """The run ends before its last step; its newest checkpoint is of step `saved`, 0 for none."""
+        """The run ends before its last step. Its newest checkpoint is of step `saved`; 0 means none."""
 
 
 class Quiet:
     """A watcher that does nothing."""
 
     def resumed(self, words: str) -> None:
-        """Nobody reads."""
+        """Do nothing."""
 
     def step(self, history: History, steps: int) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
     def sample(self, done: int, expert: Expert) -> None:
-        """Nobody looks."""
+        """Do nothing."""
 
     def stopped(self, saved: int, steps: int, error: BaseException) -> None:
-        """Nobody waits."""
+        """Do nothing."""

@@ -1,1 +1,1 @@
-"""Experts: as data, read from any naming, matched to a model, and as routed modules in a base's place."""
+"""Experts: their data, reading them from files, matching them to a model, and running them in the base's place."""

@@ -1,6 +1,6 @@
-"""An expert as data: what it adds to or replaces in a base model, in the base's native names.
+"""An expert as data: what it adds to a base model or replaces in it, in the base's native names.
 
-Also our expert file: keys that ComfyUI's own LoRA loader applies exactly, plus metadata.
+This module also defines our expert file: keys that ComfyUI's own LoRA loader applies exactly, plus metadata.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class LowRank:
         down: (rank, in).
         up: (rows, rank).
         scale: alpha / rank.
-        start: first output row; not 0 inside a fused qkv or linear1.
+        start: first output row; above 0 inside a fused qkv or linear1.
     """
 
     down: Tensor
@@ -47,15 +47,15 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert's tensors and facts.
+    """An expert's tensors, and what is known about it.
 
     Attributes:
         low_rank: native module name -> its low-rank updates.
-        replaced: native tensor name -> the tensor that stands in its place.
+        replaced: native tensor name -> the tensor that replaces it.
         diff: native tensor name -> a full difference that is added to it.
-        boundary: sigma where the detail expert takes over, if the file knows it.
-        timesteps: the schedule it was made for, if the file knows it.
-        notes: what the user has to know of how its file was read, a sentence each.
+        boundary: sigma where the detail expert takes over, if the file says so.
+        timesteps: the schedule it was trained for, if the file says so.
+        notes: what the user should know about how its file was read, one sentence each.
     """
 
     family: str
@@ -75,7 +75,7 @@ class Expert:
     def __str__(self) -> str:
         ranks = self.ranks
         rank = f"LoRA rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else "no LoRA"
-        # norms and modulations count as layers, too
+        # norms and modulations count as layers
         layers = {*self.low_rank, *(name.rpartition(".")[0] for name in (*self.replaced, *self.diff))}
         return f"{self.role} expert: {rank}, {counted(len(layers), 'layer')} matched"
 
@@ -93,7 +93,7 @@ def size_of(expert: Expert) -> int:
 
 
 def expert_id(expert: Expert) -> str:
-    """A hash of all it does: its tensors, and where and how strongly they work."""
+    """A hash of its tensors, and of where and how strongly they are applied."""
     pairs = [
         (name, [(update.start, update.scale) for update in updates])
         for name, updates in sorted(expert.low_rank.items())
@@ -105,14 +105,14 @@ def expert_id(expert: Expert) -> str:
 
 
 def _identity(expert: Expert) -> str:
-    """Training checkpoints hold ids that begin with this text: another wording would make them another run's."""
+    """The start of its id. Training checkpoints store ids, so a new wording would make them look like another run's."""
     rank = "-".join(str(rank) for rank in (expert.ranks[:1] + expert.ranks[1:][-1:])) or "none"
     held = {"low-rank sites": expert.low_rank, "replaced tensors": expert.replaced, "differences": expert.diff}
     return f"{expert.role} expert, rank {rank}: {', '.join(f'{len(tensors)} {kind}' for kind, tensors in held.items() if tensors)}"
 
 
 def merged(expert: Expert, name: str, weight_of: Callable[[str], Tensor]) -> Tensor:
-    """The native tensor `name` with this expert in it, in float32; `weight_of` gives the base's."""
+    """The native tensor `name` with this expert merged in, in float32. `weight_of` returns the base's tensor."""
     if name in expert.replaced:
         return expert.replaced[name].float()
     tensor = weight_of(name).to(torch.float32, copy=True)
@@ -126,7 +126,7 @@ def merged(expert: Expert, name: str, weight_of: Callable[[str], Tensor]) -> Ten
 
 
 def place_low_rank(piece: Piece, down: Tensor, up: Tensor, scale: float) -> LowRank:
-    """A source module's low-rank factors as an update of its native module's rows."""
+    """A source module's low-rank factors as an update of the rows of its native module."""
     return LowRank(down, piece.in_native_order(up), scale, start=piece.rows(down.shape[1]).start)
 
 
@@ -136,7 +136,7 @@ def expert_to_state_dict(
     """The tensors and metadata of our expert file.
 
     Args:
-        shapes: native tensor names -> shapes of the base: a fused module's pair covers all its rows.
+        shapes: native tensor name -> shape of the base. A fused module's LoRA covers all its rows.
     """
     tensors = dict(expert_tensors(expert, shapes))
     return tensors, expert_metadata(expert, len(tensors))
@@ -152,12 +152,12 @@ def write_expert(
     """Write our expert file, one tensor in memory at a time beside the expert.
 
     Args:
-        target: as for `write_stream`.
-        dtype: of the written tensors (alphas stay as they are), None to keep.
-        replaced_dtype: of what replaces the base's tensors, None for `dtype`.
+        target: see `write_stream`.
+        dtype: dtype of the written tensors, alphas excepted; None keeps it.
+        replaced_dtype: dtype of the replaced tensors; None uses `dtype`.
 
     Raises:
-        CheckpointError: too little room on the disk, or values that a dtype cannot hold.
+        CheckpointError: there is not enough room on the disk, or a value is too large for its dtype.
     """
     entries = expert_entries(expert, shapes, dtype, replaced_dtype)
     tensors = ((key, cast(key, tensor, entries[key][0])) for key, tensor in expert_tensors(expert, shapes))
@@ -182,8 +182,8 @@ def expert_entries(
 def expert_tensors(expert: Expert, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) of our expert file.
 
-    Every module's updates become one pair (block-diagonal where it is fused), exact in any LoRA loader that knows
-    `lora_down`, `lora_up`, `alpha`, `set_weight`, `diff` and `diff_b`.
+    The updates of a module become one LoRA, block-diagonal if the module is fused. Every LoRA loader that supports
+    `lora_down`, `lora_up`, `alpha`, `set_weight`, `diff` and `diff_b` applies it exactly.
     """
     for module, updates in expert.low_rank.items():
         down, up, alpha = stack_updates(updates, shapes[f"{module}.weight"][0])
@@ -194,13 +194,13 @@ def expert_tensors(expert: Expert, shapes: Mapping[str, Sequence[int]]) -> Itera
         yield f"{FILE_PREFIX}{name.removesuffix('.weight').removesuffix('.scale')}.set_weight", tensor
     for name, tensor in expert.diff.items():
         module, _, param = name.rpartition(".")
-        # a norm's `scale` is called `weight` in newer hosts
+        # newer hosts call a norm's `scale` `weight`
         suffix = {"weight": "diff", "scale": "diff", "bias": "diff_b"}.get(param)
         yield (f"{FILE_PREFIX}{module}.{suffix}" if suffix else f"{FILE_PREFIX}{name}.diff"), tensor
 
 
 def stack_updates(updates: Sequence[LowRank], rows: int) -> tuple[Tensor, Tensor, float]:
-    """One pair that equals all updates of a module: down (sum of ranks, in), up (rows, sum of ranks), alpha."""
+    """One update equal to all updates of a module: down (sum of ranks, in), up (rows, sum of ranks), alpha."""
     first = updates[0]
     rank = sum(update.rank for update in updates)
     if len(updates) == 1 and first.start == 0 and first.up.shape[0] == rows:
@@ -215,10 +215,10 @@ def stack_updates(updates: Sequence[LowRank], rows: int) -> tuple[Tensor, Tensor
 
 
 def split_update(update: LowRank, pieces: Sequence[Piece], used_pieces: int = 0) -> tuple[LowRank, ...]:
-    """Undo `stack_updates` for a fused module: an update for each of its pieces, if every column of `up` is of one alone.
+    """Undo `stack_updates` for a fused module: one update for each piece, if every column of `up` belongs to one piece.
 
     Args:
-        used_pieces: how many of them, from the first, the release has an update for.
+        used_pieces: how many pieces, from the first, have an update in the release.
     """
     width, rows = update.down.shape[1], update.up.shape[0]
     if len(pieces) < 2 or update.start or rows < len(pieces) * width:
@@ -226,7 +226,7 @@ def split_update(update: LowRank, pieces: Sequence[Piece], used_pieces: int = 0)
     blocks = [piece.rows(width) for piece in pieces]
     used = torch.stack([(update.up[block].float() != 0).any(0) for block in blocks])
     if not bool(used.any(0).all()):
-        # a column of zeros shows no owner; stacks of equal ranks have their columns in the order of the rows
+        # a column of zeros does not show its piece; with equal ranks, columns follow the order of the rows
         counts = (used_pieces, len(pieces))
         used = next((even for count in counts if (even := _even_columns(used, count)) is not None), used)
     if int(used.sum(0).max()) != 1:
@@ -239,7 +239,7 @@ def split_update(update: LowRank, pieces: Sequence[Piece], used_pieces: int = 0)
 
 
 def _even_columns(used: Tensor, count: int) -> Tensor | None:
-    """(part, column) -> whether the column is the part's, if each of the first `count` has the same number; None if that is not so."""
+    """(part, column) -> whether the column belongs to the part. None if the first `count` parts differ in columns."""
     parts, columns = used.shape
     if not 0 < count <= parts or columns % count:
         return None
@@ -249,14 +249,14 @@ def _even_columns(used: Tensor, count: int) -> Tensor | None:
 
 
 def split_fused(update: LowRank, module: str, family: Family) -> tuple[LowRank, ...]:
-    """An update of a module as one for each of the layers that the module is fused from."""
+    """An update of a fused module as one update for each layer it is fused from."""
     pieces = family.key_map.sources_of(module)
     released = sum(family.lora_target_pattern.fullmatch(piece.source) is not None for piece in pieces)
     return split_update(update, pieces, released)
 
 
 def expert_metadata(expert: Expert, count: int) -> dict[str, str]:
-    """Facts of the file; the alpha is of one update, before any stacking, and only given where all agree."""
+    """The `dcm.*` metadata of the file. Rank and alpha are those of one update before stacking, and only written where all agree."""
     scales = {update.scale for updates in expert.low_rank.values() for update in updates}
     metadata = {
         "dcm.format": FORMAT,

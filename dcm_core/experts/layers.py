@@ -1,4 +1,4 @@
-"""What an expert does to the layers of diffusers' models, as LoRA formats can say it."""
+"""What an expert does to the layers of diffusers' models, in a form that LoRA formats can express."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ class Layer:
 
     Attributes:
         pair: a low-rank update of its weight.
-        bias: added to its output, beside the pair.
-        replaced: the tensors in the place of its own, all of them, by parameter.
+        bias: added to its output, in addition to the low-rank update.
+        replaced: parameter -> the tensor that replaces it; all parameters or none.
     """
 
     name: str
@@ -29,15 +29,15 @@ class Layer:
 
 
 def layers_of(module: str, updates: Sequence[Update], family: Family) -> tuple[list[Layer], list[str]]:
-    """The diffusers layers behind a native module, and the diffusers names of tensors whose change is none of these forms.
+    """The diffusers layers behind a native module, and the diffusers names of tensors whose change has no such form.
 
     Args:
-        updates: of the module, from `ExpertView.updates`.
+        updates: the module's, from `ExpertView.updates`.
     """
     linear = _is_linear(module, family)
     pairs = [pair for update in updates if linear and update.name == f"{module}.weight" for pair in update.low_rank]
     layers = {
-        # a bias could not be divided by 0
+        # at scale 0 a bias cannot be divided by the scale
         piece.source: Layer(piece.source, pair if pair.scale else at_scale(pair, 1.0))
         for piece, pair in source_updates(module, pairs, family)
     }
@@ -62,7 +62,7 @@ def layers_of(module: str, updates: Sequence[Update], family: Family) -> tuple[l
 
 
 def _is_linear(module: str, family: Family) -> bool:
-    """Whether a LoRA of two matrices can be on it elsewhere, too: not on a norm or a convolution."""
+    """Whether other tools can put a LoRA of two matrices on it. They cannot on a norm or a convolution."""
     pieces = family.key_map.sources_of(module)
     last = {piece.source.rpartition(".")[2] for piece in pieces}
     return bool(pieces) and module not in family.convolutions and not any(name.startswith("norm") for name in last)
@@ -74,7 +74,7 @@ def _names(name: str, family: Family) -> list[str]:
 
 
 def _add_bias(layers: Mapping[str, Layer], update: Update, width: int, family: Family) -> Iterator[str]:
-    """Give each layer with a pair its rows of the difference; the names of others that have any."""
+    """Give each layer with a low-rank update its rows of the bias difference. Returns the names of other layers that have some."""
     pieces = family.key_map.sources_of_tensor(update.name)
     end = update.start + len(update.diff)
     for piece in pieces:
@@ -90,7 +90,7 @@ def _add_bias(layers: Mapping[str, Layer], update: Update, width: int, family: F
 
 
 def _replaced_layers(replaced: Mapping[str, Tensor], family: Family) -> tuple[list[Layer], list[str]]:
-    """By diffusers layer; and the names of what is no layer's, or of parts of a fused bias alone, whose rows are not known."""
+    """The replaced layers by diffusers name, and the names of tensors outside of layers or of parts of a fused bias alone."""
     layers: dict[str, Layer] = {}
     loose: list[str] = []
     weights = [tensor for name, tensor in replaced.items() if name.endswith(".weight") and tensor.ndim > 1]

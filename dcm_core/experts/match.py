@@ -1,4 +1,4 @@
-"""Which tensors of an expert file have a place in a model: by names and shapes, nothing is read."""
+"""Match the tensors of an expert file to a model by names and shapes. No values are read."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,24 +12,24 @@ from ..files.checkpoint import Contents, Layout
 from ..files.metadata import said_family
 from ..files.storage import TensorFile
 
-# What is wrong with a tensor that has no place.
+# Why a tensor does not fit.
 NO_LAYER, OTHER_SIZE, HALF, TWICE, ROWS = (
     "no such layer",
     "another size",
     "half of a LoRA layer",
-    "given twice",
+    "duplicate",
     "only some rows",
 )
-# What a model may do without: the rest of the file works as it would with it.
+# Why a tensor can be left out: the rest of the file works without it.
 TEXT_ENCODER, LACKING = "text encoder LoRA", "{}, which this model does not have"
 
 
 @dataclass(frozen=True)
 class Site:
-    """The tensors (kind -> key) a file holds for one module, and where that is in the model.
+    """The tensors (kind -> key) of a file for one module, and the module's place in the model.
 
     Attributes:
-        again: more keys for the same tensors.
+        again: further keys for the same tensors.
     """
 
     piece: Piece
@@ -39,11 +39,11 @@ class Site:
 
 @dataclass(frozen=True)
 class Match:
-    """An expert's tensors, each in its site or under the reason why it has none.
+    """An expert's tensors, each in its site or under the reason why it does not fit.
 
     Attributes:
-        left_out: reason -> keys that the model can do without.
-        misfits: reason -> keys that make the file another model's, or a broken one.
+        left_out: reason -> keys that can be left out.
+        misfits: reason -> keys that belong to another model or are broken.
     """
 
     sites: tuple[Site, ...]
@@ -62,11 +62,11 @@ class Match:
 
 @dataclass(frozen=True)
 class Target:
-    """A model that an expert is to go on.
+    """A model that an expert is compared with.
 
     Attributes:
-        title: what it is called.
-        family: None for any other model.
+        title: its display name.
+        family: its family; None for any other model.
         shapes: native tensor name -> shape.
     """
 
@@ -75,17 +75,15 @@ class Target:
     shapes: Shapes
 
     def say(self, keys: Mapping[str, Shape], family: Family | None) -> str:
-        """How many keys of an expert for `family` have a place in the model."""
+        """How many keys of an expert for `family` fit the model, as text."""
         if self.family is None:
-            return (
-                f"none: the model is {self.title}, experts exist for {' and '.join(f.title for f in FAMILIES.values())}"
-            )
+            return f"none: the model is {self.title}, but experts exist for {' and '.join(f.title for f in FAMILIES.values())}"
         if family not in (None, self.family):
-            return f"none: the expert is for {family.title}, the model is {self.family.title}"
+            return f"none: the expert is for {family.title}, but the model is {self.family.title}"
         return str(match_expert(keys, self.family, self.shapes))
 
     def takes(self, keys: Mapping[str, Shape], family: Family) -> bool:
-        """True if every key that its family knows has a place in the model."""
+        """True if every key that its family knows fits the model."""
         if self.family is not family:
             return False
         known, found = match_expert(keys, family, AnyModel(family)), match_expert(keys, family, self.shapes)
@@ -95,7 +93,7 @@ class Target:
 
 
 def expert_part(file: TensorFile, contents: Contents) -> tuple[Family | None, dict[str, str]]:
-    """A file's family and its expert's tensors: name without the file's prefix -> key."""
+    """A file's family, and the tensors of its expert: name without the file's prefix -> key."""
     if contents.layout is Layout.RELEASE:
         return contents.family, {bare: key for key, bare in contents.detail.items()}
     if contents.layout is Layout.EXPERT:
@@ -104,7 +102,7 @@ def expert_part(file: TensorFile, contents: Contents) -> tuple[Family | None, di
 
 
 def guess_family(keys: Mapping[str, Shape], metadata: Mapping[str, str]) -> Family | None:
-    """The family an expert file is for: as it says, else the one that knows most of its keys."""
+    """The family an expert file is for: what its metadata says, else the family that knows most of its keys."""
     said = FAMILIES.get(said_family(metadata) or "")
     if said is not None:
         return said
@@ -115,7 +113,7 @@ def guess_family(keys: Mapping[str, Shape], metadata: Mapping[str, str]) -> Fami
 
 
 class AnyModel(Mapping[str, Shape]):
-    """Tensor names of a model of a family, of any depth; the sizes () are not compared. Lists one block for all."""
+    """Tensor names of a family's model of any depth, listed for one block. All shapes are (), which are not compared."""
 
     def __init__(self, family: Family):
         self.family = family
@@ -133,11 +131,11 @@ class AnyModel(Mapping[str, Shape]):
 
 
 def match_expert(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> Match:
-    """Find the place of every tensor.
+    """Match every tensor to its place in a model.
 
     Args:
         keys: the expert's keys and their shapes.
-        shapes: native tensor name -> shape of the model; () where it is not known.
+        shapes: native tensor name -> shape in the model; () if unknown.
     """
     sites, left_out, misfits = find_sites(keys, family, shapes)
     for site in sites:
@@ -155,7 +153,7 @@ Reasons = dict[str, list[str]]
 
 
 def find_sites(keys: Iterable[str], family: Family, shapes: Shapes) -> tuple[list[Site], Reasons, Reasons]:
-    """The keys by the module of the model that they are for; by the reason why they can be left out; why they fit nothing."""
+    """The keys by module of the model; by the reason why they can be left out; by the reason why they do not fit."""
     names = ModuleNames(family, shapes)
     sites: dict[tuple[str, int | None], Site] = {}
     left_out: Reasons = {}
@@ -179,7 +177,7 @@ def find_sites(keys: Iterable[str], family: Family, shapes: Shapes) -> tuple[lis
 
 
 def tensor_name(piece: Piece, kind: Kind, shapes: Shapes) -> str:
-    """Native name of the tensor that a kind of tensor is for."""
+    """Native name of the tensor that a key of this kind changes."""
     target = piece.target
     if kind in ("diff_b", "set_bias", "up_bias"):
         return f"{target}.bias"
@@ -189,7 +187,7 @@ def tensor_name(piece: Piece, kind: Kind, shapes: Shapes) -> str:
 
 
 def wrong_kinds(site: Site, keys: Mapping[str, Shape], shapes: Shapes) -> dict[Kind, str]:
-    """What does not go with the model, or with the rest of its low-rank update, and why."""
+    """The kinds that do not fit the model or the rest of their low-rank update, and why."""
     given = {kind: tuple(keys[key]) for kind, key in site.keys.items()}
     low_rank = [kind for kind in LOW_RANK if kind in given]
     whole = {kind: shape for kind, shape in given.items() if kind not in ("down", "mid", "up")}
@@ -219,12 +217,12 @@ def _fits(kind: Kind, shape: tuple[int, ...], piece: Piece, shapes: Shapes) -> b
 
 
 def _room(piece: Piece, whole: tuple[int, ...], shapes: Shapes) -> int:
-    """Rows of a fused tensor from the part's first."""
+    """Number of rows of a fused tensor, counted from the part's first row."""
     return whole[0] - piece.rows(shapes[f"{piece.target}.weight"][1]).start
 
 
 def _low_rank_misfit(given: Mapping[Kind, tuple[int, ...]], piece: Piece, shapes: Shapes) -> str | None:
-    """Why (rank, in...), (rank, rank, kernel...) and (out, rank, 1...) make no update of the module; hosts take them as matrices."""
+    """Why (rank, in...), (rank, rank, kernel...) and (out, rank, 1...) do not fit the module. Hosts flatten them to matrices."""
     down, up = given.get("down", ()), given.get("up", ())
     if len(down) < 2 or len(up) < 2:
         return HALF

@@ -1,6 +1,6 @@
-"""An expert as modules: what runs beside, or instead of, the base model's linears while that expert owns the step.
+"""An expert as modules that run beside the base model's layers, or instead of them, in the steps of that expert.
 
-Holds only the expert's tensors; the base weights are neither read nor written.
+The modules contain the expert's tensors only. The base weights are neither read nor written.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,18 +18,18 @@ from .expert import Expert, LowRank
 # (linear, out (rows, features), x (rows, in), alpha): out += alpha linear(x), in place
 AddLinear = Callable[[nn.Linear, Tensor, Tensor, float], None]
 Forward = Callable[..., Tensor]
-# what a host may have a linear do to its input first, by name; norms take their weight and eps, too
+# activations that a host may fuse into a linear's input, by name; norms also take their weight and eps
 Activations = Mapping[str, Callable[..., Tensor]]
 NONE: Activations = {}
 
 
 def add_linear(linear: nn.Linear, out: Tensor, x: Tensor, alpha: float) -> None:
-    """Add `alpha linear(x)` to `out`, in the device and dtype of `x`; hosts with offloading bring their own."""
+    """Add `alpha linear(x)` to `out`, on the device and in the dtype of `x`. Hosts with offloading pass their own function."""
     out.addmm_(x, linear.weight.to(x).t(), alpha=alpha)
 
 
 class LowRankBranch(nn.Module):
-    """All low-rank updates of one linear: one projection down, then each update into its own rows.
+    """All low-rank updates of one linear: one down projection, then one up projection for each update's rows.
 
     alpha / rank is folded into `up` when the weights are filled.
     """
@@ -56,7 +56,7 @@ class LowRankBranch(nn.Module):
 
 
 class Offset(nn.Module):
-    """The difference of a linear's bias alone: what a layer with a weight of zeros would give, without the weight."""
+    """A difference of a linear's bias alone. It stands for a layer whose weight is all zeros."""
 
     def __init__(self, bias: nn.Parameter):
         super().__init__()
@@ -71,10 +71,10 @@ class RoutedSite(nn.Module):
     """What an expert does at one module of the base.
 
     Attributes:
-        replaced: answers alone (strength 1) or interpolated with the base.
-        kept: a replaced weight goes with the base's bias ("bias"), or a replaced bias with its weight ("weight"); "" if neither.
-        branch: low-rank updates added to the base's output.
-        diff: a module of the base's kind holding differences, or an `Offset`; its output is added.
+        replaced: the layer that replaces the base's at strength 1, and is interpolated with it at other strengths.
+        kept: the base's tensor that is still used: "bias" for a replaced weight, "weight" for a replaced bias, else "".
+        branch: low-rank updates, added to the base's output.
+        diff: a module of differences, of the base's kind, or an `Offset`. Its output is added.
     """
 
     def __init__(
@@ -93,17 +93,17 @@ class RoutedSite(nn.Module):
         activations: Activations = NONE,
         **kwargs: Any,
     ) -> Tensor:
-        """Output of the module `base` with this expert's part in it; x: (..., in) -> (..., out).
+        """Output of the module `base` with this expert applied; x: (..., in) -> (..., out).
 
-        Newer hosts have a linear do what stands before and after it: `residual + residual_scale * linear(input_act(x))`, or with
-        `act_weight` and `act_eps` where the activation is a norm. Both are done here, as they concern the expert's part, too.
+        Newer hosts fuse an activation and a residual into a linear: `residual + residual_scale * linear(input_act(x))`. A norm
+        as activation also gets `act_weight` and `act_eps`. Both are computed here, as the expert's part needs them too.
 
         Args:
-            activations: by name, for `input_act`.
-            args, kwargs: what else the host passes to its layers.
+            activations: name -> function, for `input_act`.
+            args, kwargs: other arguments that the host passes to its layers.
 
         Raises:
-            ExpertError: an activation that is not among them.
+            ExpertError: an unknown activation.
         """
         fused = {name: kwargs.pop(name, None) for name in FUSED}
         out = self._routed(_activated(x, fused, activations), base, strength, add, *args, **kwargs)
@@ -116,7 +116,7 @@ class RoutedSite(nn.Module):
         if self.replaced is not None:
             out = self._replacement(x, base, add, *args, **kwargs)
             return out if strength == 1 else torch.lerp(base(x, *args, **kwargs), out, strength)
-        # before the base runs: an fp8 linear may clamp its input in place
+        # computed before the base runs, as an fp8 linear may clamp its input in place
         projected = self.branch.down(x) if self.branch is not None else None
         difference = self.diff(x) if self.diff is not None else None
         out = base(x, *args, **kwargs)
@@ -128,12 +128,12 @@ class RoutedSite(nn.Module):
         return out
 
     def _replacement(self, x: Tensor, base: Forward, add: AddLinear, *args: Any, **kwargs: Any) -> Tensor:
-        """Output of the layer at full strength where a tensor of it is replaced: the other one is the base's, changed or not."""
+        """Output of the layer at strength 1 with its weight or bias replaced. The other tensor is the base's, patched or not."""
         projected = self.branch.down(x) if self.branch is not None else None
         difference = self.diff(x) if self.diff is not None else None
         out = self.replaced(x, *args, **kwargs)
         if self.kept:
-            # what a layer gives for zeros is its bias, wherever the host keeps that
+            # for zeros a layer returns its bias, wherever the host stores that
             zeros = x.new_zeros(1, *(x.shape[1:] if hasattr(self.replaced, "kernel_size") else x.shape[-1:]))
             bias = base(zeros, *args, **kwargs)
             out = out + bias if self.kept == "bias" else base(x, *args, **kwargs) - bias + out
@@ -143,23 +143,23 @@ class RoutedSite(nn.Module):
 
 
 class RoutedExpert(nn.Module):
-    """An expert built for one base model: a site for every layer it touches, a value for every bare parameter.
+    """An expert built for one base model: a site for every layer it changes, a value for every bare parameter.
 
-    Bare parameters are tensors that a block keeps itself instead of in a layer (Wan's `modulation`).
+    Bare parameters are tensors that belong to a block itself and not to a layer (Wan's `modulation`).
 
     Args:
-        base: native module name -> the base's module, for the kinds and sizes of the sites.
-        operations: where Linear, LayerNorm and so on come from (`torch.nn`, or the host's casting ones).
-        dtype: of the expert's weights: what the base computes in.
-        sides: where it works, if not only on the side of its role.
+        base: native module name -> the base's module, for the types and sizes of the sites.
+        operations: source of Linear, LayerNorm and so on (`torch.nn`, or the host's casting classes).
+        dtype: dtype of the expert's weights, the one that the base computes in.
+        sides: where it is active, if not only on the side of its role.
 
     Attributes:
-        places: for whoever puts the expert in place: what was made for a base, by module name.
-        called: the same one's note of names that were used in a watched call.
-        checked: the sides on which all names were found to be used, in the present run.
+        places: module name -> what `in_place` made for a base.
+        called: names that `in_place` saw in use during a watched call.
+        checked: the sides on which all names were in use, in the current run.
 
     Raises:
-        ExpertError: an expert that does not fit the base's modules.
+        ExpertError: the expert does not fit the base's modules.
     """
 
     def __init__(
@@ -187,11 +187,11 @@ class RoutedExpert(nn.Module):
         self.checked: set[Side] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy serves another base: it starts without what was made for this one."""
+        """A copy is for another base, so it starts without what was made for this one."""
         return self.__dict__ | {"places": {}, "called": set(), "checked": set()}
 
     def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        """(module, attribute, value with this expert in it) of every bare parameter."""
+        """(module, attribute, value with this expert applied) of every bare parameter."""
         for name, replaced, tensor in zip(self.bare_names, self.bare_replaced, self.bare, strict=True):
             module_name, _, attribute = name.rpartition(".")
             module = find_module(root, module_name)
@@ -200,7 +200,7 @@ class RoutedExpert(nn.Module):
             yield module, attribute, torch.lerp(base, own, strength) if replaced else base + strength * own
 
     def replaced_weights(self) -> dict[str, str]:
-        """Native tensor name -> name of the tensor here that stands in for it."""
+        """Native tensor name -> name of the tensor here that replaces it."""
         found = {}
         for index, (name, site) in enumerate(zip(self.names, self.sites, strict=True)):
             if site.replaced is not None:
@@ -210,11 +210,11 @@ class RoutedExpert(nn.Module):
 
 LAYER_PARAMS = ("weight", "bias")
 
-# Keywords of newer hosts' linears: see `RoutedSite.forward`.
+# Keyword arguments of linears in newer hosts: see `RoutedSite.forward`.
 FUSED = ("input_act", "act_weight", "act_eps", "residual", "residual_scale")
 
-# The layers that can be routed, and the settings that make another of the same kind. All are linear in their weights, so
-# that a layer of differences adds its output to the base's.
+# The layers that can be routed, and the settings that create another of the same kind. All are linear in their weights,
+# so the output of a layer of differences can be added to the base's output.
 KINDS: dict[str, tuple[str, ...]] = {
     "Linear": ("in_features", "out_features"),
     "LayerNorm": ("normalized_shape", "eps"),
@@ -225,7 +225,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 
 
 def bare_parameters(expert: Expert) -> dict[str, Tensor]:
-    """The expert's tensors that are no layer's weight or bias, by name."""
+    """Name -> each of the expert's tensors that is not a layer's weight or bias."""
     tensors = expert.replaced | expert.diff
     return {name: tensor for name, tensor in sorted(tensors.items()) if name.rpartition(".")[2] not in LAYER_PARAMS}
 
@@ -236,7 +236,7 @@ def _touched(expert: Expert) -> set[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for the linear layers of PyTorch and of hosts, which may store their weight in any way."""
+    """True for the linear layers of PyTorch and of hosts, however they store their weight."""
     return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
@@ -266,7 +266,7 @@ def _check_fits(expert: Expert, base: Mapping[str, nn.Module]) -> None:
     changed = {*expert.diff, *(f"{name}.weight" for name in expert.low_rank)}
     if twice := changed & expert.replaced.keys():
         raise ExpertError(
-            f"{name_some(twice)} is both replaced and changed. An expert either replaces a tensor or adds to it. "
+            f"{name_some(twice)} is both replaced and changed; expected one of the two. "
             "Convert or train the expert again."
         )
 
@@ -285,7 +285,7 @@ def _make_site(name: str, expert: Expert, base: nn.Module, factory: SimpleNamesp
 
 
 def _filled(name: str, tensors: Mapping[str, Tensor], base: nn.Module, factory: SimpleNamespace) -> nn.Module | None:
-    """A module like `base` holding `tensors[name.weight]` and `tensors[name.bias]`, zeros for the one that is absent."""
+    """A module like `base` with `tensors[name.weight]` and `tensors[name.bias]`. A missing one is zeros."""
     weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
     if weight is None and bias is None:
         return None
@@ -312,23 +312,23 @@ def _activated(x: Tensor, fused: Mapping[str, Any], activations: Activations) ->
         return x
     if name not in activations:
         raise ExpertError(
-            f"This ComfyUI passes input_act={name!r} to a layer, which ComfyUI-DCM does not know. Update it."
+            f"ComfyUI passes input_act={name!r} to a layer, which ComfyUI-DCM does not support. Update ComfyUI-DCM."
         )
     weight = fused["act_weight"]
     return activations[name](x) if weight is None else activations[name](x, weight, fused["act_eps"] or 0.0)
 
 
 def _parameter(value: Tensor, dtype: torch.dtype, device: torch.device, copy: bool = True) -> nn.Parameter:
-    """A copy of the value, to be set on a layer and not copied into its own: newer hosts make a Linear without tensors.
+    """A copy of the value, to be set on a layer. Newer hosts create a Linear without tensors to copy into.
 
     Args:
-        copy: not needed for a value that was made here.
+        copy: False for a value that nothing else uses.
     """
     return nn.Parameter(value.detach().to(device=device, dtype=dtype, copy=copy), requires_grad=False)
 
 
 def inner_module(module: nn.Module) -> nn.Module:
-    """The module itself where torch.compile has wrapped it."""
+    """The module without the wrapper of torch.compile."""
     return module._modules.get(COMPILED) or module
 
 
@@ -341,6 +341,6 @@ def find_module(root: nn.Module, name: str) -> nn.Module:
     """The submodule called `name`, through every compiled wrapper on the way."""
     module = inner_module(root)
     for part in name.split("."):
-        # not getattr: it is ten times slower, and this runs for every site in every step
+        # getattr is ten times slower, and this runs for every site in every step
         module = inner_module(module._modules[part])
     return module

@@ -1,4 +1,4 @@
-"""Put experts in a base model's place for one call, and know who answered."""
+"""Put experts in a base model's place for one call, and check that each of their layers was used."""
 
 import inspect
 from collections.abc import Collection, Iterable, Iterator
@@ -23,20 +23,20 @@ from .modules import (
     inner_module,
 )
 
-# (an object's attributes or a module's parameters, the name of one, what it is during the call)
+# (an object's attributes or a module's parameters, a name in it, its value during the call)
 Placement = tuple[dict[str, Any], str, Any]
 
-# Keys of the sites that are in compiled code.
+# Keys of the sites inside compiled code.
 COMPILED: set[str] = set()
 
 
 class Place(NamedTuple):
-    """What was made for a site on one base: valid while `holder`, `base` and `strength` are the same.
+    """What was made for a site on one base. It is valid while `holder`, `base` and `strength` are the same.
 
     Attributes:
-        holder, attribute: what holds the layer's own forward `base`.
-        forward, noting: what stands in for that, and what also notes its use.
-        key: of the noting one, in COMPILED.
+        holder, attribute: the object and attribute with the layer's own forward `base`.
+        forward, noting: the forward that replaces it, and the same one recording its use.
+        key: the key of `noting` in COMPILED.
         container: a module around the layer, and the forward with which it calls the layer.
     """
 
@@ -62,23 +62,23 @@ def in_place(
     watch: bool = False,
     watch_bare: bool = False,
 ) -> Iterator[None]:
-    """For the length of the block the experts answer in the base's place, later ones on top; then everything is as before.
+    """Inside the block the experts run in the base's place, later ones on top. Afterwards everything is restored.
 
-    Names are set for that long: a layer's `forward`, which hides its class's, and that of a block's bare parameter. No tensor of the
-    base is touched. The caller sees to it that one base is in one thread at a time.
+    Only attributes are set: the `forward` of a layer, which hides the method of its class, and a block's bare parameters. No
+    tensor of the base is changed. The caller makes sure that a base is used by one thread at a time.
 
     Args:
         root: the base model.
-        experts: each with its strength.
+        experts: each expert with its strength.
         activations: see `RoutedSite.forward`.
-        watch: layers note that they are called, for `unanswered`.
-        watch_bare: bare parameters note that they are read. Not under torch.compile: it would compile the noting in.
+        watch: record which layers are called, for `unanswered`.
+        watch_bare: record which bare parameters are read. Leave it off under torch.compile, which would compile the recording.
     """
     working = list(experts)
 
     def placements() -> Iterator[Placement]:
         for expert, strength in working:
-            # whole, before any is in place
+            # all of them, before any is in place
             yield from (
                 *_forwards(expert, root, strength, add, activations, watch),
                 *_bare_parameters(expert, root, strength, watch_bare),
@@ -92,9 +92,9 @@ def in_place(
 
 @contextmanager
 def placed(placements: Iterable[Placement]) -> Iterator[None]:
-    """For the length of the block names mean something else; then they mean what they did, also if one of them fails.
+    """Set attributes for the duration of the block, then restore them, even if one of them fails.
 
-    Each is asked for when those ahead of it are in place.
+    Each placement is computed after the ones ahead of it are in place.
     """
     before: list[Placement] = []
     try:
@@ -113,16 +113,16 @@ def placed(placements: Iterable[Placement]) -> Iterator[None]:
 def unanswered(
     root: nn.Module, experts: Collection[RoutedExpert], required: Collection[str], bare: bool
 ) -> tuple[set[str], set[str]]:
-    """The layers and bare parameters that were not used since `in_place` began with `watch`.
+    """The layers and bare parameters that were not used inside `in_place` with `watch`.
 
-    A part of the model may rest: a block that a node skips while others of its list work, or a part that reads an optional input.
+    A part of the model may be idle: a block that a node skips while others run, or a part for an optional input.
 
     Args:
         required: names of the top-level parts that every call needs.
-        bare: bare parameters were watched, too.
+        bare: bare parameters were watched too.
 
     Returns:
-        Those that are lost, and those that rest with all of their part.
+        The names that were bypassed, and the names whose part of the model was idle.
     """
     expected = {name for expert in experts for name in (*expert.names, *(expert.bare_names if bare else ()))}
     answered = set().union(*(expert.called for expert in experts))
@@ -147,9 +147,10 @@ def _part(root: nn.Module, name: str) -> tuple[str, ...]:
 def _forwards(
     expert: RoutedExpert, root: nn.Module, strength: float, add: AddLinear, activations: Activations, watch: bool
 ) -> Iterator[Placement]:
-    """What every site puts in place.
+    """The placements of every site.
 
-    Built once and reused: torch.compile recompiles otherwise. For the same reason a site in compiled code keeps its noting forward.
+    They are built once and reused, or torch.compile would recompile. For the same reason a site inside compiled code keeps
+    its recording forward.
     """
     for name, site in zip(expert.names, expert.sites, strict=True):
         holder, attribute = _innermost(find_module(root, name))
@@ -166,20 +167,20 @@ def _forwards(
 
 
 def _innermost(module: nn.Module) -> tuple[Any, str]:
-    """The object and attribute that hold a layer's own forward.
+    """The object and attribute with a layer's own forward.
 
-    Another object may stand before the layer and call its `original_forward`, as the host's bypass LoRAs do. What it adds is added
-    to the expert's output then, as it is to the base's.
+    Another object may wrap the layer and call its `original_forward`, as the host's bypass LoRAs do. What it adds to the
+    base's output is then added to the expert's output in the same way.
     """
     holder, attribute = module, "forward"
-    # not hasattr: what a module lacks takes it long to find out
+    # hasattr is slow for attributes that a module does not have
     while "original_forward" in getattr(outer := getattr(getattr(holder, attribute), "__self__", None), "__dict__", ()):
         holder, attribute = outer, "original_forward"
     return holder, attribute
 
 
 def _plain_container(root: nn.Module, name: str) -> tuple[nn.Module, Forward] | None:
-    """The nn.Sequential around a layer and its plain forward, where its class has another one: that may read the layer's weight itself."""
+    """The nn.Sequential around a layer and its plain forward, if its class overrides that and may read the layer's weight itself."""
     parent = find_module(root, name.rpartition(".")[0]) if "." in name else root
     special = isinstance(parent, nn.Sequential) and type(parent).forward is not nn.Sequential.forward
     if not special or len(inspect.signature(type(parent).forward).parameters) != 2:
@@ -198,17 +199,17 @@ def _make_forward(
 
 @torch.compiler.assume_constant_result
 def note_compiled(key: str) -> bool:
-    """Runs while torch.compile makes code of a call of it, and not when that code runs."""
+    """Runs while torch.compile traces a call of it, and not when the compiled code runs."""
     COMPILED.add(key)
     return True
 
 
 def _make_noting(forward: Forward, name: str, called: set[str], key: str) -> Forward:
-    """The forward, noting its use: each call of it, or once that it is in compiled code."""
+    """The forward, recording its use: every call, or once that it is inside compiled code."""
 
     def noting(*args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            # by text: torch.compile gives the code that it made for one text to no other
+            # the key is a string: torch.compile guards on it and does not reuse code for another key
             note_compiled(key)
         else:
             called.add(name)
@@ -219,16 +220,16 @@ def _make_noting(forward: Forward, name: str, called: set[str], key: str) -> For
 
 def _bare_parameters(expert: RoutedExpert, root: nn.Module, strength: float, watch: bool) -> Iterator[Placement]:
     for full_name, (module, name, value) in zip(expert.bare_names, expert.bare_values(root, strength), strict=True):
-        # not an attribute that hides the parameter: torch.compile would not see it
+        # an attribute that hides the parameter would not work: torch.compile does not see it
         yield module._parameters, name, _watched(value, full_name, expert.called) if watch else value
 
 
 class Watched(Tensor):
-    """A tensor that notes its use and is an ordinary one to whatever uses it.
+    """A tensor that records its use, and acts as an ordinary tensor.
 
     Attributes:
         plain: the ordinary tensor.
-        key, called: what is noted, and where.
+        key, called: what is recorded, and where.
     """
 
     plain: Tensor

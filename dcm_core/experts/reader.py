@@ -1,6 +1,6 @@
-"""Read an expert from a release, or from LoRA files of any common naming: ours, ComfyUI, kohya, diffusers, PEFT.
+"""Read an expert from a release, or from a LoRA file in any common naming: ours, ComfyUI, kohya, diffusers, PEFT.
 
-Every tensor is placed, left out with a note where the model can do without it, or named in an error.
+Every tensor is used, left out with a note if the model does not need it, or named in an error.
 """
 
 import re
@@ -16,8 +16,8 @@ from ..errors import CheckpointError, ExpertError, counted, name_some
 from ..families import FAMILIES, Family
 from ..families.keymap import Shape
 from ..families.lora_names import LOW_RANK, Kind, Shapes, count_known, is_release_part
-from ..files.checkpoint import Contents, release_facts
-from ..files.metadata import FORMAT, Facts, read_facts
+from ..files.checkpoint import Contents, release_metadata
+from ..files.metadata import FORMAT, ExpertMetadata, read_metadata
 from ..files.storage import TensorFile
 from ..files.values import is_finite
 from ..routing import Side
@@ -28,7 +28,7 @@ from .updates import DefaultScale, Update, site_updates
 
 
 class WrongSideError(ExpertError):
-    """An expert of the other side; `side` is its own."""
+    """An expert for the other side. `side` is its own side."""
 
     def __init__(self, side: str, wanted: str):
         super().__init__(f"This is a {side} expert, not a {wanted} expert. Use it as the {side} expert.")
@@ -46,18 +46,19 @@ def read_expert(
     """Read an expert for a model of `family`.
 
     Args:
-        tensors: the file's content.
-        metadata: the file's metadata; `dcm.*` says what the file is, other entries may hold its trainer's settings.
-        role: the side it is to be used for.
+        tensors: the file's tensors.
+        metadata: the file's metadata. `dcm.*` entries describe the expert; others may contain its trainer's settings.
+        role: the side to use it for.
         shapes: native tensor name -> shape of the base model.
-        path: of the file; its trainer may have left settings beside it.
+        path: path of the file. Its trainer may have written settings beside it.
 
     Raises:
-        ExpertError: wrong family or role; keys that fit no module, half a low-rank update, unsupported kinds (DoRA, LoHa, LoKr ...),
-            wrong shapes, NaN or infinite values, missing keys in a file of ours, settings or metadata that cannot be read.
+        ExpertError: wrong family or role, or unreadable settings or metadata. Also for tensors that do not fit: unknown keys, half
+            a low-rank update, unsupported methods (DoRA, LoHa, LoKr ...), wrong shapes, NaN or infinite values. In our own
+            files, also for missing keys.
     """
-    facts = read_facts(metadata)
-    check_facts(facts, role, family)
+    parsed = read_metadata(metadata)
+    check_metadata(parsed, role, family)
     sites, left_out = find_places({key: tuple(tensor.shape) for key, tensor in tensors.items()}, family, shapes)
     check_values({key: tensors[key] for site in sites for key in site.keys.values()})
     check_reshapes(sites, tensors, shapes)
@@ -69,16 +70,16 @@ def read_expert(
         held = {kind: tensors[key] for kind, key in site.keys.items()}
         for update in site_updates(site.piece, held, family, shapes, default_scale):
             gather(update, shapes[update.name], low_rank, replaced, diff)
-    if facts.format is not None:
-        check_complete(tensors, facts, shapes)
+    if parsed.format is not None:
+        check_complete(tensors, parsed, shapes)
     return Expert(
         family.name,
         role,
         {module: tuple(sorted(updates, key=attrgetter("start"))) for module, updates in low_rank.items()},
         replaced,
         diff,
-        boundary=facts.boundary,
-        timesteps=facts.timesteps,
+        boundary=parsed.boundary,
+        timesteps=parsed.timesteps,
         notes=(*default_scale.notes, *(_left_out_note(why, keys) for why, keys in left_out.items())),
     )
 
@@ -87,7 +88,7 @@ def read_release(file: TensorFile, contents: Contents, tensors: Mapping[str, Ten
     """The detail expert inside a release.
 
     Args:
-        tensors: the file's, where the caller has them; else they are read.
+        tensors: the file's tensors; None reads them.
 
     Raises:
         CheckpointError: NaN or infinite weights.
@@ -99,9 +100,9 @@ def read_release(file: TensorFile, contents: Contents, tensors: Mapping[str, Ten
         expert = read_expert(found, {}, "detail", family, contents.native_shapes(file))
     except ExpertError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
-    facts = release_facts(file, family)
-    # its scale is the family's, which needs no note
-    return replace(expert, boundary=facts.boundary, timesteps=facts.timesteps, notes=())
+    parsed = release_metadata(file, family)
+    # the scale is always the family's, so no note is needed
+    return replace(expert, boundary=parsed.boundary, timesteps=parsed.timesteps, notes=())
 
 
 def _left_out_note(why: str, keys: Sequence[str]) -> str:
@@ -109,55 +110,57 @@ def _left_out_note(why: str, keys: Sequence[str]) -> str:
     return f"left out {counted(len(keys), 'tensor')}: {what} ({name_some(keys)})"
 
 
-def check_facts(facts: Facts, role: Side, family: Family) -> None:
-    """Refuse a file of ours that says it is something else.
+def check_metadata(metadata: ExpertMetadata, role: Side, family: Family) -> None:
+    """Refuse a file whose metadata says that it is for something else.
 
     Raises:
-        ExpertError: another family, another role, or a newer format.
+        ExpertError: it is for another family or role, or in a newer format.
     """
-    if facts.family not in (None, family.name):
-        title = FAMILIES[facts.family].title if facts.family in FAMILIES else given(facts.family)
+    if metadata.family not in (None, family.name):
+        title = FAMILIES[metadata.family].title if metadata.family in FAMILIES else given(metadata.family)
         raise ExpertError(
-            f"This expert is for {title}, the model is {family.title}. Load the expert made for {family.title}."
+            f"This expert is for {title}, but the model is {family.title}. Load an expert for {family.title}."
         )
-    if facts.side not in (None, role):
-        raise WrongSideError(facts.side, role)
-    if facts.format not in (None, FORMAT):
+    if metadata.side not in (None, role):
+        raise WrongSideError(metadata.side, role)
+    if metadata.format not in (None, FORMAT):
         raise ExpertError(
-            f"This expert file has format {given(facts.format)}; this version reads {FORMAT}. Update the node pack."
+            f"This expert file has format {given(metadata.format)}; this version reads format {FORMAT}. Update ComfyUI-DCM."
         )
 
 
 def check_sizes(expert: Expert, shapes: Shapes) -> None:
-    """Refuse an expert that was made for a model of another size.
+    """Refuse an expert for a model of another size.
 
     Raises:
-        ExpertError: a tensor that the model does not have, or has in another shape.
+        ExpertError: the model does not have one of its tensors, or has it in another shape.
     """
     for module, updates in expert.low_rank.items():
         shape = tuple(shapes.get(f"{module}.weight", ()))
         for update in updates:
-            # a fused tensor's row blocks are as high as its input is wide, but for the last
+            # in a fused tensor, each row block but the last has as many rows as the input has columns
             heights = (*shape[1:], shape[0] - update.start) if shape else ()
             if tuple(update.down.shape[1:]) != shape[1:] or update.up.shape[0] not in heights:
                 raise _other_size(
-                    f"{module}'s pair has shapes {tuple(update.down.shape)} and {tuple(update.up.shape)}", module, shape
+                    f"The LoRA of {module} has shapes {tuple(update.down.shape)} and {tuple(update.up.shape)}",
+                    module,
+                    shape,
                 )
     for name, tensor in (*expert.replaced.items(), *expert.diff.items()):
         if tuple(tensor.shape) != (shape := tuple(shapes.get(name, ()))):
             raise _other_size(f"{name} has shape {tuple(tensor.shape)}", name, shape)
 
 
-def _other_size(given: str, name: str, shape: Sequence[int]) -> ExpertError:
+def _other_size(found: str, name: str, shape: Sequence[int]) -> ExpertError:
     says = f"the model's {name} is {tuple(shape) or 'absent'}"
-    return ExpertError(f"{given}; {says}. Use an expert made for a model of this size.")
+    return ExpertError(f"{found}; {says}. Use an expert made for a model of this size.")
 
 
 def find_places(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> tuple[list[Site], Reasons]:
-    """Where every tensor belongs, and what the model can do without.
+    """Where every tensor belongs, and which ones can be left out.
 
     Raises:
-        ExpertError: as for `read_expert`, of names and shapes.
+        ExpertError: as for `read_expert`, for names and shapes.
     """
     sites, left_out, strangers = find_sites(keys, family, shapes)
     unplaced = strangers.pop(NO_LAYER, [])
@@ -165,17 +168,17 @@ def find_places(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> tu
         raise ExpertError(_unroutable_message(strangers))
     if collided := _collided(sites, shapes):
         raise ExpertError(
-            f"{name_some(collided)} are for the same tensor. Expected one name for each; merge the adapters first."
+            f"{name_some(collided)} are for the same tensor; expected one key for each. Merge the adapters first."
         )
     if unplaced:
         raise ExpertError(_unplaced_message(unplaced, len(keys), family))
     if not sites and left_out:
         why, found = next(iter(left_out.items()))
         raise ExpertError(
-            f"The file has nothing for this {family.title} model, only {why} ({name_some(found)}). Choose another file."
+            f"The file has no tensors for this {family.title} model, only {why} ({name_some(found)}). Choose another file."
         )
     if not sites:
-        raise ExpertError("The file holds no tensor. Expected the LoRA of an expert.")
+        raise ExpertError("The file has no tensors; expected the LoRA of an expert. Choose another file.")
     for site in sites:
         if wrong := wrong_kinds(site, keys, shapes):
             raise _refusal(site, wrong, keys, shapes)
@@ -183,7 +186,7 @@ def find_places(keys: Mapping[str, Shape], family: Family, shapes: Shapes) -> tu
 
 
 def _collided(sites: Sequence[Site], shapes: Shapes) -> set[str]:
-    """Keys of which only one can be for its tensor, under whatever name."""
+    """Keys that are for the same tensor under different names."""
     collided = {name for site in sites for kind, key in site.again for name in (key, site.keys[kind])}
     first: dict[tuple[str, int | None], str] = {}
     for site in sites:
@@ -199,7 +202,7 @@ def _unroutable_message(strangers: Reasons) -> str:
         f"{counted(len(keys), f'{method} tensor')} ({name_some(keys)})" for method, keys in sorted(strangers.items())
     )
     return (
-        f"The file has {kinds}. Experts are made of plain LoRA, .diff, .diff_b and .set_weight; {', '.join(sorted(strangers))} "
+        f"The file has {kinds}. Experts use plain LoRA, .diff, .diff_b and .set_weight; {', '.join(sorted(strangers))} "
         "cannot be switched during sampling. Convert the file to plain LoRA, or load it with LoraLoaderModelOnly for all steps."
     )
 
@@ -208,17 +211,17 @@ def _unplaced_message(unplaced: list[str], count: int, family: Family) -> str:
     for other in FAMILIES.values():
         if other is not family and count_known(other, unplaced) > len(unplaced) // 2:
             return (
-                f"This expert is for {other.title} ({name_some(unplaced)}), the model is {family.title}. "
-                f"Load the expert made for {family.title}."
+                f"This expert is for {other.title} ({name_some(unplaced)}), but the model is {family.title}. "
+                f"Load an expert for {family.title}."
             )
     return (
-        f"{len(unplaced)} of {counted(count, 'tensor')} fit nothing in this {family.title} model: {name_some(unplaced)}. "
+        f"{len(unplaced)} of {counted(count, 'tensor')} do not fit this {family.title} model: {name_some(unplaced)}. "
         "Expected LoRA keys in ComfyUI, kohya, diffusers or PEFT naming, made for a model of the same size."
     )
 
 
 def _refusal(site: Site, wrong: Mapping[Kind, str], keys: Mapping[str, Shape], shapes: Shapes) -> ExpertError:
-    """What is wrong with a site's tensors."""
+    """The error for a site whose tensors do not fit."""
     held, target = site.keys, site.piece.target
     parts = [kind for kind in LOW_RANK if kind in held]
     if HALF in wrong.values():
@@ -236,7 +239,7 @@ def _refusal(site: Site, wrong: Mapping[Kind, str], keys: Mapping[str, Shape], s
         return _other_size(f"{name_some(held[k] for k in parts)} have shapes {sizes}", target, shapes[name])
     if kind == "alpha":
         return ExpertError(
-            f"{held[kind]} has shape {tuple(keys[held[kind]])}; an alpha is one number. Save the expert again."
+            f"{held[kind]} has shape {tuple(keys[held[kind]])}; expected a single number. Save the expert again."
         )
     if wrong[kind] == ROWS:
         return ExpertError(
@@ -246,14 +249,14 @@ def _refusal(site: Site, wrong: Mapping[Kind, str], keys: Mapping[str, Shape], s
 
 
 def check_reshapes(sites: Sequence[Site], tensors: Mapping[str, Tensor], shapes: Shapes) -> None:
-    """`reshape_weight` names the shape that the layer gets; an expert cannot change it."""
+    """Refuse a `reshape_weight` other than the layer's own shape: an expert cannot change the size of a layer."""
     for site in sites:
         key = site.keys.get("reshape")
         name = tensor_name(site.piece, "diff", shapes)
         if key is not None and tensors[key].tolist() != list(shapes[name]):
             raise ExpertError(
-                f"{key} gives {name} the shape {tensors[key].tolist()}, the model's is {list(shapes[name])}. "
-                "An expert cannot change the size of a layer; use one made for this model."
+                f"{key} changes the shape of {name} to {tensors[key].tolist()}; in the model it is {list(shapes[name])}. "
+                "An expert cannot change the size of a layer. Use one made for this model."
             )
 
 
@@ -264,7 +267,7 @@ def gather(
     replaced: dict[str, Tensor],
     diff: dict[str, Tensor],
 ) -> None:
-    """Put what a file does to the tensor of this shape with the rest."""
+    """Add to the expert what the file does to the tensor of this shape."""
     name = update.name
     if update.replaced is not None:
         replaced[name] = update.replaced
@@ -289,9 +292,9 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
     if whole:
         raise ExpertError(
             f"{counted(len(whole), 'tensor')} stored as {tensors[whole[0]].dtype}, not as floating-point numbers: {name_some(whole)}. "
-            "Quantised LoRAs cannot be read; use the float16 or bfloat16 version."
+            "Quantised LoRAs are not supported. Use the float16 or bfloat16 version."
         )
-    # of a float64 what counts is whether float32 can hold it
+    # a float64 value has to fit float32
     broken = [key for key, t in tensors.items() if not is_finite(t.float() if t.dtype is torch.float64 else t)]
     if broken:
         raise ExpertError(
@@ -299,9 +302,9 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def check_complete(tensors: Mapping[str, Tensor], facts: Facts, shapes: Shapes) -> None:
-    """A file of ours has the same keys in every block it touches; name what a cut-down one lacks."""
-    expected = len(tensors) if facts.tensors is None else facts.tensors
+def check_complete(tensors: Mapping[str, Tensor], metadata: ExpertMetadata, shapes: Shapes) -> None:
+    """Our own files have the same keys in every block they change. The error names what a truncated file lacks."""
+    expected = len(tensors) if metadata.tensors is None else metadata.tensors
     if len(tensors) == expected:
         return
     templates = {re.sub(r"\.\d+\.", ".{n}.", key, count=1) for key in tensors}
@@ -310,7 +313,7 @@ def check_complete(tensors: Mapping[str, Tensor], facts: Facts, shapes: Shapes) 
         (int(m[1]) for name in shapes if (m := re.match(r"(?:double_|single_)?blocks\.(\d+)\.", name))), default=-1
     )
     missing = {t.replace("{n}", str(i)) for t in numbered for i in range(depth)} - set(tensors)
-    hint = f", among them probably {name_some(missing)}" if missing and len(tensors) < expected else ""
+    hint = f"; probably missing: {name_some(missing)}" if missing and len(tensors) < expected else ""
     raise ExpertError(
-        f"The file holds {counted(len(tensors), 'tensor')} but says it was written with {expected}{hint}. Convert or download it again."
+        f"The file has {counted(len(tensors), 'tensor')}, but its metadata says {expected}{hint}. Convert or download it again."
     )

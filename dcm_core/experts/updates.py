@@ -1,4 +1,4 @@
-"""What an expert does to each tensor of its base, read from its file or from the modules it was made into, a layer at a time."""
+"""What an expert does to each tensor of its base, one layer at a time, from its file or from its modules."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ from .modules import RoutedExpert
 
 @dataclass(frozen=True)
 class Update:
-    """What an expert does to one tensor of its base, or to the rows of it that begin at `start`.
+    """What an expert does to one tensor of its base, or to its rows from `start`.
 
     Attributes:
         name: native tensor name.
-        low_rank: one low-rank update; with `diff` all that share its rows, as their sum counts.
-        replaced: stands in the tensor's place; the others are added to it.
+        low_rank: one low-rank update. With `diff`, all updates of the same rows, because their sum counts.
+        replaced: a tensor that replaces this one. Everything else is added to it.
     """
 
     name: str
@@ -56,13 +56,13 @@ class Update:
 def file_updates(
     file: TensorFile, contents: Contents, shapes: Shapes | None = None, progress: Progress | None = None
 ) -> Iterator[Update]:
-    """The updates of the expert in a file, the tensors of one layer in memory at a time; misfits are left out.
+    """The updates of the expert in a file. The tensors of one layer are in memory at a time; misfits are left out.
 
     Args:
-        shapes: native tensor names and shapes of the model it goes on, if there is one.
+        shapes: native tensor name -> shape of the model it is compared with, if any.
 
     Raises:
-        ExpertError: settings of its trainer that cannot be read.
+        ExpertError: its trainer's settings cannot be read.
     """
     family, expert = expert_part(file, contents)
     if family is None:
@@ -79,10 +79,10 @@ def file_updates(
 
 
 class DefaultScale:
-    """alpha / rank of layers that store no alpha: what the trainer wrote in the file or beside it, else the release's, else 1.
+    """alpha / rank of layers that store no alpha: from the trainer's settings in the file or beside it, else the release's, else 1.
 
     Args:
-        path: of the file, for what is beside it.
+        path: path of the file, to find settings beside it.
         released: the file follows the release's conventions.
     """
 
@@ -94,7 +94,7 @@ class DefaultScale:
 
     @cached_property
     def settings(self) -> LoraSettings | None:
-        """Read when first asked for: a file with its alphas needs none."""
+        """The trainer's settings, read when first needed. A file that stores its alphas does not need them."""
         return lora_settings(self.metadata, self.path)
 
     def __call__(self, module: str, rank: int) -> float:
@@ -107,7 +107,7 @@ class DefaultScale:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to tell of the scales that were asked for."""
+        """Where the scales came from, one note each."""
         notes = []
         if self.found:
             lowest, highest = min(self.found), max(self.found)
@@ -123,8 +123,8 @@ class DefaultScale:
 def site_updates(
     piece: Piece, tensors: Mapping[Kind, Tensor], family: Family, shapes: Shapes, default_scale: DefaultScale
 ) -> Iterator[Update]:
-    """What a site's tensors, which fit the model, do to it."""
-    # fp8 has no arithmetic; bfloat16 holds each of its values
+    """The updates of a site whose tensors fit the model."""
+    # fp8 has no arithmetic, and bfloat16 can represent each of its values
     small = {
         kind: tensor.bfloat16()
         for kind, tensor in tensors.items()
@@ -159,7 +159,7 @@ def site_updates(
 
 
 def _matrices(tensors: Mapping[Kind, Tensor]) -> tuple[Tensor, Tensor]:
-    """down (rank, in) and up (rows, rank) of a low-rank update, kernels flattened; a Tucker core goes into `down`."""
+    """down (rank, in) and up (rows, rank) of a low-rank update, with kernels flattened. A Tucker core is multiplied into `down`."""
     down = rearrange(tensors["down"], "rank ... -> rank (...)")
     up = rearrange(tensors["up"], "rows ... -> rows (...)")
     if "mid" in tensors:
@@ -171,7 +171,7 @@ def _matrices(tensors: Mapping[Kind, Tensor]) -> tuple[Tensor, Tensor]:
 def low_rank_updates(
     name: str, updates: Sequence[LowRank], diff: Tensor | None = None, start: int = 0
 ) -> Iterator[Update]:
-    """Each low-rank update of a tensor; with a difference of the rows from `start`, all in one."""
+    """Each low-rank update of a tensor. If the rows from `start` also have a difference, they come as one."""
     if diff is None:
         yield from (Update(name, (update,), start=update.start) for update in updates)
     else:
@@ -179,10 +179,10 @@ def low_rank_updates(
 
 
 def routed_updates(expert: RoutedExpert, tensors: Mapping[str, Tensor]) -> Iterator[Update]:
-    """The updates of an expert that is attached.
+    """The updates of an attached expert.
 
     Args:
-        tensors: parameter name -> value; a host may keep the unpatched ones aside.
+        tensors: parameter name -> unpatched value, which a host may store elsewhere.
     """
     for index, (name, site) in enumerate(zip(expert.names, expert.sites, strict=True)):
         stem = f"sites.{index}"

@@ -1,4 +1,4 @@
-"""An expert in its file, read a layer at a time: for what is written from it, whatever its size."""
+"""An expert in its file, read one layer at a time, so that experts of any size can be written in another format."""
 
 import os
 from collections.abc import Iterator
@@ -7,30 +7,30 @@ from contextlib import contextmanager
 from ..errors import CheckpointError, DCMError, ExpertError
 from ..families import Family
 from ..families.lora_names import Shapes, is_release_part
-from ..files.checkpoint import Layout, recognise, release_facts
-from ..files.metadata import read_facts
+from ..files.checkpoint import Layout, recognise, release_metadata
+from ..files.metadata import read_metadata
 from ..files.storage import TensorFile
 from ..routing import Side
 from .expert import Expert, LowRank
 from .match import AnyModel, Site, expert_part, tensor_name
-from .reader import check_complete, check_facts, check_reshapes, check_values, find_places, gather
+from .reader import check_complete, check_metadata, check_reshapes, check_values, find_places, gather
 from .updates import DefaultScale, Update, site_updates
 
 
 class ExpertView:
-    """What the expert in a file does to each layer of its base. A release's detail expert counts.
+    """What the expert in a file does to each layer of its base. For a release, this is the detail expert.
 
     Attributes:
-        facts: what the file says of itself.
+        metadata: what the file says of itself.
         modules: native names of the layers it changes.
 
     Args:
         shapes: native tensor name -> shape of the base; None for any model of the family.
-        role: the side it is to be used for; None for whichever it is.
+        role: the side to use it for; None for its own.
 
     Raises:
-        CheckpointError: a file that cannot be read, is damaged, or holds no expert.
-        ExpertError: an expert of another family or side, or tensors that fit no layer.
+        CheckpointError: the file cannot be read, is damaged, or contains no expert.
+        ExpertError: the expert is for another family or side, or a tensor does not fit any layer.
     """
 
     def __init__(
@@ -47,17 +47,19 @@ class ExpertView:
             raise CheckpointError(f"{path} is {contents.layout.value}; expected an expert file (a LoRA), or a release.")
         with self._named():
             released = contents.layout is Layout.RELEASE
-            self.facts = release_facts(self.file, found) if released else read_facts(self.file.metadata)
+            self.metadata = release_metadata(self.file, found) if released else read_metadata(self.file.metadata)
             family = family or found
             if family is None:
-                raise ExpertError("Its layers are neither Wan's nor HunyuanVideo's. Choose an expert of one of these.")
+                raise ExpertError(
+                    "Its layers are neither Wan's nor HunyuanVideo's. Choose an expert for one of these models."
+                )
             self.family = family
-            check_facts(self.facts, role or self.facts.side, family)
+            check_metadata(self.metadata, role or self.metadata.side, family)
             self._shapes = AnyModel(family) if shapes is None else shapes
             keys = {name: self.file.shapes[key] for name, key in self._keys.items()}
             sites, self._left_out = find_places(keys, family, self._shapes)
-            if self.facts.format is not None:
-                check_complete(self._keys, self.facts, self._shapes)
+            if self.metadata.format is not None:
+                check_complete(self._keys, self.metadata, self._shapes)
             self._scale = DefaultScale(
                 family, self.file.metadata, self.file.path, released=is_release_part(self._keys, family)
             )
@@ -70,7 +72,7 @@ class ExpertView:
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors begin with the file."""
+        """Put the file's name in front of errors."""
         try:
             yield
         except DCMError as error:
@@ -78,20 +80,20 @@ class ExpertView:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to tell of how it was read, once its layers were."""
+        """Notes on how it was read, complete once all layers were."""
         return self._scale.notes
 
     @property
     def left_out(self) -> list[str]:
-        """Tensors of the file that belong to no transformer, or to a part that this one lacks."""
+        """Tensors of the file that are not for a transformer, or for a part that this one lacks."""
         return [key for keys in self._left_out.values() for key in keys]
 
     def updates(self, module: str) -> list[Update]:
-        """What it does to a layer.
+        """What it does to one layer.
 
         Raises:
-            CheckpointError: a file that changed since it was opened.
-            ExpertError: NaN or infinite values, or a trainer's settings that cannot be read.
+            CheckpointError: the file changed since it was opened.
+            ExpertError: NaN or infinite values, or its trainer's settings cannot be read.
         """
         found: list[Update] = []
         for site in self._sites.get(module, ()):
@@ -105,9 +107,9 @@ class ExpertView:
         return found
 
     def layer(self, module: str) -> Expert:
-        """The same as an expert that changes nothing else; the base's shapes have to be known. Raises as `updates`."""
+        """The same as an expert that changes this layer alone. It needs the base's shapes, and raises what `updates` raises."""
         low_rank: dict[str, list[LowRank]] = {}
-        expert = Expert(self.family.name, self.facts.side or "semantic")
+        expert = Expert(self.family.name, self.metadata.side or "semantic")
         for update in self.updates(module):
             gather(update, self._shapes[update.name], low_rank, expert.replaced, expert.diff)
         in_row_order = {name: tuple(sorted(pairs, key=lambda pair: pair.start)) for name, pairs in low_rank.items()}

@@ -1,4 +1,4 @@
-"""The model families: data only. Add a family by adding its table here."""
+"""The model families, as data only. To add a family, add its table here."""
 
 from .family import Family
 from .hunyuan_video import HUNYUAN_VIDEO
@@ -6,7 +6,7 @@ from .wan import WAN
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (WAN, HUNYUAN_VIDEO)}
 
-# Schedules by title: timesteps, largest first.
+# Title -> timesteps of a schedule, largest first.
 PRESETS: dict[str, tuple[float, ...]] = {
     title: timesteps
     for family in FAMILIES.values()

@@ -1,4 +1,4 @@
-"""What the code has to know of a model family."""
+"""What the code needs to know about a model family."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,27 +11,27 @@ from .keymap import KeyMap, Rule
 
 @dataclass(frozen=True)
 class Family:
-    """A family's key table and the facts of its released experts.
+    """A family's key table, and what is known about its released experts.
 
     Attributes:
-        DIFFUSERS_TO_NATIVE: the table; "native" is the naming of ComfyUI's own model class.
-        lora_targets: regex of the diffusers modules on which the release puts its detail LoRA.
-        detail_modules: diffusers modules of which the detail expert has its own copy, stored as `<name>_lora`.
+        DIFFUSERS_TO_NATIVE: the key table. "Native" is the naming of ComfyUI's own model class.
+        lora_targets: regex of the diffusers modules with a detail LoRA in the release.
+        detail_modules: diffusers modules that the detail expert has its own copy of, stored as `<name>_lora`.
         lora_scale: alpha / rank of the release, whose files store no alpha.
         native_marks: native keys that only this family has.
         text_module: native module that takes the text embeddings.
-        convolutions: native modules that are no linear layers, norms aside.
-        clip_type: what the host's CLIPLoader calls the text encoder.
+        convolutions: native modules that are neither linear layers nor norms.
+        clip_type: the text encoder's type in the host's CLIPLoader.
         block_lists: native module lists of transformer blocks.
         feature_blocks: the list whose outputs the discriminator sees.
         head: native module of the output norm and projection.
-        feature_weight: of the feature matching loss in the release's training.
+        feature_weight: weight of the feature matching loss in the release's training.
         fps: frames per second of its videos.
-        writes_in_place: the host's blocks overwrite tensors that a backward pass needs.
-        text_extras: (entry of a conditioning, argument of the transformer) beside the text embedding.
-        pair_boundary: sigma where the second of two full models begins, by whether they take an image.
-        pair_timesteps: schedules for two full models with few-step LoRAs: title -> timesteps, largest first.
-        ALIAS_TO_NATIVE: names of the original code, or of other ComfyUIs, where they differ from the native ones (files use them).
+        writes_in_place: whether the host's blocks overwrite tensors that a backward pass needs.
+        text_extras: (entry of a conditioning, argument of the transformer) in addition to the text embedding.
+        pair_boundary: whether the models take an image -> sigma where the second of two full models takes over.
+        pair_timesteps: title -> timesteps, largest first, for two full models with few-step LoRAs.
+        ALIAS_TO_NATIVE: names in the original code or in other ComfyUI versions that differ from the native ones. Files use them.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Family:
         return re.compile(self.lora_targets)
 
     def is_native(self, keys: Iterable[str]) -> bool:
-        """True if the (native, unprefixed) keys hold a model of this family."""
+        """True if the (native, unprefixed) keys are a model of this family."""
         return set(self.native_marks) <= set(keys)
 
     def detail_source(self, key: str) -> str | None:

@@ -77,7 +77,7 @@ HEAD = (
     Rule("proj_out", "final_layer.linear"),
 )
 
-# What older ComfyUIs and released files call `.scale`, newer ComfyUIs call `.weight`.
+# Newer versions of ComfyUI call `.weight` what older ones and released files call `.scale`.
 NORMS = (
     *(f"{NATIVE_DOUBLE}.{stream}_attn.norm.{name}_norm" for stream in ("img", "txt") for name in ("query", "key")),
     *(f"{NATIVE_SINGLE}.norm.{name}_norm" for name in ("query", "key")),

@@ -1,7 +1,7 @@
-"""Apply and invert a table that says what a tensor of one layout is called in another.
+"""Apply and invert a table that maps tensor names of one layout to another.
 
-A table is a tuple of `Rule`s. A rule maps a module's tensors; `{n}` stands for a block index. Several modules may be
-rows of one target (`part`): a fused qkv, or `linear1` with its q, k, v and mlp rows.
+A table is a tuple of `Rule`s. A rule maps a module's tensors, and `{n}` stands for a block index. Several modules may
+be rows of one target (`part`): a fused qkv, or `linear1` with its q, k, v and mlp rows.
 """
 
 import re
@@ -16,7 +16,7 @@ from ..errors import CheckpointError, name_some
 
 Shape = Sequence[int]
 
-# No model has a thousand blocks; a file that names more would have us look for all of them.
+# No model has a thousand blocks. Without a limit, a crafted file would make us look for all that it names.
 BLOCK_INDEX = r"\d{1,3}"
 
 
@@ -25,10 +25,10 @@ class Rule:
     """One line of a table: module `source` is `target`, or the rows `part` of it.
 
     Attributes:
-        params: the tensor names behind the module; ("",) where the rule names a whole key.
-        target_params: their names in the target, same order; empty if equal.
-        part: index among the sources of a fused target, see `Piece.rows`; None if the source is the whole target.
-        swap_halves: the two halves of the rows change places.
+        params: the module's tensor names; ("",) if the rule names a full key.
+        target_params: their names in the target, in the same order; empty if equal.
+        part: index among the sources of a fused target, see `Piece.rows`; None if the source is all of the target.
+        swap_halves: whether the two halves of the rows change places.
         optional: what the layer is for, if only some models of the family have it; "" if all do.
     """
 
@@ -51,7 +51,7 @@ class Piece:
     """A source tensor's place in its target; `part`, `swap_halves` and `optional` as in `Rule`.
 
     Attributes:
-        last: no part of the target comes after this one.
+        last: whether this is the last part of the target.
     """
 
     source: str
@@ -65,20 +65,20 @@ class Piece:
         """The source's rows in a target.
 
         Args:
-            width: columns of the target's weight; each part but the last has as many rows.
-            height: rows of the target, where the last part's end has to be known.
+            width: columns of the target's weight. Each part but the last has as many rows.
+            height: rows of the target, if the end of the last part is needed.
         """
         start = (self.part or 0) * width
         return slice(start, height if self.last else start + width)
 
     def in_native_order(self, tensor: Tensor) -> Tensor:
-        """The source's rows in the order of the target's."""
+        """The source's rows in the order of the target's rows."""
         return torch.cat(tensor.chunk(2)[::-1]) if self.swap_halves else tensor
 
 
 @dataclass(frozen=True)
 class MatchReport:
-    """Every key of a file, accounted for."""
+    """What became of every key of a file."""
 
     matched: dict[str, list[Piece]]
     unmatched: tuple[str, ...]
@@ -98,24 +98,24 @@ def _fill(template: str, index: str | None) -> str:
 
 
 def _stem(template: str) -> str | None:
-    """`blocks` of `blocks.{n}.ffn.0`; None where no block is numbered."""
+    """`blocks` of `blocks.{n}.ffn.0`; None without a block number."""
     head, mark, _ = template.partition(".{n}")
     return head if mark else None
 
 
 class Templates:
-    """Takes names apart into a template and a block index, with one separator between their parts (`.` or `_`)."""
+    """Splits names into a template and a block index. The separator between parts is `.` or `_`."""
 
     def __init__(self, templates: Iterable[str], separator: str = "."):
         stems = {stem.replace(".", separator) for template in templates if (stem := _stem(template))}
-        # the longest first: one stem may begin another
+        # the longest first, as one stem may begin with another
         either = "|".join(map(re.escape, sorted(stems, key=len, reverse=True))) or r"(?!)"
         gap = re.escape(separator)
         self._numbered = re.compile(rf"({either}){gap}({BLOCK_INDEX})(?={gap}|$)")
         self._separator = separator
 
     def split(self, name: str) -> tuple[str, str | None]:
-        """(template, index): `blocks.7.ffn.0` -> (`blocks.{n}.ffn.0`, `7`); a name without a block is its own template."""
+        """(template, index): `blocks.7.ffn.0` -> (`blocks.{n}.ffn.0`, `7`). A name without a block is its own template."""
         match = self._numbered.match(name)
         if match is None:
             return name, None
@@ -123,7 +123,7 @@ class Templates:
 
 
 class KeyMap:
-    """A table of rules, usable from both ends; the first rule for a name counts."""
+    """A table of rules, usable in both directions. The first rule for a name counts."""
 
     def __init__(self, rules: Sequence[Rule]):
         self.rules = tuple(rules)
@@ -155,17 +155,17 @@ class KeyMap:
 
     @cached_property
     def _parts(self) -> dict[str, int]:
-        """Fused target module -> the last of its parts."""
+        """Fused target module -> index of its last part."""
         return {rule.target: max(r.part or 0 for r in self.rules if r.target == rule.target) for rule in self.rules}
 
     def find(self, key: str) -> Piece | None:
-        """The place of a source key, None if the table does not know it."""
+        """The place of a source key; None if it is not in the table."""
         template, index = self._sources.split(key)
         found = self._by_key.get(template)
         return found and self._piece(key, found[0], index, found[1])
 
     def find_module(self, module: str) -> Piece | None:
-        """The place of a source module (no `.weight`), None if the table does not know it."""
+        """The place of a source module (no `.weight`); None if it is not in the table."""
         template, index = self._sources.split(module)
         rule = self._by_module.get(template)
         return rule and self._piece(module, rule.target, index, rule)
@@ -185,7 +185,7 @@ class KeyMap:
         return sorted(pieces, key=lambda piece: piece.part or 0)
 
     def sources_of_tensor(self, name: str) -> list[Piece]:
-        """The source tensors that make up a target tensor, in row order; none if the table does not know it."""
+        """The source tensors that make up a target tensor, in row order; empty if it is not in the table."""
         template, index = self._targets.split(name)
         pieces = [
             self._piece(_fill(source, index), name, None, rule)
@@ -200,12 +200,12 @@ class KeyMap:
         return Piece(source, _fill(target, index), rule.part, rule.swap_halves, rule.optional, last)
 
     def match(self, keys: Iterable[str]) -> MatchReport:
-        """Account for every key: what it becomes, which are unknown, which are missing.
+        """Match every key: what it becomes, which keys are unknown, and which are missing.
 
-        A key is missing if its rule is not optional (or another key of the rule is there) and the file has the block.
+        A key is missing if the file has its block, and its rule is not optional or another key of the rule is there.
 
         Raises:
-            CheckpointError: two keys that would land in one place.
+            CheckpointError: two keys are for the same tensor.
         """
         keys = set(keys)
         matched: dict[str, list[Piece]] = {}
@@ -220,7 +220,7 @@ class KeyMap:
             pieces.sort(key=lambda piece: piece.part or 0)
             if len({piece.part for piece in pieces}) < len(pieces):
                 raise CheckpointError(
-                    f"{name_some(p.source for p in pieces)} would all become {target}; expected one of them."
+                    f"{name_some(p.source for p in pieces)} would all become {target}; expected one of them. Load the unchanged file."
                 )
         return MatchReport(matched, tuple(unmatched), tuple(sorted(self._expected(keys) - keys)))
 
@@ -236,7 +236,7 @@ class KeyMap:
         return expected
 
     def _blocks(self, keys: set[str]) -> dict[str, list[str]]:
-        """The block indices of each numbered stem: all up to the highest, unless most of these would be gaps."""
+        """Stem -> its block indices: all up to the highest, unless most of these would be gaps."""
         found: dict[str, set[int]] = {stem: set() for rule in self.rules if (stem := _stem(rule.source))}
         for key in keys:
             template, index = self._sources.split(key)
@@ -247,31 +247,31 @@ class KeyMap:
 
 def _with_gaps(indices: set[int]) -> Iterable[int]:
     depth = max(indices, default=-1) + 1
-    # one index far beyond the others is no block of the model
+    # one index far above the others is not a block of the model
     return range(depth) if depth <= 2 * len(indices) else sorted(indices)
 
 
 def fused_shape(shapes: Sequence[Shape]) -> tuple[int, ...]:
-    """Shape of the target made of sources stacked along the rows."""
+    """Shape of a target whose sources are stacked along the rows."""
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def fuse(pieces: Sequence[Piece], tensors: Mapping[str, Tensor]) -> Tensor:
-    """The target tensor of one match: its sources stacked along the rows, halves swapped where the rule says so.
+    """The target tensor of one match: its sources stacked along the rows, with halves swapped if the rule says so.
 
     Raises:
-        CheckpointError: parts of a fused tensor that are missing or whose inputs differ in width.
+        CheckpointError: a part of a fused tensor is missing, or parts differ in width.
     """
     parts = [piece.part for piece in pieces]
     if parts != [None] and parts != list(range(len(parts))):
         raise CheckpointError(
-            f"{pieces[0].target} needs all its parts; found only {name_some(p.source for p in pieces)}."
+            f"{pieces[0].target} needs all its parts, but the file only has {name_some(p.source for p in pieces)}."
         )
     values = [tensors[piece.source] for piece in pieces]
     if len({value.shape[1:] for value in values}) > 1:
         raise CheckpointError(
             f"{name_some(p.source for p in pieces)} become one tensor and need equal widths, "
-            f"but have shapes {', '.join(str(tuple(value.shape)) for value in values)}."
+            f"but their shapes are {', '.join(str(tuple(value.shape)) for value in values)}."
         )
     value = values[0] if len(values) == 1 else torch.cat(values)
     return pieces[0].in_native_order(value)

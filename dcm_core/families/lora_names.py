@@ -1,4 +1,4 @@
-"""How the world names LoRA tensors: the ending says what a tensor is, the rest which module it belongs to."""
+"""The names that tools use for LoRA tensors. The suffix tells the kind of tensor, the rest its module."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,11 +25,11 @@ Kind = Literal[
     "set_bias",
     "unroutable",
 ]
-# What makes one low-rank update.
+# The kinds that make up one low-rank update.
 LOW_RANK: tuple[Kind, ...] = ("down", "mid", "up", "up_bias", "alpha", "reshape")
 
 ADAPTER = r"(\.(?P<adapter>[^.]+))?"
-# (ending, what it is); the first that matches counts.
+# (suffix, kind). The first match counts.
 ENDINGS: tuple[tuple[str, Kind], ...] = (
     (rf"\.lora_A{ADAPTER}\.weight", "down"),
     (rf"\.lora_B{ADAPTER}\.weight", "up"),
@@ -48,7 +48,7 @@ ENDINGS: tuple[tuple[str, Kind], ...] = (
     (rf"\.modules_to_save{ADAPTER}\.weight", "set_weight"),
     (rf"\.modules_to_save{ADAPTER}\.bias", "set_bias"),
 )
-# (ending, how people call it) of what is not added to a layer's output, or needs the base's weights to be computed.
+# (suffix, common name) of methods that do not add to a layer's output, or that need the base's weights.
 UNROUTABLE: tuple[tuple[str, str], ...] = (
     (r"\.(dora_scale|lora_magnitude_vector.*)", "DoRA"),
     (r"\.hada_.+", "LoHa"),
@@ -60,7 +60,7 @@ UNROUTABLE: tuple[tuple[str, str], ...] = (
     (r"\.vera_lambda_.+", "VeRA"),
     (r"\.(lora_E|ranknum).*", "AdaLoRA"),
 )
-# Plain names after PEFT's own prefix: its `modules_to_save`, and the base's biases that it trained (`bias`).
+# Plain names after PEFT's own prefix: its `modules_to_save`, and biases of the base that it trained (`bias`).
 PEFT_PREFIX = "base_model.model."
 SAVED: tuple[tuple[str, Kind], ...] = ((r"\.weight", "set_weight"), (r"(\.base_layer)?\.bias", "set_bias"))
 PATTERNS = tuple(
@@ -71,10 +71,10 @@ PATTERNS = tuple(
         *((re.escape(PEFT_PREFIX), ending, kind, "") for ending, kind in SAVED),
     )
 )
-# No tensor has a longer name; matching a crafted one would take long.
+# No tensor has a longer name, and matching a crafted one would take long.
 LONGEST_KEY = 500
 
-# Stripped as long as one leads and the rest is no module of the model.
+# Prefixes, stripped one by one until the rest is a module of the model.
 PREFIXES = (
     PEFT_PREFIX,
     "model.diffusion_model.",
@@ -87,7 +87,7 @@ PREFIXES = (
     "unet.",
 )
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
-# What wrappers of PyTorch write into the middle of a name: torch.compile, FSDP, activation checkpointing.
+# What PyTorch wrappers insert into names: torch.compile, FSDP, activation checkpointing.
 COMPILED = "_orig_mod"
 WRAPPERS = (COMPILED, "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 TEXT_ENCODER = re.compile(
@@ -95,19 +95,19 @@ TEXT_ENCODER = re.compile(
     r"|(clip_[lgh]|u?m?t5xxl|llama|llava)[\w-]*\.)"
 )
 
-# What the release calls its detail LoRA.
+# The release's name for its detail LoRA.
 RELEASE_ADAPTER = "lora1"
 
 
 @dataclass(frozen=True)
 class LoraKey:
-    """A LoRA tensor's name taken apart.
+    """The parts of a LoRA tensor's name.
 
     Attributes:
-        module: what it belongs to, as the file names it.
-        kind: what it is of its module.
+        module: the module it belongs to, as the file names it.
+        kind: which tensor of the module it is.
         adapter: its PEFT adapter name.
-        method: what people call it, if it is unroutable.
+        method: common name of its method, if that is not supported.
     """
 
     module: str
@@ -118,7 +118,7 @@ class LoraKey:
 
 @lru_cache(maxsize=1 << 16)
 def split_key(key: str) -> LoraKey | None:
-    """Take a LoRA key apart; None if it is none."""
+    """Split a LoRA key into its parts; None for any other key."""
     if len(key) <= LONGEST_KEY:
         for pattern, kind, method in PATTERNS:
             if match := pattern.fullmatch(key):
@@ -127,12 +127,12 @@ def split_key(key: str) -> LoraKey | None:
 
 
 def unwrapped(name: str) -> str:
-    """The name of a module or tensor without what wrappers of PyTorch write into it."""
+    """The name of a module or tensor without what PyTorch wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def candidates(module: str) -> Iterator[str]:
-    """The names a module may have without what tools put before it, the full name first."""
+    """The names a module may have without the prefixes of tools, the full name first."""
     module = unwrapped(module)
     while module:
         yield module
@@ -140,10 +140,10 @@ def candidates(module: str) -> Iterator[str]:
 
 
 def flat_candidates(module: str) -> Iterator[str]:
-    """The same for a kohya-style name (`lora_unet_blocks_0_...`): without its prefix, every dot as `_`; none for others."""
+    """The same for a kohya-style name (`lora_unet_blocks_0_...`): without its prefix, with `_` for every dot. Empty for other names."""
     for prefix in FLAT_PREFIXES:
         if module.startswith(prefix):
-            # some tools leave dots, or write `_` twice
+            # some tools keep the dots, or double the `_`
             flat = module[len(prefix) :].replace(".", "_").strip("_")
             while flat:
                 yield flat
@@ -156,7 +156,7 @@ def is_text_encoder(module: str) -> bool:
 
 
 def name_of(key: str, family: Family) -> LoraKey | None:
-    """The key taken apart; the release's detail copies count as replacements."""
+    """Like `split_key`, but the release's detail copies count as replacements."""
     for name in candidates(key) if len(key) <= LONGEST_KEY else ():
         source = family.detail_source(name)
         if source is not None:
@@ -166,14 +166,14 @@ def name_of(key: str, family: Family) -> LoraKey | None:
 
 
 def is_release_part(keys: Iterable[str], family: Family) -> bool:
-    """True if a file follows the release's conventions, so that a missing alpha means the release's scale."""
+    """True if a file follows the release's conventions. A missing alpha then means the release's scale."""
     return any(
         family.detail_source(key) or ((name := split_key(key)) and name.adapter == RELEASE_ADAPTER) for key in keys
     )
 
 
 def places(module: str, family: Family) -> Iterator[Piece]:
-    """Where a module of that name may be, in a model of any depth, the likeliest place first."""
+    """Where a module of that name may be in a model of any depth, the likeliest place first."""
     maps = (family.native_map, family.alias_map, family.key_map)
     for name in candidates(module):
         yield from filter(None, (key_map.find_module(name) for key_map in maps))
@@ -182,16 +182,16 @@ def places(module: str, family: Family) -> Iterator[Piece]:
 
 
 class ModuleNames:
-    """Finds the native module behind whatever a file calls it."""
+    """Finds the native module for the name that a file uses."""
 
     def __init__(self, family: Family, shapes: Shapes):
         self.family = family
         self.shapes = shapes
-        # also of layers that no table has
+        # includes layers that are in no table
         self.flat = {module.replace(".", "_"): module for name in shapes for module in (name.rpartition(".")[0], name)}
 
     def find(self, module: str) -> Piece | None:
-        """The native place of a module (or of a tensor that is no module's weight), None if the model has none."""
+        """The native place of a module or of a bare parameter; None if the model does not have it."""
         own = [*candidates(module), *(self.flat.get(name, "") for name in flat_candidates(module))]
         found = (*(Piece(name, name) for name in own), *places(module, self.family))
         piece = next((piece for piece in found if self._has(piece.target)), None)
@@ -205,7 +205,7 @@ class ModuleNames:
         return piece
 
     def lacks(self, module: str) -> str:
-        """What the module is for, if it is one that only some models of the family have; "" for any other."""
+        """What the module is for, if only some models of the family have it; "" for any other."""
         return next((piece.optional for piece in places(module, self.family)), "")
 
     def _has(self, module: str) -> bool:
@@ -216,6 +216,6 @@ class ModuleNames:
 
 
 def count_known(family: Family, keys: Iterable[str]) -> int:
-    """How many of the keys a model of the family could have, whatever its depth."""
+    """How many of the keys a model of the family could have, at any depth."""
     names = (name.module if (name := split_key(key)) else key for key in keys if len(key) <= LONGEST_KEY)
     return sum(any(places(name, family)) for name in names)

@@ -7,7 +7,7 @@ from .keymap import Rule
 WEIGHT = ("weight",)
 WHOLE = ("",)
 
-# What only some models have.
+# Layers that only some models have.
 IMAGE = "image layers"
 VACE = "VACE layers"
 
@@ -27,7 +27,7 @@ EMBEDDERS = (
 
 
 def _block(block: str, optional: str = "") -> tuple[Rule, ...]:
-    """The layers of a numbered block, which has the same name on both sides."""
+    """The layers of a numbered block, which has the same name in both layouts."""
     attention = (("attn1", "self_attn"), ("attn2", "cross_attn"))
     linears = (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
     return (
@@ -55,7 +55,7 @@ BLOCKS = (
     Rule("blocks.{n}.attn2.norm_added_k", "blocks.{n}.cross_attn.norm_k_img", WEIGHT, optional=IMAGE),
 )
 
-# They read the control video; what comes out of each is added to a main block.
+# They read the control video, and the output of each is added to a main block.
 VACE_BLOCKS = (
     Rule("vace_patch_embedding", "vace_patch_embedding", optional=VACE),
     *_block("vace_blocks.{n}", VACE),
@@ -68,7 +68,7 @@ HEAD = (
     Rule("scale_shift_table", "head.modulation", WHOLE),
 )
 
-# The levels that the lightx2v LoRA pairs for Wan 2.2 A14B are distilled for (4 steps), and those their authors name for 8.
+# The levels that lightx2v's two LoRAs for Wan 2.2 A14B are distilled for (4 steps), and their authors' levels for 8 steps.
 PAIR_SHIFT = 5.0
 PAIR_TIMESTEPS = {
     name: tuple(TIMESTEPS * shift_sigma(1 - step / steps, PAIR_SHIFT) for step in range(steps))

@@ -1,1 +1,1 @@
-"""Files: tensors read and written, model files recognised and checked, metadata and conditioning."""
+"""Files: read and write tensors, recognise and check model files, metadata and conditioning."""

@@ -1,4 +1,4 @@
-"""What a model file is, by its content, and its parts in native names."""
+"""Recognise a model file by its content, and read its parts in native names."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,14 +12,14 @@ from ..families import FAMILIES, Family
 from ..families.keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from ..families.lora_names import split_key
 from .fit import misfits
-from .metadata import Facts, read_facts
+from .metadata import ExpertMetadata, read_metadata
 from .storage import Progress, TensorFile, each_read
 from .values import is_finite
 
-# `model.model.` is what ComfyUI saves HunyuanVideo with
+# ComfyUI saves HunyuanVideo with the prefix `model.model.`
 PREFIXES = ("model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "model.", "module.")
 BASE_LAYER = ".base_layer."
-# More than any model or LoRA has.
+# Larger than the tensor count of any model or LoRA.
 MAX_TENSORS = 20_000
 NATIVE_WEIGHT = re.compile(
     rf"(?P<stem>blocks|double_blocks|single_blocks)\.(?P<index>{BLOCK_INDEX})\.(?P<rest>.+\.weight)"
@@ -27,7 +27,7 @@ NATIVE_WEIGHT = re.compile(
 
 
 class Layout(Enum):
-    """The kinds of file there are."""
+    """The kinds of file."""
 
     RELEASE = "DCM release (diffusers layout, both experts)"
     DIFFUSERS = "diffusers layout, no experts"
@@ -38,12 +38,12 @@ class Layout(Enum):
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds.
+    """What a file contains.
 
     Attributes:
-        family: None where no family's tensors were recognised.
-        matched: native name -> the file's keys that make it (diffusers layouts; `Piece.source` is the full key).
-        detail: file key -> key without prefix, of the detail expert's tensors (releases).
+        family: None if no family's tensors were recognised.
+        matched: native name -> the file's keys that make it up (diffusers layouts). `Piece.source` is the full key.
+        detail: file key -> key without prefix, for the detail expert's tensors (releases).
     """
 
     layout: Layout
@@ -57,14 +57,14 @@ class Contents:
 
 
 def recognise(file: TensorFile) -> Contents:
-    """Say what a file is.
+    """Recognise what a file is.
 
     Raises:
-        CheckpointError: a file that is half one thing: known keys with others missing or unknown.
+        CheckpointError: an incomplete or mixed-up file: some keys are known, but others are missing or unknown.
     """
     if len(file) > MAX_TENSORS:
         raise CheckpointError(
-            f"{file.path} has {counted(len(file), 'tensor')}; a model or a LoRA has at most {MAX_TENSORS}. Choose another file."
+            f"{file.path} has {counted(len(file), 'tensor')}; expected at most {MAX_TENSORS} in a model or LoRA. Choose another file."
         )
     keys = {without_prefix(key): key for key in file.shapes}
     for family in FAMILIES.values():
@@ -80,13 +80,13 @@ def recognise(file: TensorFile) -> Contents:
         return Contents(Layout.OTHER)
     if len(keys) < len(file):
         raise CheckpointError(
-            f"{file.path} holds the same tensors with and without a prefix; expected one model. Load a clean file."
+            f"{file.path} has the same tensors with and without a prefix; expected one model. Load the unchanged file."
         )
     return _diffusers(file, family, keys)
 
 
 def _check_blocks(file: TensorFile, family: Family, keys: Iterable[str]) -> None:
-    """A native file is the host's to load, but every block has to have the weights that any block of its kind has."""
+    """Check that all blocks of a kind have the same weights. The host checks the rest of a native file."""
     layers: dict[str, dict[int, set[str]]] = {}
     for key in keys:
         if match := NATIVE_WEIGHT.fullmatch(key):
@@ -102,7 +102,7 @@ def _check_blocks(file: TensorFile, family: Family, keys: Iterable[str]) -> None
 
 
 def without_prefix(key: str) -> str:
-    """A key as the model itself names it."""
+    """A key as the model names it."""
     for prefix in PREFIXES:
         if key.startswith(prefix):
             return key[len(prefix) :]
@@ -110,7 +110,7 @@ def without_prefix(key: str) -> str:
 
 
 def _known(family: Family, keys: Iterable[str]) -> int:
-    """How many of the keys a diffusers-layout file of the family could have."""
+    """How many of the keys a diffusers-layout file of this family could have."""
     return sum(
         family.key_map.find(key.replace(BASE_LAYER, ".")) is not None
         or family.detail_source(key) is not None
@@ -120,12 +120,12 @@ def _known(family: Family, keys: Iterable[str]) -> int:
 
 
 def _diffusers(file: TensorFile, family: Family, keys: Mapping[str, str]) -> Contents:
-    """The parts of a diffusers-layout file, every key accounted for."""
+    """The parts of a diffusers-layout file. Every key has to belong to one of them."""
     detail = {key for key in keys if family.detail_source(key) or split_key(key)}
     semantic = {key.replace(BASE_LAYER, "."): keys[key] for key in keys if key not in detail}
     if len(semantic) + len(detail) < len(keys):
         raise CheckpointError(
-            f"{file.path} holds weights both with and without .base_layer; expected one. Load the unchanged file."
+            f"{file.path} has weights both with and without .base_layer; expected one kind. Load the unchanged file."
         )
     report = family.key_map.match(semantic)
     wrapped = {key for key in keys if BASE_LAYER in key}
@@ -147,14 +147,14 @@ def _diffusers(file: TensorFile, family: Family, keys: Mapping[str, str]) -> Con
 def _check_detail(
     file: TensorFile, family: Family, detail: set[str], semantic: set[str], semantic_missing: set[str]
 ) -> tuple[set[str], set[str]]:
-    """(missing, odd) keys of a release's detail expert, given the base's keys and which of them are missing."""
+    """(missing, odd) keys of a release's detail expert. `semantic` are the base's keys, `semantic_missing` its missing keys."""
     targets = {module for key in semantic if family.lora_target_pattern.fullmatch(module := key.rpartition(".")[0])}
     pairs = {key: name for key in detail if not family.detail_source(key) and (name := split_key(key))}
     odd = {key for key, name in pairs.items() if name.module not in targets or name.kind not in ("down", "up")}
     adapters = sorted({name.adapter for name in pairs.values() if name.adapter}) or ["lora1"]
     if len(adapters) > 1:
         raise CheckpointError(
-            f"{file.path} holds the adapters {', '.join(adapters)}; a release has one. Load the unchanged file."
+            f"{file.path} has the adapters {', '.join(adapters)}; expected one, as in a release. Load the unchanged file."
         )
     missing = {f"{module}.lora_{part}.{adapters[0]}.weight" for module in targets for part in "AB"} - detail
     copies = {source for key in detail if (source := family.detail_source(key))}
@@ -174,13 +174,13 @@ def _check_fit(
     semantic: Mapping[str, str],
     detail: Mapping[str, str],
 ) -> None:
-    """Every tensor fits the ones beside it.
+    """Check that the shapes and dtypes of all tensors fit each other.
 
     Args:
         semantic, detail: name in the model -> the file's key.
     """
     names = {**semantic, **detail}
-    shapes, dtypes = ({name: facts[key] for name, key in names.items()} for facts in (file.shapes, file.dtypes))
+    shapes, dtypes = ({name: values[key] for name, key in names.items()} for values in (file.shapes, file.dtypes))
     if wrong := misfits(shapes, dtypes, family, matched, detail):
         first = min(wrong)
         raise CheckpointError(
@@ -209,8 +209,7 @@ def semantic_state_dict(
     """The base (semantic) weights of a diffusers-layout file in native names.
 
     Args:
-        tensors: the file's, where the caller has them; they are used as they are, and `check_base` checks them. Else each is read
-            once and checked.
+        tensors: the file's tensors, used without a check; call `check_base` for that. None reads and checks each once.
 
     Raises:
         CheckpointError: NaN or infinite weights.
@@ -235,7 +234,7 @@ def each_native(file: TensorFile, contents: Contents, progress: Progress | None 
 
 
 def check_base(file: TensorFile, contents: Contents, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse base weights that are no numbers.
+    """Refuse broken base weights.
 
     Raises:
         CheckpointError: NaN or infinite weights.
@@ -244,29 +243,31 @@ def check_base(file: TensorFile, contents: Contents, tensors: Mapping[str, Tenso
 
 
 def _sources(contents: Contents) -> list[str]:
-    """The file's keys of the base, in the order in which its native tensors are made."""
+    """The file's keys of the base, in the order in which its native tensors are built."""
     return [piece.source for pieces in contents.matched.values() for piece in pieces]
 
 
-def release_facts(file: TensorFile, family: Family) -> Facts:
-    """Of a release's detail expert: what the file says, which ours do; else what the official code has for it.
+def release_metadata(file: TensorFile, family: Family) -> ExpertMetadata:
+    """The metadata of a release's detail expert: from the file if we wrote it, else the official code's values.
 
     Raises:
-        ExpertError: metadata that cannot be read.
+        ExpertError: the metadata cannot be read.
     """
-    said, preset = read_facts(file.metadata), family.preset
+    said, preset = read_metadata(file.metadata), family.preset
     boundary, timesteps = (
         (preset.boundary, preset.timesteps) if said.boundary is None else (said.boundary, said.timesteps)
     )
-    return Facts(family.name, "detail", boundary=boundary, timesteps=timesteps)
+    return ExpertMetadata(family.name, "detail", boundary=boundary, timesteps=timesteps)
 
 
 def check_finite(file: TensorFile, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are no numbers.
+    """Refuse broken weights.
 
     Raises:
-        CheckpointError: NaN or infinite values, with their keys.
+        CheckpointError: NaN or infinite values. The message names their keys.
     """
     broken = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if broken:
-        raise CheckpointError(f"{file.path}: {name_some(broken)} hold NaN or infinite values. Download the file again.")
+        raise CheckpointError(
+            f"{file.path} has NaN or infinite values in {name_some(broken)}. Download the file again."
+        )

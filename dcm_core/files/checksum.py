@@ -1,17 +1,17 @@
-"""The checksum of our own files: CRC-32 of every tensor and of what the file says of them.
+"""The checksum of our own files: CRC-32 of every tensor and of its description.
 
-It depends on names, dtypes, shapes and values and not on their order, so that a tool may rewrite the header.
+It depends on names, dtypes, shapes and values but not on their order, so tools may rewrite the header.
 """
 
 import json
 import zlib
 from collections.abc import Mapping, Sequence
 
-# The metadata entry, and what stands in it until all tensors are written.
+# The metadata entry, and its placeholder until all tensors are written.
 CHECKSUM = "dcm.checksum"
 EMPTY = "crc32:00000000"
 
-# Formats whose metadata nobody else writes to.
+# Formats whose metadata other tools do not change.
 OWN_FORMAT = "dcm-"
 
 
@@ -19,7 +19,7 @@ class Checksum:
     """Adds up the tensors of one file as they come.
 
     Args:
-        metadata: the file's. Entries that other tools add to LoRAs and models do not count.
+        metadata: the file's metadata. Entries that other tools add to LoRAs and models do not count.
     """
 
     def __init__(self, metadata: Mapping[str, str]):
@@ -31,7 +31,7 @@ class Checksum:
         }
 
     def add(self, key: str, dtype: str, shape: Sequence[int], data: bytes | memoryview) -> None:
-        """Add a tensor, its values as they lie in the file."""
+        """Add a tensor. `data` are its bytes in the file."""
         self._parts[f"tensor {key}"] = f"{dtype} {list(shape)} {zlib.crc32(data):08x}"
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""Text embeddings to and from a safetensors file, so that a text encoder need not be loaded again.
+"""Save and load text embeddings in a safetensors file, so that the text encoder is not needed again.
 
-A conditioning is the host's: a list of [embedding, extras]; the extras' tensors, numbers, strings and flags are kept.
+A conditioning is the host's list of [embedding, extras]. Tensors, numbers, strings and flags of the extras are kept.
 """
 
 import json
@@ -23,10 +23,11 @@ def save_conditioning(path: str | os.PathLike, conditioning: Conditioning, promp
     """Write a conditioning: embeddings as `0`, `1` ..., their extras as `0.pooled_output` ...
 
     Args:
-        prompt: kept in the metadata, for people who look at the file.
+        prompt: stored in the metadata, for people who look at the file.
 
     Raises:
-        DCMError: nothing to save, extras that are more than data (controls, hooks, areas of models), or what `problem_of` names.
+        DCMError: there is nothing to save, the extras contain objects (controls, hooks, areas of models), or `problem_of` finds
+            something.
     """
     if not conditioning:
         raise DCMError("The conditioning is empty. Connect the output of a text encode node.")
@@ -34,7 +35,7 @@ def save_conditioning(path: str | os.PathLike, conditioning: Conditioning, promp
     values: list[dict[str, Any]] = []
     for index, (embedding, extras) in enumerate(conditioning):
         if not isinstance(embedding, Tensor):
-            raise DCMError("The conditioning holds no text embedding. Connect the output of a text encode node.")
+            raise DCMError("The conditioning has no text embedding. Connect the output of a text encode node.")
         tensors[str(index)] = _data(embedding)
         values.append({})
         for name, value in extras.items():
@@ -44,7 +45,7 @@ def save_conditioning(path: str | os.PathLike, conditioning: Conditioning, promp
                 values[-1][name] = value
             else:
                 raise DCMError(
-                    f"The conditioning holds `{name}`, a {type(value).__name__}; only tensors, numbers and text can be saved. "
+                    f"The conditioning contains `{name}`, a {type(value).__name__}; only tensors, numbers and text can be saved. "
                     "Save the conditioning right after the text encoder, before controls, hooks or masks are added."
                 )
     if problem := problem_of(conditioning):
@@ -61,22 +62,22 @@ def load_conditioning(path: str | os.PathLike) -> Conditioning:
     """Read a conditioning back, bit for bit.
 
     Raises:
-        DCMError: a file that is no saved conditioning, or a damaged one.
+        DCMError: the file is not a saved conditioning, or is damaged.
     """
     file = TensorFile(path)
     if file.metadata.get("format") != FORMAT:
-        raise DCMError(f"{path} holds no saved conditioning. Choose a file that DCM Save Conditioning wrote.")
+        raise DCMError(f"{path} is not a saved conditioning. Choose a file that DCM Save Conditioning wrote.")
     tensors = file.read_all()
     try:
-        values = parse_json(file.metadata["values"], "values")
+        values = parse_json(file.metadata["values"], "metadata entry 'values'")
         if not values or not all(isinstance(extras, dict) for extras in values):
-            raise ValueError("no list of entries")
+            raise ValueError("it has no list of entries")
         conditioning: Conditioning = [[tensors.pop(str(index)), dict(extras)] for index, extras in enumerate(values)]
         places = {str(index): extras for index, (_, extras) in enumerate(conditioning)}
         for key, tensor in tensors.items():
             index, dot, name = key.partition(".")
             if not dot or index not in places:
-                raise ValueError(f"{key} belongs to no entry")
+                raise ValueError(f"{key} does not belong to any entry")
             places[index][name] = tensor
         if problem := problem_of(conditioning):
             raise ValueError(problem)
@@ -88,7 +89,7 @@ def load_conditioning(path: str | os.PathLike) -> Conditioning:
 
 
 def problem_of(conditioning: Conditioning) -> str:
-    """What no sampler and no training could use, empty if there is nothing of the kind."""
+    """Why samplers and training could not use it; empty if they can."""
     for index, (embedding, extras) in enumerate(conditioning):
         if not embedding.is_floating_point() or embedding.ndim != 3 or not embedding.numel():
             return f"embedding {index} is {embedding.dtype} of shape {tuple(embedding.shape)}; expected numbers by batch, token and width"
@@ -114,7 +115,7 @@ def _problem_of_value(name: str, value: Any, embedding: Tensor) -> str:
 
 
 def describe_conditioning(conditioning: Conditioning) -> str:
-    """A line about it: `1 prompt, 512 tokens of width 4096, torch.bfloat16`."""
+    """One line of description: `1 prompt, 512 tokens of width 4096, torch.bfloat16`."""
     embedding = conditioning[0][0]
     prompts, tokens = counted(len(conditioning), "prompt"), counted(embedding.shape[-2], "token")
     return f"{prompts}, {tokens} of width {embedding.shape[-1]}, {embedding.dtype}"

@@ -1,4 +1,4 @@
-"""Whether the tensors of a file in diffusers layout fit each other: told from its header, before anything is read or written."""
+"""Check from the header that the tensors of a diffusers-layout file fit each other, before reading or writing anything."""
 
 import re
 from collections import Counter
@@ -11,7 +11,7 @@ from ..families.keymap import BLOCK_INDEX, Piece, Shape
 from ..families.lora_names import split_key
 
 BLOCK = re.compile(rf"(.*\.)?\w*blocks\.(?P<index>{BLOCK_INDEX})\..+")
-# The two layers of a perceptron: the second takes what the first gives.
+# The two layers of an MLP: the second takes the output of the first.
 PERCEPTRONS = ((".linear_1.weight", ".linear_2.weight"), (".net.0.proj.weight", ".net.2.weight"))
 
 Shapes = Mapping[str, Shape]
@@ -26,8 +26,8 @@ def misfits(
     """Tensor -> what is wrong with it.
 
     Args:
-        shapes, dtypes: by the tensors' names in the model, `.base_layer` and prefixes taken off; complete.
-        matched: native name -> the base's tensors that make it.
+        shapes, dtypes: by the tensors' names in the model, without `.base_layer` and prefixes. All tensors are there.
+        matched: native name -> the base's tensors that make it up.
         detail: names of the detail expert's tensors.
     """
     copies = {name: source for name in detail if (source := family.detail_source(name))}
@@ -57,7 +57,7 @@ def _kinds(dtypes: DTypes) -> Misfits:
 
 
 def _blocks(shapes: Shapes) -> Misfits:
-    """Every block of a kind has the same shapes."""
+    """All blocks of a kind must have the same shapes."""
     groups: dict[str, list[str]] = {}
     for name in shapes:
         if block := BLOCK.fullmatch(name):
@@ -66,18 +66,18 @@ def _blocks(shapes: Shapes) -> Misfits:
         (usual, _), *others = Counter(tuple(shapes[name]) for name in names).most_common()
         if others:
             yield from (
-                (name, f"has shape {shapes[name]}, in other blocks {usual}")
+                (name, f"has shape {shapes[name]}, but {usual} in other blocks")
                 for name in names
                 if tuple(shapes[name]) != usual
             )
 
 
 def _biases(shapes: Shapes) -> Misfits:
-    """A bias has a number for each row of its weight."""
+    """A bias must have one value for each row of its weight."""
     for name, shape in shapes.items():
         weight = shapes.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
         if weight is not None and tuple(shape) != tuple(weight[:1]):
-            yield name, f"has shape {shape}, its weight {weight}"
+            yield name, f"has shape {shape}, but its weight has {weight}"
 
 
 def _perceptrons(shapes: Shapes) -> Misfits:
@@ -85,11 +85,11 @@ def _perceptrons(shapes: Shapes) -> Misfits:
         for name, shape in shapes.items():
             after = f"{name.removesuffix(ending)}{following}" if name.endswith(ending) else ""
             if after in shapes and tuple(shapes[after][1:]) != tuple(shape[:1]):
-                yield after, f"has shape {shapes[after]}, {name} before it {shape}"
+                yield after, f"has shape {shapes[after]}, but {name} before it has {shape}"
 
 
 def _fused(shapes: Shapes, dtypes: DTypes, matched: Mapping[str, Sequence[Piece]]) -> Misfits:
-    """What becomes one tensor differs in the number of rows alone."""
+    """Tensors that are fused into one may differ in their number of rows only."""
     for target, pieces in matched.items():
         names = [piece.source for piece in pieces]
         first = names[0]
@@ -104,10 +104,10 @@ def _fused(shapes: Shapes, dtypes: DTypes, matched: Mapping[str, Sequence[Piece]
 def _copies(
     shapes: Shapes, dtypes: DTypes, copies: Mapping[str, str], matched: Mapping[str, Sequence[Piece]]
 ) -> Misfits:
-    """A layer of the detail expert's own has the shape of the base's."""
+    """The detail expert's own layers must have the shapes of the base's layers."""
     for name, source in copies.items():
         if tuple(shapes[name]) != tuple(shapes[source]):
-            yield name, f"has shape {shapes[name]}, {source} {shapes[source]}"
+            yield name, f"has shape {shapes[name]}, but {source} has {shapes[source]}"
     own = {source: name for name, source in copies.items()}
     together = {
         target: [own[piece.source] for piece in pieces if piece.source in own] for target, pieces in matched.items()
@@ -116,16 +116,16 @@ def _copies(
 
 
 def _pairs(shapes: Shapes, dtypes: DTypes, pairs: Mapping[str, Mapping[str, str]], family: Family) -> Misfits:
-    """A low-rank pair is (rank, columns) and (rows, rank) of its layer; those of one fused layer have one dtype."""
+    """A LoRA must be (rank, columns) and (rows, rank) of its layer. The parts of a fused layer must have one dtype."""
     together: dict[str, list[str]] = {}
     for module, pair in pairs.items():
         base, down, up = shapes[f"{module}.weight"], shapes[pair["down"]], shapes[pair["up"]]
         if len(base) != 2 or len(down) != 2 or down[1] != base[1]:
-            yield pair["down"], f"has shape {down}, its layer {base}"
+            yield pair["down"], f"has shape {down}, but its layer has {base}"
         if len(base) != 2 or len(up) != 2 or up[0] != base[0]:
-            yield pair["up"], f"has shape {up}, its layer {base}"
+            yield pair["up"], f"has shape {up}, but its layer has {base}"
         elif len(down) == 2 and up[1] != down[0]:
-            yield pair["up"], f"has rank {up[1]}, {pair['down']} {down[0]}"
+            yield pair["up"], f"has rank {up[1]}, but {pair['down']} has rank {down[0]}"
         together.setdefault(family.key_map.find_module(module).target, []).extend(pair.values())
     yield from _one_dtype(together, dtypes)
 
@@ -134,7 +134,7 @@ def _one_dtype(together: Mapping[str, Sequence[str]], dtypes: DTypes) -> Iterato
     for names in together.values():
         for name in names[1:]:
             if dtypes[name] != dtypes[names[0]]:
-                yield name, f"is {dtypes[name]}, {names[0]} {dtypes[names[0]]}"
+                yield name, f"is {dtypes[name]}, but {names[0]} is {dtypes[names[0]]}"
 
 
 def _said(name: str, shapes: Shapes, dtypes: DTypes) -> str:

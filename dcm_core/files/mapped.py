@@ -1,4 +1,4 @@
-"""Tensors as views of their file: for whoever copies them, so that a model that is loaded is in memory once."""
+"""Tensors as views of their mapped file, for callers that copy them, so that a model is in memory only once."""
 
 import os
 
@@ -9,13 +9,13 @@ from .storage import TensorFile
 
 
 def views(file: TensorFile) -> dict[str, Tensor]:
-    """All tensors as views of the mapped file: the system reads them when they are used, and drops them when it needs the room.
+    """All tensors as views of the mapped file. The system reads them on use, and drops them when it needs memory.
 
-    Writing to one leaves the file as it is. While one lives the file has to stay: Windows lets nobody replace it, and elsewhere
-    it must not be written to in place. What cannot be mapped is read.
+    Writing to a tensor does not change the file. The file must stay while a view exists. Windows does not let anyone replace
+    it; on other systems it must not be written to in place. A tensor that cannot be mapped is read.
 
     Raises:
-        CheckpointError: a file that changed since it was opened.
+        CheckpointError: the file changed since it was opened.
     """
     end = max((file.offsets[key] + file.nbytes(key) for key in file.shapes), default=0)
     try:
@@ -29,7 +29,7 @@ def views(file: TensorFile) -> dict[str, Tensor]:
 
 def _view(file: TensorFile, key: str, whole: Tensor) -> Tensor:
     start, dtype = file.offsets[key], file.dtypes[key]
-    # torch has no views at odd addresses; few files hold such tensors
+    # torch has no views at unaligned addresses, but few files need them
     if start % dtype.itemsize:
         return file.read(key)
     return whole[start : start + file.nbytes(key)].view(dtype).reshape(file.shapes[key])

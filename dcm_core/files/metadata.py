@@ -1,6 +1,6 @@
-"""What files say of themselves: our `dcm.*` facts, and the LoRA scales that trainers write in a file or beside it.
+"""Metadata of expert files: our `dcm.*` entries, and the LoRA scales that trainers write into a file or beside it.
 
-All of it is text from strangers: limited in size and depth, typed and finite, or refused. No pattern from a file is run.
+None of this text is trusted. Size, depth, types and values are checked, and no pattern from a file is run.
 """
 
 import json
@@ -18,17 +18,17 @@ from ..text import given, one_line
 
 FORMAT = "1"
 
-# Of a text that is parsed, in characters and levels.
+# Limits of a parsed text, in characters and levels of nesting.
 LONGEST_TEXT, DEEPEST = 1 << 20, 32
 MOST_TIMESTEPS, MOST_LAYERS = 1000, 5000
 
-# What trainers call the settings they keep beside a file: PEFT (and who uses it), FastVideo and DCM's own trainer.
+# Names of settings files beside a LoRA: PEFT (and tools that use it), FastVideo and DCM's own trainer.
 SETTINGS_FILES = ("adapter_config.json", "lora_config.json")
-# (metadata key, prefix of its entries) of settings inside a file: diffusers, finetrainers.
+# (metadata key, prefix of its entries) for settings inside a file: diffusers, finetrainers.
 INNER_SETTINGS = (("lora_adapter_metadata", "transformer."), ("lora_config", ""))
 ALPHAS, RANKS = ("lora_alpha", "alpha"), ("r", "lora_rank", "rank")
 
-# What PEFT calls kinds of LoRA that are more than a product added to a layer's output, by their setting.
+# PEFT's setting -> its name, for kinds of LoRA that do more than add a product to a layer's output.
 UNROUTABLE_LORA = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -37,7 +37,7 @@ UNROUTABLE_LORA = {
     "kasa_config": "KaSA",
     "layer_replication": "made for replicated layers",
 }
-# Ways to begin a LoRA that take something out of the base.
+# Initialisations of a LoRA that subtract something from the base.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 TOKENS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
@@ -45,14 +45,14 @@ LAYER_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """The `dcm.*` entries of a file's metadata; None where one is absent.
+class ExpertMetadata:
+    """The `dcm.*` entries of a file's metadata; None for each missing one.
 
     Attributes:
-        family, format: as written; whoever compares them says what is wrong.
+        family, format: the text as written, which the caller compares.
         side: "semantic" or "detail".
-        tensors: how many the file was written with.
-        rank, alpha: of one low-rank update, before any stacking.
+        tensors: number of tensors that were written.
+        rank, alpha: rank and alpha of one low-rank update, before any stacking.
         boundary: a sigma.
         timesteps: falling, within 0 to 1000.
     """
@@ -67,19 +67,19 @@ class Facts:
     timesteps: tuple[float, ...] | None = None
 
 
-def read_facts(metadata: Mapping[str, str]) -> Facts:
-    """Our facts in a file's metadata.
+def read_metadata(metadata: Mapping[str, str]) -> ExpertMetadata:
+    """Read our entries in a file's metadata.
 
     Raises:
-        ExpertError: an entry that is not what it has to be.
+        ExpertError: an entry is not valid.
     """
     side = metadata.get("dcm.expert")
     if side not in (None, *SIDES):
-        raise _bad_fact("dcm.expert", side, "semantic or detail")
+        raise _bad_entry("dcm.expert", side, "semantic or detail")
     boundary = _number(metadata, "dcm.boundary", "a number between 0 and 1")
     if boundary is not None and not 0 < boundary < 1:
-        raise _bad_fact("dcm.boundary", metadata["dcm.boundary"], "a number between 0 and 1")
-    return Facts(
+        raise _bad_entry("dcm.boundary", metadata["dcm.boundary"], "a number between 0 and 1")
+    return ExpertMetadata(
         said_family(metadata),
         side,
         metadata.get("dcm.format"),
@@ -92,11 +92,11 @@ def read_facts(metadata: Mapping[str, str]) -> Facts:
 
 
 def said_family(metadata: Mapping[str, str]) -> str | None:
-    """The family alone, whatever is wrong with the rest."""
+    """The family alone, even if other entries are not valid."""
     return metadata.get("dcm.family")
 
 
-def _bad_fact(key: str, value: object, expected: str) -> ExpertError:
+def _bad_entry(key: str, value: object, expected: str) -> ExpertError:
     return ExpertError(
         f"Its metadata says {key} = {given(value)}; expected {expected}. Save or download the file again."
     )
@@ -110,7 +110,7 @@ def _number(metadata: Mapping[str, str], key: str, expected: str) -> float | Non
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise _bad_fact(key, metadata[key], expected)
+        raise _bad_entry(key, metadata[key], expected)
     return number
 
 
@@ -119,7 +119,7 @@ def _count(metadata: Mapping[str, str], key: str) -> int | None:
     if text is None:
         return None
     if not (len(text) < 10 and text.isascii() and text.isdecimal()):
-        raise _bad_fact(key, text, "a whole number")
+        raise _bad_entry(key, text, "a whole number")
     return int(text)
 
 
@@ -135,22 +135,22 @@ def _timesteps(metadata: Mapping[str, str]) -> tuple[float, ...] | None:
     if not all(_is_number(step) and 0 < step <= 1000 for step in steps) or any(
         low >= high for high, low in pairwise(steps)
     ):
-        raise _bad_fact("dcm.timesteps", text, "falling numbers within 0 to 1000, such as [1000.0, 912.4]")
+        raise _bad_entry("dcm.timesteps", text, "falling numbers within 0 to 1000, such as [1000.0, 912.4]")
     return tuple(map(float, steps))
 
 
 def _is_number(value: object) -> bool:
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond every float
+    except OverflowError:  # an integer too large for a float
         return False
 
 
 def parse_json(text: str, what: str, longest: int = LONGEST_TEXT) -> Any:
-    """JSON of a sane size and depth, without NaN and infinities.
+    """Parse JSON of limited size and depth, without NaN and infinities.
 
     Raises:
-        ExpertError: anything else; `what` says where the text is.
+        ExpertError: the text is something else. `what` says in the message where it is.
     """
     if len(text) > longest:
         raise ExpertError(
@@ -169,7 +169,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _is_too_deep(text: str) -> bool:
-    """Found before anything is parsed: a parser's stack may end first."""
+    """Checked before parsing, because deep nesting can exhaust the parser's stack."""
     depth = 0
     in_string = False
     for token in TOKENS.finditer(text):
@@ -186,15 +186,15 @@ def _is_too_deep(text: str) -> bool:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The scale of layers that store no alpha, as a trainer wrote it.
+    """A trainer's settings for the scale of layers that store no alpha.
 
     Attributes:
-        source: where it was found.
-        alpha: for every layer that is not in `alphas`.
-        alphas: (name of a layer or the end of one, alpha); the first that fits counts. A name that begins with ^ is whole.
-        rank: of every layer that is not in `ranks`; None if it differs by layer, or is not known.
-        root: alpha is divided by the root of the rank (rsLoRA).
-        ranks: as `alphas`.
+        source: where they were found.
+        alpha: alpha of every layer that is not in `alphas`.
+        alphas: (name of a layer or its end, alpha). The first match counts. With a leading ^ the full name has to match.
+        rank: rank of every layer that is not in `ranks`; None if it differs by layer or is unknown.
+        root: whether alpha is divided by the square root of the rank (rsLoRA).
+        ranks: the same as `alphas`, for ranks.
     """
 
     source: str
@@ -205,7 +205,7 @@ class LoraSettings:
     ranks: tuple[tuple[str, int], ...] = ()
 
     def scale(self, module: str, rank: int) -> float | None:
-        """alpha / rank of a layer; None where these settings say nothing of it, as they are of a file of another rank."""
+        """alpha / rank of a layer; None if these settings are for a file of another rank."""
         alpha = next((alpha for name, alpha in self.alphas if _is_for(name, module)), self.alpha)
         own = next((own for name, own in self.ranks if _is_for(name, module)), self.rank)
         if alpha is None or own not in (None, rank):
@@ -218,12 +218,12 @@ def _is_for(name: str, module: str) -> bool:
 
 
 def lora_settings(metadata: Mapping[str, str], path: Path | None = None) -> LoraSettings | None:
-    """A trainer's settings in a file's metadata, else beside the file; None where there are none.
+    """A trainer's settings in a file's metadata, else beside the file, else None.
 
-    kohya's `ss_network_alpha` is none of them: converters leave it in files whose weights already have the scale in them.
+    kohya's `ss_network_alpha` does not count: converters keep it in files whose weights already include the scale.
 
     Raises:
-        ExpertError: settings that cannot be read, or are not what they have to be.
+        ExpertError: the settings cannot be read or are not valid.
     """
     for key, prefix in INNER_SETTINGS:
         if key in metadata:
@@ -238,7 +238,7 @@ def lora_settings(metadata: Mapping[str, str], path: Path | None = None) -> Lora
 
 
 def settings_beside(path: Path) -> list[Path]:
-    """The settings files there are beside a LoRA file."""
+    """The settings files beside a LoRA file."""
     return [file for name in SETTINGS_FILES if (file := path.with_name(name)).is_file()]
 
 
@@ -253,7 +253,7 @@ def _text_of(file: Path) -> str:
 def _settings(values: Any, source: str, prefix: str) -> LoraSettings:
     if not isinstance(values, dict):
         raise ExpertError(f"{source} is not a table of settings. Save or download it again.")
-    # without a pipeline's prefix where the layers were saved alone
+    # there is no pipeline prefix if the layers were saved alone
     values = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)} or values
     if values.get("peft_type") is not None:
         return _peft_settings(values, source)
@@ -271,10 +271,10 @@ def _settings(values: Any, source: str, prefix: str) -> LoraSettings:
 
 
 def _peft_settings(values: Mapping[str, Any], source: str) -> LoraSettings:
-    """What PEFT wrote, read through its own class; what is left out there is not known, though PEFT has a default for it."""
+    """PEFT's settings, read with its own class. A missing setting counts as unknown, even if PEFT has a default."""
     if values["peft_type"] != "LORA":
         raise ExpertError(
-            f"{source} is for the method {given(values['peft_type'])}. Experts are made of plain LoRA; only that can be switched during "
+            f"{source} is for the method {given(values['peft_type'])}. Experts use plain LoRA; only that can be switched during "
             "sampling."
         )
     alpha, rank = (
@@ -283,19 +283,17 @@ def _peft_settings(values: Mapping[str, Any], source: str) -> LoraSettings:
     config = _lora_config(values, source)
     if method := next((title for name, title in UNROUTABLE_LORA.items() if getattr(config, name, None)), None):
         raise ExpertError(
-            f"{source} says that the file is {method}, which cannot be switched during sampling. Convert it to plain LoRA, or load it "
+            f"{source} says that the LoRA is {method}, which cannot be switched during sampling. Convert it to plain LoRA, or load it "
             "with LoraLoaderModelOnly for all steps."
         )
     if str(config.init_lora_weights).split("_niter")[0] in CHANGES_BASE:
         raise ExpertError(
-            f"{source} says init_lora_weights = {given(config.init_lora_weights)}: the LoRA belongs to a base that was changed with it. "
-            "Save it with PEFT's path_initial_model_for_weight_conversion, which makes it a LoRA of the plain base."
+            f"{source} says init_lora_weights = {given(config.init_lora_weights)}: the LoRA needs the base that was changed with it. "
+            "Save it with PEFT's path_initial_model_for_weight_conversion, which makes it a LoRA for the plain base."
         )
     alphas, ranks = (_pattern(getattr(config, name), name, source) for name in ("alpha_pattern", "rank_pattern"))
     plain = {_plain_name(name): int(value) for name, value in ranks.items()}
-    if (
-        None in plain
-    ):  # a rank only tells whether the settings are the file's; which layers it is for is not looked into
+    if None in plain:  # the rank only shows whether the settings belong to the file, so its layers are not compared
         plain, rank = {}, None
     return LoraSettings(
         source,
@@ -308,23 +306,23 @@ def _peft_settings(values: Mapping[str, Any], source: str) -> LoraSettings:
 
 
 def _lora_config(values: Mapping[str, Any], source: str) -> Any:
-    """PEFT's LoraConfig; entries of newer versions are passed over, as PEFT does."""
+    """PEFT's LoraConfig. Entries of newer versions are ignored, as in PEFT."""
     try:
-        # late: it imports transformers
+        # imported here, as it imports transformers
         from peft import LoraConfig
     except ImportError as error:
         raise ExpertError(
-            f"{source} is read with the package peft, which cannot be imported ({error}). Install the pack's requirements.txt."
+            f"{source} needs the package peft, which cannot be imported ({error}). Install the pack's requirements.txt."
         ) from error
     known = {field.name for field in fields(LoraConfig)} - {"peft_type", "runtime_config"}
     try:
         return LoraConfig(**{name: value for name, value in values.items() if name in known})
-    except Exception as error:  # whatever it makes of values of other types
-        raise ExpertError(f"{source} is no LoRA configuration of PEFT ({error}). Save the LoRA again.") from error
+    except Exception as error:  # values of wrong types can raise anything
+        raise ExpertError(f"{source} is not a LoRA configuration of PEFT ({error}). Save the LoRA again.") from error
 
 
 def _pattern(values: Any, name: str, source: str) -> dict[str, float]:
-    """Layer -> number."""
+    """Layer name -> number."""
     if not isinstance(values or {}, dict) or len(values or {}) > MOST_LAYERS:
         raise ExpertError(
             f"{source}: {name} is {given(values)}; expected at most {MOST_LAYERS:,} layers with a number each. Save the LoRA again."
@@ -346,10 +344,10 @@ def _alpha(name: str, value: Any, source: str) -> float:
 
 
 def _layer_name(pattern: str, source: str) -> str:
-    """A PEFT pattern as the plain name that it is in practice.
+    """A PEFT pattern as a plain layer name, which it is in practice.
 
     Raises:
-        ExpertError: a regular expression; it is not run, as it may take forever.
+        ExpertError: it is a regular expression, which is not run because it may never finish.
     """
     if (name := _plain_name(pattern)) is None:
         raise ExpertError(
@@ -360,7 +358,7 @@ def _layer_name(pattern: str, source: str) -> str:
 
 
 def _plain_name(pattern: str) -> str | None:
-    """None for a regular expression."""
+    """The pattern as a plain name; None for a regular expression."""
     name = pattern.removesuffix("$").replace("\\.", ".")
     name = next((name[len(start) :] for start in (".*.", "(.*.)?") if name.startswith(start)), name)
     return name if LAYER_NAME.fullmatch(name.removeprefix("^")) else None

@@ -1,4 +1,4 @@
-"""A model file of any layout, read by native names, one tensor at a time."""
+"""Read a model file in any layout by native names, one tensor at a time."""
 
 import os
 
@@ -11,12 +11,12 @@ from ..families.keymap import Piece, fuse, fused_shape
 from .checkpoint import Contents, check_finite, recognise, without_prefix
 from .storage import TensorFile
 
-# How quantised files name what belongs to a weight.
+# Names of the extra tensors that quantised files store for a weight.
 QUANTISED = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
 
 
 class NativeView:
-    """A model file of any layout, read by native names."""
+    """A model file in any layout, read by native names."""
 
     def __init__(self, path: str | os.PathLike):
         self.file = TensorFile(path)
@@ -32,7 +32,7 @@ class NativeView:
     def _native_pieces(self) -> dict[str, list[Piece]]:
         mark = self.family.native_marks[0]
         prefix = next(key for key in self.file.shapes if without_prefix(key) == mark).removesuffix(mark)
-        # a whole checkpoint holds a VAE and text encoders too
+        # a full checkpoint also has a VAE and text encoders
         keys = [key for key in self.file.shapes if key.startswith(prefix)]
         quantised = [key for key in keys if key.endswith(QUANTISED)]
         if quantised:
@@ -48,7 +48,7 @@ class NativeView:
         double = [piece.source for found in pieces.values() if len(found) > 1 for piece in found]
         if double:
             raise CheckpointError(
-                f"{self.file.path} holds the same tensors under two names ({name_some(double)}). Load a clean file."
+                f"{self.file.path} has the same tensors under two names ({name_some(double)}). Load the unchanged file."
             )
         return pieces
 
@@ -59,7 +59,7 @@ class NativeView:
         return self.file.dtypes[self.pieces[name][0].source]
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as it is stored.
+        """One tensor in its stored dtype.
 
         Raises:
             CheckpointError: NaN or infinite weights.

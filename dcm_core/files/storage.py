@@ -1,8 +1,7 @@
-"""One safetensors file: read tensor by tensor, or written as a stream, whatever its size.
+"""Read a safetensors file tensor by tensor, or write one as a stream, at any size.
 
-Resident memory stays at about one tensor, also for files larger than the memory: the safetensors library checks a file,
-tensors are then read at their offsets (it would map the whole file; `mapped` does), and what is written goes to disk as it
-is made.
+Memory use is about one tensor, even for files larger than memory. The safetensors library checks a file, but tensors are
+read at their offsets, because the library would map all of it (`mapped` does that). Written tensors go to disk at once.
 """
 
 import json
@@ -44,10 +43,10 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# Bytes, enough for 80,000 tensors; a crafted header could take all memory.
+# Bytes, enough for 80,000 tensors. A crafted header could use up all memory.
 MAX_HEADER = 8 * 2**20
 
-# How files that are given by mistake begin.
+# The first bytes of files that users choose by mistake.
 FOREIGN = (
     (b"PK\x03\x04", "a PyTorch pickle (or a zip)"),
     (b"\x80", "a pickle"),
@@ -62,12 +61,12 @@ class TensorFile:
 
     Attributes:
         metadata: the file's string metadata.
-        checksum: what our own files say of themselves (see `checksum`), None in others.
-        shapes, dtypes: of every tensor, by key.
-        offsets: where each tensor begins in the file.
+        checksum: the checksum stored in our own files (see `checksum`); None in others.
+        shapes, dtypes: key -> shape or dtype of a tensor.
+        offsets: key -> where the tensor begins in the file.
 
     Raises:
-        CheckpointError: anything but a complete safetensors file.
+        CheckpointError: it is not a complete safetensors file.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -81,7 +80,7 @@ class TensorFile:
             raise CheckpointError(f"{self.path} {what}; expected a .safetensors file. Check the name.")
         self._refuse_foreign()
         try:
-            with safe_open(self.path, framework="np"):  # refuses what is damaged
+            with safe_open(self.path, framework="np"):  # raises if the file is damaged
                 self._read_header()
             self._state = self._file_state()
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -99,10 +98,10 @@ class TensorFile:
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read ({error}). Check the file's permissions.") from error
         for mark, what in FOREIGN:
-            # a pickle's or a page's first byte may also begin a header's length
+            # the first byte of a pickle or a web page may also be part of a header's length
             if start.startswith(mark) and start[8:9] != b"{":
                 raise CheckpointError(
-                    f"{self.path} is {what}; only .safetensors files are read. Download or convert the safetensors version."
+                    f"{self.path} is {what}; expected a .safetensors file. Download or convert the safetensors version."
                 )
         length = int.from_bytes(start[:8], "little")
         if MAX_HEADER < length < self.path.stat().st_size:
@@ -112,7 +111,7 @@ class TensorFile:
             )
 
     def _read_header(self) -> None:
-        """Take up what the safetensors library has found sound."""
+        """Parse the header that the safetensors library has checked."""
         with self.path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
@@ -121,18 +120,18 @@ class TensorFile:
             self.shapes[key], self.dtypes[key] = tuple(entry["shape"]), self._dtype(key, entry["dtype"])
             begin, end = entry["data_offsets"]
             self.offsets[key] = 8 + length + begin
-            if end - begin != self.nbytes(key):  # of two entries of one name the library may have checked the other
+            if end - begin != self.nbytes(key):  # with duplicate names, the library may have checked the other entry
                 raise ValueError(
-                    f"{key} has {end - begin} bytes, its shape {self.shapes[key]} needs {self.nbytes(key)}"
+                    f"{key} has {end - begin} bytes, but its shape {self.shapes[key]} needs {self.nbytes(key)}"
                 )
 
     def _file_state(self) -> tuple[int, int, int]:
-        """Changes when the file does."""
+        """A value that changes when the file does."""
         found = self.path.stat()
         return found.st_ino, found.st_size, found.st_mtime_ns
 
     def refuse_changed(self) -> None:
-        """Raises CheckpointError if the file is not the one that was opened."""
+        """Raise CheckpointError if the file changed since it was opened."""
         if self._file_state() != self._state:
             raise CheckpointError(f"{self.path} has changed since it was opened. Load it again.")
 
@@ -145,17 +144,17 @@ class TensorFile:
         return len(self.shapes)
 
     def nbytes(self, key: str) -> int:
-        """Size of a stored tensor in bytes."""
+        """Size of a tensor in the file, in bytes."""
         return _nbytes(self.dtypes[key], self.shapes[key])
 
     @contextmanager
     def _opened(self) -> Iterator[Callable[[str], bytearray]]:
-        """Gives what reads the bytes of a tensor."""
+        """Open the file, and yield a function that reads the bytes of a tensor."""
 
         def read(key: str) -> bytearray:
             data = bytearray(self.nbytes(key))
             file.seek(self.offsets[key])
-            file.readinto(data)  # what is cut off is told of at the end
+            file.readinto(data)  # a truncated file raises at the end of `_opened`
             return data
 
         try:
@@ -176,21 +175,21 @@ class TensorFile:
         """One tensor, copied out of the file.
 
         Raises:
-            CheckpointError: a file that changed since it was opened.
+            CheckpointError: the file changed since it was opened.
         """
         with self._opened() as read:
             return self._tensor(key, read(key))
 
     def read_all(self) -> dict[str, Tensor]:
-        """All tensors, in memory; verified where the file has a checksum.
+        """All tensors, in memory. If the file has a checksum, it is verified.
 
         Raises:
-            CheckpointError: a file that changed since it was opened, or is not as it was written.
+            CheckpointError: the file changed since it was opened, or does not match its checksum.
         """
         return {key: self._tensor(key, data) for key, data in self._verified()}
 
     def verify(self, progress: Progress | None = None) -> None:
-        """Read everything and keep nothing, if the file has a checksum.
+        """Read the file and compare it with its checksum, if it has one. Nothing is kept.
 
         Args:
             progress: called with (bytes done, bytes in all) after each tensor; may raise to interrupt.
@@ -203,7 +202,7 @@ class TensorFile:
                 pass
 
     def _verified(self, progress: Progress | None = None) -> Iterator[tuple[str, bytearray]]:
-        """The bytes of every tensor; after the last they have been found to be those that were written."""
+        """The bytes of every tensor. Once all are read, the checksum is compared."""
         found, done, total = Checksum(self.metadata), 0, sum(map(self.nbytes, self.shapes))
         with self._opened() as read:
             for key, shape in self.shapes.items():
@@ -216,8 +215,8 @@ class TensorFile:
                 yield key, data
         if self.checksum not in (None, str(found)):
             raise CheckpointError(
-                f"{self.path} is damaged: its content does not match the checksum it was written with ({self.checksum}, now {found}). "
-                "Copy, download or make the file again."
+                f"{self.path} is damaged: its content does not match its checksum ({self.checksum}, now {found}). "
+                "Copy, download or save the file again."
             )
 
 
@@ -232,7 +231,7 @@ Entries = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 
 
 def file_size(entries: Entries, metadata: Mapping[str, str]) -> int:
-    """Bytes of the file that will hold these tensors."""
+    """Size in bytes of a file with these tensors."""
     return len(_header(entries, metadata)) + sum(_nbytes(*entry) for entry in entries.values())
 
 
@@ -243,19 +242,19 @@ def write_stream(
     metadata: Mapping[str, str],
     progress: Progress | None = None,
 ) -> None:
-    """Write a safetensors file with a checksum while its tensors are being made.
+    """Write a safetensors file with a checksum while its tensors are being computed.
 
-    It appears under its name only when it is complete; on any exception nothing is left behind.
+    It appears under its name only when it is complete. An exception leaves no file.
 
     Args:
-        target: its path, or the file itself where the caller gives it its name.
-        entries: key -> (dtype, shape) of all that will come, in the order it will come.
+        target: its path, or an open file that the caller will finish.
+        entries: key -> (dtype, shape) of all tensors, in the order of `tensors`.
         tensors: the tensors, in the same order.
         progress: called with (bytes done, bytes in all) after each tensor; may raise to interrupt.
 
     Raises:
-        NoRoomError: too little room on the disk.
-        CheckpointError: a file that cannot be written, or a tensor that is not as announced.
+        NoRoomError: there is not enough room on the disk.
+        CheckpointError: the file cannot be written, or a tensor differs from its entry.
     """
     metadata = {_plain(name): _plain(value) for name, value in metadata.items()}
     header, checksum = _header(entries, metadata), Checksum(metadata)
@@ -268,7 +267,7 @@ def write_stream(
             name, (dtype, shape) = next(announced, ("nothing", (None, ())))
             if (key, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
                 raise CheckpointError(
-                    f"{key} is {tensor.dtype} {tuple(tensor.shape)}; {name} {dtype} {tuple(shape)} was announced."
+                    f"{key} is {tensor.dtype} {tuple(tensor.shape)}; expected {name} {dtype} {tuple(shape)}."
                 )
             data = bytes_of(tensor)
             checksum.add(key, NAMES[dtype], shape, data)
@@ -277,8 +276,8 @@ def write_stream(
             if progress is not None:
                 progress(done, total)
         if (left := next(announced, None)) is not None:
-            raise CheckpointError(f"{left[0]} was announced for {file.path} but never came.")
-        # the header comes first in the file and is known last
+            raise CheckpointError(f"{left[0]} is missing from the tensors written to {file.path}.")
+        # the header is first in the file, but its checksum is known last
         file.write(str(checksum).encode(), at=header.index(EMPTY.encode()))
 
 
@@ -292,13 +291,13 @@ def _opened(target: str | os.PathLike | Unfinished, nbytes: int) -> Iterator[Unf
 
 
 def _header(entries: Entries, metadata: Mapping[str, str]) -> bytes:
-    # the checksum's place is the first in the file
+    # the checksum is the first entry of the file
     description: dict[str, object] = {"__metadata__": {CHECKSUM: EMPTY, **metadata}}
     offset = 0
     for key, (dtype, shape) in entries.items():
         end = offset + _nbytes(dtype, shape)
         if dtype not in NAMES:
-            raise CheckpointError(f"{key} is {dtype}, which no safetensors file holds. Convert it first.")
+            raise CheckpointError(f"{key} is {dtype}, which a safetensors file cannot store. Convert it first.")
         description[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
@@ -307,12 +306,12 @@ def _header(entries: Entries, metadata: Mapping[str, str]) -> bytes:
 
 
 def _plain(text: str) -> str:
-    """Half a surrogate (of a file name that is no UTF-8) would make a header that nobody reads."""
+    """Replace surrogate halves (from file names that are not UTF-8), which would make the header unreadable."""
     return text.encode(errors="replace").decode()
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors that are in memory, as `write_stream`."""
+    """Write tensors that are in memory. See `write_stream`."""
     entries = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     write_stream(path, entries, iter(tensors.items()), metadata)
 
@@ -320,7 +319,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metada
 def each_read(
     file: TensorFile, keys: Iterable[str], progress: Progress | None = None, read: Callable[[str], Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors called `keys` one after the other, with progress in bytes; `read` gives them if not the file."""
+    """The tensors named by `keys`, one at a time, with progress in bytes. `read` replaces reading from the file."""
     keys = list(keys)
     total, done = sum(file.nbytes(key) for key in keys), 0
     for key in keys:

@@ -16,27 +16,27 @@ from ..text import LOGGER
 
 try:
     import fcntl
-except ImportError:  # Windows, where nobody can remove a file that is open
+except ImportError:  # Windows, where an open file cannot be removed
     fcntl = None
 
 logger = logging.getLogger(LOGGER)
 
-# What an unfinished file is called. A name may have 255 bytes, so the final one is cut.
+# Name of an unfinished file. Names may have up to 255 bytes, so the final name is cut.
 PREFIX, SUFFIX = ".dcm.", ".part"
 KEPT = 32
-# What a system says when a file does not fit: on the disk, in the user's share of it, or into one file.
+# Errors for a file that is too large for the disk, the user's quota or the file system.
 TOO_LARGE = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class Unfinished:
-    """A file that is being written beside the place it will take, locked so that nobody takes it for one that was left.
+    """A file that is being written beside its final place. It is locked, so that it does not look like a leftover.
 
     Attributes:
         path: its final name.
-        nbytes: how large it will be, as far as that is known.
+        nbytes: its expected size, 0 if unknown.
 
     Raises:
-        CheckpointError: a file that cannot be made.
+        CheckpointError: the file cannot be created.
     """
 
     def __init__(self, path: Path, nbytes: int = 0):
@@ -46,39 +46,41 @@ class Unfinished:
             self._place, self._file = _create(path)
 
     def write(self, data: bytes | memoryview, at: int | None = None) -> None:
-        """Append bytes, or put them over those that begin at `at`.
+        """Append bytes, or overwrite those from `at`.
 
         Raises:
-            NoRoomError: a full disk.
-            CheckpointError: anything else that the system has against it.
+            NoRoomError: the disk is full.
+            CheckpointError: any other error of the system.
         """
         left = memoryview(data)
         with self._told():
             self._file.seek(0, os.SEEK_END) if at is None else self._file.seek(at)
-            while left:  # the system may take a part only
+            while left:  # the system may write only a part
                 left = left[self._file.write(left) :]
 
     def finish(self) -> None:
-        """Give the file its name.
+        """Move the file to its final name.
 
         Raises:
             CheckpointError: as for `write`.
         """
         with self._told():
-            # on the disk before it takes the name: a power cut leaves the old file or the new one
+            # flushed to disk before the rename: a power cut leaves the old file or the new one
             os.fsync(self._file.fileno())
-            if fcntl is None:  # an open file cannot be moved there; elsewhere it stays locked until it has its name
+            if (
+                fcntl is None
+            ):  # Windows cannot move an open file; on other systems it stays locked until it has its name
                 self._file.close()
             self._place.replace(self.path)
 
     def close(self) -> None:
-        """Leave nothing beside the place."""
+        """Close the file, and remove it if it is not finished."""
         self._file.close()
         self._place.unlink(missing_ok=True)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Says what the system has against the file, under its final name."""
+        """Turn an error of the system into one that names the final file."""
         try:
             yield
         except OSError as error:
@@ -86,7 +88,7 @@ class Unfinished:
                 size = self.nbytes
                 with suppress(OSError, AttributeError):
                     size = max(size, self._file.tell())
-                    self._file.truncate(0)  # what is free then is what there was
+                    self._file.truncate(0)  # so that the free space in the message does not include the unfinished file
                 raise _no_room({self.path: size}, f"{self.path} cannot be written ({error.strerror}): ") from error
             raise CheckpointError(
                 f"{self.path} cannot be written ({error.strerror}). Check that its folder can be written to, that the name is not "
@@ -96,7 +98,7 @@ class Unfinished:
 
 def _create(path: Path) -> tuple[Path, io.FileIO]:
     while True:
-        # opened plainly, as `tempfile` would leave the file to its owner alone
+        # `tempfile` would make the file readable by its owner only
         place = path.parent / f"{PREFIX}{path.name[:KEPT]}.{secrets.token_hex(8)}{SUFFIX}"
         file = place.open("xb", buffering=0)
         if fcntl is not None:
@@ -104,17 +106,17 @@ def _create(path: Path) -> tuple[Path, io.FileIO]:
                 fcntl.flock(file, fcntl.LOCK_EX)
         if place.exists():
             return place, file
-        # before it was locked another process removed it
+        # another process removed it before it was locked
         file.close()
 
 
 @contextmanager
 def unfinished_file(path: Path, nbytes: int = 0) -> Iterator[Unfinished]:
-    """A file that takes its name if the block ends well and vanishes if not.
+    """A file that gets its name if the block succeeds, and is removed if it fails.
 
     Raises:
-        NoRoomError: less free disk than `nbytes`.
-        CheckpointError: a missing folder, or a file that cannot be written.
+        NoRoomError: the disk has less room than `nbytes`.
+        CheckpointError: the folder is missing, or the file cannot be written.
     """
     check_room({path: nbytes})
     file = Unfinished(path, nbytes)
@@ -126,35 +128,37 @@ def unfinished_file(path: Path, nbytes: int = 0) -> Iterator[Unfinished]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a small file, as `unfinished_file`."""
+    """Write a small file. See `unfinished_file`."""
     with unfinished_file(path, len(data)) as file:
         file.write(data)
 
 
 def check_targets(sources: Sequence[Path], targets: Sequence[Path], overwrite: bool) -> None:
-    """See that files may be written before any work is done.
+    """Check that files may be written, before any work is done.
 
     Raises:
-        CheckpointError: a target that is a source, two of one place, or one that exists without `overwrite`.
+        CheckpointError: a target is also a source or another target, or it exists and `overwrite` is False.
     """
     resolved = [target.resolve() for target in targets]
     if {source.resolve() for source in sources} & set(resolved) or len(set(resolved)) < len(resolved):
         inputs = f"the input{'s' if len(sources) > 1 else ''} {', '.join(map(str, sources))}"
-        raise CheckpointError(f"The outputs {', '.join(map(str, targets))} must be different files, and not {inputs}.")
+        raise CheckpointError(
+            f"The outputs {', '.join(map(str, targets))} must be different files, and different from {inputs}."
+        )
     existing = [str(target) for target in targets if target.exists()]
     if existing and not overwrite:
         verb = "exists" if len(existing) == 1 else "exist"
-        raise CheckpointError(f"{' and '.join(existing)} {verb} already. Choose another name, or allow overwriting.")
+        raise CheckpointError(f"{' and '.join(existing)} already {verb}. Choose another name, or allow overwriting.")
 
 
 def check_room(sizes: Mapping[Path, int]) -> None:
-    """See that the files (path -> bytes) can be written before any work is done.
+    """Check that there is room for the files (path -> bytes), before any work is done.
 
-    What killed processes left of the same files is removed first.
+    Leftovers that killed processes left of the same files are removed first.
 
     Raises:
-        NoRoomError: too little room on the disk they share.
-        CheckpointError: a missing folder.
+        NoRoomError: there is not enough room on a disk.
+        CheckpointError: a folder is missing.
     """
     disks: dict[int, dict[Path, int]] = {}
     for path, size in sizes.items():
@@ -174,7 +178,7 @@ def _free(sizes: Mapping[Path, int]) -> int:
 
 
 def _no_room(sizes: Mapping[Path, int], reason: str = "") -> NoRoomError:
-    """Of files on one disk."""
+    """The error for files on one disk."""
     names = reason or " and ".join(map(str, sizes)) + " "
     need = "it needs" if reason else "need" if len(sizes) > 1 else "needs"
     return NoRoomError(
@@ -184,12 +188,14 @@ def _no_room(sizes: Mapping[Path, int], reason: str = "") -> NoRoomError:
 
 
 def remove_left(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left of the files called so (a glob pattern); what is being written stays."""
+    """Remove leftovers of killed processes whose final names match a glob pattern. Files that are being written stay."""
     for path in folder.glob(f"{PREFIX}{pattern}.*{SUFFIX}"):
         with suppress(OSError), ExitStack() as stack:
             if fcntl is not None:
                 file = stack.enter_context(path.open("rb+"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while somebody writes
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another process writes
             size = path.stat().st_size
             path.unlink()
-            logger.warning("Removed %s (%.1f MB): the process that was writing it has ended.", path, size / 1e6)
+            logger.warning(
+                "Removed the unfinished file %s (%.1f MB). The process that was writing it has ended.", path, size / 1e6
+            )

@@ -1,14 +1,14 @@
-"""The numbers that tensors hold."""
+"""Check and convert the values of tensors."""
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 
-# Bytes that are looked at at once: they stay in the processor's cache.
+# Bytes that are checked at once; they fit the processor's cache.
 CHUNK = 2**18
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# The bits of the smallest positive value that is not a finite number; all above it are none either.
+# The bits of infinity or the smallest NaN. All larger bit patterns are NaN.
 FIRST_BROKEN = {
     torch.float64: 0x7FF << 52,
     torch.float32: 0xFF << 23,
@@ -20,17 +20,17 @@ FIRST_BROKEN = {
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The values of a tensor as they are in memory."""
+    """The bytes of a tensor in memory."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """True if every value is a finite number; fp8 included.
+    """True if every value is finite. fp8 is supported.
 
-    Takes no memory, one pass, and one thread: it runs beside others that use theirs.
+    It makes one pass on one thread and needs no extra memory, because it runs beside other threads.
     """
     flat = tensor.detach().reshape(-1)
-    if tensor.dtype not in FIRST_BROKEN:  # whole numbers, or an exponent alone
+    if tensor.dtype not in FIRST_BROKEN:  # integers, or types without a mantissa
         return bool(torch.isfinite(flat if tensor.dtype.itemsize > 1 else flat.float()).all())
     size, broken = tensor.dtype.itemsize, FIRST_BROKEN[tensor.dtype]
     signed = flat.view(INTEGERS[size]).cpu().numpy()
@@ -44,7 +44,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in another dtype.
 
     Raises:
-        CheckpointError: values that are no numbers there.
+        CheckpointError: a value is too large for the dtype.
     """
     value = tensor.to(dtype)
     if value.is_floating_point() and not is_finite(value):

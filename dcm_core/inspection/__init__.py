@@ -1,1 +1,1 @@
-"""What a file, an expert or a run contains, in words and pictures."""
+"""Describe a file, an expert or a run in text and pictures."""

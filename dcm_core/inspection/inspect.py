@@ -1,4 +1,4 @@
-"""Say what a file is: layout, family, experts, rank, dtype, boundary, and keys that are missing or odd."""
+"""Describe a file: layout, family, experts, rank, dtype, boundary, and keys that are missing or unknown."""
 
 import json
 import math
@@ -14,24 +14,24 @@ from ..families import Family
 from ..families.keymap import Shape
 from ..families.lora_names import LoraKey, is_release_part, split_key
 from ..files.checkpoint import Contents, Layout, recognise
-from ..files.metadata import Facts, read_facts
+from ..files.metadata import ExpertMetadata, read_metadata
 from ..files.storage import Progress, TensorFile
 from ..text import LINE_LENGTH, given, one_line
 
-# Alphas that are read, and different ones that are listed.
+# How many alphas are read, and how many different ones are listed.
 MOST_READ, MOST_ALPHAS = 2000, 6
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file is.
+    """The description of a file.
 
     Attributes:
-        unplaced: keys of a LoRA that follow no known naming.
+        unplaced: keys of a LoRA in an unknown naming.
         known: how many of a LoRA's keys its family has a layer for.
-        fits: how many of the expert's keys have a place in the model it was compared with.
-        checksum: of a file of ours, once its content was found to match.
-        problem: None for a sound file.
+        fits: how many of the expert's keys fit the model it was compared with.
+        checksum: the checksum of one of our own files, if its content matches.
+        problem: what is wrong with the file, or None.
     """
 
     path: str
@@ -52,7 +52,7 @@ class Inspection:
     problem: str | None
 
     def __str__(self) -> str:
-        facts = {
+        lines = {
             "file": self.path,
             "layout": self.layout,
             "family": self.family or "unknown",
@@ -69,27 +69,27 @@ class Inspection:
             "checksum": self.checksum,
             "problem": self.problem,
         }
-        return in_lines(facts)
+        return in_lines(lines)
 
 
-def in_lines(facts: Mapping[str, str | None]) -> str:
-    """A line for each fact that is known."""
+def in_lines(lines: Mapping[str, str | None]) -> str:
+    """One line for each known value."""
     return "\n".join(
-        f"{name:>10}: {one_line(value, LINE_LENGTH)}" for name, value in facts.items() if value is not None
+        f"{name:>10}: {one_line(value, LINE_LENGTH)}" for name, value in lines.items() if value is not None
     )
 
 
 def inspect_file(path: str | os.PathLike, target: Target | None = None, progress: Progress | None = None) -> Inspection:
-    """Look at a safetensors file; an incomplete or damaged model is described, with what is wrong in `problem`.
+    """Describe a safetensors file. For an incomplete or damaged model, `problem` says what is wrong.
 
-    A file with a checksum is read from end to end.
+    A file with a checksum is read completely.
 
     Args:
-        target: the model its expert is to go on.
+        target: the model to compare its expert with.
         progress: called with (bytes done, bytes in all); may raise to interrupt.
 
     Raises:
-        CheckpointError: a file that cannot be read at all.
+        CheckpointError: the file cannot be read at all.
     """
     file = TensorFile(path)
     problem = None
@@ -103,30 +103,30 @@ def inspect_file(path: str | os.PathLike, target: Target | None = None, progress
     except CheckpointError as error:
         checksum, problem = None, problem or str(error)
     names = {key: split_key(key) for key in file.shapes}
-    facts = Facts()
+    metadata = ExpertMetadata()
     family, expert = expert_part(file, contents)
     shapes = {key: file.shapes[source] for key, source in expert.items()}
     preset = family.preset if family and contents.layout is Layout.RELEASE else None
     is_lora = contents.layout is Layout.EXPERT
     scales: tuple[str, ...] = (f"{family.lora_scale:g} x rank, as released",) if preset else ()
     try:
-        facts = read_facts(file.metadata)
+        metadata = read_metadata(file.metadata)
         scales = _default_scales(file, shapes, family) if is_lora and family else scales
     except ExpertError as error:
         problem = problem or str(error)
-    said = facts.family and given(facts.family)
+    said = metadata.family and given(metadata.family)
     return Inspection(
         path=str(file.path),
         layout=contents.layout.value,
         family=family.title if family else said,
-        experts=_experts(facts, contents),
+        experts=_experts(metadata, contents),
         tensors=len(file),
         gigabytes=sum(map(file.nbytes, file.shapes)) / 1e9,
         dtypes=dict(Counter(str(dtype).removeprefix("torch.") for dtype in file.dtypes.values()).most_common()),
-        ranks=_ranks(file, facts, names),
-        alpha="; ".join(filter(None, (_alpha(file, facts, names), *scales))) or None,
-        boundary=repr(facts.boundary) if facts.boundary else f"{preset.boundary:g}" if preset else None,
-        timesteps=json.dumps(timesteps) if (timesteps := facts.timesteps or (preset and preset.timesteps)) else None,
+        ranks=_ranks(file, metadata, names),
+        alpha="; ".join(filter(None, (_alpha(file, metadata, names), *scales))) or None,
+        boundary=repr(metadata.boundary) if metadata.boundary else f"{preset.boundary:g}" if preset else None,
+        timesteps=json.dumps(timesteps) if (timesteps := metadata.timesteps or (preset and preset.timesteps)) else None,
         unplaced=tuple(key for key, name in names.items() if name is None) if is_lora else (),
         known=str(match_expert(shapes, family, AnyModel(family))) if is_lora and family else None,
         fits=target.say(shapes, family) if target and expert else None,
@@ -135,18 +135,18 @@ def inspect_file(path: str | os.PathLike, target: Target | None = None, progress
     )
 
 
-def _ranks(file: TensorFile, facts: Facts, names: Mapping[str, LoraKey | None]) -> tuple[int, ...]:
-    """Of our files the rank of one update, not of the stacked ones of fused modules."""
-    if facts.rank is not None:
-        return (facts.rank,)
+def _ranks(file: TensorFile, metadata: ExpertMetadata, names: Mapping[str, LoraKey | None]) -> tuple[int, ...]:
+    """The ranks of its LoRA. In our own files this is the rank of one update, before fused modules are stacked."""
+    if metadata.rank is not None:
+        return (metadata.rank,)
     downs = (file.shapes[key] for key, name in names.items() if name and name.kind == "down")
     return tuple(sorted({shape[0] for shape in downs if shape}))
 
 
-def _alpha(file: TensorFile, facts: Facts, names: Mapping[str, LoraKey | None]) -> str | None:
-    """As the file says it, else the alphas it stores."""
-    if facts.alpha is not None:
-        return f"{facts.alpha:g}"
+def _alpha(file: TensorFile, metadata: ExpertMetadata, names: Mapping[str, LoraKey | None]) -> str | None:
+    """The alpha in its metadata, else the alphas it stores."""
+    if metadata.alpha is not None:
+        return f"{metadata.alpha:g}"
     keys = [key for key, name in names.items() if name and name.kind == "alpha" and math.prod(file.shapes[key]) == 1]
     values = sorted({float(file.read(key).float().item()) for key in keys[:MOST_READ]})
     shown = [f"{value:g}" for value in values[:MOST_ALPHAS]]
@@ -154,10 +154,10 @@ def _alpha(file: TensorFile, facts: Facts, names: Mapping[str, LoraKey | None]) 
 
 
 def _default_scales(file: TensorFile, shapes: Mapping[str, Shape], family: Family) -> tuple[str, ...]:
-    """What is taken for the layers of a LoRA that store no alpha.
+    """The scales that are used for layers of a LoRA without a stored alpha.
 
     Raises:
-        ExpertError: a trainer's settings that cannot be read.
+        ExpertError: its trainer's settings cannot be read.
     """
     scale = DefaultScale(family, file.metadata, file.path, released=is_release_part(shapes, family))
     for site in match_expert(shapes, family, AnyModel(family)).sites:
@@ -166,9 +166,9 @@ def _default_scales(file: TensorFile, shapes: Mapping[str, Shape], family: Famil
     return scale.notes
 
 
-def _experts(facts: Facts, contents: Contents) -> tuple[str, ...]:
+def _experts(metadata: ExpertMetadata, contents: Contents) -> tuple[str, ...]:
     if contents.layout is Layout.RELEASE:
         return ("semantic", "detail")
-    if facts.side:
-        return (facts.side,)
-    return ("not said",) if contents.layout is Layout.EXPERT else ()
+    if metadata.side:
+        return (metadata.side,)
+    return ("unknown",) if contents.layout is Layout.EXPERT else ()

@@ -14,7 +14,7 @@ from .plot import DARK, add_legend, as_picture, new_axes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Of a step in the running mean.
+# Weight of a new step in the running mean.
 WEIGHT = 0.03
 # From where on a loss is drawn over the logarithm: its highest value over its lowest.
 LOG_RATIO = 20

@@ -1,6 +1,6 @@
-"""How much an expert changes each block of its model: Frobenius norms, a layer at a time.
+"""How much an expert changes each block of its model: Frobenius norms, one layer at a time.
 
-The product of a low-rank pair is never formed: ‖up·down‖² is the sum of the products of the pair's Gram matrices.
+The product up·down is never computed: ‖up·down‖² is the sum of the elementwise product of the two Gram matrices.
 """
 
 import math
@@ -19,16 +19,16 @@ from ..experts.updates import Update, file_updates
 from ..families import Family
 from ..families.keymap import fuse
 from ..files.checkpoint import Contents, Layout, recognise
-from ..files.metadata import read_facts
+from ..files.metadata import read_metadata
 from ..files.storage import Progress, TensorFile
 
-# (native tensor name, first row, number of rows) -> these rows of the base, None where they are not at hand as numbers.
+# (native tensor name, first row, number of rows) -> these rows of the base; None if they are not available as plain numbers.
 Base = Callable[[str, int, int], Tensor | None]
 # (group, index): ("in", 0), ("blocks", 3), ("out", 0)
 Column = tuple[str, int]
 
 BEFORE, AFTER = "in", "out"
-# of a matrix, in float32 at once
+# Values of a matrix that are converted to float32 at once.
 ROWS = 1024
 
 
@@ -37,8 +37,8 @@ class Change:
     """An update in numbers.
 
     Attributes:
-        norm: of the change; None for a replaced tensor whose base is not at hand.
-        base: norm of what is changed, None where it is not at hand.
+        norm: norm of the change; None for a replaced tensor without its base.
+        base: norm of the changed weights; None if they are not available.
     """
 
     name: str
@@ -53,8 +53,8 @@ class Profile:
     Attributes:
         groups: group -> number of its columns, in the model's order.
         experts: expert -> column -> size of the change.
-        relative: the sizes are shares of the norm of the weights that are changed, not norms.
-        unmeasured: replaced tensors whose base is not at hand -> their column.
+        relative: whether sizes are relative to the norm of the changed weights, instead of plain norms.
+        unmeasured: replaced tensor without its base -> its column.
         broken: tensors with NaN or infinite values.
     """
 
@@ -64,12 +64,12 @@ class Profile:
     unmeasured: Mapping[str, Column]
     broken: tuple[str, ...]
 
-    def facts(self) -> dict[str, str | None]:
-        """In words, by subject."""
+    def summary(self) -> dict[str, str | None]:
+        """A summary in words, by subject."""
         waiting, broken = counted(len(self.unmeasured), "replaced tensor"), counted(len(self.broken), "tensor")
         return {
             "change": "; ".join(self._line(name, sizes) for name, sizes in self.experts.items() if sizes) or None,
-            "not shown": f"{waiting}, no plain base to compare with: {name_some(self.unmeasured)}"
+            "not shown": f"{waiting}, without a plain base to compare with: {name_some(self.unmeasured)}"
             if self.unmeasured
             else None,
             "broken": f"NaN or infinite values in {broken}: {name_some(self.broken)}" if self.broken else None,
@@ -86,7 +86,7 @@ class Profile:
 
 
 def in_words(column: Column) -> str:
-    """`double block 3`; of what comes before and after the blocks, that."""
+    """The name of a column: `double block 3`, `the embedders` or `the output head`."""
     group, index = column
     return {BEFORE: "the embedders", AFTER: "the output head"}.get(
         group, f"{group.removesuffix('s').replace('_', ' ')} {index}"
@@ -100,7 +100,7 @@ def norm(tensor: Tensor) -> float:
 
 
 def difference_norm(new: Tensor, old: Tensor) -> float:
-    """Norm of the difference of two tensors, which may be on two devices; some rows at a time."""
+    """Norm of the difference of two tensors, some rows at a time. They may be on different devices."""
     rows = zip(*(torch.atleast_1d(tensor.detach()).split(ROWS) for tensor in (new, old)), strict=True)
     return math.hypot(*(norm(a.cpu().float() - b.cpu().float()) for a, b in rows))
 
@@ -108,7 +108,7 @@ def difference_norm(new: Tensor, old: Tensor) -> float:
 def added_norm(low_rank: LowRank | None, diff: Tensor | None = None) -> float:
     """Frobenius norm of `scale * up @ down + diff`.
 
-    The pair is float64, on the CPU as not every device has that: of pairs that nearly cancel float32 leaves noise.
+    It is computed in float64, as float32 leaves noise if terms nearly cancel. The CPU does it: some devices lack float64.
     """
     square = norm(diff) ** 2 if diff is not None else 0.0
     if low_rank is not None:
@@ -120,7 +120,7 @@ def added_norm(low_rank: LowRank | None, diff: Tensor | None = None) -> float:
 
 
 def measure(update: Update, base: Base, strength: float = 1.0) -> Change:
-    """An update's norm beside the norm of what it changes."""
+    """An update's norm, and the norm of the weights it changes."""
     own = base(update.name, update.start, update.rows)
     if update.replaced is None:
         size = added_norm(update.total, update.diff)
@@ -130,16 +130,16 @@ def measure(update: Update, base: Base, strength: float = 1.0) -> Change:
 
 
 def is_plain(dtype: torch.dtype) -> bool:
-    """True for numbers that mean what they say: fp8 weights may have scales beside them."""
+    """True for plain numbers. fp8 weights may need separate scales."""
     return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def no_base(name: str, start: int, rows: int) -> None:
-    """Where there is none."""
+    """A `Base` without any weights."""
 
 
 def release_base(file: TensorFile, contents: Contents) -> Base:
-    """The base in the same file, read when asked for."""
+    """The base in the same file, read on demand."""
 
     def rows_of(name: str, start: int, rows: int) -> Tensor | None:
         pieces, row = [], 0
@@ -160,21 +160,22 @@ def file_profile(
     base: Base | None = None,
     progress: Progress | None = None,
 ) -> Profile | None:
-    """How much the expert in a file changes each block; None where there is no expert of a known family.
+    """How much the expert in a file changes each block; None if it has no expert of a known family.
 
     Args:
-        target, base: the model it goes on and its weights, not used if it does not fit; a release brings its own.
+        target, base: the model to compare with, and its weights. They are not used if the expert does not fit; a release
+            has its own base.
 
     Raises:
-        CheckpointError: a file that cannot be read, or is half one thing.
-        ExpertError: metadata or settings that cannot be read.
+        CheckpointError: the file cannot be read, or is incomplete or mixed up.
+        ExpertError: metadata or settings cannot be read.
     """
     file = TensorFile(path)
     contents = recognise(file)
     family, expert = expert_part(file, contents)
     if family is None or not expert:
         return None
-    role = read_facts(file.metadata).side or "expert"
+    role = read_metadata(file.metadata).side or "expert"
     keys = {name: file.shapes[key] for name, key in expert.items()}
     shapes = target.shapes if target is not None and target.takes(keys, family) else None
     if contents.layout is Layout.RELEASE:
@@ -186,7 +187,7 @@ def file_profile(
 
 
 def column_of(name: str, family: Family) -> Column:
-    """Where a native tensor is shown."""
+    """The column in which a native tensor is shown."""
     for group in family.block_lists:
         if match := re.match(rf"{group}\.(\d+)\.", name):
             return group, int(match[1])
@@ -194,13 +195,13 @@ def column_of(name: str, family: Family) -> Column:
 
 
 def make_profile(changes: Mapping[str, Sequence[Change]], family: Family, names: Iterable[str] = ()) -> Profile:
-    """Sum up changes by block: root of the sum of squares.
+    """Combine changes by block: the root of the sum of squares.
 
-    Relative only if every base weight is at hand, so that bars can be compared with each other.
+    Sizes are relative only if all base weights are available, so that bars stay comparable.
 
     Args:
         changes: expert -> its changes.
-        names: native tensor names of the whole model, for its number of blocks.
+        names: all native tensor names of the model, for its number of blocks.
     """
     every = [change for found in changes.values() for change in found]
     broken = {c.name for c in every if not math.isfinite((c.norm or 0) + (c.base or 0))}
@@ -217,7 +218,7 @@ def make_profile(changes: Mapping[str, Sequence[Change]], family: Family, names:
                 total = sums[expert].setdefault(column_of(change.name, family), [0.0, 0.0])
                 total[0] += change.norm**2
                 total[1] += (change.base or 0) ** 2
-    # a base of zeros has no shares
+    # a base of zeros cannot be divided by
     relative = relative and all(base for columns in sums.values() for _, base in columns.values())
     experts = {
         expert: {column: math.sqrt(own / base if relative else own) for column, (own, base) in columns.items()}

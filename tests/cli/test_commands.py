@@ -44,7 +44,7 @@ def test_convert(source, tmp_path, capsys):
     assert "100%" in captured.err
     assert set(TensorFile(targets[0]).dtypes.values()) == {torch.float32}
     assert run("convert", source, *targets) == 2
-    assert "exist already" in capsys.readouterr().err
+    assert "already exist" in capsys.readouterr().err
     assert run("convert", source, *targets, "--overwrite") == 0
 
 
@@ -68,7 +68,7 @@ def test_export_to_a_release(source, tmp_path, capsys):
     found, wanted = load_file(back), load_file(source)
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in found)
     assert run("export", expert, back, "--to", "release", "--base", base, "--rank", 16, "--dtype", "float32") == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert run("export", expert, back, "--to", "release", "--base", base, "--rank", 16, "--overwrite") == 0
     assert "LoRA rank 16" in capsys.readouterr().out
 

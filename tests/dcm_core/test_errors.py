@@ -37,7 +37,7 @@ def test_one_of_everything_is_said_in_the_singular():
         describe_conditioning([[torch.zeros(1, 1, 8), {}]]),
         str(Conversion("Wan 2.1", Path("base"), 1, None, "")),
         str(Extraction(Path("x"), {"a": LayerReport(1, 1.0, 1.0)}, ("b",), 1)),
-        "; ".join(filter(None, Profile({}, {}, True, {"a": ("in", 0)}, ("b",)).facts().values())),
+        "; ".join(filter(None, Profile({}, {}, True, {"a": ("in", 0)}, ("b",)).summary().values())),
         said(check_sigmas, torch.tensor([[1.0, 0.0]])),
         one_latent(),
     ]
@@ -47,6 +47,6 @@ def test_one_of_everything_is_said_in_the_singular():
 
 
 def test_none_and_many_are_said_in_the_plural():
-    with pytest.raises(ScheduleError, match="hold 0 steps"):
+    with pytest.raises(ScheduleError, match="have 0 steps"):
         check_sigmas(torch.tensor([1.0]))
     assert describe_conditioning([[torch.zeros(1, 2, 8), {}]] * 3).startswith("3 prompts, 2 tokens of")

@@ -299,13 +299,13 @@ def out(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_no_rank(sources, out, rank):
-    with pytest.raises(CheckpointError, match=f"rank is {rank}; it has to be at least 1"):
+    with pytest.raises(CheckpointError, match=f"rank is {rank}; expected 1 or more"):
         extract_lora(*sources, out, rank, progress=never)
 
 
 def test_two_families(sources, save, out):
     other = as_native(without_experts(HUNYUAN_VIDEO, make_release(HUNYUAN_VIDEO)), save)
-    with pytest.raises(CheckpointError, match=r"tuned model is HunyuanVideo, the base Wan 2\.1"):
+    with pytest.raises(CheckpointError, match=r"tuned model is HunyuanVideo, but the base is Wan 2\.1"):
         extract_lora(save(other, "other.safetensors"), sources[1], out, 2, progress=never)
 
 
@@ -328,7 +328,7 @@ def test_no_models(sources, save, out):
 
 
 def test_the_same_model(sources, out):
-    with pytest.raises(CheckpointError, match="same weights: there is nothing to extract"):
+    with pytest.raises(CheckpointError, match="same weights, so there is nothing to extract"):
         extract_lora(sources[0], sources[0], out, 2)
     assert not out.exists()
 
@@ -337,7 +337,7 @@ def test_the_same_model(sources, out):
 def test_weights_that_are_no_numbers(sources, save, out, which):
     files = [TensorFile(path).read_all() for path in sources]
     files[which]["blocks.1.ffn.2.weight"][0, 0] = float("nan")
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.2\.weight hold NaN"):
+    with pytest.raises(CheckpointError, match=r"has NaN or infinite values in blocks\.1\.ffn\.2\.weight"):
         extract_lora(save(files[0], "a.safetensors"), save(files[1], "b.safetensors"), out, 2)
     assert not out.exists()
 
@@ -352,7 +352,7 @@ def test_quantised_files_have_scales_that_count(sources, save, out):
 
 def test_an_existing_file_is_kept(sources, out):
     out.write_bytes(b"old")
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         extract_lora(*sources, out, 2, progress=never)
     assert out.read_bytes() == b"old"
     extract_lora(*sources, out, 2, overwrite=True)
@@ -365,7 +365,7 @@ def test_the_output_is_no_input(sources, which):
     with pytest.raises(CheckpointError, match="input"):
         extract_lora(*sources, sources[which], 2, overwrite=True, progress=never)
     (link := sources[which].with_name("link.safetensors")).symlink_to(sources[which])
-    with pytest.raises(CheckpointError, match=r"link\.safetensors is an input"):
+    with pytest.raises(CheckpointError, match=r"link\.safetensors is one of the inputs"):
         extract_lora(*sources, link, 2, overwrite=True, progress=never)
     assert sources[which].read_bytes() == before
 

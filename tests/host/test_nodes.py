@@ -225,10 +225,10 @@ def broken(kind, tensors):
         ("half lora", r"missing \(blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\)"),
         (
             "shape",
-            r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\. .* has rank 9, .*lora_A\.lora1\.weight 8",
+            r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\. .* has rank 9, but .*lora_A\.lora1\.weight has rank 8",
         ),
-        ("nan", r"proj_out_lora\.weight hold NaN"),
-        ("nan base", r"blocks\.1\.ffn\.net\.2\.bias hold NaN"),
+        ("nan", r"has NaN or infinite values in proj_out_lora\.weight"),
+        ("nan base", r"has NaN or infinite values in blocks\.1\.ffn\.net\.2\.bias"),
         ("lora only", "holds an expert .* Load the base model here"),
         ("both names", "with and without a prefix"),
     ],
@@ -313,7 +313,8 @@ def test_wrong_family_and_no_expert_are_refused(node, module, releases, folder):
         "boundary": 0.0,
     }
     with pytest.raises(
-        ValueError, match=r"detail_lora is 'he\.safetensors'\. This expert is for HunyuanVideo, the model is Wan 2\.1"
+        ValueError,
+        match=r"detail_lora is 'he\.safetensors'\. This expert is for HunyuanVideo, but the model is Wan 2\.1",
     ):
         node("DCMAttachExperts", detail_lora="he.safetensors", **settings)
     with pytest.raises(ValueError, match="both none"):
@@ -554,10 +555,10 @@ def test_conditioning_round_trip(node, folder):
         assert all(torch.equal(v, again[k]) if torch.is_tensor(v) else v == again[k] for k, v in extras.items())
     with pytest.raises(ValueError, match="exists already"):
         node("DCMSaveConditioning", conditioning=given, name="fox", overwrite=False)
-    with pytest.raises(ValueError, match="holds `control`, a object"):
+    with pytest.raises(ValueError, match="contains `control`, a object"):
         node("DCMSaveConditioning", conditioning=[[given[0][0], {"control": object()}]], name="c", overwrite=False)
     save_file({"a": torch.zeros(1)}, folder / "dcm_conditioning" / "other.safetensors")
-    with pytest.raises(ValueError, match="holds no saved conditioning"):
+    with pytest.raises(ValueError, match="is not a saved conditioning"):
         node("DCMLoadConditioning", name="other.safetensors")
 
 

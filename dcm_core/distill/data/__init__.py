@@ -1,1 +1,1 @@
-"""Training data: clips and captions found, read, encoded and cached."""
+"""Training data: find, read, encode and cache clips and captions."""

@@ -1,4 +1,4 @@
-"""Captions and other text files: read as UTF-8, and checked that there is something to train on."""
+"""Read captions and other text files as UTF-8, and check that captions can be trained on."""
 
 import re
 import unicodedata
@@ -8,23 +8,23 @@ from ...errors import DCMError
 
 MAX_CAPTION = 100_000  # characters
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # control characters that are no white space
+NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")  # control characters other than white space
 NOT_UTF8 = re.compile("[\ufffd\ud800-\udfff]")
-BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that show nothing
+BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and symbols that are invisible
 
 
 class TextError(DCMError):
-    """A text file that cannot be used; the message goes on after its name."""
+    """A text file cannot be used. The message is put after the file's name."""
 
 
 def read_text(path: Path, limit: int) -> str:
     """The text of a UTF-8 file.
 
     Args:
-        limit: of its size in bytes.
+        limit: largest size in bytes.
 
     Raises:
-        TextError: a file in another encoding, one larger than that, or one that cannot be read.
+        TextError: the file has another encoding, is too large, or cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -42,18 +42,18 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def fault_of(caption: str) -> str | None:
-    """Why a caption cannot be trained on, as words that go on after the clip's name; None if it can.
+    """Why a caption cannot be trained on, worded to follow the clip's name; None if it can.
 
-    An empty one is no fault: there is none.
+    An empty caption counts as missing and is checked elsewhere.
     """
     if len(caption) > MAX_CAPTION:
-        return f"has a caption of {len(caption):,} characters; at most {MAX_CAPTION:,} are read. Shorten it."
+        return f"has a caption of {len(caption):,} characters; expected at most {MAX_CAPTION:,}. Shorten it."
     if NOT_UTF8.search(caption):
         return "has a caption that is not UTF-8. Save the text as UTF-8."
     if NOT_TEXT.search(caption):
         return "has a caption with control characters. Write it again as plain text, saved as UTF-8."
     if caption and not any(map(_is_visible, caption)):
-        return "has a caption of invisible characters only. Write one."
+        return "has a caption of invisible characters only. Write a caption."
     return None
 
 

@@ -1,4 +1,4 @@
-"""Video clips with captions: checked, and read as pixels at one frame rate and size."""
+"""Check video clips with captions, and read them as pixels at one frame rate and size."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ from .captions import fault_of
 from .sources import Clip
 from .video_file import NO_TIMES, ClipError, Picture, probe, shown_frames, upright
 
-SIZE_STEP = 16  # 8 of the VAE times 2 of the transformer's patches
+SIZE_STEP = 16  # the VAE's 8 times the transformer's patch size 2
 MAX_ASPECT = 4.0
 MAX_ENLARGEMENT = 1.5
-STEADY = 0.2  # gaps between frames that differ by less, in medians, are rounding
-CHUNK = 1 << 20  # read at once
-INFO_VERSION = "1"  # of what the cache holds of video files; a change looks at all of them again
-MAX_NAME = 100  # characters of a name that are shown
-# A frame counts as shown this much of a gap before its time: files round times, some to milliseconds.
+STEADY = 0.2  # smaller differences between frame gaps, in medians, are rounding
+CHUNK = 1 << 20  # bytes read at once
+INFO_VERSION = "1"  # version of the cached video information; a change inspects all files again
+MAX_NAME = 100  # characters of a name to show
+# A frame counts as shown this much of a gap early, because files round times, some to milliseconds.
 EARLY = 0.25
 
 
@@ -43,22 +43,22 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         text = f"{self.path.name[:MAX_NAME]}: {self.reason}"
-        # a name may hold characters that can be neither shown nor logged, or that act on a terminal
+        # a name may have characters that cannot be shown or logged, or that control a terminal
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What every clip becomes.
+    """The format that every clip is read in.
 
     Attributes:
         frames: length, 1 more than a multiple of 4.
         fps: frames per second.
         width, height: size in pixels, multiples of 16.
-        buckets: keep each clip near its own aspect ratio, in a size of about the same area.
+        buckets: whether to keep each clip near its own aspect ratio, in a size of about the same area.
 
     Raises:
-        DCMError: a value outside these bounds.
+        DCMError: a value is out of range.
     """
 
     frames: int = 81
@@ -73,7 +73,7 @@ class ClipSettings:
             raise DCMError(f"frames is {self.frames}; expected 1 more than a multiple of 4. Choose {near}.")
         if not 0 < self.fps <= 1000:
             raise DCMError(
-                f"fps is {self.fps}; expected more than 0, at most 1000. Wan 2.1 is made for 16, HunyuanVideo for 24."
+                f"fps is {self.fps}; expected more than 0 and at most 1000. Use 16 for Wan 2.1, 24 for HunyuanVideo."
             )
         for name, size in (("width", self.width), ("height", self.height)):
             if size < SIZE_STEP or size % SIZE_STEP:
@@ -86,12 +86,12 @@ class CheckedClip:
     """A clip that can be trained on.
 
     Attributes:
-        width, height: size as shown in pixels, after rotation and with square pixels.
+        width, height: displayed size in pixels, after rotation and with square pixels.
         gap: time from frame to frame in seconds.
-        bucket: width and height it will be read at.
+        bucket: width and height to read it at.
         content: hash of the file.
-        changes: what makes its pictures others than those stored.
-        notes: what is worth knowing but no error.
+        changes: conversions that change its pictures from the stored ones.
+        notes: what the user should know, though it is not an error.
     """
 
     clip: Clip
@@ -106,15 +106,15 @@ class CheckedClip:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file is, whatever it will be read as.
+    """What is known about a video file, independent of the settings.
 
     Attributes:
         content: hash of the file.
-        width, height: as shown in pixels, after rotation and with square pixels.
+        width, height: displayed size in pixels, after rotation and with square pixels.
         duration: seconds from the first frame to the last.
-        gap: median of the seconds from frame to frame, 0 where there is one frame.
+        gap: median of the seconds from frame to frame; 0 if there is one frame.
         jitter: the longest gap minus the shortest, in seconds.
-        changes, notes: as in `video_file.Look`.
+        changes, notes: see `video_file.Look`.
     """
 
     content: str
@@ -128,8 +128,11 @@ class VideoInfo:
 
 
 def bucket_of(width: int, height: int, settings: ClipSettings) -> tuple[int, int]:
-    """The size, as width and height, that a clip of this size is read at: of the sizes of about the settings' area the one
-    whose aspect ratio is nearest (at most 4 to 1), or the settings' own without buckets."""
+    """The width and height that a clip of this size is read at.
+
+    Without buckets, this is the size in the settings. With buckets, it is the nearest aspect ratio (at most 4 to 1) among
+    sizes of about the same area.
+    """
     if not settings.buckets:
         return settings.width, settings.height
     own = settings.width // SIZE_STEP, settings.height // SIZE_STEP
@@ -146,13 +149,13 @@ def bucket_of(width: int, height: int, settings: ClipSettings) -> tuple[int, int
 
 
 def video_info(path: Path, cache: Path | None = None) -> VideoInfo:
-    """What a file is; found out, which reads all of it, only where the cache does not know.
+    """The information about a file, from the cache if it is there. Otherwise all of the file is read.
 
     Args:
-        cache: folder that keeps what was found out of a file of this path, size and time of the last change.
+        cache: folder with information by path, size and modification time.
 
     Raises:
-        ClipError: what is wrong with the file.
+        ClipError: the file cannot be used.
     """
     known = _known_info(path, cache) if cache is not None else None
     if known is not None:
@@ -161,13 +164,13 @@ def video_info(path: Path, cache: Path | None = None) -> VideoInfo:
             return VideoInfo(**values | {name: tuple(values[name]) for name in ("changes", "notes")})
     info = _inspect_video(path)
     if known is not None:
-        with suppress(CheckpointError):  # it is found out again
+        with suppress(CheckpointError):  # a damaged entry: the file is inspected again
             write_bytes(known, json.dumps(asdict(info)).encode())
     return info
 
 
 def _known_info(path: Path, cache: Path) -> Path | None:
-    """The file of the cache for a video as it is now, None for one that cannot be found."""
+    """The cache file for the current version of a video; None if the video cannot be found."""
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -182,20 +185,20 @@ def _inspect_video(path: Path) -> VideoInfo:
     gap = median(gaps) if gaps else 0.0
     if gaps and gap <= 0:
         raise ClipError(path, NO_TIMES)
-    # now, while the file is still in the system's cache
+    # hashed now, while the file is still in the system's cache
     content = content_hash(path)
     jitter = max(gaps) - min(gaps) if gaps else 0.0
     return VideoInfo(content, *look.size, look.times[-1] - look.times[0], gap, jitter, look.changes, look.notes)
 
 
 def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) -> CheckedClip:
-    """Check one clip: its caption, that its first frame decodes, its length and its size.
+    """Check one clip: its caption, its first frame, its length and its size.
 
     Args:
-        cache: as for `video_info`.
+        cache: see `video_info`.
 
     Raises:
-        ClipError: what is wrong.
+        ClipError: the clip cannot be used.
     """
     _check_caption(clip)
     info = video_info(clip.path, cache)
@@ -204,7 +207,7 @@ def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) 
     if frames < settings.frames:
         raise ClipError(
             clip.path,
-            f"lasts {info.duration + gap:.3g} s, {counted(frames, 'frame')} at {settings.fps:g} per second; expected {settings.frames}. "
+            f"lasts {info.duration + gap:.3g} s, which is {counted(frames, 'frame')} at {settings.fps:g} fps; expected {settings.frames}. "
             "Choose fewer frames, or leave the clip out.",
         )
     bucket = bucket_of(width, height, settings)
@@ -215,7 +218,7 @@ def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) 
             f"is {width}x{height}, too small for {bucket[0]}x{bucket[1]}. Choose a smaller size, or leave the clip out.",
         )
     possible = {
-        "variable frame rate, frames taken by their time": info.jitter > STEADY * gap,
+        "variable frame rate, frames picked by their time": info.jitter > STEADY * gap,
         f"{1 / gap:.3g} fps, so frames repeat at {settings.fps:g} fps": gap * settings.fps > 1 + STEADY,
         f"{width}x{height} enlarged to {bucket[0]}x{bucket[1]}": enlargement > 1,
     }
@@ -224,10 +227,10 @@ def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) 
 
 
 def content_hash(path: Path) -> str:
-    """A hash of a file.
+    """The hash of a file.
 
     Raises:
-        ClipError: a file that cannot be read.
+        ClipError: the file cannot be read.
     """
     digest = hashlib.sha256()
     try:
@@ -243,19 +246,19 @@ def _check_caption(clip: Clip) -> None:
     if fault := clip.fault or fault_of(clip.caption):
         raise ClipError(clip.path, fault)
     if not clip.caption:
-        raise ClipError(clip.path, f"has no caption. Write one to {clip.path.stem}.txt beside it, or to a list.")
+        raise ClipError(clip.path, f"has no caption. Write one to {clip.path.stem}.txt beside it, or use a list.")
 
 
 def check_clips(
     clips: Sequence[Clip], settings: ClipSettings, progress: Progress | None = None, cache: Path | None = None
 ) -> tuple[list[CheckedClip], list[Problem]]:
-    """Inspect every clip; the good ones in order, and what is wrong with the others.
+    """Inspect every clip. Returns the usable ones in order, and the problems of the others.
 
     Args:
-        cache: as for `video_info`.
+        cache: see `video_info`.
 
     Raises:
-        DCMError: none is good.
+        DCMError: no clip is usable.
     """
     good, problems = [], []
     for done, clip in enumerate(clips, start=1):
@@ -271,7 +274,7 @@ def check_clips(
 
 
 def no_clip_left(problems: Sequence[Problem]) -> DCMError:
-    """The error for data of which nothing can be used; it shows the first three reasons."""
+    """The error if no clip is usable. It shows the first three reasons."""
     more = [f"and {len(problems) - 3} more"] if len(problems) > 3 else []
     return DCMError(
         "\n".join([f"No clip can be used: {counted(len(problems), 'clip')} left out.", *map(str, problems[:3]), *more])
@@ -282,10 +285,10 @@ def read_clip(checked: CheckedClip, settings: ClipSettings) -> Tensor:
     """The clip's pixels from its start, scaled to cover its bucket and cropped at the centre.
 
     Returns:
-        float32 (frames, height, width, 3) from 0 to 1: at each i / fps the frame that is shown then.
+        float32 (frames, height, width, 3) from 0 to 1. Frame i is the one that is displayed at i / fps.
 
     Raises:
-        ClipError: a file that is damaged after its first frame; its later frames are first decoded here.
+        ClipError: the file is damaged after its first frame. Later frames are first decoded here.
     """
     width, height = checked.bucket
     pixels, filled = torch.empty(settings.frames, height, width, 3), 0
@@ -303,7 +306,7 @@ def read_clip(checked: CheckedClip, settings: ClipSettings) -> Tensor:
 
 
 def _fitted(picture: Picture, checked: CheckedClip) -> Tensor:
-    """One frame at the size of its bucket: (height, width, 3) from 0 to 1."""
+    """One frame at its bucket's size: (height, width, 3) from 0 to 1."""
     width, height = checked.bucket
     scale = max(width / checked.width, height / checked.height)
     covering = max(height, round(scale * checked.height)), max(width, round(scale * checked.width))

@@ -1,4 +1,4 @@
-"""Training data: latents with their texts, read from disk one by one or held in memory, and the order of batches."""
+"""Training data: latents with their texts, on disk or in memory, and the order of batches."""
 
 import hashlib
 import itertools
@@ -25,7 +25,7 @@ class Dataset(ABC):
     """Latents with their texts, by index.
 
     Attributes:
-        fingerprint: names the data; two data sets that share it hold the same latents and texts in the same order.
+        fingerprint: identifies the data. Equal fingerprints mean the same latents and texts in the same order.
     """
 
     fingerprint: str
@@ -48,25 +48,25 @@ class Dataset(ABC):
 
     @abstractmethod
     def unconditional(self) -> Conditioning:
-        """The text of no clip: the negative prompt."""
+        """The text of the negative prompt."""
 
     @property
     def buckets(self) -> list[list[int]]:
-        """All indices, those of one latent shape together."""
+        """All indices, grouped by latent shape."""
         return self.buckets_of(range(len(self)))
 
     def buckets_of(self, indices: Iterable[int]) -> list[list[int]]:
-        """These indices, those of one latent shape together."""
+        """These indices, grouped by latent shape."""
         found: dict[tuple[int, ...], list[int]] = {}
         for index in indices:
             found.setdefault(self.shape(index), []).append(index)
         return [found[shape] for shape in sorted(found)]
 
     def split(self, held_out: int, seed: int) -> tuple[list[int], list[int]]:
-        """The indices to train on and `held_out` others, each rising; a seed always holds out the same.
+        """The indices to train on and `held_out` others, both in rising order. The choice depends on the seed alone.
 
         Raises:
-            DCMError: nothing would be left to train on.
+            DCMError: no clip would be left to train on.
         """
         if not 0 <= held_out < len(self):
             raise DCMError(
@@ -84,7 +84,7 @@ class Entry:
     Attributes:
         latent, conditioning: its files.
         size: width and height in pixels.
-        shape: of the latent.
+        shape: the latent's shape.
     """
 
     clip: Path
@@ -97,13 +97,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class CachedDataset(Dataset):
-    """Encoded clips on disk; nothing is kept in memory.
+    """Encoded clips on disk. Nothing is kept in memory.
 
     Attributes:
         negative: file of the negative prompt's conditioning.
         problems: the clips left out.
-        notes: what is worth knowing of the others.
-        others: the files that are no clips, in words.
+        notes: what the user should know about the other clips.
+        others: ignored files, as lines of text.
     """
 
     entries: tuple[Entry, ...]
@@ -122,7 +122,7 @@ class CachedDataset(Dataset):
         """A latent from its file.
 
         Raises:
-            DCMError: a file that is gone or damaged.
+            DCMError: the file is missing or damaged.
         """
         path = self.entries[index].latent
         try:
@@ -134,7 +134,7 @@ class CachedDataset(Dataset):
         """A text from its file.
 
         Raises:
-            DCMError: a file that is gone or damaged.
+            DCMError: the file is missing or damaged.
         """
         return self._read_conditioning(self.entries[index].conditioning)
 
@@ -142,7 +142,7 @@ class CachedDataset(Dataset):
         """The negative prompt from its file.
 
         Raises:
-            DCMError: a file that is gone or damaged.
+            DCMError: the file is missing or damaged.
         """
         return self._read_conditioning(self.negative)
 
@@ -154,7 +154,7 @@ class CachedDataset(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The files' names are hashes of what is in them."""
+        """A hash of the files' names, which are hashes of their content."""
         names = [name for entry in self.entries for name in (entry.latent.name, entry.conditioning.name)]
         return hashlib.sha256("\n".join([*names, self.negative.name]).encode()).hexdigest()
 
@@ -165,7 +165,7 @@ class CachedDataset(Dataset):
         return f"{counted(len(self), 'clip')}, {sizes}{left_out}"
 
     def report(self) -> str:
-        """The line, then the number of clips of each size, each clip left out, each note and the other files, a line each."""
+        """This line, then one line for each size, each clip left out, each note and each kind of ignored file."""
         sizes = Counter(entry.size for entry in self.entries)
         lines = [f"{width}x{height}: {count}" for (width, height), count in sorted(sizes.items())]
         left_out, notes = (f"left out {problem}" for problem in self.problems), (f"note {note}" for note in self.notes)
@@ -179,16 +179,16 @@ def _lost(path: Path, error: Exception) -> DCMError:
 
 
 class TensorDataset(Dataset):
-    """Data that is in memory already.
+    """Data in memory.
 
     Args:
         latents: (channels, frames, height, width) each.
         conditionings: the texts.
-        which: for every latent the index of its text.
-        unconditional: the text of no clip.
+        which: for every latent, the index of its text.
+        unconditional: the text of the negative prompt.
 
     Raises:
-        DCMError: no latents, or texts that do not fit them.
+        DCMError: there are no latents, or the texts do not fit them.
     """
 
     def __init__(
@@ -199,10 +199,12 @@ class TensorDataset(Dataset):
         unconditional: Conditioning,
     ):
         if not latents or len(latents) != len(which):
-            given = f"{counted(len(latents), 'latent')} with {counted(len(which), 'text')}"
-            raise DCMError(f"{given}; expected one text for every latent, at least one.")
+            found = f"{counted(len(latents), 'latent')} with {counted(len(which), 'text')}"
+            raise DCMError(f"The dataset has {found}; expected at least one latent, and one text for each.")
         if not all(0 <= index < len(conditionings) for index in which):
-            raise DCMError(f"`which` names text {max(which)}, or one below 0; expected 0 to {len(conditionings) - 1}.")
+            raise DCMError(
+                f"`which` has indices from {min(which)} to {max(which)}; expected 0 to {len(conditionings) - 1}."
+            )
         self._latents, self._conditionings = list(latents), list(conditionings)
         self._which, self._unconditional = list(which), unconditional
 
@@ -234,16 +236,16 @@ class TensorDataset(Dataset):
 
 
 class BatchOrder:
-    """Which clips each training step takes: a pure function of the step, so that resuming needs no state.
+    """The clips of each training step. They depend on the step alone, so resuming needs no stored state.
 
-    Every epoch takes every clip, in an order of its own. A batch holds clips of one bucket; the rest of a bucket that fills no
-    batch is filled up from that bucket again. `len` is the number of batches in an epoch.
+    Every epoch uses every clip, in its own order. A batch has clips of one bucket. The last batch of a bucket is filled up
+    with clips of that bucket. `len` is the number of batches in an epoch.
 
     Args:
-        buckets: indices that may share a batch.
+        buckets: groups of indices that may share a batch.
 
     Raises:
-        DCMError: a batch size below 1, or no clips.
+        DCMError: the batch size is below 1, or there are no clips.
     """
 
     def __init__(self, buckets: Sequence[Sequence[int]], batch_size: int, seed: int):
@@ -266,7 +268,7 @@ class BatchOrder:
         return self._batches[place]
 
     def _shuffled(self, epoch: int) -> list[list[int]]:
-        # a text seeds the same numbers on every machine
+        # a string as seed gives the same numbers on every machine
         generator = random.Random(f"epoch {self._seed} {epoch}")
         batches = []
         for bucket in self._buckets:

@@ -1,4 +1,4 @@
-"""Training data in one safetensors file: latents and texts, to train where there is no VAE and no text encoder."""
+"""Training data in one safetensors file: latents and texts, to train without a VAE and a text encoder."""
 
 import hashlib
 import json
@@ -27,13 +27,13 @@ def write_dataset(
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = lambda done, total: None,
 ) -> None:
-    """Write all of `data`, clip by clip; texts that are the same are written once.
+    """Write all of `data`, clip by clip. Equal texts are written once.
 
     Args:
-        progress: called with (done, total) for each clip; may raise to interrupt, which leaves no file.
+        progress: called with (done, total) for each clip. It may raise to interrupt, which leaves no file.
 
     Raises:
-        CheckpointError: too little room on the disk, or values that the dtype cannot hold.
+        CheckpointError: there is not enough room on the disk, or a value is too large for the dtype.
     """
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     texts: list[dict[str, float]] = []
@@ -69,7 +69,7 @@ def write_dataset(
 
 
 def _parts(text: Conditioning, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """A text's tensors as they are written, and its numbers."""
+    """A text's tensors in the dtype of the file, and its numbers."""
     context, extras = text[0]
     tensors = {"context": context, **{name: value for name, value in extras.items() if isinstance(value, Tensor)}}
     numbers = {name: value for name, value in extras.items() if isinstance(value, (int, float))}
@@ -79,22 +79,22 @@ def _parts(text: Conditioning, dtype: torch.dtype) -> tuple[dict[str, Tensor], d
 
 
 def read_dataset(path: str | os.PathLike, progress: Progress = lambda done, total: None) -> TensorDataset:
-    """Read the data back; its tensors are views of the file, which has been read once to verify it.
+    """Read the data back. The file is read once to verify it, and the tensors are views of it.
 
     Args:
-        progress: as for `write_dataset`.
+        progress: see `write_dataset`.
 
     Raises:
-        DCMError: a file that holds none, or a damaged one.
+        DCMError: the file contains no training data, or is damaged.
     """
     file = TensorFile(path)
     if file.metadata.get("format") != FORMAT:
-        raise DCMError(f"{path} holds no training data. Choose a file that DCM Save Dataset wrote.")
+        raise DCMError(f"{path} is not a dataset file. Choose a file that DCM Save Dataset wrote.")
     try:
-        contents = parse_json(file.metadata["facts"], "facts", MAX_HEADER)
+        contents = parse_json(file.metadata["facts"], "metadata entry 'facts'", MAX_HEADER)
         which, unconditional = [_index(value) for value in contents["which"]], _index(contents["unconditional"])
         if not which:
-            raise ValueError("no clips")
+            raise ValueError("it has no clips")
         file.verify(lambda *_: progress(0, len(which)))
         tensors = views(file)
         latents = [tensors.pop(f"latent.{index}") for index in range(len(which))]
@@ -107,26 +107,26 @@ def read_dataset(path: str | os.PathLike, progress: Progress = lambda done, tota
     except CheckpointError:
         raise
     except ExpertError as error:
-        raise DCMError(f"{path} is a damaged data file. Its {error}") from error
+        raise DCMError(f"{path} is a damaged dataset file. Its {error}") from error
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise DCMError(f"{path} is a damaged data file ({error}). Save the dataset again.") from error
+        raise DCMError(f"{path} is a damaged dataset file ({error}). Save the dataset again.") from error
 
 
 def _index(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not the number of a text")
+        raise ValueError(f"{value!r} is not the index of a text")
     return value
 
 
 def _texts(numbers: list[dict[str, float]], tensors: Mapping[str, Tensor]) -> list[Conditioning]:
-    """The texts of their numbers and of all `tensors` together."""
+    """The texts from their numbers and all their `tensors`."""
     if not isinstance(numbers, list) or not all(isinstance(values, dict) for values in numbers):
         raise ValueError("its texts are not a list of entries")
     texts: dict[str, dict[str, Any]] = {f"text.{index}": dict(values) for index, values in enumerate(numbers)}
     for key, tensor in tensors.items():
         kind, index, name = (*key.split(".", 2), "", "")[:3]
         if f"{kind}.{index}" not in texts:
-            raise ValueError(f"{key} belongs to no text")
+            raise ValueError(f"{key} does not belong to any text")
         texts[f"{kind}.{index}"][name] = tensor
     found = [[[extras.pop("context"), extras]] for extras in texts.values()]
     if problem := problem_of([text[0] for text in found]):

@@ -1,4 +1,4 @@
-"""Clips and captions -> latents and conditionings in a cache folder, each encoded once."""
+"""Encode clips and captions to latents and conditionings in a cache folder, each of them once."""
 
 import hashlib
 import json
@@ -19,9 +19,9 @@ from .sources import Roots, find_clips
 from .video_file import ClipError
 
 FORMAT = "dcm-latent"
-VERSION = "3"  # of what the cache holds; a change makes everything anew
+VERSION = "3"  # version of the cache; a change encodes everything again
 
-# Where each part of the work begins, in thousandths of the progress bar.
+# Where each part of the work starts on the progress bar, in thousandths.
 CHECKING, VIDEOS, TEXTS, END = 0, 50, 900, 1000
 
 
@@ -32,8 +32,8 @@ class Encoders:
     Attributes:
         encode_video: pixels (frames, height, width, 3) from 0 to 1 -> latent (channels, latent frames, height, width).
         encode_text: a caption -> its conditioning.
-        video_id, text_id: name the encoders' weights; what is cached under other names is not used.
-        free: called when the encoders are not needed any longer.
+        video_id, text_id: identify the encoders' weights. Cached results of other weights are not used.
+        free: called once the encoders are not needed.
     """
 
     encode_video: Callable[[Tensor], Tensor]
@@ -52,22 +52,24 @@ def prepare(
     progress: Progress | None = None,
     roots: Roots = None,
 ) -> CachedDataset:
-    """Check the clips of `source`, encode what is not in the cache, and return the data set.
+    """Check the clips of `source`, encode what is not in the cache, and return the dataset.
 
-    An entry of the cache depends on the clip's content, length, rate, size and the VAE, or on the text and its encoder: a change
-    makes that entry anew and no other. If everything is cached, no encoder is called, and no clip is opened whose size and time of the
-    last change are as they were. Clips that cannot be used are left out.
+    A latent in the cache depends on the clip's content, length, frame rate and size, and on the VAE. A conditioning depends on
+    the text and its encoder. A change encodes only the affected entries again.
+
+    If everything is cached, no encoder is called. Clips with unchanged size and modification time are not even opened. Clips
+    that cannot be used are left out.
 
     Args:
-        source: a folder or a list, as for `find_clips`.
-        cache: folder of the cache; made if it is missing.
+        source: a folder or a list; see `find_clips`.
+        cache: folder of the cache. It is created if it is missing.
         negative: the text of `CachedDataset.unconditional`.
-        progress: called with (done, total) after every clip and text; may raise to interrupt, which loses only the clip in work.
-        roots: folders that all clips have to be in, as for `find_clips`.
+        progress: called with (done, total) after every clip and text. It may raise to interrupt, which loses the current clip only.
+        roots: folders that all clips have to be in; see `find_clips`.
 
     Raises:
-        DCMError: no clip can be used, or an encoder that is not one of a video model.
-        CheckpointError: too little room on the disk.
+        DCMError: no clip can be used, or an encoder is not for a video model.
+        CheckpointError: there is not enough room on the disk.
     """
     report = progress or (lambda done, total: None)
     clips, others = find_clips(source, roots)
@@ -95,12 +97,12 @@ def prepare(
 
 
 def _part(progress: Progress, begin: int, end: int) -> Progress:
-    """Progress of one part of the work as progress of the whole."""
+    """Map the progress of one part of the work to the overall progress."""
     return lambda done, total: progress(begin + round((end - begin) * done / total), END)
 
 
 def _name(kind: str, *parts: Any) -> str:
-    """The file name of a cache entry: a hash of all it depends on."""
+    """The file name of a cache entry: a hash of everything it depends on."""
     return hashlib.sha256(json.dumps([kind, VERSION, *parts]).encode()).hexdigest() + ".safetensors"
 
 
@@ -113,7 +115,7 @@ def _video_name(checked: CheckedClip, settings: ClipSettings, video_id: str) -> 
 def _encode_videos(
     new: Mapping[Path, CheckedClip], settings: ClipSettings, encoders: Encoders, progress: Progress
 ) -> dict[Path, str]:
-    """Write the latents; the paths that could not be made and why."""
+    """Write the latents. Returns the paths that failed, and why."""
     failed = {}
     for done, (path, checked) in enumerate(new.items(), start=1):
         try:
@@ -128,7 +130,7 @@ def _encode_videos(
 def _checked(latent: Tensor, checked: CheckedClip) -> Tensor:
     if latent.ndim != 4:
         raise DCMError(
-            f"The VAE made a latent of shape {tuple(latent.shape)}; expected channels, frames, height, width. "
+            f"The VAE returned a latent of shape {tuple(latent.shape)}; expected channels, frames, height, width. "
             "Connect the VAE of Wan 2.1 or HunyuanVideo."
         )
     if not is_finite(latent):
@@ -147,13 +149,13 @@ def _encode_texts(new: Mapping[str, Path], encoders: Encoders, progress: Progres
 def _checked_text(conditioning: Conditioning, text: str) -> Conditioning:
     if not all(is_finite(context) for context, _ in conditioning):
         raise DCMError(
-            f"The text encoder made NaN or infinite values of {text!r}. Run it in bfloat16 or float32, or choose another file."
+            f"The text encoder returned NaN or infinite values for {text!r}. Run it in bfloat16 or float32, or choose another file."
         )
     return conditioning
 
 
 def _latent_shape(path: Path) -> tuple[int, ...] | None:
-    """Shape of the cached latent, None if the file is missing or damaged."""
+    """Shape of a cached latent; None if the file is missing or damaged."""
     try:
         file = TensorFile(path)
         file.verify()

@@ -1,4 +1,4 @@
-"""Lists of clips as trainers write them: .jsonl, .json, .csv, and `videos.txt` beside `captions.txt`."""
+"""Read lists of clips in trainers' formats: .jsonl, .json, .csv, and `videos.txt` beside `captions.txt`."""
 
 import csv
 import io
@@ -15,14 +15,14 @@ from .captions import TextError, read_text
 SUFFIXES = (".jsonl", ".json", ".csv")
 VIDEO_KEYS = ("video", "video_path", "file_name", "file_path", "media_path", "path", "filename")
 CAPTION_KEYS = ("caption", "text", "prompt", "cap", "captions")
-# One path a line, and the captions in the same order in one of the others beside it.
+# One path per line. The captions are in the same order in one of the other files beside it.
 VIDEO_FILES, CAPTION_FILES = ("videos.txt", "video.txt"), ("captions.txt", "caption.txt", "prompts.txt", "prompt.txt")
-# Lists that a folder of clips may hold; the first that is there counts.
+# Lists that may be in a folder of clips. The first that exists counts.
 IN_FOLDER = ("metadata.jsonl", "metadata.json", "metadata.csv", "captions.json", "videos2caption.json", *VIDEO_FILES)
 
 MAX_BYTES = 16_000_000
 MAX_LINES, MAX_ENTRIES, MAX_KEYS = 500_000, 50_000, 1000
-MAX_DEPTH, MAX_MARKS = 20, 500_000  # of JSON: lists within lists; brackets and commas
+MAX_DEPTH, MAX_MARKS = 20, 500_000  # limits for JSON: levels of nesting; brackets and commas
 MAX_NAME = 1000  # characters of a path
 CONTROL = re.compile("[\x00-\x1f\x7f]")
 
@@ -31,10 +31,10 @@ class Listed(NamedTuple):
     """An entry of a list.
 
     Attributes:
-        video: the path as it is written.
+        video: the path as written in the list.
         caption: empty if there is none.
-        fault: why it cannot be used, as words that go on after the clip's name.
-        note: what is worth knowing of it.
+        fault: why it cannot be used, worded to follow the clip's name.
+        note: what the user should know about it.
     """
 
     video: str
@@ -44,7 +44,7 @@ class Listed(NamedTuple):
 
 
 def is_list(path: Path) -> bool:
-    """Whether a file is a list of clips by its name."""
+    """Whether a file's name is that of a list of clips."""
     return path.suffix.lower() in SUFFIXES or path.name.lower() in VIDEO_FILES
 
 
@@ -52,7 +52,7 @@ def read_list(path: Path) -> list[Listed]:
     """All entries of a list.
 
     Raises:
-        DCMError: a list that cannot be read, or an entry that names no video.
+        DCMError: the list cannot be read, or an entry does not name a video.
     """
     try:
         if path.name.lower() in VIDEO_FILES:
@@ -82,13 +82,13 @@ def _of_two_files(path: Path) -> Iterator[tuple[str, Any]]:
     other = next((path.with_name(name) for name in CAPTION_FILES if path.with_name(name).is_file()), None)
     if other is None:
         raise DCMError(
-            f"{path} names videos, but the captions are missing. Write them to captions.txt beside it, one a line."
+            f"{path} lists videos, but the captions are missing. Write them to captions.txt beside it, one per line."
         )
-    # not splitlines: other white space may be part of a caption
+    # splitlines would also split at other white space, which may be part of a caption
     videos, captions = (_text_of(file).rstrip().split("\n") for file in (path, other))
     if len(videos) != len(captions):
         raise DCMError(
-            f"{path} has {len(videos)} lines, {other.name} {len(captions)}; expected one caption for every video."
+            f"{path} has {len(videos)} lines, but {other.name} has {len(captions)}; expected one caption for each video."
         )
     for number, (video, caption) in enumerate(zip(videos, captions, strict=True), start=1):
         yield f"line {number}", {"video": video, "caption": caption}
@@ -104,19 +104,19 @@ def _of_csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
                 yield f"line {rows.line_num}", dict(zip(keys, row, strict=False))
     except csv.Error as error:
         raise DCMError(
-            f"{path}, line {rows.line_num} is not CSV ({error}). Put texts that hold commas in quotes."
+            f"{path}, line {rows.line_num} is not CSV ({error}). Put texts with commas in quotes."
         ) from error
 
 
 def _of_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield f"line {number}", _parsed(f"{path}, line {number}", line, "Write one object a line.")
+            yield f"line {number}", _parsed(f"{path}, line {number}", line, "Write one object per line.")
 
 
 def _of_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """An array of entries, alone or in an object; or an object of paths with their captions."""
-    data = _parsed(str(path), text, "A file with one object a line has to be called .jsonl.")
+    """An array of entries, alone or inside an object, or an object that maps paths to captions."""
+    data = _parsed(str(path), text, "If it has one object per line, rename it to .jsonl.")
     arrays = [value for value in data.values() if isinstance(value, list)] if isinstance(data, dict) else []
     if isinstance(data, dict) and _text(data, VIDEO_KEYS):
         data = [data]
@@ -133,10 +133,10 @@ def _of_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed(where: str, text: str, advice: str) -> Any:
-    """The value of a JSON text; numbers become None, as none is needed.
+    """Parse a JSON text. Numbers become None, because they are not needed.
 
     Raises:
-        DCMError: no JSON, or so large or deeply nested that reading it may end the process.
+        DCMError: it is not JSON, or so large or deeply nested that parsing it may crash the process.
     """
     outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
     if sum(map(outside.count, "[]{},")) > MAX_MARKS:
@@ -157,7 +157,7 @@ def _none(number: str) -> None:
 
 
 def _text(entry: Mapping[Any, Any], keys: tuple[str, ...]) -> str | None:
-    """The first of these values that is a text and no empty one."""
+    """The first of these values that is a text and not empty."""
     return next((value.strip() for key in keys if isinstance(value := entry.get(key), str) and value.strip()), None)
 
 
@@ -166,14 +166,14 @@ def _listed(where: str, entry: Any) -> Listed:
         raise DCMError(f'{where} is not an object; expected {{"video": "clip.mp4", "caption": "text"}}.')
     if len(entry) > MAX_KEYS:
         raise DCMError(
-            f"{where} has {len(entry):,} keys; at most {MAX_KEYS:,} are read. Check that it is a list of clips."
+            f"{where} has {len(entry):,} keys; expected at most {MAX_KEYS:,}. Check that it is a list of clips."
         )
-    # a header may be written in any case
+    # headers may be in upper or lower case
     known = {str(key).strip().casefold(): value for key, value in entry.items()}
     found = f"it has {name_some(key[:40] for key in known)}" if known else "it is empty"
     video = _text(known, VIDEO_KEYS)
     if video is None:
-        raise DCMError(f"{where} names no video: {found}; expected one of {', '.join(VIDEO_KEYS)}.")
+        raise DCMError(f"{where} does not name a video: {found}; expected one of {', '.join(VIDEO_KEYS)}.")
     texts = _captions(known)
     fault = None if texts else f"has no caption in the list: {found}; expected one of {', '.join(CAPTION_KEYS)}."
     if known.get("type") == "image":

@@ -1,4 +1,4 @@
-"""Where clips come from: a folder with its subfolders, or a list; what is found in it and what is not read."""
+"""Find clips in a folder with its subfolders, or in a list, and say which files are ignored."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ SUFFIXES = frozenset({
     ".3g2", ".3gp", ".apng", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".m2t", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov",
     ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m",
 })  # fmt: skip
-BESIDE = ("videos", "video")  # folders beside a list that names files in them
+BESIDE = ("videos", "video")  # folders beside a list that may contain its files
 MAX_FILES = 100_000  # in a folder
 OUTSIDE = "is outside the folders that this server may read. Move it to the input folder."
 
@@ -31,8 +31,8 @@ class Clip:
     """A video file and its caption, empty if it has none.
 
     Attributes:
-        fault: why it cannot be used, as words that go on after its name.
-        notes: what is worth knowing of it.
+        fault: why it cannot be used, worded to follow its name.
+        notes: what the user should know about it.
     """
 
     path: Path
@@ -42,22 +42,22 @@ class Clip:
 
 
 class Found(NamedTuple):
-    """What a source holds: clips, and in words what is not read."""
+    """What a source contains: clips, and ignored files as lines of text."""
 
     clips: list[Clip]
     others: tuple[str, ...]
 
 
 def check_source(source: Path, roots: Roots = None) -> None:
-    """See that there is a folder with videos, or a list; reads none of them.
+    """Check that there is a folder with videos, or a list. None of them is read.
 
     Args:
-        roots: resolved folders that everything has to be in; None: anywhere.
+        roots: resolved folders that everything has to be in; None allows any place.
 
     Raises:
-        DCMError: no such folder or file, or a folder without clips.
+        DCMError: the folder or file does not exist, or the folder has no clips.
     """
-    # these answer False to any name, also to one that no file can have
+    # these functions return False for any name, even for one that no file can have
     if os.path.isdir(source):
         if not any(_is_video(path) or path.name in IN_FOLDER for path in _files(source, roots)):
             raise _no_clips(source)
@@ -67,15 +67,15 @@ def check_source(source: Path, roots: Roots = None) -> None:
 
 
 def find_clips(source: Path, roots: Roots = None) -> Found:
-    """The clips of a folder and its subfolders by name, each with its caption in a .txt of its name; or those of a list.
+    """The clips of a folder and its subfolders, sorted by name, or those of a list.
 
-    Captions of a folder's clips without a .txt are taken from a list in it, if there is one.
+    In a folder, the caption of a clip is in a .txt file of the same name, else in a list in the folder.
 
     Args:
-        roots: as for `check_source`; clips elsewhere get a fault.
+        roots: see `check_source`. Clips in other places get a fault.
 
     Raises:
-        DCMError: as `check_source`; a list that cannot be read.
+        DCMError: as for `check_source`, or a list cannot be read.
     """
     check_source(source, roots)
     found = _in_folder(source, roots) if os.path.isdir(source) else Found(_of_list(source, roots), ())
@@ -85,10 +85,10 @@ def find_clips(source: Path, roots: Roots = None) -> Found:
 
 
 def source_state(source: Path, roots: Roots = None) -> str:
-    """Changes when the clips change: a hash of names, sizes, times of the last change, and captions. Reads no video.
+    """A hash of names, sizes, modification times and captions. It changes when the clips change. No video is read.
 
     Raises:
-        DCMError: as `find_clips`.
+        DCMError: as for `find_clips`.
     """
     digest = hashlib.sha256()
     for clip in find_clips(source, roots).clips:
@@ -99,10 +99,10 @@ def source_state(source: Path, roots: Roots = None) -> str:
 
 
 def is_within(path: Path, roots: Roots) -> bool:
-    """Whether a file or folder lies in one of the roots, links resolved; says nothing on whether it exists."""
+    """Whether a path is inside one of the roots, with links resolved. The path does not need to exist."""
     if roots is None:
         return True
-    # on Windows, to resolve \\server\share would be to log in to that server
+    # on Windows, resolving \\server\share would log in to that server
     if path.drive.lower() not in {root.drive.lower() for root in roots}:
         return False
     try:
@@ -115,7 +115,7 @@ def is_within(path: Path, roots: Roots) -> bool:
 def _no_clips(source: Path) -> DCMError:
     kinds = ", ".join(sorted(SUFFIXES))
     return DCMError(
-        f"{source} holds no clips; expected videos ({kinds}), each with a .txt of its name that holds its caption."
+        f"{source} has no clips; expected videos ({kinds}), each with its caption in a .txt file of the same name."
     )
 
 
@@ -124,10 +124,10 @@ def _is_video(path: Path) -> bool:
 
 
 def _files(folder: Path, roots: Roots) -> Iterator[Path]:
-    """All files in a folder and its subfolders, also behind links, but hidden ones.
+    """All files in a folder and its subfolders except hidden ones. Links are followed.
 
     Raises:
-        DCMError: too many, or a folder that cannot be read.
+        DCMError: there are too many, or a folder cannot be read.
     """
     pending, seen, count = deque([folder]), set(), 0
     while pending:
@@ -136,7 +136,7 @@ def _files(folder: Path, roots: Roots) -> Iterator[Path]:
             continue
         seen.add(real)
         if not is_within(current, roots):
-            yield current  # to be named as what is not read
+            yield current  # it is reported as ignored
             continue
         try:
             with os.scandir(current) as found:
@@ -146,7 +146,7 @@ def _files(folder: Path, roots: Roots) -> Iterator[Path]:
         for entry in entries:
             count += 1
             if count > MAX_FILES:
-                raise DCMError(f"{folder} holds more than {MAX_FILES:,} files. Choose the folder of the clips alone.")
+                raise DCMError(f"{folder} has more than {MAX_FILES:,} files. Choose a folder with only the clips.")
             if not entry.name.startswith("."):
                 if entry.is_dir():
                     pending.append(Path(entry.path))
@@ -181,7 +181,7 @@ def _with_text(video: Path, text: Path | None, roots: Roots) -> Clip:
 
 
 def _others(folder: Path, paths: Sequence[Path]) -> tuple[str, ...]:
-    """`ignored 4 .jpg files: a.jpg, b.jpg, c.jpg and 1 more`, a line for every kind."""
+    """`ignored 4 .jpg files: a.jpg, b.jpg, c.jpg and 1 more`, one line for each kind."""
     kinds: dict[str, list[str]] = {}
     for path in paths:
         kinds.setdefault(path.suffix.lower(), []).append(path.relative_to(folder).as_posix())
@@ -196,7 +196,7 @@ def _of_list(source: Path, roots: Roots) -> list[Clip]:
 
 
 def _located(folder: Path, listed: Listed, roots: Roots) -> Clip:
-    """The file that an entry means: its path starts at the list's folder, and may have been written on Windows."""
+    """The clip for an entry. Its path is relative to the list's folder, and may use backslashes."""
     names = [listed.video, listed.video.replace("\\", "/")] if os.sep == "/" else [listed.video]
     places = [folder, *(folder / name for name in BESIDE)]
     allowed = [name for name in names if is_within(folder / name, roots)]

@@ -1,4 +1,4 @@
-"""One video file: its frames, the times they are shown at, and the pixels that a player shows."""
+"""Read one video file: its frames, their display times, and the pixels that a player shows."""
 
 import os
 import struct
@@ -15,26 +15,26 @@ from torch import Tensor
 
 from ...errors import DCMError
 
-UNSPECIFIED = 2  # ffmpeg's number of no matrix, and of no primaries
+UNSPECIFIED = 2  # ffmpeg's number for an unspecified matrix or unspecified primaries
 NO_TIMES = "has frames without times, or with times that run backwards. Encode it again, for example as .mp4."
 STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 HDR = {16: "PQ", 18: "HLG"}  # transfer functions by ffmpeg's numbers
-# Containers that hold their pictures themselves, by ffmpeg's names: a playlist under the name of a video would lead to other files.
+# Containers with the pictures inside, by ffmpeg's names. A playlist with a video's name would open other files.
 CONTAINERS = "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,obu,ogg,yuv4mpegpipe"
-# ffmpeg's own decoders of these drop the transparency.
+# ffmpeg's own decoders for these drop the transparency.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 MAX_SLANT = 0.1  # how far from a right angle a display matrix may be
-MAX_PIXELS = 8192 * 4320  # 8K; a damaged file may give any size
-# Linear RGB of wide primaries, by ffmpeg's numbers, -> of BT.709: BT.2020 (as in ITU-R BT.2087) and P3 with D65.
+MAX_PIXELS = 8192 * 4320  # 8K; a damaged file may claim any size
+# Primaries by ffmpeg's numbers -> matrix to linear RGB in BT.709: BT.2020 (as in ITU-R BT.2087) and P3 with D65.
 TO_BT709 = {
     9: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),
     12: ((1.2249, -0.2247, 0.0), (-0.0420, 1.0419, 0.0), (-0.0197, -0.0786, 1.0979)),
 }
-GAMMA = 2.4  # of a display of SDR video (BT.1886)
+GAMMA = 2.4  # gamma of an SDR display (BT.1886)
 
 
 class ClipError(DCMError):
-    """A clip that cannot be trained on: `path` is the file, `reason` what is wrong with it and what helps."""
+    """A clip cannot be trained on. `path` is the file, `reason` says what is wrong and what to do."""
 
     def __init__(self, path: Path, reason: str):
         super().__init__(f"{path}: {reason}")
@@ -42,20 +42,20 @@ class ClipError(DCMError):
 
 
 class Picture(NamedTuple):
-    """A decoded frame of PyAV and its primaries, by ffmpeg's number."""
+    """A frame decoded by PyAV, and its primaries by ffmpeg's number."""
 
     frame: Any
     primaries: int = UNSPECIFIED
 
 
 class Look(NamedTuple):
-    """What a first look at a file shows.
+    """The result of a first look at a file.
 
     Attributes:
-        times: of the frames in seconds, rising.
-        size: width and height as shown, upright and with square pixels.
-        changes: what makes the pictures others than those stored; a turn is none.
-        notes: what is worth knowing of the pictures.
+        times: times of the frames in seconds, rising.
+        size: displayed width and height, upright and with square pixels.
+        changes: conversions that change the pictures from the stored ones. Rotation does not count.
+        notes: what the user should know about the pictures.
     """
 
     times: list[float]
@@ -65,7 +65,7 @@ class Look(NamedTuple):
 
 
 class _Video:
-    """The stream of an open file that a player shows, and its decoder."""
+    """The stream that a player shows of an open file, and its decoder."""
 
     def __init__(self, path: Path, container: Any):
         self.path, self.container = path, container
@@ -73,23 +73,23 @@ class _Video:
         if (own := self.stream.codec_context) is None:
             raise ClipError(path, "is in a format that cannot be decoded here. Encode it again, for example as .mp4.")
         if own.width * own.height > MAX_PIXELS:
-            raise ClipError(path, f"is {own.width}x{own.height}; at most 8K (8192x4320) is read. Encode it smaller.")
+            raise ClipError(path, f"is {own.width}x{own.height}; expected at most 8K (8192x4320). Encode it smaller.")
         if own.color_trc in HDR:
-            # its values would look grey where SDR is expected
+            # read as SDR, its values would look grey
             raise ClipError(
                 path,
                 f"is HDR ({HDR[own.color_trc]}); expected SDR. Convert it with tone mapping, for example in DaVinci Resolve or HandBrake.",
             )
         self.primaries = own.color_primaries
         self.decoder = self._alpha_decoder() or own
-        # a decoder's thread that reports an error waits for Python, which waits for it when the file is closed
+        # a decoder thread that reports an error waits for Python, while Python waits for it to close the file: a deadlock
         self.decoder.thread_count = 1
 
     def _shown_stream(self) -> Any:
-        """No cover picture; rather a stream of many frames, rather the default one."""
+        """The stream to show: not a cover picture, preferably one with many frames, preferably the default one."""
         streams = [stream for stream in self.container.streams.video if not Disposition(stream.disposition) & STILL]
         if not streams:
-            raise ClipError(self.path, "holds no video. Leave it out, or give the file with the pictures.")
+            raise ClipError(self.path, "has no video stream. Leave it out, or use the file with the pictures.")
         return min(
             streams, key=lambda stream: (stream.frames == 1, not Disposition(stream.disposition) & Disposition.default)
         )
@@ -106,21 +106,21 @@ class _Video:
             ) from error
 
     def packets(self) -> Iterator[Any]:
-        """All packets; the last one is empty and brings out what the decoder holds back."""
+        """All packets. The last one is empty and flushes the decoder."""
         return self.container.demux(self.stream)
 
     def decode(self, packet: Any) -> list[Picture]:
-        """The frames that a packet brings out."""
+        """The frames that the decoder returns for a packet."""
         return [Picture(frame, self.primaries) for frame in self.decoder.decode(packet)]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[_Video]:
-    """The file's video; whatever is wrong with the file becomes a ClipError."""
+    """Open a file's video. Every error of the file becomes a ClipError."""
     if not os.path.isfile(path):
         raise ClipError(path, "does not exist. Check the name.")
     try:
-        # a full path, as ffmpeg takes `name:` for a protocol; titles and the like in an old encoding are no reason to refuse a file
+        # a full path, because ffmpeg reads `name:` as a protocol; titles in an old encoding must not make a file unusable
         with av.open(
             os.path.abspath(path), metadata_errors="ignore", container_options={"format_whitelist": CONTAINERS}
         ) as container:
@@ -130,15 +130,15 @@ def _opened(path: Path) -> Iterator[_Video]:
 
 
 def _stamp(timed: Any) -> int | None:
-    """Time of a packet or frame in units of the stream; some formats know only the decoding time."""
+    """Time of a packet or frame in units of the stream. Some formats only have the decoding time."""
     return timed.dts if timed.pts is None else timed.pts
 
 
 def probe(path: Path) -> Look:
-    """Look at a file; only its first frame is decoded.
+    """Inspect a file. Only its first frame is decoded.
 
     Raises:
-        ClipError: a file without a frame that can be decoded, or with pictures that cannot be shown as they are meant.
+        ClipError: no frame can be decoded, or the pictures cannot be shown correctly.
     """
     times, first, size = [], None, (0, 0)
     with _opened(path) as video:
@@ -146,12 +146,12 @@ def probe(path: Path) -> Look:
             if (stamp := _stamp(packet)) is not None and not packet.is_discard:
                 times.append(float(stamp * video.stream.time_base))
             if first is None and (first := next(iter(video.decode(packet)), None)):
-                # a damaged file may give any aspect ratio
+                # a damaged file may claim any aspect ratio
                 size = max(1, round(first.frame.width * (video.stream.sample_aspect_ratio or 1))), first.frame.height
                 size = size[::-1] if _placement(first.frame, path).turned else size
                 changes, notes = _changes(first, path), _notes(first, path)
     if first is None or not times:
-        raise ClipError(path, "holds no frame that can be decoded. Encode or download it again.")
+        raise ClipError(path, "has no frame that can be decoded. Encode or download it again.")
     return Look(sorted(times), size, changes, notes)
 
 
@@ -180,10 +180,10 @@ def shown_frames(path: Path, gap: float) -> Iterator[tuple[Picture, float]]:
         gap: how long the last frame is shown, in seconds.
 
     Yields:
-        Each frame and the time, in seconds from the first one, at which the next takes its place.
+        Each frame, and the time in seconds from the first frame at which the next one replaces it.
 
     Raises:
-        ClipError: a damaged file, or frames whose times say nothing.
+        ClipError: the file is damaged, or its frame times are unusable.
     """
     shown, start, time = None, 0, 0.0
     with _opened(path) as video:
@@ -203,7 +203,7 @@ def shown_frames(path: Path, gap: float) -> Iterator[tuple[Picture, float]]:
 
 
 class _Placement(NamedTuple):
-    """How a stored picture is shown: rows and columns swapped, then mirrored left-right (`across`) and up-down (`down`)."""
+    """How to show a stored picture: swap rows and columns, then mirror left-right (`across`) and up-down (`down`)."""
 
     turned: bool = False
     across: bool = False
@@ -211,15 +211,15 @@ class _Placement(NamedTuple):
 
     @property
     def mirrored(self) -> bool:
-        """Whether no turn alone shows it so."""
+        """Whether it takes more than a rotation."""
         return self.turned ^ self.across ^ self.down
 
 
 def _placement(frame: Any, path: Path) -> _Placement:
-    """The eight ways of the display matrix, which takes a stored point (x, y) to (a x + c y, b x + d y).
+    """One of eight placements from the display matrix, which maps a stored point (x, y) to (a x + c y, b x + d y).
 
     Raises:
-        ClipError: a picture that is shown at another than a right angle.
+        ClipError: the picture is not rotated by a multiple of 90 degrees.
     """
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
@@ -227,24 +227,24 @@ def _placement(frame: Any, path: Path) -> _Placement:
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side)[:36])
     straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
     if min(straight, turned) > MAX_SLANT * max(straight, turned):
-        raise ClipError(path, "is shown turned by another than a right angle. Encode it upright.")
+        raise ClipError(path, "is rotated by an angle that is not a multiple of 90 degrees. Encode it upright.")
     return _Placement(True, c < 0, b < 0) if turned > straight else _Placement(False, a < 0, d < 0)
 
 
 def _colours(frame: Any) -> dict[str, int]:
-    """What a frame says of its colours, as PyAV before 17 has to be told it, with another matrix on the side of RGB, where it
-    has no meaning: it passes over what does not differ.
+    """A frame's colour properties, as arguments for PyAV.
 
-    A frame that says nothing is BT.601, as in ffmpeg and ComfyUI, whose files of RGB frames say nothing and are that.
+    PyAV before 17 ignores them unless source and target differ, so RGB gets another matrix, which has no effect there.
+    A frame without properties is BT.601, as in ffmpeg and in ComfyUI, which writes such files.
     """
     matrix, extent = frame.colorspace, frame.color_range
     if frame.format.is_rgb or (matrix == UNSPECIFIED and not extent):
         return {}
-    told = {
+    colours = {
         "src_colorspace": matrix,
         "dst_colorspace": Colorspace.ITU709 if matrix == Colorspace.ITU601 else Colorspace.ITU601,
     }
-    return told | ({"src_color_range": extent, "dst_color_range": ColorRange.JPEG} if extent else {})
+    return colours | ({"src_color_range": extent, "dst_color_range": ColorRange.JPEG} if extent else {})
 
 
 def _has_alpha(frame: Any) -> bool:
@@ -257,16 +257,17 @@ def _pixels(frame: Any, path: Path) -> Tensor:
         pixels = frame.to_ndarray(format="rgba" if _has_alpha(frame) else "rgb24", **_colours(frame))
     except av.FFmpegError as error:
         raise ClipError(
-            path, f"has colours that cannot become RGB ({error.strerror}). Encode it again, for example as .mp4."
+            path,
+            f"has colours that cannot be converted to RGB ({error.strerror}). Encode it again, for example as .mp4.",
         ) from error
     return torch.from_numpy(pixels)
 
 
 def upright(picture: Picture, path: Path) -> Tensor:
-    """The pixels as a player shows them, transparent areas black, in BT.709: float32 (height, width, 3) from 0 to 1.
+    """The pixels that a player shows, in BT.709 with transparent areas black: float32 (height, width, 3) from 0 to 1.
 
     Raises:
-        ClipError: colours that cannot be converted, or a picture at another than a right angle.
+        ClipError: the colours cannot be converted, or the picture is not rotated by a multiple of 90 degrees.
     """
     pixels, placement = _pixels(picture.frame, path).float() / 255, _placement(picture.frame, path)
     if pixels.shape[-1] == 4:

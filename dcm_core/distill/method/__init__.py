@@ -1,1 +1,1 @@
-"""The method: phases, the consistency step, losses, stages and the discriminator."""
+"""The training method: phases, the consistency step, losses, stages and the discriminator."""

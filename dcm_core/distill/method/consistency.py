@@ -1,4 +1,4 @@
-"""One consistency step: what the student says of a phase's end, and what it should say (paper, section 3.1).
+"""One consistency step: the student's prediction of a phase's end, and its target (paper, section 3.1).
 
 x_k    = sigma_k noise + (1 - sigma_k) x0
 pred   = x_k + (sigma_end - sigma_k) student(x_k)
@@ -20,11 +20,11 @@ Network = Callable[[Tensor, Tensor, Text], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step works on.
+    """The data of one step.
 
     Attributes:
-        x0: clean latents as the transformer sees them, (batch, channels, frames, height, width).
-        text, no_text: the captions, and what classifier-free guidance sets them against.
+        x0: clean latents in the transformer's scaling, (batch, channels, frames, height, width).
+        text, no_text: the captions, and the negative prompt for classifier-free guidance.
         noise: like x0.
         index: solver points (batch,).
         level: solver points of the adversarial noise (batch,), whose `Phases.previous` is used.
@@ -66,13 +66,13 @@ def euler(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Ten
 
 
 def guided(teacher: Network, x: Tensor, sigma: Tensor, batch: Batch, cfg: float) -> Tensor:
-    """v_cond + cfg (v_cond - v_uncond); cfg 0 asks the teacher once."""
+    """v_cond + cfg (v_cond - v_uncond). With cfg 0 the teacher is called once."""
     cond = teacher(x, sigma, batch.text)
     return cond if cfg == 0 else cond + cfg * (cond - teacher(x, sigma, batch.no_text))
 
 
 def predict(networks: Networks, batch: Batch, phases: Phases, cfg: float) -> tuple[Tensor, Tensor]:
-    """(pred, target) at the ends of the batch's phases, both like x0; only pred has a gradient."""
+    """(pred, target) at the ends of the batch's phases, both like x0. Only pred has a gradient."""
     sigma, previous, end = (
         values.to(batch.x0.device)
         for values in (phases.sigmas[batch.index], phases.previous[batch.index], phases.ends(batch.index))

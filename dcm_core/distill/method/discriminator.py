@@ -18,7 +18,7 @@ SLOPE = 0.01
 
 
 class Head(nn.Module):
-    """1x1 convolutions over the (height, width) grid of each latent frame, one score a token; any grid size."""
+    """1x1 convolutions over the (height, width) grid of each latent frame. They give one score per token, for any grid size."""
 
     def __init__(self, width: int, hidden: int = HIDDEN):
         super().__init__()
@@ -34,10 +34,10 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """One head a feature.
+    """One head for each feature.
 
     Args:
-        gradient_checkpointing: keep only the features for the backward pass and compute one head at a time again.
+        gradient_checkpointing: keep only the features for the backward pass, and compute the heads again one at a time.
     """
 
     def __init__(self, features: int, width: int, hidden: int = HIDDEN, gradient_checkpointing: bool = False):
@@ -59,7 +59,7 @@ class Discriminator(nn.Module):
 
 
 def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discriminator:
-    """One for the backbone's features; its first weights follow from the seed."""
+    """A discriminator for the backbone's features. The seed determines its initial weights."""
     width = backbone.module.get_submodule(backbone.family.text_module).out_features
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -69,7 +69,7 @@ def make_discriminator(backbone: Backbone, config: TrainingConfig) -> Discrimina
 
 
 def discriminator_size(backbone: Backbone, config: TrainingConfig) -> int:
-    """Bytes of the run's discriminator, 0 without one."""
+    """Size of the run's discriminator in bytes; 0 without one."""
     if not config.adversarial:
         return 0
     with torch.device("meta"):

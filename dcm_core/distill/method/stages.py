@@ -1,4 +1,4 @@
-"""The two training stages: what each lowers for one batch (paper, sections 3.3 and 3.4)."""
+"""The losses of the two training stages for one batch (paper, sections 3.3 and 3.4)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class SemanticStage:
     temporal_weight: float = 1.0
 
     def losses(self, networks: Networks, batch: Batch) -> tuple[Tensor, Terms]:
-        """The student's loss, and its terms."""
+        """The student's loss and its terms."""
         pred, target = predict(networks, batch, self.phases, self.cfg)
         huber = pseudo_huber(pred, target)
         temporal = temporal_coherence(pred, target)
@@ -36,8 +36,8 @@ class SemanticStage:
 class DetailStage:
     """Consistency, adversarial and feature matching losses at low noise.
 
-    The adversarial and the feature matching loss compare pred and target through the frozen teacher, both noised from the
-    end of their phase to the same random level with the same noise.
+    The adversarial and the feature matching loss compare features of pred and target in the frozen teacher. Both videos are
+    noised from the end of their phase to the same random level with the same noise.
     """
 
     phases: Phases
@@ -53,10 +53,10 @@ class DetailStage:
         features: TeacherFeatures | None = None,
         discriminator: Discriminator | None = None,
     ) -> tuple[Tensor, Terms, Callable[[], Tensor] | None]:
-        """The student's loss, its terms, and a function that gives the discriminator's loss on the same videos.
+        """The student's loss, its terms, and a function that returns the discriminator's loss on the same videos.
 
         Args:
-            features: of the teacher; None trains by consistency alone.
+            features: the teacher's features; None trains with the consistency loss alone.
         """
         pred, target = predict(networks, batch, self.phases, self.cfg)
         huber = pseudo_huber(pred, target)
@@ -67,7 +67,7 @@ class DetailStage:
         fake = features(renoise(pred, batch.level_noise, end, sigma), sigma, batch.text)
         with torch.no_grad():
             real = features(renoise(target, batch.level_noise, end, sigma), sigma, batch.text)
-        # it judges here, and learns in its own loss
+        # no gradient for the discriminator here: it learns from its own loss
         discriminator.requires_grad_(False)
         gan = self.gan_weight * generator_hinge(discriminator(fake.raw, fake.grid))
         discriminator.requires_grad_(True)
@@ -86,6 +86,6 @@ class DetailStage:
 
 
 def renoise(video: Tensor, noise: Tensor, end: Tensor, sigma: Tensor) -> Tensor:
-    """From the phase's end to the noise level `sigma`: ((1 - sigma) video + (sigma - end) noise) / (1 - end)."""
+    """Add noise from the phase's end to the level `sigma`: ((1 - sigma) video + (sigma - end) noise) / (1 - end)."""
     end, sigma = per_video(end, video), per_video(sigma, video)
     return ((1 - sigma) * video + (sigma - end) * noise) / (1 - end)

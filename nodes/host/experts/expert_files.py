@@ -6,8 +6,8 @@ from typing import Any
 
 from ....dcm_core.errors import DCMError, ExpertError
 from ....dcm_core.experts.expert import Expert
-from ....dcm_core.experts.reader import WrongSideError, check_facts, check_sizes, read_expert
-from ....dcm_core.files.metadata import Facts, settings_beside
+from ....dcm_core.experts.reader import WrongSideError, check_metadata, check_sizes, read_expert
+from ....dcm_core.files.metadata import ExpertMetadata, settings_beside
 from ....dcm_core.files.storage import TensorFile
 from ....dcm_core.routing import Side
 from ....dcm_core.text import LOGGER
@@ -71,7 +71,7 @@ def trained_expert(expert: Expert | None, role: Side, model: Any) -> Expert | No
     """
     if expert is not None:
         try:
-            check_facts(Facts(family=expert.family, side=expert.role), role, require_family(model))
+            check_metadata(ExpertMetadata(family=expert.family, side=expert.role), role, require_family(model))
             check_sizes(expert, module_shapes(model))
         except WrongSideError as error:
             raise ExpertError(f"{role}_expert is a {error.side} expert. Connect a {role} expert there.") from error

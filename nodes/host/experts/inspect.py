@@ -66,7 +66,7 @@ def inspect(choice: str, model: Any, node_id: str | None = None) -> tuple[str, T
         found.append(_look_at_file(path_of_choice(choice), model, node_id))
     if model is not None:
         found.append(_look_at_model(model, node_id))
-    texts = [in_lines(profile.facts()) if profile is not None else "" for _, _, profile in found]
+    texts = [in_lines(profile.summary()) if profile is not None else "" for _, _, profile in found]
     text = "\n\n".join("\n".join(filter(None, (said, more))) for (_, said, _), more in zip(found, texts, strict=True))
     drawn = [(title, profile) for title, _, profile in found if profile is not None] or [(found[0][0], None)]
     return text, torch.cat([as_image(plot_profile(profile, title)) for title, profile in drawn])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ....dcm_core.errors import ScheduleError, check_choice
 from ....dcm_core.families import FAMILIES
-from ....dcm_core.files.checkpoint import Layout, recognise, release_facts, without_prefix
-from ....dcm_core.files.metadata import read_facts
+from ....dcm_core.files.checkpoint import Layout, recognise, release_metadata, without_prefix
+from ....dcm_core.files.metadata import read_metadata
 from ....dcm_core.files.storage import TensorFile
 from ....dcm_core.routing import Plan, Setup, own_boundary, own_timesteps
 from ..folders import LORAS, MODELS, SUFFIX, path_of
@@ -103,7 +103,7 @@ def _header(path: Path, changed: int) -> Mapping[str, Any]:
     file = TensorFile(path)
     contents = recognise(file)
     released = contents.layout is Layout.RELEASE
-    facts = release_facts(file, contents.family) if released else read_facts(file.metadata)
+    facts = release_metadata(file, contents.family) if released else read_metadata(file.metadata)
     shapes = (
         contents.native_shapes(file)
         if contents.matched

@@ -186,7 +186,9 @@ def test_a_state_of_a_newer_version_is_told_from_a_damaged_one(tmp_path, metadat
     config = json.dumps({**json.loads(CONFIG.to_json()), "new_setting": 1})
     path = tmp_path / "step_00000002.safetensors"
     write_tensors(path, tensors_of(CONFIG), metadata | {"config": config, "history": "[]"})
-    with pytest.raises(CheckpointError, match=r"is of a newer version: new_setting is no setting here"):
+    with pytest.raises(
+        CheckpointError, match=r"was written by a newer version\. This version does not know new_setting\."
+    ):
         read_checkpoint(path)
 
 
@@ -252,7 +254,7 @@ def test_a_state_whose_numbers_have_changed_is_passed_over(tmp_path, caplog):
     content[TensorFile(path).offsets["expert_optimizer.x.exp_avg"] + 5] ^= 1
     path.write_bytes(content)
     assert newest_checkpoint(tmp_path)[1].steps == 1
-    assert "does not match the checksum" in caplog.text
+    assert "does not match its checksum" in caplog.text
 
 
 def test_without_room_for_another_reason_no_state_is_removed(tmp_path, monkeypatch):

@@ -61,9 +61,7 @@ def test_settings_by_the_names_of_earlier_versions():
     assert TrainingConfig.from_dict(former) == TrainingConfig.from_dict(today) == TrainingConfig(**today)
     assert dict(zip(former, today, strict=True)) == FORMER
     for old, name in zip(former, today, strict=True):
-        with pytest.raises(
-            TrainingError, match=f"{old} is the former name of {name}, and both are there. Remove {old}"
-        ):
+        with pytest.raises(TrainingError, match=f"{old} is the old name of {name}, and both are set. Remove {old}"):
             TrainingConfig.from_dict({**today, old: former[old]})
     with pytest.raises(TrainingError, match="gradient_accumulation_steps is 'a'; expected a whole number"):
         TrainingConfig.from_dict({"side": "semantic", "accumulate": "a"})

@@ -93,7 +93,7 @@ def test_advice_names_what_would_help():
         "use fewer frames": {},
     }
     for advice, settings in cases.items():
-        needed = r"needs about 2\.00 GiB beside the base model, but only 1\.50 GiB are available\."
+        needed = r"needs about 2\.00 GiB besides the base model, but only 1\.50 GiB are available\."
         with pytest.raises(TrainingError, match=f"{needed} To need less: .*{advice}"):
             memory.check(3 * 2**29, TrainingConfig("semantic", **settings))
 

@@ -267,7 +267,7 @@ def test_experts_that_cannot_be_trained_on_are_refused():
     mixed = Expert("wan", "semantic", {"blocks.0.self_attn.q": (pair,), "blocks.0.self_attn.o": (other,)})
     with pytest.raises(ExpertError, match=r"alpha / rank differs between layers"):
         Student(mixed, WAN_MODULES, device)
-    with pytest.raises(ExpertError, match="are differences to the base"):
+    with pytest.raises(ExpertError, match="adds full differences"):
         Student(Expert("wan", "semantic", diff={"head.head.weight": torch.zeros(8, 8)}), WAN_MODULES, device)
     with pytest.raises(ExpertError, match=r"The model has no blocks\.9\.q"):
         Student(Expert("wan", "semantic", {"blocks.9.q": (pair,)}), WAN_MODULES, device)

@@ -260,12 +260,12 @@ def test_detail_copies_of_the_release_are_replacements():
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
-        ({}, {}, "holds no tensor"),
-        (wan_pair() | {"diffusion_model.blocks.9.x.lora_up.weight": torch.ones(1)}, {}, "1 of 3 tensors fit nothing"),
+        ({}, {}, "has no tensors"),
+        (wan_pair() | {"diffusion_model.blocks.9.x.lora_up.weight": torch.ones(1)}, {}, "1 of 3 tensors do not fit"),
         (
             {f"blocks.0.lora_{part}.weight": torch.ones(4, 4) for part in "AB"},
             {},
-            r"2 of 2 .* nothing .*: blocks\.0\.lora_A",
+            r"2 of 2 tensors do not fit .*: blocks\.0\.lora_A",
         ),
         (wan_pair(rank=2) | {"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 4)}, {}, "are for the same tensor"),
         ({k: v for k, v in wan_pair().items() if "down" in k}, {}, "is half of a LoRA layer"),
@@ -278,10 +278,10 @@ def test_detail_copies_of_the_release_are_replacements():
             {},
             r"has shape \(2, 2\); the model's head.head.weight is \(8, 4\)",
         ),
-        (wan_pair(), {"dcm.family": "hunyuan_video"}, "is for HunyuanVideo, the model is Wan 2.1"),
+        (wan_pair(), {"dcm.family": "hunyuan_video"}, "is for HunyuanVideo, but the model is Wan 2.1"),
         (wan_pair(), {"dcm.expert": "detail"}, "This is a detail expert, not a semantic expert"),
-        (wan_pair(), {"dcm.format": "9"}, "has format '9'; this version reads 1"),
-        (wan_pair(), {"dcm.format": "1", "dcm.tensors": "5"}, "holds 2 tensors but says it was written with 5"),
+        (wan_pair(), {"dcm.format": "9"}, "has format '9'; this version reads format 1"),
+        (wan_pair(), {"dcm.format": "1", "dcm.tensors": "5"}, "has 2 tensors, but its metadata says 5"),
         (wan_pair(), {"dcm.boundary": "1.5"}, r"dcm\.boundary = '1\.5'; expected a number between 0 and 1"),
         (wan_pair(), {"lora_adapter_metadata": "{"}, "lora_adapter_metadata is not valid JSON"),
     ],
@@ -300,7 +300,7 @@ def test_an_expert_that_is_no_file_is_checked_for_its_sizes(family):
     short = replace(pair, up=pair.up[1:])
     for wrong in (narrow, short):
         with pytest.raises(
-            ExpertError, match=rf"{module}'s pair has shapes .*; the model's {module} is \(.* of this size"
+            ExpertError, match=rf"The LoRA of {module} has shapes .*; the model's {module} is \(.* of this size"
         ):
             check_sizes(replace(expert, low_rank={module: (wrong,)}), shapes)
     with pytest.raises(ExpertError, match=rf"{name} has shape \(1,\); the model's {name} is \("):

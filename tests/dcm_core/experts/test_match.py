@@ -78,7 +78,7 @@ def test_families_are_told_apart_without_metadata(family, expert, save, release)
         ({"diffusion_model.head.modulation.diff_b": (8,)}, "no such layer", 1),
         ({"diffusion_model.head.modulation.diff": (1, 3, 8)}, "another size", 1),
         ({f"{Q}.set_weight": ()}, "another size", 1),
-        ({"transformer.blocks.0.attn1.to_q.alpha": ()}, "given twice", 1),
+        ({"transformer.blocks.0.attn1.to_q.alpha": ()}, "duplicate", 1),
         ({"stranger": (1,)}, "no such layer", 1),
     ],
 )
@@ -120,7 +120,7 @@ def test_a_model_it_is_not_for(family, expert):
     file, shapes = expert
     other = next(f for f in FAMILIES.values() if f is not family)
     said = Target("Model", other, {name: (1,) for name in shapes}).say(file.shapes, family)
-    assert said == f"none: the expert is for {family.title}, the model is {other.title}"
+    assert said == f"none: the expert is for {family.title}, but the model is {other.title}"
     said = Target("SDXL", None, {}).say(file.shapes, family)
     assert "the model is SDXL" in said and WAN.title in said
     assert not Target("SDXL", None, {}).takes(file.shapes, family)

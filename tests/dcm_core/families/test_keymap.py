@@ -151,7 +151,7 @@ def test_a_tensor_of_no_table_has_no_sources(family):
 
 
 def test_fuse_needs_every_part():
-    with pytest.raises(CheckpointError, match="qkv needs all its parts; found only k"):
+    with pytest.raises(CheckpointError, match="qkv needs all its parts, but the file only has k"):
         fuse([Piece("k", "qkv", 1)], {"k": torch.ones(2, 2)})
     with pytest.raises(CheckpointError, match="equal widths"):
         fuse([Piece("q", "qkv", 0), Piece("k", "qkv", 1)], {"q": torch.ones(2, 3), "k": torch.ones(2, 2)})

@@ -153,7 +153,7 @@ def test_inspect_alone_verifies_a_base(tmp_path, save):
     content[-100] ^= 4
     base.write_bytes(content)
     damaged = inspect_file(base)
-    assert damaged.checksum is None and "does not match the checksum" in damaged.problem
+    assert damaged.checksum is None and "does not match its checksum" in damaged.problem
     assert damaged.layout == sound.layout
 
     def stop(*_):

@@ -103,7 +103,9 @@ class ControlNet:
     ],
 )
 def test_more_than_data_is_refused(tmp_path, name, value, kind):
-    with pytest.raises(DCMError, match=f"holds `{name}`, a {kind}.*Save the conditioning right after the text encoder"):
+    with pytest.raises(
+        DCMError, match=f"contains `{name}`, a {kind}.*Save the conditioning right after the text encoder"
+    ):
         save_conditioning(tmp_path / "x.safetensors", prompt(**{name: value}))
     assert not list(tmp_path.iterdir())
 
@@ -116,7 +118,7 @@ def test_an_empty_one_is_refused(tmp_path):
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"0.cond": torch.ones(1)}, {})
-    with pytest.raises(DCMError, match="holds no saved conditioning"):
+    with pytest.raises(DCMError, match="is not a saved conditioning"):
         load_conditioning(path)
     path.write_bytes(b"PK\x03\x04 a pickle")
     with pytest.raises(DCMError, match="pickle"):
@@ -195,7 +197,7 @@ def test_what_no_sampler_could_use_is_refused(tmp_path, case):
         }
     write_tensors(tmp_path / "x.safetensors", tensors, {"format": "dcm-conditioning", "values": json.dumps(values)})
     # numbers that are none are not even JSON
-    said = "Its values is not valid JSON .NaN is not a number" if case == "number" else message
+    said = "Its metadata entry 'values' is not valid JSON .NaN is not a number" if case == "number" else message
     with pytest.raises(DCMError, match=f"damaged conditioning file.*{said}"):
         load_conditioning(tmp_path / "x.safetensors")
 

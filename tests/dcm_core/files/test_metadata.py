@@ -14,11 +14,11 @@ from torch import nn
 from dcm_core.errors import DCMError, ExpertError
 from dcm_core.files.metadata import (
     LONGEST_TEXT,
-    Facts,
+    ExpertMetadata,
     LoraSettings,
     lora_settings,
     parse_json,
-    read_facts,
+    read_metadata,
     settings_beside,
 )
 
@@ -39,7 +39,7 @@ def test_our_facts_are_read_in_one_place():
 
 
 def test_facts_are_typed():
-    facts = read_facts(
+    found = read_metadata(
         {
             "dcm.family": "wan",
             "dcm.expert": "detail",
@@ -52,8 +52,8 @@ def test_facts_are_typed():
             "other": "x",
         }
     )
-    assert facts == Facts("wan", "detail", "1", 12, 8, 16.0, 0.979, (1000.0, 912.4))
-    assert read_facts({}) == Facts()
+    assert found == ExpertMetadata("wan", "detail", "1", 12, 8, 16.0, 0.979, (1000.0, 912.4))
+    assert read_metadata({}) == ExpertMetadata()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_facts_are_typed():
 )
 def test_a_fact_that_is_none_is_named_with_what_was_expected(key, value, expected):
     with pytest.raises(ExpertError, match=rf"metadata says dcm\.{key} = '.*'; expected {expected}") as caught:
-        read_facts({f"dcm.{key}": value})
+        read_metadata({f"dcm.{key}": value})
     assert len(str(caught.value)) < 400, "cut"
 
 
@@ -247,13 +247,13 @@ def test_metadata_of_diffusers_are_read_in_the_same_way():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, "says that the file is DoRA, which cannot be switched during sampling"),
+        ({"use_dora": True}, "says that the LoRA is DoRA, which cannot be switched during sampling"),
         ({"layer_replication": [[0, 2]]}, "is made for replicated layers, which cannot"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4': .*a base that was changed"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4': .*the base that was changed"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
-        ({"peft_type": "LOKR"}, "is for the method 'LOKR'. Experts are made of plain LoRA"),
-        ({"task_type": "PAINTING"}, "adapter_config.json is no LoRA configuration of PEFT .*PAINTING"),
-        ({"target_modules": [[]]}, "is no LoRA configuration of PEFT"),
+        ({"peft_type": "LOKR"}, "is for the method 'LOKR'. Experts use plain LoRA"),
+        ({"task_type": "PAINTING"}, "adapter_config.json is not a LoRA configuration of PEFT .*PAINTING"),
+        ({"target_modules": [[]]}, "is not a LoRA configuration of PEFT"),
         ({"r": "4"}, "r is '4'; expected a number"),
         ({"rank_pattern": [4]}, "rank_pattern is .*expected at most"),
         ({"alpha_pattern": {"(a+)+b": 1}}, "a regular expression"),
@@ -343,7 +343,7 @@ def test_mangled_metadata_is_read_or_refused(tmp_path, facts, inner, beside):
     (tmp_path / "adapter_config.json").write_text(beside, encoding="utf-8", errors="replace")
     with limits():
         for read in (
-            lambda: read_facts(facts),
+            lambda: read_metadata(facts),
             lambda: lora_settings({"lora_adapter_metadata": inner}),
             lambda: (found := lora_settings({}, tmp_path / "x.safetensors")) and found.scale("blocks.0.self_attn.q", 4),
         ):

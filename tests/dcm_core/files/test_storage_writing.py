@@ -21,10 +21,10 @@ def test_wrong_announcements_leave_nothing(tmp_path):
     path = tmp_path / "x.safetensors"
     one, two = torch.ones(2), torch.ones(3)
     for entries, tensors, message in (
-        ({"a": one, "b": two}, [("a", one)], "b was announced"),
-        ({"a": one}, [("a", two)], r"\(3,\); a torch.float32 \(2,\) was announced"),
-        ({"a": one}, [("b", one)], "was announced"),
-        ({"a": one}, [("a", one.half())], "was announced"),
+        ({"a": one, "b": two}, [("a", one)], "b is missing from the tensors written to"),
+        ({"a": one}, [("a", two)], r"\(3,\); expected a torch.float32 \(2,\)"),
+        ({"a": one}, [("b", one)], "expected a torch.float32"),
+        ({"a": one}, [("a", one.half())], "expected a torch.float32"),
         ({"a": one}, [("a", one), ("b", two)], "b"),
     ):
         with pytest.raises(CheckpointError, match=message):

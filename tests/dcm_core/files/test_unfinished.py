@@ -86,7 +86,7 @@ def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path, writer, c
     assert left in left_in(tmp_path), "another file's"
     write_bytes(tmp_path / name, b"new")
     assert left_in(tmp_path) == sorted(["another.safetensors", name])
-    assert f"Removed {tmp_path / left} (3.0 MB)" in caplog.text
+    assert f"Removed the unfinished file {tmp_path / left} (3.0 MB)" in caplog.text
 
 
 @POSIX

@@ -47,7 +47,7 @@ def test_a_damaged_file_of_ours_is_described(converted, tmp_path):
     content[-1] ^= 1
     (path := tmp_path / "damaged.safetensors").write_bytes(content)
     found = inspect_file(path)
-    assert "is damaged: its content does not match the checksum" in found.problem and found.checksum is None
+    assert "is damaged: its content does not match its checksum" in found.problem and found.checksum is None
     assert "matches" in inspect_file(converted[1]).checksum
 
 

@@ -127,11 +127,11 @@ def test_a_block_is_the_root_of_its_squares_and_shares_need_every_base():
     profile = make_profile({"detail": changes}, WAN, ["blocks.2.a"])
     assert profile.relative and profile.experts == {"detail": {("blocks", 1): 0.5, ("out", 0): 0.25}}
     assert profile.groups == {"in": 1, "blocks": 3, "out": 1}
-    assert profile.facts()["change"] == "detail 37.5% on average, most in block 1 (50%)"
+    assert profile.summary()["change"] == "detail 37.5% on average, most in block 1 (50%)"
     absolute = make_profile({"detail": changes, "semantic": [Change("blocks.0.a", 2.0, None)]}, WAN)
     assert not absolute.relative
     assert absolute.experts == {"detail": {("blocks", 1): 5.0, ("out", 0): 1.0}, "semantic": {("blocks", 0): 2.0}}
-    assert "semantic norm 2 on average" in absolute.facts()["change"]
+    assert "semantic norm 2 on average" in absolute.summary()["change"]
     assert not make_profile({"detail": [*changes, Change("blocks.0.a", 1.0, 0.0)]}, WAN).relative, (
         "nothing is a share of zeros"
     )
@@ -142,7 +142,7 @@ def test_what_cannot_be_measured_is_named():
     profile = make_profile({"detail": changes}, WAN)
     assert profile.unmeasured == {"head.x": ("out", 0)}
     assert profile.experts == {"detail": {("blocks", 0): 2.0}}
-    assert "head.x" in profile.facts()["not shown"] and "blocks.0.a" in profile.facts()["broken"]
+    assert "head.x" in profile.summary()["not shown"] and "blocks.0.a" in profile.summary()["broken"]
 
 
 def column_of_key(family, key):

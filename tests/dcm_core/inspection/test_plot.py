@@ -142,7 +142,7 @@ def test_only_what_runs_is_drawn(boundary, owners, seen):
 
 
 def test_refuses_what_has_no_plan():
-    with pytest.raises(ScheduleError, match="have to fall"):
+    with pytest.raises(ScheduleError, match="expected values that fall"):
         plot_schedule(torch.tensor([0.1, 0.5]), 0.979)
     with pytest.raises(ScheduleError, match="boundary"):
         plot_schedule(WAN.preset.sigmas, 1.0)

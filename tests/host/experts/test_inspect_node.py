@@ -94,7 +94,7 @@ def test_an_expert_file_alone_and_beside_its_base(node, look, releases, converte
     expert = f"loras/{name}_expert.safetensors"
     alone, _ = look(expert)
     assert (alone["experts"], alone["rank"], "fit model" in alone) == ("detail", "8", False)
-    assert "detail norm" in alone["change"] and "no plain base" in alone["not shown"]
+    assert "detail norm" in alone["change"] and "without a plain base" in alone["not shown"]
     (file, model), pictures = look(expert, load(node, f"{name}_base.safetensors"))
     assert file["fit model"] == file["known keys"] == f"{alone['tensors'].split()[0]} of {alone['tensors'].split()[0]}"
     assert "not shown" not in file
@@ -221,7 +221,7 @@ def test_quantised_bases_give_norms(node, look, releases, module):
     fp8 = load(node, releases["wan_tiny"], "fp8_e4m3fn")
     facts, _ = look(model=fp8)
     assert "float8_e4m3fn" in facts["dtypes"]
-    assert "detail norm" in facts["change"] and "no plain base" in facts["not shown"]
+    assert "detail norm" in facts["change"] and "without a plain base" in facts["not shown"]
 
     class Packed(torch.Tensor):
         """A weight that is no plain tensor, as GGUF's."""
@@ -236,7 +236,7 @@ def test_quantised_bases_give_norms(node, look, releases, module):
 def test_an_expert_of_another_family_beside_a_model(node, look, releases, converted):
     converted("hy_tiny")
     (file, model), _ = look("loras/hy_tiny_expert.safetensors", load(node, releases["wan_tiny"]))
-    assert file["fit model"] == "none: the expert is for HunyuanVideo, the model is Wan 2.1"
+    assert file["fit model"] == "none: the expert is for HunyuanVideo, but the model is Wan 2.1"
     assert file["family"] == "HunyuanVideo" and model["family"] == "Wan 2.1"
     assert "detail norm" in file["change"], "measured by itself"
 

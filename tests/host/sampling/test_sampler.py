@@ -393,20 +393,20 @@ def test_a_clone_with_a_copy_of_the_weights_is_the_same_model(module, base, wan)
         ),
         ({"latent_image": {"samples": torch.ones(1, 4, 2, 4, 6)}}, "the model takes 5 dimensions with 16 channels"),
         ({"latent_image": {"samples": torch.ones(1, 16, 8)}}, "the model takes 5 dimensions"),
-        ({"sigmas": torch.tensor([0.5, 0.9, 0.0])}, "have to fall from step to step"),
-        ({"sigmas": torch.tensor([])}, "hold 0 steps"),
-        ({"sigmas": torch.tensor([14.6, 3.0, 0.0])}, "noise levels lie between 1 and 0"),
-        ({"sigmas": torch.tensor([1.0, float("nan"), 0.0])}, "noise levels lie between 1 and 0"),
+        ({"sigmas": torch.tensor([0.5, 0.9, 0.0])}, "expected values that fall from step to step"),
+        ({"sigmas": torch.tensor([])}, "have 0 steps"),
+        ({"sigmas": torch.tensor([14.6, 3.0, 0.0])}, "expected a flow model's noise levels, between 1 and 0"),
+        ({"sigmas": torch.tensor([1.0, float("nan"), 0.0])}, "expected a flow model's noise levels, between 1 and 0"),
         ({"denoise": 0.0}, "denoise is 0.0"),
         ({"schedule": "fast"}, r"schedule is 'fast'; choose one of auto, Wan 2\.1 6 steps"),
         ({"schedule": ["auto"]}, r"schedule is \['auto'\]; choose one of"),
         ({"sampler_name": "eular"}, "sampler_name is 'eular'; choose one of euler, "),
         ({"sampler_name": None}, "sampler_name is None; choose one of"),
-        ({"schedule": "even", "steps": 0}, "steps is 0; it has to lie in 1 .. 1000"),
+        ({"schedule": "even", "steps": 0}, "steps is 0; expected 1 to 1000"),
         ({"schedule": "even", "shift": 0.0}, "shift is 0.0"),
         ({"schedule": "simple", "shift": math.nan}, "shift is nan"),
         ({"schedule": "simple", "denoise": 0.0}, "denoise is 0.0"),
-        ({"schedule": "simple", "denoise": 1e-9}, "denoise is 1e-09, too small for 6 steps"),
+        ({"schedule": "simple", "denoise": 1e-9}, "denoise is 1e-09, which is too small for 6 steps"),
         ({"boundary": 1.0}, "boundary is 1.0"),
         ({"schedule": "generic", "steps": 0}, "steps is 0"),
     ],
@@ -429,7 +429,7 @@ def test_scheduler_without_a_model(node):
 
 def test_split_refuses_an_empty_side(node):
     for sigmas, side in (([0.9, 0.5, 0.0], "semantic"), ([1.0, 0.99], "detail")):
-        with pytest.raises(ValueError, match=f"The {side} .* side is empty"):
+        with pytest.raises(ValueError, match=f"The {side} .* side has no steps"):
             node("DCMSplitSigmas", sigmas=torch.tensor(sigmas), boundary=0.979)
 
 

@@ -215,9 +215,9 @@ def test_a_schedule_routes_the_same_in_the_host_s_own_sampler(node, base, routed
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "DCM grid", "steps": 51}, "takes 1 .. 50 steps"),
+        ({"preset": "DCM grid", "steps": 51}, "takes 1 to 50 steps"),
         ({"preset": "generic", "shift": 0.0}, "shift is 0"),
-        ({"preset": "even", "steps": 1001}, "steps is 1001; it has to lie in 1 .. 1000"),
+        ({"preset": "even", "steps": 1001}, "steps is 1001; expected 1 to 1000"),
         ({"denoise": 0.0}, "denoise is 0"),
         ({"preset": "even", "denoise": 0.0}, "denoise is 0"),
         ({"preset": "Karras"}, "preset is 'Karras'; choose one of auto, "),

@@ -372,7 +372,7 @@ def base_file(wan, tmp_path_factory):
         ({"training": None}, "`training` is None; expected a table of settings"),
         ({"checkpoints": 5}, "`checkpoints` is 5; expected a path"),
         ({"states": 5}, "`checkpoints` is 5; expected a path"),
-        ({"states": "a", "checkpoints": "b"}, "states is the former name of checkpoints, and both are there"),
+        ({"states": "a", "checkpoints": "b"}, "states is the old name of checkpoints, and both are set"),
         ({"output": "."}, "`output` is .*, which is a folder; expected the name of the file to write"),
         ({"weight_dtype": ["default"]}, r"weight_dtype is \['default'\]; choose one of default"),
         ({"semantic": "expert.safetensors"}, "semantic is expert.safetensors, the file that this run writes"),

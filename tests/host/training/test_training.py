@@ -274,7 +274,7 @@ def test_too_little_memory_is_refused_with_advice(train, module, model, data, co
 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", little)
     with pytest.raises(
-        module("dcm_core.errors").DCMError, match=r"needs about .* GiB beside the base model.*lower batch_size from 2"
+        module("dcm_core.errors").DCMError, match=r"needs about .* GiB besides the base model.*lower batch_size from 2"
     ):
         train(model, data, config("detail"), tmp_path)
 

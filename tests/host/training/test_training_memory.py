@@ -178,7 +178,7 @@ def test_tensors_that_cannot_fit_are_refused_before_they_are_made(
     monkeypatch.setattr(module("nodes.host.training.run"), first, never)
     card = small_card(wan(layers=2), 8 * 2**20, ())
     with pytest.raises(
-        module("dcm_core.errors").DCMError, match=rf"Training needs about .* GiB beside the base model.*{advice}"
+        module("dcm_core.errors").DCMError, match=rf"Training needs about .* GiB besides the base model.*{advice}"
     ):
         train(card, data, config("semantic", **settings), tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -78,7 +78,7 @@ def test_captions_that_can_be_seen_are_fine(caption):
         )),
         ("a\0 cat", "control characters"), ("a \x1b[31mcat", "control characters"), ("\x7f", "control characters"), ("a\x9bcat", "control"),
         ("a \ufffd cat", "not UTF-8"), ("a \ud83d cat", "not UTF-8"),
-        ("x" * (MAX_CAPTION + 1), "has a caption of 100,001 characters; at most 100,000 are read"),
+        ("x" * (MAX_CAPTION + 1), "has a caption of 100,001 characters; expected at most 100,000"),
     ],
 )  # fmt: skip
 def test_captions_that_cannot_be_trained_on_have_a_fault(caption, fault):

@@ -62,7 +62,7 @@ def test_clips_that_cannot_be_used_are_refused_with_the_reason(clip, video, tmp_
         "empty.mp4": "cannot be read",
         "gone.mp4": "does not exist",
         "tiny.mkv": "is 40x30, too small for 64x48",
-        "short.mkv": r"lasts 0\.501 s, 8 frames at 16 per second; expected 9",
+        "short.mkv": r"lasts 0\.501 s, which is 8 frames at 16 fps; expected 9",
     }
     for name, reason in reasons.items():
         with pytest.raises(ClipError, match=reason):
@@ -81,7 +81,7 @@ def test_a_file_of_sound_only_is_refused(tmp_path):
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(ClipError, match="holds no video"):
+    with pytest.raises(ClipError, match="has no video stream"):
         inspect_clip(Clip(tmp_path / "a.mkv", "x"), SMALL)
 
 
@@ -141,7 +141,7 @@ def test_what_is_unusual_is_noted(video, tmp_path):
 
     assert notes("plain.mkv", frames=30, fps=30) == ()
     assert notes("variable.mkv", times=[0, 40, 100, 140, 300, 500, 540, 600]) == (
-        "variable frame rate, frames taken by their time",
+        "variable frame rate, frames picked by their time",
     )
     assert notes("slow.mkv", fps=8) == ("8 fps, so frames repeat at 16 fps",)
     assert notes("little.mkv", size=(60, 45)) == ("60x45 enlarged to 64x48",)
@@ -293,7 +293,7 @@ def test_colours_are_what_the_file_says_they_are(tmp_path, matrix, extent):
 def test_colours_that_cannot_be_converted(tmp_path):
     frame = av.VideoFrame(8, 8, "yuv420p")
     frame.colorspace = 3  # reserved
-    with pytest.raises(ClipError, match=r"clip.mp4: has colours that cannot become RGB"):
+    with pytest.raises(ClipError, match=r"clip.mp4: has colours that cannot be converted to RGB"):
         upright(Picture(frame), tmp_path / "clip.mp4")
 
 

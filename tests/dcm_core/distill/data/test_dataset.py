@@ -330,7 +330,7 @@ def test_the_vae_of_another_kind_of_model_is_refused(three, run):
 
 
 def test_a_text_without_finite_values_is_named_and_not_kept(three, run):
-    with pytest.raises(DCMError, match=r"NaN or infinite values of 'a [a-z]+'\. Run it in bfloat16"):
+    with pytest.raises(DCMError, match=r"NaN or infinite values for 'a [a-z]+'\. Run it in bfloat16"):
         run(encode_text=lambda text: [[torch.full((1, 3, 4), torch.nan), {}]])
     _, (videos, texts, _) = run()
     assert videos == 0 and len(texts) == 3

@@ -77,10 +77,10 @@ def test_equal_texts_are_written_once(data, tmp_path):
 
 def test_other_and_damaged_files_are_refused(data, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(DCMError, match=r"holds no training data\. Choose a file that DCM Save Dataset wrote"):
+    with pytest.raises(DCMError, match=r"is not a dataset file\. Choose a file that DCM Save Dataset wrote"):
         read_dataset(tmp_path / "other.safetensors")
     save_file({"latent.0": torch.zeros(1)}, tmp_path / "damaged.safetensors", {"format": "dcm-dataset", "facts": "{}"})
-    with pytest.raises(DCMError, match="damaged data file"):
+    with pytest.raises(DCMError, match="damaged dataset file"):
         read_dataset(tmp_path / "damaged.safetensors")
 
 
@@ -135,14 +135,18 @@ WRONG = {
     "pooled": ({"text.0.pooled_output": torch.ones(2, 4)}, {}, r"pooled_output of entry 0 has shape \(2, 4\)"),
     "missing": ({"latent.1": None}, {}, r"latent\.1"),
     "no context": ({"text.1.context": None}, {}, "context"),
-    "stray": ({"latent.7": torch.ones(2, 1, 2, 2)}, {}, r"latent\.7 belongs to no text"),
-    "stray text": ({"text.2.context": torch.ones(1, 3, 8)}, {}, r"text\.2\.context belongs to no text"),
-    "index": ({}, {"which": [0, 1, 2]}, "`which` names text 2"),
-    "negative": ({}, {"which": [0, -1, 1]}, "-1 is not the number of a text"),
-    "fraction": ({}, {"which": [0, 0.5, 1]}, r"0\.5 is not the number of a text"),
-    "flag": ({}, {"unconditional": True}, "True is not the number of a text"),
-    "no clips": ({}, {"which": []}, "no clips"),
-    "number": ({}, {"texts": [{"guidance": NAN}, {}]}, "Its facts is not valid JSON .NaN is not a number"),
+    "stray": ({"latent.7": torch.ones(2, 1, 2, 2)}, {}, r"latent\.7 does not belong to any text"),
+    "stray text": ({"text.2.context": torch.ones(1, 3, 8)}, {}, r"text\.2\.context does not belong to any text"),
+    "index": ({}, {"which": [0, 1, 2]}, "`which` has indices from 0 to 2; expected 0 to 1"),
+    "negative": ({}, {"which": [0, -1, 1]}, "-1 is not the index of a text"),
+    "fraction": ({}, {"which": [0, 0.5, 1]}, r"0\.5 is not the index of a text"),
+    "flag": ({}, {"unconditional": True}, "True is not the index of a text"),
+    "no clips": ({}, {"which": []}, "it has no clips"),
+    "number": (
+        {},
+        {"texts": [{"guidance": NAN}, {}]},
+        "Its metadata entry 'facts' is not valid JSON .NaN is not a number",
+    ),
     "text": ({}, {"texts": ["a", "b"]}, "its texts are not a list of entries"),
     "texts": ({}, {"texts": 5}, "its texts are not a list of entries"),
 }
@@ -153,7 +157,7 @@ def test_what_no_training_could_use_is_refused(tmp_path, case):
     tensors, facts, message = WRONG[case]
     path = tmp_path / "data.safetensors"
     write_tensors(path, content(**tensors), {"format": "dcm-dataset", "facts": json.dumps(FACTS | facts)})
-    with pytest.raises(DCMError, match=f"data.safetensors is a damaged data file.*{message}"):
+    with pytest.raises(DCMError, match=f"data.safetensors is a damaged dataset file.*{message}"):
         read_dataset(path)
 
 

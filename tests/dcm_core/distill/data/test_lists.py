@@ -70,12 +70,12 @@ def test_two_files_of_lines(tmp_path, name):
 
 def test_two_files_that_do_not_fit(tmp_path):
     with pytest.raises(
-        DCMError, match=r"videos\.txt names videos, but the captions are missing\. Write them to captions\.txt"
+        DCMError, match=r"videos\.txt lists videos, but the captions are missing\. Write them to captions\.txt"
     ):
         read_list(written(tmp_path, "videos.txt", "a.mp4\nb.mp4"))
     written(tmp_path, "prompts.txt", "a cat")
     with pytest.raises(
-        DCMError, match=r"videos\.txt has 2 lines, prompts\.txt 1; expected one caption for every video"
+        DCMError, match=r"videos\.txt has 2 lines, but prompts\.txt has 1; expected one caption for each video"
     ):
         read_list(tmp_path / "videos.txt")
 
@@ -142,16 +142,16 @@ def test_an_entry_that_cannot_be_used_says_why(tmp_path, row, fault):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"video": ', r"a\.jsonl, line 2 is not valid JSON.*Write one object a line"),
+        ('{"video": ', r"a\.jsonl, line 2 is not valid JSON.*Write one object per line"),
         ("nonsense", "line 2 is not valid JSON"),
         ('["a.mp4"', "line 2 is not valid JSON"),
         ('"a.mp4"', 'line 2 is not an object; expected {"video": "clip.mp4", "caption": "text"}'),
         ("3", "line 2 is not an object"),
-        ("{}", "line 2 names no video: it is empty; expected one of video, video_path, file_name, file_path, media_path, path, filename"),
+        ("{}", "line 2 does not name a video: it is empty; expected one of video, video_path, file_name, file_path, media_path, path, filename"),
         ('{"latent_path": "a.pt", "caption": "a", "prompt_embed_path": "b", "length": 2}',
-         "line 2 names no video: it has caption, latent_path, length and 1 more; expected one of video"),
-        ('{"video": 3}', "line 2 names no video: it has video"),
-        ('{"video": ["a.mp4"]}', "line 2 names no video"),
+         "line 2 does not name a video: it has caption, latent_path, length and 1 more; expected one of video"),
+        ('{"video": 3}', "line 2 does not name a video: it has video"),
+        ('{"video": ["a.mp4"]}', "line 2 does not name a video"),
         ("[" * 300 + "]" * 300, "line 2 is not valid JSON, or nested more than 20 deep"),
         ('{"video": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 2 is not valid JSON, or nested more than 20 deep"),
     ],
@@ -165,17 +165,17 @@ def test_a_broken_line_is_named_by_its_number(tmp_path, line, message):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", '{"video": "a.mp4"}\n{"video": "b.mp4"}', r"a\.json is not valid JSON \(Extra data.*has to be called \.jsonl"),
+        ("a.json", '{"video": "a.mp4"}\n{"video": "b.mp4"}', r"a\.json is not valid JSON \(Extra data.*rename it to \.jsonl"),
         ("a.json", "3", "is neither a JSON array nor an object"),
         ("a.json", '"a.mp4"', "is neither a JSON array nor an object"),
         ("a.json", '[{"video": "a.mp4", "caption": "a"}, 3]', "entry 2 is not an object"),
-        ("a.json", '[{"image": "a.png", "caption": "a"}]', "entry 1 names no video: it has caption, image; expected"),
+        ("a.json", '[{"image": "a.png", "caption": "a"}]', "entry 1 does not name a video: it has caption, image; expected"),
         ("a.json", "[" * 1000 + "]" * 1000, "is not valid JSON, or nested more than 20 deep"),
-        ("a.csv", "image,caption\na.png,a\n", "line 2 names no video: it has caption, image; expected"),
-        ("a.csv", "a.mp4,a cat\nb.mp4,a dog\n", "line 2 names no video: it has a cat, a.mp4; expected"),
+        ("a.csv", "image,caption\na.png,a\n", "line 2 does not name a video: it has caption, image; expected"),
+        ("a.csv", "a.mp4,a cat\nb.mp4,a dog\n", "line 2 does not name a video: it has a cat, a.mp4; expected"),
         ("a.csv", 'video,caption\n"' + "x" * 200_000, r"a\.csv, line \d is not CSV \(field larger than field limit"),
         ("a.json", "[" + ",".join(["{}"] * 300_000) + "]", "has more than 500,000 brackets and commas. Check that it is a list of clips"),
-        ("a.csv", ",".join(map(str, range(1001))) + "\n" + "x," * 1001, "line 2 has 1,001 keys; at most 1,000"),
+        ("a.csv", ",".join(map(str, range(1001))) + "\n" + "x," * 1001, "line 2 has 1,001 keys; expected at most 1,000"),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_named_with_what_it_holds(tmp_path, name, text, message):

@@ -79,7 +79,7 @@ def test_files_that_are_no_clips_are_counted_and_named(tmp_path):
 
 def test_a_source_without_clips_is_refused(tmp_path):
     for look in (check_source, find_clips):
-        with pytest.raises(DCMError, match=r"holds no clips; expected videos \(.*\.mp4.*\.webm"):
+        with pytest.raises(DCMError, match=r"has no clips; expected videos \(.*\.mp4.*\.webm"):
             look(tmp_path)
         with pytest.raises(
             DCMError, match=r"nowhere does not exist; expected a folder of videos, or a list \(\.jsonl, \.json, \.csv\)"
@@ -90,14 +90,14 @@ def test_a_source_without_clips_is_refused(tmp_path):
     touch(tmp_path, "a.txt", "empty.jsonl")
     with pytest.raises(DCMError, match=r"a\.txt is not a list of clips"):
         check_source(tmp_path / "a.txt")
-    with pytest.raises(DCMError, match=r"empty\.jsonl holds no clips"):
+    with pytest.raises(DCMError, match=r"empty\.jsonl has no clips"):
         find_clips(tmp_path / "empty.jsonl")
 
 
 def test_a_folder_of_too_many_files_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_FILES", 4)
     touch(tmp_path, *(f"{index}.jpg" for index in range(5)))
-    with pytest.raises(DCMError, match=r"holds more than 4 files\. Choose the folder of the clips alone"):
+    with pytest.raises(DCMError, match=r"has more than 4 files\. Choose a folder with only the clips"):
         check_source(tmp_path)
 
 
