@@ -19,7 +19,9 @@ class DCMSaveConditioning(io.ComfyNode):
             node_id="DCMSaveConditioning",
             display_name="DCM Save Conditioning",
             category="DCM/conditioning",
-            description="Saves text embeddings to a file. You can then use this prompt without loading the text encoder (up to 11 GB for Wan).",
+            description=(
+                "Saves text embeddings to a file. You can then use this prompt without loading the text encoder (up to 11 GB for Wan)."
+            ),
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The output of a text encode node."),
                 io.String.Input("name", default="prompt", tooltip="File name in models/dcm_conditioning."),

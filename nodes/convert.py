@@ -152,8 +152,8 @@ class DCMExportExpert(io.ComfyNode):
             display_name="DCM Export Expert",
             category="DCM/convert",
             description=(
-                "Writes an expert for use outside ComfyUI: as one file in the layout of the official release, as a PEFT adapter, or as "
-                "a LoRA for diffusers. The text on the node lists everything that the format cannot store."
+                "Writes an expert for use outside ComfyUI: a file in the layout of the official release, a PEFT adapter, or a LoRA "
+                "for diffusers. The text on the node lists everything that the format cannot store."
             ),
             inputs=[
                 io.Combo.Input(

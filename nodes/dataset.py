@@ -66,7 +66,8 @@ class DCMVideoDataset(io.ComfyNode):
                 io.Boolean.Input(
                     "buckets",
                     default=True,
-                    tooltip="On: each clip nearly keeps its own aspect ratio, at about the same area. Off: all clips are cropped to width x height.",
+                    tooltip="On: each clip nearly keeps its own aspect ratio, at about the same area. "
+                    "Off: all clips are cropped to width x height.",
                 ),
                 io.String.Input(
                     "negative",
@@ -135,9 +136,7 @@ class DCMSaveDataset(io.ComfyNode):
             description="Saves encoded training data to one file, so that you can train without VAE and text encoder.",
             inputs=[
                 Dataset.Input("dataset", tooltip="Encoded clips from DCM Video Dataset."),
-                io.String.Input(
-                    "file_name", default="dataset", tooltip="File name in models/dcm_datasets."
-                ),
+                io.String.Input("file_name", default="dataset", tooltip="File name in models/dcm_datasets."),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace an existing file with this name."),
             ],
             outputs=[],

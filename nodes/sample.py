@@ -110,7 +110,9 @@ class DCMSampler(io.ComfyNode):
                     step=0.01,
                     tooltip=f"1 makes a new video. Below 1, sampling starts from latent_image. {DENOISE_TIP}",
                 ),
-                io.Conditioning.Input("negative", optional=True, tooltip="Negative prompt. Only needed if cfg or detail_cfg is not 1."),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="Negative prompt. Only needed if cfg or detail_cfg is not 1."
+                ),
                 *side_inputs(),
                 io.Float.Input(
                     "shift",
@@ -212,12 +214,17 @@ class DCMGuider(io.ComfyNode):
             node_id="DCMGuider",
             display_name="DCM Guider",
             category="DCM/sampling",
-            description="Guider for SamplerCustomAdvanced. Runs each step with its attached expert or with a second model, and with its own cfg.",
+            description=(
+                "Guider for SamplerCustomAdvanced. Runs each step with its attached expert or with a second model, and with its "
+                "own cfg."
+            ),
             inputs=[
                 io.Model.Input("model", tooltip="A model with experts, or the high-noise model."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 cfg_input(),
-                io.Conditioning.Input("negative", optional=True, tooltip="Negative prompt. Only needed if cfg or detail_cfg is not 1."),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="Negative prompt. Only needed if cfg or detail_cfg is not 1."
+                ),
                 *side_inputs(),
             ],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],

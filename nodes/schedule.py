@@ -15,9 +15,7 @@ SCHEDULE_TIP = (
     "models. DCM grid: levels that DCM experts are trained on. generic: the same as DCM grid with experts, else as even. The others are "
     "KSampler's schedulers."
 )
-STEPS_TIP = (
-    "Number of steps. auto ignores it, unless there are two full models. Schedules named after their steps ignore it too."
-)
+STEPS_TIP = "Number of steps. auto ignores it, unless there are two full models. Schedules named after their steps ignore it too."
 SHIFT_TIP = "Flow shift, used instead of the model's own: 17 for DCM, 5 to 12 for Wan 2.2. Schedules that ignore steps ignore it too."
 DENOISE_TIP = (
     "even and KSampler's schedulers run `steps` steps from a lower noise level, as in KSampler. The others run only the last part of "
@@ -45,7 +43,12 @@ class DCMScheduler(io.ComfyNode):
                 io.Int.Input("steps", default=6, min=1, max=100, tooltip=STEPS_TIP),
                 io.Float.Input("shift", default=17.0, min=0.01, max=100.0, step=0.1, tooltip=SHIFT_TIP),
                 io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=f"1 gives the full schedule. {DENOISE_TIP}"
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=f"1 gives the full schedule. {DENOISE_TIP}",
                 ),
                 io.Model.Input(
                     "model", optional=True, tooltip="The model to sample. Needed by auto and KSampler's schedulers."

@@ -91,7 +91,8 @@ class DCMInspectModel(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="A model to inspect. If a file is selected too, the node checks its keys and measures its changes against this model.",
+                    tooltip="A model to inspect. If a file is selected too, the node checks its keys and measures its changes against this "
+                    "model.",
                 ),
             ],
             outputs=[
