@@ -281,7 +281,9 @@ def test_a_schedule_without_a_step_for_an_expert_is_refused(side, train, model, 
 def test_a_run_does_not_write_over_what_it_continues_from(module, model, data, config, models):
     path = module("nodes.host.folders").new_file("loras", "dcm/again", overwrite=True)
     path.write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"continue_from is dcm/again\.safetensors, the file that this run writes"):
+    with pytest.raises(
+        ValueError, match=r"continue_from is dcm/again\.safetensors, which is the file that this run writes"
+    ):
         module("nodes.host.training.run").train_and_save(
             model, data, config("semantic"), "again", "dcm/again.safetensors"
         )
