@@ -233,7 +233,9 @@ def check_form(
         rank = max(start.ranks, default=0)
         scale = next((update.scale for updates in start.low_rank.values() for update in updates), 0.0)
         if rank != config.rank or (rank and not math.isclose(scale, config.alpha / rank, rel_tol=1e-3)):
-            has = f"has rank {rank} and alpha {rank * scale:g}" if rank else "is no LoRA: all its weights were trained"
+            has = (
+                f"has rank {rank} and alpha {rank * scale:g}" if rank else "is not a LoRA: all its weights were trained"
+            )
             wanted = f"rank to {rank}" + (f" and alpha to {rank * scale:g}" if rank else "")
             raise TrainingError(
                 f"rank is {config.rank} and alpha is {config.alpha:g}, but the expert in continue_from {has}. Set {wanted}."

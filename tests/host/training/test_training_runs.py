@@ -239,7 +239,7 @@ def test_a_semantic_expert_that_is_only_on_the_model_is_refused(
             r"rank is 4 and alpha is 8, but .* has rank 2 and alpha 4\. Set rank to 2 and alpha to 4\.",
         ),
         ({"alpha": 4.0}, {}, r"has rank 4 and alpha 4\."),
-        ({"rank": 0}, {}, r"is no LoRA: all its weights were trained\. Set rank to 0\."),
+        ({"rank": 0}, {}, r"is not a LoRA: all its weights were trained\. Set rank to 0\."),
         ({}, {"rank": 0}, r"rank is 0 .* has rank 4 and alpha 8\."),
     ],
 )
