@@ -55,7 +55,7 @@ def choose_sigmas(
     schedule = setup.schedule(chosen)
     if schedule is None:
         raise ScheduleError(
-            f"{widget} is {chosen}, which is read from the model, but no model is connected. Connect one, or choose another {widget}."
+            f"{widget} is {chosen}, but no model is connected to read the schedule from. Connect a model, or choose another {widget}."
         )
     sampling = None if model is None else lambda: shifted(model, shift)
     sigmas = sigmas_of(schedule, steps, shift, denoise, sampling, sampler_name)
