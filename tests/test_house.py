@@ -314,7 +314,9 @@ def first_cells(page):
 def test_help_pages_are_translated(language):
     """The front end reads `docs/<node>/<language>.md` first. Inputs are called there as the nodes call them in this language."""
     docs = ROOT / "web" / "docs"
-    nodes = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    nodes, in_english = (
+        json.loads((ROOT / "locales" / each / "nodeDefs.json").read_text(encoding="utf-8")) for each in (language, "en")
+    )
     assert {path.parent.name for path in docs.glob(f"*/{language}.md")} == {path.stem for path in docs.glob("*.md")}
     for page in docs.glob(f"*/{language}.md"):
         name, inputs = page.parent.name, nodes[page.parent.name].get("inputs", {})
@@ -326,7 +328,8 @@ def test_help_pages_are_translated(language):
         for cell, translated in zip(first_cells(english), first_cells(text), strict=True):
             named = set(re.findall(r"\w+", cell))
             assert not named <= inputs.keys() or all(inputs[word]["name"] in translated for word in named), (page, cell)
-        code = set(re.findall(r"`([^`]+)`", english)) - inputs.keys()
+        outputs = {slot["name"] for slot in in_english[name].get("outputs", {}).values()}
+        code = set(re.findall(r"`([^`]+)`", english)) - inputs.keys() - outputs
         assert {word for word in code if f"`{word}`" not in text} == set(), page
         # Markdown takes ** for a mark only where no letter stands beside punctuation in it
         for before, bold, after in re.findall(r"(.?)\*\*(.+?)\*\*(.?)", text):
