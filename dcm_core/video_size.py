@@ -21,7 +21,7 @@ class VideoFormat:
 
     Attributes:
         fps: frames per second.
-        multiple: of which width and height are multiples, in pixels: a patch of the latent.
+        multiple: in pixels; width and height are multiples of it. It is a patch of the latent.
     """
 
     fps: int

@@ -1,4 +1,4 @@
-"""Text embeddings kept in files."""
+"""Save and load text embeddings."""
 
 from typing import Any
 
@@ -19,13 +19,15 @@ class DCMSaveConditioning(io.ComfyNode):
             node_id="DCMSaveConditioning",
             display_name="DCM Save Conditioning",
             category="DCM/conditioning",
-            description="Saves text embeddings, so that the text encoder (up to 11 GB for Wan) need not be loaded for this prompt again.",
+            description=(
+                "Saves text embeddings to a file. You can then use this prompt without loading the text encoder (up to 11 GB for Wan)."
+            ),
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The output of a text encode node."),
                 io.String.Input("name", default="prompt", tooltip="File name in models/dcm_conditioning."),
-                io.Boolean.Input("overwrite", default=False, tooltip="Write over a file of this name."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace an existing file with this name."),
             ],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="What came in.")],
+            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="The input, unchanged.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             **newer(search_aliases=["cache prompt", "save text embeddings"]),
@@ -48,7 +50,7 @@ class DCMLoadConditioning(io.ComfyNode):
             node_id="DCMLoadConditioning",
             display_name="DCM Load Conditioning",
             category="DCM/conditioning",
-            description="Loads text embeddings that DCM Save Conditioning wrote; no text encoder needed.",
+            description="Loads text embeddings saved by DCM Save Conditioning. No text encoder is needed.",
             inputs=[io.Combo.Input("name", options=files(CONDITIONING), tooltip="A file in models/dcm_conditioning.")],
             outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For a sampler.")],
             hidden=[io.Hidden.unique_id],

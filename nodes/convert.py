@@ -16,7 +16,7 @@ from .host.folders import LORAS, MODELS, NONE, files, fingerprint, new_file, pat
 from .host.progress import byte_progress
 from .host.report import report
 
-OVERWRITE_TIP = "Write over files of these names."
+OVERWRITE_TIP = "Replace existing files with these names."
 RELEASE = "DCM release"
 FORMATS = [RELEASE, TITLES[PEFT], TITLES[DIFFUSERS]]
 
@@ -50,14 +50,14 @@ class DCMConvertCheckpoint(io.ComfyNode):
                     "dtype",
                     options=list(DTYPES),
                     default=KEEP,
-                    tooltip="Number format of the base. keep: as in the file. float8_e4m3fn: only the blocks' matrices.",
+                    tooltip="Number format of the base. keep leaves it unchanged. float8_e4m3fn converts only the matrices of the blocks.",
                 ),
                 io.Boolean.Input("overwrite", default=False, tooltip=OVERWRITE_TIP),
             ],
             outputs=[
-                io.String.Output(display_name="base_file", tooltip="Path of the written base."),
+                io.String.Output(display_name="base_file", tooltip="Path of the new base file."),
                 io.String.Output(
-                    display_name="expert_file", tooltip="Path of the written expert, empty if the file had none."
+                    display_name="expert_file", tooltip="Path of the new expert file; empty if there was no expert."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -75,7 +75,7 @@ class DCMConvertCheckpoint(io.ComfyNode):
         check_choice("dtype", dtype, DTYPES, CheckpointError)
         result = convert_release(
             path_of(MODELS, model_name, "model_name"),
-            # what it will write is known, and checked, when the file has been looked at
+            # which files it writes is known, and checked, once the checkpoint has been read
             new_file(MODELS, base_name, overwrite=True),
             new_file(LORAS, expert_name, overwrite=True),
             DTYPES[dtype],
@@ -95,16 +95,16 @@ class DCMExtractLoRA(io.ComfyNode):
             node_id="DCMExtractLoRA",
             display_name="DCM Extract LoRA",
             category="DCM/convert",
-            description="Makes a small semantic expert of a full one: the low-rank part of its difference to the base model.",
+            description="Turns a full fine-tune into a small semantic expert: the low-rank part of its difference from the base model.",
             inputs=[
                 io.Combo.Input("tuned_model", options=files(MODELS), tooltip="The full fine-tune, e.g. a DCM release."),
-                io.Combo.Input("base_model", options=files(MODELS), tooltip="The model it was made from."),
+                io.Combo.Input("base_model", options=files(MODELS), tooltip="The model it was fine-tuned from."),
                 io.Int.Input(
                     "rank",
                     default=128,
                     min=1,
                     max=4096,
-                    tooltip="Rank of every layer. More keeps more and weighs more.",
+                    tooltip="Rank of every layer. A higher rank keeps more detail and makes a larger file.",
                 ),
                 io.String.Input(
                     "name", default="dcm_semantic_expert", tooltip="Name of the LoRA file in models/loras."
@@ -112,7 +112,7 @@ class DCMExtractLoRA(io.ComfyNode):
                 io.Boolean.Input("overwrite", default=False, tooltip=OVERWRITE_TIP),
             ],
             outputs=[
-                io.String.Output(display_name="lora_file", tooltip="Path of the written LoRA."),
+                io.String.Output(display_name="lora_file", tooltip="Path of the new LoRA file."),
                 io.String.Output(display_name="layers", tooltip="Rank, energy kept and relative error of every layer."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -152,8 +152,8 @@ class DCMExportExpert(io.ComfyNode):
             display_name="DCM Export Expert",
             category="DCM/convert",
             description=(
-                "Writes an expert for use outside ComfyUI: as one file in the layout of the official release, as a PEFT adapter, or as "
-                "a LoRA for diffusers. The text lists everything that a format cannot hold."
+                "Writes an expert for use outside ComfyUI: a file in the layout of the official release, a PEFT adapter, or a LoRA "
+                "for diffusers. The text on the node lists everything that the format cannot store."
             ),
             inputs=[
                 io.Combo.Input(
@@ -201,11 +201,11 @@ class DCMExportExpert(io.ComfyNode):
                     "dtype",
                     options=floats,
                     default=KEEP,
-                    tooltip="Number format of all tensors. keep: as in the files.",
+                    tooltip="Number format of all tensors. keep leaves it unchanged.",
                 ),
                 io.Boolean.Input("overwrite", default=False, tooltip=OVERWRITE_TIP),
             ],
-            outputs=[io.String.Output(display_name="path", tooltip="Path of the written file or folder.")],
+            outputs=[io.String.Output(display_name="path", tooltip="Path of the new file or folder.")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             **newer(search_aliases=["peft", "diffusers lora", "release", "merge experts"]),
@@ -237,7 +237,7 @@ class DCMExportExpert(io.ComfyNode):
         check_choice("format", format, FORMATS, CheckpointError)
         check_choice("dtype", dtype, DTYPES, CheckpointError)
         source = path_of(LORAS, expert, "expert")
-        # looked at for every format: not every host checks what its clients send
+        # checked for every format: not every host checks what its clients send
         base = None if base_model == NONE else path_of(MODELS, base_model, "base_model")
         semantic = None if semantic_lora == NONE else path_of(LORAS, semantic_lora, "semantic_lora")
         settings = {
@@ -248,7 +248,7 @@ class DCMExportExpert(io.ComfyNode):
         if format == RELEASE:
             if base is None:
                 raise CheckpointError(
-                    "base_model is none; a DCM release holds the base, too. Select the model of these experts."
+                    "base_model is none, but a DCM release contains the base model too. Select the base model of these experts."
                 )
             result = write_release(
                 base,

@@ -29,15 +29,15 @@ class DCMVideoDataset(io.ComfyNode):
             display_name="DCM Video Dataset (training)",
             category="DCM/training",
             description=(
-                "Checks clips with captions and encodes them for training, each once: what did not change comes from the cache "
-                "in output/dcm_cache. Clips that cannot be used are left out and named."
+                "Checks clips with captions and encodes each one once for training. Unchanged clips come from the cache in "
+                "output/dcm_cache. Clips that cannot be used are left out and listed."
             ),
             inputs=[
                 io.String.Input(
                     "folder",
                     default="",
-                    tooltip="A folder of videos; its subfolders are read too. Each video has its caption in a .txt file of the same name. "
-                    "Or a list of videos and captions: a .jsonl, .json or .csv file. Enter a full path, or one in the input directory.",
+                    tooltip="A folder of videos, including its subfolders. The caption of each video is in a .txt file of the same name. "
+                    "Or a list of videos and captions: a .jsonl, .json or .csv file. Enter a full path, or a path in the input directory.",
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the model to train."),
                 io.Clip.Input("clip", tooltip="The text encoder of the model to train."),
@@ -53,7 +53,7 @@ class DCMVideoDataset(io.ComfyNode):
                     min=1,
                     max=1001,
                     step=4,
-                    tooltip="Length of the training clips: 1 more than a multiple of 4.",
+                    tooltip="Length of the training clips in frames: 1 more than a multiple of 4.",
                 ),
                 io.Float.Input(
                     "fps",
@@ -61,19 +61,20 @@ class DCMVideoDataset(io.ComfyNode):
                     min=1.0,
                     max=120.0,
                     step=1.0,
-                    tooltip="Frames per second that the model is made for: Wan 2.1 16, HunyuanVideo 24.",
+                    tooltip="Frames per second that the model is made for: 16 for Wan 2.1, 24 for HunyuanVideo.",
                 ),
                 io.Boolean.Input(
                     "buckets",
                     default=True,
-                    tooltip="Keep each clip near its own aspect ratio, at about the same area. Off: crop all to width x height.",
+                    tooltip="On: each clip nearly keeps its own aspect ratio, at about the same area. "
+                    "Off: all clips are cropped to width x height.",
                 ),
                 io.String.Input(
                     "negative",
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="Negative prompt: what guidance moves away from.",
+                    tooltip="Negative prompt, which guidance moves away from.",
                 ),
             ],
             outputs=[Dataset.Output(display_name="dataset", tooltip="Encoded clips for a training node.")],
@@ -84,7 +85,7 @@ class DCMVideoDataset(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder: str | None) -> bool | str:
-        # none: it comes from another node, whose text is not known yet
+        # None: it comes from another node, whose text is not known yet
         try:
             if folder is not None:
                 check_source(*clip_source(folder))
@@ -132,13 +133,11 @@ class DCMSaveDataset(io.ComfyNode):
             node_id="DCMSaveDataset",
             display_name="DCM Save Dataset",
             category="DCM/training",
-            description="Writes encoded training data to one file, to train where there is no VAE and no text encoder.",
+            description="Saves encoded training data to one file, so that you can train without VAE and text encoder.",
             inputs=[
                 Dataset.Input("dataset", tooltip="Encoded clips from DCM Video Dataset."),
-                io.String.Input(
-                    "file_name", default="dataset", tooltip="Name of the file, written to models/dcm_datasets."
-                ),
-                io.Boolean.Input("overwrite", default=False, tooltip="Write over an existing file."),
+                io.String.Input("file_name", default="dataset", tooltip="File name in models/dcm_datasets."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace an existing file with this name."),
             ],
             outputs=[],
             hidden=[io.Hidden.unique_id],
@@ -162,7 +161,7 @@ class DCMLoadDataset(io.ComfyNode):
             node_id="DCMLoadDataset",
             display_name="DCM Load Dataset",
             category="DCM/training",
-            description="Reads encoded training data from a file, without VAE and text encoder.",
+            description="Loads encoded training data from a file. No VAE or text encoder is needed.",
             inputs=[io.Combo.Input("file_name", options=files(DATASETS), tooltip="A file in models/dcm_datasets.")],
             outputs=[Dataset.Output(display_name="dataset", tooltip="Encoded clips for a training node.")],
             hidden=[io.Hidden.unique_id],

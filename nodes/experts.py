@@ -30,17 +30,17 @@ class DCMAttachExperts(io.ComfyNode):
             category="DCM/loaders",
             description=(
                 "Puts a semantic (high-noise) and a detail (low-noise) expert on a model. Every sampler then runs each step "
-                "with its expert; the base weights are shared and stay as they are."
+                "with the right expert. The base weights are shared and stay unchanged."
             ),
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A Wan or HunyuanVideo model: native, fp8, GGUF, with LoRAs or without."
+                    "model", tooltip="A Wan or HunyuanVideo model: native, fp8 or GGUF, with or without LoRAs."
                 ),
                 io.Combo.Input(
                     "semantic_lora",
                     options=expert_names(),
                     default="none",
-                    tooltip="The expert for layout and motion, a file in models/loras. none: the base itself is the semantic expert.",
+                    tooltip="Expert for layout and motion: a file in models/loras. With none, the base itself is the semantic expert.",
                 ),
                 io.Float.Input(
                     "semantic_strength", tooltip="Strength of the semantic expert; 0 leaves it out.", **strength
@@ -49,7 +49,7 @@ class DCMAttachExperts(io.ComfyNode):
                     "detail_lora",
                     options=expert_names(),
                     default="none",
-                    tooltip="The expert for detail, a file in models/loras: low-rank pairs and the layers it replaces.",
+                    tooltip="Expert for detail: a file in models/loras. With none, no detail expert is used.",
                 ),
                 io.Float.Input(
                     "detail_strength", tooltip="Strength of the detail expert; 0 leaves it out.", **strength
@@ -61,26 +61,27 @@ class DCMAttachExperts(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     round=False,
-                    tooltip="Sigma below which the detail expert works. 0 takes the expert file's own, else the family's "
-                    "(Wan 2.1: 0.979, HunyuanVideo: 0.982).",
+                    tooltip="Sigma below which the detail expert works. 0 uses the boundary in the expert file, else the family's "
+                    "default (Wan 2.1: 0.979, HunyuanVideo: 0.982).",
                 ),
                 io.Combo.Input(
                     "experts",
                     options=[STACKED, INDEPENDENT],
                     default=STACKED,
                     optional=True,
-                    tooltip="Released pairs stack: the semantic expert works at all steps, the detail expert on top of it at its "
-                    "own. Pairs trained apart are independent: each works only on its side of the boundary.",
+                    tooltip="How the two experts combine. Released experts stack: the semantic expert works at all steps, the detail "
+                    "expert on top of it at its own steps. Experts trained separately are independent: each works only on its side of "
+                    "the boundary.",
                 ),
                 TrainedExpert.Input(
                     "semantic_expert",
                     optional=True,
-                    tooltip="A semantic expert straight from its training; goes before semantic_lora.",
+                    tooltip="A semantic expert directly from its training; overrides semantic_lora.",
                 ),
                 TrainedExpert.Input(
                     "detail_expert",
                     optional=True,
-                    tooltip="A detail expert straight from its training; goes before detail_lora.",
+                    tooltip="A detail expert directly from its training; overrides detail_lora.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with its experts, for any sampler.")],

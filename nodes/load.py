@@ -20,8 +20,8 @@ class DCMLoadModel(io.ComfyNode):
             display_name="DCM Load Model (Wan, Hunyuan)",
             category="DCM/loaders",
             description=(
-                "Loads a video model. A released DCM checkpoint (Wan 2.1, HunyuanVideo) comes with both experts ready to "
-                "sample; any other model loads as in Load Diffusion Model. The file is recognised by its content."
+                "Loads a video model. A released DCM checkpoint (Wan 2.1, HunyuanVideo) comes with both experts and is ready "
+                "to sample. Any other model loads as in Load Diffusion Model. The node recognises the file by its content."
             ),
             inputs=[
                 io.Combo.Input(
@@ -36,7 +36,7 @@ class DCMLoadModel(io.ComfyNode):
                     tooltip="How the base weights are kept in memory. fp8 halves their size; the expert stays in full precision.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The base with the experts its file holds.")],
+            outputs=[io.Model.Output(display_name="model", tooltip="The base model, with the experts from its file.")],
             hidden=[io.Hidden.unique_id],
             **newer(
                 search_aliases=[

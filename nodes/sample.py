@@ -20,13 +20,13 @@ DETAIL_MODEL_TIP = (
     "A second full model for the low-noise side (Wan 2.2 A14B low noise). It is loaded when its side begins."
 )
 BOUNDARY_TIP = (
-    "Sigma below which the detail side works. 0 takes the experts' own; with a detail_model 0.875 (text to video) or 0.9 (image "
-    "to video)."
+    "Sigma below which the detail side works. 0 uses the experts' own boundary. With a detail_model, 0 means 0.875 (text to video) or "
+    "0.9 (image to video)."
 )
 
 
 def side_inputs() -> list[io.Input]:
-    """What both sampling nodes offer for the low-noise side."""
+    """Inputs for the low-noise side, on both sampling nodes."""
     return [
         io.Model.Input("detail_model", optional=True, tooltip=DETAIL_MODEL_TIP),
         io.Float.Input(
@@ -36,7 +36,7 @@ def side_inputs() -> list[io.Input]:
             max=100.0,
             step=0.1,
             optional=True,
-            tooltip="cfg of the detail side. 0 means as cfg.",
+            tooltip="cfg of the detail side. 0 means the same as cfg.",
             **advanced(io.Float.Input),
         ),
         io.Float.Input(
@@ -60,12 +60,12 @@ def cfg_input() -> io.Input:
         min=0.0,
         max=100.0,
         step=0.1,
-        tooltip="Guidance. DCM is distilled for 1: one model call a step, no negative.",
+        tooltip="Guidance scale. Set 1 for DCM experts: one model call per step and no negative needed.",
     )
 
 
 class DCMSampler(io.ComfyNode):
-    """MODEL with experts -> LATENT: one trajectory, each step by its expert."""
+    """MODEL with experts -> LATENT: one trajectory, each step run by its expert."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -74,8 +74,8 @@ class DCMSampler(io.ComfyNode):
             display_name="DCM Sampler (Wan 2.2 high/low MoE)",
             category="DCM/sampling",
             description=(
-                "Samples a video in 4 to 6 steps: high-noise steps with the semantic expert, low-noise steps with the detail "
-                "expert, one trajectory. The text on the node says which step runs with which expert."
+                "Samples a video in 4 to 6 steps and one trajectory. The semantic expert runs the high-noise steps, the detail "
+                "expert the low-noise steps. The text on the node says which expert runs which step."
             ),
             inputs=[
                 io.Model.Input(
@@ -92,7 +92,7 @@ class DCMSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Starting noise. The same seed gives the same noise as in KSampler.",
+                    tooltip="Seed for the initial noise. The same seed gives the same noise as in KSampler.",
                 ),
                 io.Combo.Input(
                     "schedule",
@@ -108,9 +108,11 @@ class DCMSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip=f"1: a new video. Below 1: starts from latent_image. {DENOISE_TIP}",
+                    tooltip=f"1 makes a new video. Below 1, sampling starts from latent_image. {DENOISE_TIP}",
                 ),
-                io.Conditioning.Input("negative", optional=True, tooltip="Needed only if a cfg is not 1."),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="Negative prompt. Only needed if cfg or detail_cfg is not 1."
+                ),
                 *side_inputs(),
                 io.Float.Input(
                     "shift",
@@ -184,7 +186,7 @@ class DCMSampler(io.ComfyNode):
         model, sigma = prepare_model(model, boundary, detail_model, cfg, detail_cfg)
         notes: list[str] = []
         if sigmas is None:
-            # what a connected sampler is called is not known
+            # the name of a connected sampler is not known
             sigmas, notes = choose_sigmas(
                 schedule, steps, shift, denoise, model, EULER if sampler is not None else sampler_name
             )
@@ -212,12 +214,17 @@ class DCMGuider(io.ComfyNode):
             node_id="DCMGuider",
             display_name="DCM Guider",
             category="DCM/sampling",
-            description="A guider for SamplerCustomAdvanced that routes each step: attached experts or a second model, a cfg for each.",
+            description=(
+                "Guider for SamplerCustomAdvanced. Runs each step with its attached expert or with a second model, and with its "
+                "own cfg."
+            ),
             inputs=[
                 io.Model.Input("model", tooltip="A model with experts, or the high-noise model."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 cfg_input(),
-                io.Conditioning.Input("negative", optional=True, tooltip="Needed only if a cfg is not 1."),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="Negative prompt. Only needed if cfg or detail_cfg is not 1."
+                ),
                 *side_inputs(),
             ],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],

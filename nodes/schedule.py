@@ -11,15 +11,14 @@ from .host.report import report
 from .host.sampling.schedules import choose_sigmas, schedule_names
 
 SCHEDULE_TIP = (
-    "Noise levels. auto: the experts' own, or even with two full models. even: evenly spaced, for full models. DCM grid: levels that "
-    "DCM experts are trained on. generic: DCM grid with experts, even without. The rest are KSampler's schedulers."
+    "Noise levels to use. auto: those the experts are made for; with two full models, the same as even. even: evenly spaced, for full "
+    "models. DCM grid: levels that DCM experts are trained on. generic: the same as DCM grid with experts, else as even. The others are "
+    "KSampler's schedulers."
 )
-STEPS_TIP = (
-    "Number of steps. Not used by auto, unless there are two full models, nor by schedules named after their steps."
-)
-SHIFT_TIP = "Flow shift, instead of the model's own: 17 for DCM, 5 to 12 for Wan 2.2. Not used where steps is not."
+STEPS_TIP = "Number of steps. auto ignores it, unless there are two full models. Schedules named after their steps ignore it too."
+SHIFT_TIP = "Flow shift, used instead of the model's own: 17 for DCM, 5 to 12 for Wan 2.2. Schedules that ignore steps ignore it too."
 DENOISE_TIP = (
-    "With even and KSampler's schedulers: `steps` steps from a lower noise level, as in KSampler. With the others: the last part of "
+    "even and KSampler's schedulers run `steps` steps from a lower noise level, as in KSampler. The others run only the last part of "
     "their steps."
 )
 
@@ -33,7 +32,7 @@ class DCMScheduler(io.ComfyNode):
             node_id="DCMScheduler",
             display_name="DCM Scheduler (lightx2v, few-step)",
             category="DCM/sampling",
-            description="Noise levels: those DCM experts are made for, even spacing, or a scheduler of KSampler.",
+            description="Outputs noise levels: those that DCM experts are made for, evenly spaced ones, or those of a KSampler scheduler.",
             inputs=[
                 io.Combo.Input(
                     "preset",
@@ -44,7 +43,12 @@ class DCMScheduler(io.ComfyNode):
                 io.Int.Input("steps", default=6, min=1, max=100, tooltip=STEPS_TIP),
                 io.Float.Input("shift", default=17.0, min=0.01, max=100.0, step=0.1, tooltip=SHIFT_TIP),
                 io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=f"1: the whole schedule. {DENOISE_TIP}"
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=f"1 gives the full schedule. {DENOISE_TIP}",
                 ),
                 io.Model.Input(
                     "model", optional=True, tooltip="The model to sample. Needed by auto and KSampler's schedulers."
@@ -52,10 +56,10 @@ class DCMScheduler(io.ComfyNode):
                 io.Model.Input(
                     "detail_model",
                     optional=True,
-                    tooltip="The second full model, if there is one (Wan 2.2). auto is then even.",
+                    tooltip="The second full model, if there is one (Wan 2.2). auto then means even.",
                 ),
             ],
-            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="Falling noise levels, the last 0.")],
+            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="Noise levels from high to low; the last is 0.")],
             hidden=[io.Hidden.unique_id],
             **newer(search_aliases=["lightx2v schedule", "few step schedule", "dcm sigmas"]),
         )
@@ -70,7 +74,7 @@ class DCMScheduler(io.ComfyNode):
 
 
 class DCMSplitSigmas(io.ComfyNode):
-    """SIGMAS at a boundary -> the high-noise and the low-noise stretch."""
+    """SIGMAS and a boundary -> the high-noise and the low-noise part."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -78,9 +82,9 @@ class DCMSplitSigmas(io.ComfyNode):
             node_id="DCMSplitSigmas",
             display_name="DCM Split Sigmas (two samplers)",
             category="DCM/sampling",
-            description="Splits a schedule where the detail expert takes over; the first part ends where the second begins.",
+            description="Splits a schedule where the detail expert takes over. The first part ends where the second begins.",
             inputs=[
-                io.Sigmas.Input("sigmas", tooltip="A whole schedule."),
+                io.Sigmas.Input("sigmas", tooltip="The schedule to split."),
                 io.Float.Input(
                     "boundary",
                     default=0.979,

@@ -18,10 +18,10 @@ WIDGETS = {int: io.Int.Input, float: io.Float.Input, bool: io.Boolean.Input, str
 
 
 def setting_input(side: Side, name: str, *, input_id: str = "", seldom: bool = False, **changed: Any) -> io.Input:
-    """The input of a training setting, by what the setting says of itself.
+    """The input of a training setting, made from its `Setting`.
 
     Args:
-        input_id: where saved graphs hold it by another name.
+        input_id: its name in saved graphs, if another.
         seldom: shown with the advanced inputs.
         changed: what is different on a node.
     """
@@ -52,8 +52,8 @@ def first_inputs(side: Side) -> list[io.Input]:
 
 
 def common_inputs(side: Side) -> list[io.Input]:
-    """The settings both stages share."""
-    # a detail expert is a LoRA, and its node says the paper's rate, which 0 takes
+    """Settings of both nodes."""
+    # a detail expert is a LoRA; its node shows the paper's rate, which 0 stands for
     rate, rank = ({"default": 5e-6}, {"min": 1}) if side == "detail" else ({}, {})
     return [
         setting_input(side, "steps"),
@@ -62,7 +62,7 @@ def common_inputs(side: Side) -> list[io.Input]:
         setting_input(side, "alpha"),
         setting_input(side, "batch_size"),
         setting_input(side, "gradient_accumulation_steps", input_id="accumulate"),
-        # left alone after a run: another seed would be another run
+        # unchanged after a run: another seed would be another run
         setting_input(side, "seed", control_after_generate=False),
         setting_input(side, "boundary", round=False),
         setting_input(side, "gradient_checkpointing"),
@@ -80,7 +80,7 @@ def last_inputs(side: Side) -> list[io.Input]:
         setting_input(side, "scheduler", seldom=True),
         setting_input(side, "save_every", seldom=True),
         setting_input(side, "held_out", seldom=True),
-        # a node shows them
+        # the node shows them
         setting_input(side, "sample_every", seldom=True, default=100),
         io.Combo.Input(
             "continue_from",
@@ -96,7 +96,7 @@ def last_inputs(side: Side) -> list[io.Input]:
 
 
 def further_inputs(side: Side) -> list[io.Input]:
-    """After all others, as saved graphs hold values by their place."""
+    """Last, as saved graphs store values by position."""
     names = ("guidance", "warmup_steps", "keep", "entry_share")
     return [setting_input(side, name, seldom=True, optional=True) for name in names]
 
@@ -123,7 +123,7 @@ class DCMTrainSemanticExpert(io.ComfyNode):
             display_name="DCM Train Semantic Expert",
             category="DCM/training",
             description=(
-                "Distils the high-noise steps of a model into an expert that needs few steps, with consistency and temporal coherence "
+                "Distils the high-noise steps of a model into a few-step expert, with consistency and temporal coherence "
                 "losses. An interrupted run is saved; queue it again with the same settings to resume it."
             ),
             inputs=[
@@ -170,9 +170,9 @@ class DCMTrainDetailExpert(io.ComfyNode):
             display_name="DCM Train Detail Expert",
             category="DCM/training",
             description=(
-                "Distils the low-noise steps of a model into an expert that needs few steps, on top of a semantic expert, with "
-                "consistency, adversarial and feature matching losses. An interrupted run is saved; queue it again with the same "
-                "settings to resume it."
+                "Distils the low-noise steps of a model into a few-step expert on top of a semantic expert, with consistency, "
+                "adversarial and feature matching losses. An interrupted run is saved; queue it again with the same settings to "
+                "resume it."
             ),
             inputs=[
                 *first_inputs("detail"),

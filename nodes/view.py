@@ -17,7 +17,7 @@ from .host.sampling.setup import plan_run
 
 
 class DCMSchedulePlot(io.ComfyNode):
-    """SIGMAS -> IMAGE: noise levels over steps and who owns them."""
+    """SIGMAS -> IMAGE: noise levels over steps and who runs them."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -35,7 +35,7 @@ class DCMSchedulePlot(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     round=False,
-                    tooltip="Sigma below which the detail side works. 0 takes the model's own, as in DCM Sampler.",
+                    tooltip="Sigma below which the detail side works. 0 uses the model's own, as in DCM Sampler.",
                 ),
                 io.Int.Input("width", default=768, min=256, max=4096, step=8, tooltip="Width of the image."),
                 io.Int.Input("height", default=432, min=144, max=4096, step=8, tooltip="Height of the image."),
@@ -79,7 +79,7 @@ class DCMSchedulePlot(io.ComfyNode):
 
 
 class DCMInspectModel(io.ComfyNode):
-    """A file or a MODEL -> what it carries, in words and as a picture."""
+    """A file or a MODEL -> what it contains, in words and as a picture."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -88,24 +88,25 @@ class DCMInspectModel(io.ComfyNode):
             display_name="DCM Inspect Model",
             category="DCM/loaders",
             description=(
-                "Shows what a file or a model carries: family, experts, rank, boundary, strengths, matched keys, and how much each "
-                "expert changes each block. With both it says whether the file fits the model."
+                "Shows what a file or a model contains: family, experts, rank, boundary, strengths, matched keys, and how much each "
+                "expert changes each block. With a file and a model, it says whether the file fits."
             ),
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=file_names(),
                     default=NONE,
-                    tooltip="A model or expert file in models/diffusion_models or models/loras. none: look at the connected model only.",
+                    tooltip="A model or expert file in models/diffusion_models or models/loras. none shows the connected model only.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="A model to look at. With a file, too: whether the file's keys fit it, and the base of its changes.",
+                    tooltip="A model to inspect. If a file is selected too, the node checks its keys and measures its changes against this "
+                    "model.",
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="text", tooltip="What was found, a line for each fact."),
+                io.String.Output(display_name="text", tooltip="What was found, one item per line."),
                 io.Image.Output(
                     display_name="plot",
                     tooltip="How much each expert changes each block, for Preview Image or Save Image.",

@@ -386,6 +386,19 @@ def test_a_page_that_names_what_is_not_there_fails(tmp_path, monkeypatch, text, 
         test(page)
 
 
+def test_node_texts_are_plain_english():
+    nodes = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    slots = {
+        f"{name}.{kind}.{slot}": text.get("tooltip", "")
+        for name, node in nodes.items()
+        for kind in ("inputs", "outputs")
+        for slot, text in node.get(kind, {}).items()
+    }
+    texts = slots | {name: node["description"] for name, node in nodes.items()}
+    assert len(texts) > 150
+    assert {name: found for name, text in texts.items() if (found := faults(text))} == {}
+
+
 def settings_table():
     """What a reader is told of every training setting, by the setting itself."""
     lines = ["| in `training` | default | values | |", "|---|---|---|---|"]

@@ -1,6 +1,7 @@
 """The rules of the house: imports, node classes, requirements, what ships. No host needed."""
 
 import ast
+import json
 import re
 import sys
 from itertools import pairwise
@@ -303,3 +304,40 @@ def test_every_node_has_a_help_page_with_a_picture_of_it():
         assert f"]({name}.jpg)" in text
         with Image.open(ROOT / "web" / "docs" / f"{name}.jpg") as picture:
             assert picture.format == "JPEG"
+
+
+def first_cells(page):
+    """The first cell of every row of a page's tables."""
+    return re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("language", sorted(path.name for path in (ROOT / "locales").iterdir() if path.name != "en"))
+def test_help_pages_are_translated(language):
+    """The front end reads `docs/<node>/<language>.md` first. Inputs are called there as the nodes call them in this language."""
+    docs = ROOT / "web" / "docs"
+    nodes, in_english = (
+        json.loads((ROOT / "locales" / each / "nodeDefs.json").read_text(encoding="utf-8")) for each in (language, "en")
+    )
+    assert {path.parent.name for path in docs.glob(f"*/{language}.md")} == {path.stem for path in docs.glob("*.md")}
+    for page in docs.glob(f"*/{language}.md"):
+        name, inputs = page.parent.name, nodes[page.parent.name].get("inputs", {})
+        text, english = page.read_text(encoding="utf-8"), (docs / f"{name}.md").read_text(encoding="utf-8")
+        assert text.startswith(f"# {nodes[name]['display_name'].split(' (')[0]}\n"), page
+        assert f"]({name}.jpg)" in text, page
+        assert re.findall(r"^#+", text, re.MULTILINE) == re.findall(r"^#+", english, re.MULTILINE), page
+        assert len(first_cells(text)) == len(first_cells(english)), page
+        for cell, translated in zip(first_cells(english), first_cells(text), strict=True):
+            named = set(re.findall(r"\w+", cell))
+            assert not named <= inputs.keys() or all(inputs[word]["name"] in translated for word in named), (page, cell)
+        outputs = {slot["name"] for slot in in_english[name].get("outputs", {}).values()}
+        code = set(re.findall(r"`([^`]+)`", english)) - inputs.keys() - outputs
+        assert {word for word in code if f"`{word}`" not in text} == set(), page
+        # Markdown takes ** for a mark only where no letter stands beside punctuation in it
+        for before, bold, after in re.findall(r"(.?)\*\*(.+?)\*\*(.?)", text):
+            assert bold[0].isalnum() or not before.isalnum(), (page, bold)
+            assert bold[-1].isalnum() or not after.isalnum(), (page, bold)
+
+
+def test_there_are_no_other_files_among_the_help_pages():
+    languages = {path.name for path in (ROOT / "locales").iterdir()} - {"en"}
+    assert {path.name for path in (ROOT / "web" / "docs").glob("*/*")} == {f"{language}.md" for language in languages}

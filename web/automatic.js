@@ -1,4 +1,4 @@
-// A number that stands for "choose it for me" is shown as a word. The widget keeps its number: in graphs, and while it is edited.
+// Shows a word instead of the number that means "choose it for me". The widget keeps the number, in graphs and while it is edited.
 
 import { app } from "../../scripts/app.js";
 
@@ -29,13 +29,13 @@ function sayOnCanvas(widget, word) {
   });
 }
 
-// Nodes 2.0 draw elements: a style puts the word over the number of an input that is not edited.
+// Nodes 2.0 draw elements: a style puts the word over the number while the input is not edited.
 function sayInNodes2() {
   const rules = [];
   for (const node of nodes) {
     for (const [name, word] of Object.entries(WORDS[node.comfyClass])) {
       const zero = `input[aria-valuenow="0"]:not(:focus)`;
-      // newer front ends name the box around the input, older ones the input
+      // newer front ends label the box around the input, older ones the input
       const inputs = [`[aria-label="${name}"] ${zero}`, `${zero}[aria-label="${name}"]`];
       const boxes = [`[aria-label="${name}"] :has(> ${zero})`, `:has(> ${zero}[aria-label="${name}"])`];
       const inNode = (selectors, end = "") => selectors.map((selector) => `[data-node-id="${node.id}"] ${selector}${end}`).join();
@@ -43,14 +43,14 @@ function sayInNodes2() {
       rules.push(`${inNode(boxes)} { position: relative }`);
       rules.push(`${inNode(boxes, "::after")} { content: "${word}"; position: absolute; inset: 0; display: flex; align-items: center;
         padding: 0 4px; font-size: 12px; pointer-events: none }`);
-      // where the buttons are in the box, too
+      // where the buttons are in the box too
       rules.push(`${inNode([boxes[1]], "::after")} { padding: 0 40px }`);
     }
   }
   style.textContent = rules.join("\n");
 }
 
-// A node has its id when it is in the graph.
+// Later: a node gets its id when it is added to the graph.
 function soon() {
   clearTimeout(waiting);
   waiting = setTimeout(sayInNodes2);

@@ -1,4 +1,4 @@
-// The experts' colours, everywhere the same (dcm_core/inspection/plot.py); the training nodes wear theirs.
+// The experts' colours, the same everywhere (dcm_core/inspection/plot.py). The training nodes use them too.
 
 import { app } from "../../scripts/app.js";
 
@@ -10,7 +10,7 @@ const NODES = {
   DCMTrainSemanticExpert: { color: "#6b4514", bgcolor: "#4a3211" },
   DCMTrainDetailExpert: { color: "#1d4f73", bgcolor: "#173a54" },
 };
-// Wide enough for the values that a new node has, high enough for the pictures it will show; 0 is what the widgets need.
+// Wide enough for a new node's values and high enough for its pictures; 0 is the height that the widgets need.
 const SIZES = {
   DCMSampler: [360, 560],
   DCMAttachExperts: [420, 300],
@@ -32,7 +32,7 @@ const SIZES = {
 app.registerExtension({
   name: "DCM.Colours",
 
-  // a node out of a saved graph gets its own colour and size right after
+  // a node from a saved graph gets its own colour and size afterwards
   nodeCreated(node) {
     Object.assign(node, NODES[node.comfyClass] ?? {});
     const size = SIZES[node.comfyClass];

@@ -1,5 +1,5 @@
-// While DCM Sampler samples a video, its preview plays: the host shows the first frame of a latent, the server sends more of them.
-// They are shown where the front end shows the host's own preview of the node.
+// Plays DCM Sampler's preview while it samples: the host shows only the first frame of a latent, the server sends more.
+// They appear where the front end shows the host's own preview of the node.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
@@ -7,7 +7,7 @@ import { app } from "../../scripts/app.js";
 const FRAMES_A_SECOND = 8;
 const playing = new Map(); // execution id of a node -> { frames, at, timer }
 
-// An execution id leads through the subgraphs: "5:3" is node 3 in the graph of node 5.
+// An execution id includes the subgraphs: "5:3" is node 3 in the graph of node 5.
 export function nodeOf(id) {
   let node, graph = app.rootGraph ?? app.graph;
   for (const part of String(id).split(":")) {
@@ -24,7 +24,7 @@ function show(node, frame) {
     node.imgs = [frame];
     node.setDirtyCanvas(true);
   }
-  // in Nodes 2.0, which draws the graph that is open
+  // in Nodes 2.0, which draws only the open graph
   if (node.graph !== app.canvas.graph) return;
   for (const image of document.querySelectorAll(`[data-node-id="${node.id}"] img`)) {
     if (image.dataset.dcmPreview || image.src.startsWith("blob:")) {
@@ -56,7 +56,7 @@ app.registerExtension({
 
   setup() {
     api.addEventListener("dcm.preview", ({ detail }) => play(detail.node, detail.frames));
-    // on, while the video is decoded
+    // keeps playing while the video is decoded
     for (const end of ["execution_error", "execution_interrupted", "execution_success"]) {
       api.addEventListener(end, () => [...playing.keys()].forEach(stop));
     }

@@ -1,6 +1,6 @@
-// What a DCM node says while it runs and of its result: on the node, line by line, as plain text, until the node runs again.
-// DCM Sampler's bar says it itself (step_bar.js).
-// The front ends' own text of a node is two lines high in one, Markdown in another, not drawn by a third, and gone after an interrupt.
+// Shows a DCM node's progress and result on the node, line by line as plain text, until it runs again.
+// DCM Sampler shows them in its bar (step_bar.js).
+// The front ends' own node text is two lines high in one, Markdown in another, missing in a third, and lost after an interrupt.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
@@ -21,7 +21,7 @@ class Box {
     this.element = document.createElement("div");
     this.element.className = "dcm-text";
     Object.assign(this.element.style, STYLE, { maxHeight: `${HIGHEST}px`, overflowY: "auto" });
-    // the wheel scrolls the text, not the canvas; newer front ends want the focus for it, which a click gives
+    // the wheel scrolls the text, not the canvas; newer front ends need the focus for that, which a click gives
     this.element.dataset.captureWheel = "true";
     this.element.tabIndex = 0;
     this.element.addEventListener("wheel", (event) => this.scrolls() && event.stopPropagation());
@@ -34,7 +34,7 @@ class Box {
     this.show("");
   }
 
-  // Made with the node, as a first Nodes 2.0 draws no widget that comes later; without a text it takes no room.
+  // Made with the node, as the first Nodes 2.0 does not draw widgets added later. Without text it takes no space.
   show(text) {
     this.element.textContent = text; // never markup: it may come from a file
     this.element.style.display = text ? "block" : "none";
@@ -44,7 +44,7 @@ class Box {
 
   say(text) {
     this.show(text);
-    // the canvas does not make room by itself
+    // the canvas does not grow the node by itself
     const [width, needed] = [this.node.size[0], this.node.computeSize()[1]];
     if (this.node.size[1] < needed) this.node.setSize([width, needed]);
     this.node.setDirtyCanvas?.(true, true);
@@ -54,7 +54,7 @@ class Box {
     return this.element.scrollHeight > this.element.clientHeight;
   }
 
-  // Of the box in a node as wide as this one: measured beside the page, as the node may not be drawn now.
+  // The height of the box at the node's width, measured outside the visible page, as the node may not be drawn now.
   height() {
     const width = this.node.size[0] - 2 * MARGIN;
     if (this.measured?.width !== width) {
@@ -73,7 +73,7 @@ app.registerExtension({
 
   setup() {
     api.addEventListener("dcm.text", ({ detail }) => boxes.get(nodeOf(detail.node))?.say(detail.text));
-    // the result of an earlier run must not stand beside an error of this one
+    // an old result must not stay visible next to an error of this run
     api.addEventListener("executing", ({ detail }) => detail && boxes.get(nodeOf(detail))?.show(""));
   },
 
@@ -81,7 +81,7 @@ app.registerExtension({
     if (!node.comfyClass?.startsWith("DCM") || node.comfyClass === "DCMSampler" || !node.addDOMWidget) return;
     boxes.set(node, new Box(node));
     const executed = node.onExecuted;
-    // comes for results that the host has kept, too
+    // also called for cached results
     node.onExecuted = function (output, ...rest) {
       if (output?.text) boxes.get(this)?.say([output.text].flat().join("\n"));
       return executed?.call(this, output, ...rest);

@@ -1,13 +1,13 @@
-// A DCM Sampler says on its node who runs which step: a field a step, coloured and lettered by its expert, filling while it runs.
-// Below stand one line, which is the plan, then the step that runs and the time left, then the result, and notes and warnings.
-// Before a run the server foresees the plan from the widgets and files (nodes/host/sampling/plan.py); a run announces its own.
+// Shows on DCM Sampler which expert runs which step: one field per step, with the expert's colour and letter, filled as it runs.
+// The line under the fields is the plan, then the running step and the time left, then the result. Notes and warnings follow.
+// Before a run, the server works out the plan from widgets and files (nodes/host/sampling/plan.py). A run sends its own.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { COLOURS, NEUTRAL, WARNING } from "./colours.js";
 
 const SETTLE_MS = 50; // changes come in bursts
-const POINTED_MS = 4000; // a finger that tapped a field is gone at once
+const POINTED_MS = 4000; // how long a tapped field stays described
 const PADDING = 6;
 const MARGIN = 2;
 const BYPASSED = 4;
@@ -38,7 +38,7 @@ class Bar {
     this.body = document.createElement("div");
     this.body.append(this.fields, this.caption, this.notes);
     this.element.append(this.body);
-    this.asked = null; // what the shown plan was foreseen from
+    this.asked = null; // the request that the shown plan answers
     this.plan = null;
     this.said = []; // the result, line by line
     this.done = 0;
@@ -58,13 +58,13 @@ class Bar {
       const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!way || !this.plan) return;
       event.preventDefault();
-      event.stopPropagation(); // the front end moves nodes by them
+      event.stopPropagation(); // the front end moves nodes with these keys
       const from = this.pointed ?? (way > 0 ? -1 : this.plan.steps.length);
       this.point(Math.min(Math.max(from + way, 0), this.plan.steps.length - 1));
     });
   }
 
-  // Say in the caption what a field is; for a while, or until something else is pointed at.
+  // Describe a field in the caption, for a while or until another is pointed at.
   point(index, forget = null) {
     clearTimeout(this.forgetting);
     this.pointed = index >= 0 ? index : null;
@@ -94,7 +94,7 @@ class Bar {
     this.paint();
   }
 
-  // The result of a run, which its node gives as text: the plan in words, then notes, then the time it took.
+  // The result text of a run: the plan in words, then notes, then the time it took.
   say(text) {
     this.said = text ? text.split("\n") : [];
     this.paint();
@@ -140,7 +140,7 @@ class Bar {
     this.makeRoom();
   }
 
-  // The one line below the fields.
+  // The line under the fields.
   words() {
     const { steps } = this.plan ?? {};
     if (steps && this.pointed !== null) return describe(steps[this.pointed], this.pointed, steps.length);
@@ -150,7 +150,7 @@ class Bar {
     return this.said[0] ?? (this.plan ? planInWords(this.plan) : "");
   }
 
-  // The first step also loads the model: it counts only while it is the only one.
+  // The first step also loads the model, so it counts only until the second is done.
   timeLeft() {
     const first = this.done > 1 ? 1 : 0;
     const since = this.times[first];
@@ -168,7 +168,7 @@ class Bar {
   }
 
   makeRoom() {
-    // the canvas does not do it by itself
+    // the canvas does not grow the node by itself
     const needed = this.node.computeSize?.()[1];
     if (this.node.graph && this.node.size[1] < needed) this.node.setSize([this.node.size[0], needed]);
     this.node.setDirtyCanvas?.(true, true);
@@ -205,24 +205,25 @@ function before(node, input) {
   return slot < 0 ? null : node.getInputNode?.(slot);
 }
 
-// The nodes, without bypassed ones, that a model comes through, the one that loads it last.
+// The nodes that a model passes through, without bypassed ones; the loader comes last.
 function chain(node, input) {
   const nodes = [];
   for (let at = before(node, input); at && nodes.length < 64; at = before(at, "model") ?? at.getInputNode?.(0)) nodes.push(at);
   return nodes.filter((at) => at.mode !== BYPASSED);
 }
 
-// What a plan depends on: the sampler's widgets, and the files of the nodes its model comes through. Null for what only the run knows.
+// What a plan depends on: the sampler's widgets, and the files of the nodes that its model passes through. Null for what only the run
+// knows.
 function ask(node) {
   const names = ["schedule", "steps", "shift", "denoise", "boundary", "cfg", "detail_cfg", "sampler_name"];
   if (isFed(node, "sigmas", ...names)) return null;
   const asked = Object.fromEntries(names.map((name) => [name, widgetValue(node, name)]));
-  // nor is it known what a connected sampler is called
+  // neither is the name of a connected sampler
   if (before(node, "sampler")) delete asked.sampler_name;
   const nodes = chain(node, "model");
   const others = chain(node, "detail_model");
   if ([...nodes, ...others].some(makesExperts)) return null;
-  // the same weights are one model; what else differs between the two, only the run tells
+  // the same weights count as one model; only the run knows what else differs
   const same = others.length > 0 && others.at(-1) === nodes.at(-1);
   if (same && !(others.length === nodes.length && others.every((at, place) => at === nodes[place]))) return null;
   asked.two_models = others.length > 0 && !same;
@@ -264,17 +265,17 @@ async function foresee(bar) {
     });
     plan = answer.ok ? await answer.json() : null;
   }
-  // the widgets may have changed, or a run begun, meanwhile
+  // the widgets may have changed, or a run may have started, in the meantime
   if (bar.asked === text && !bar.running) bar.show(plan);
 }
 
 function barOf(id) {
-  // inside a subgraph the last part of an execution id is the node's own
+  // in a subgraph, the last part of an execution id is the node's own id
   const own = String(id).split(":").pop();
   for (const [node, bar] of bars) if (String(node.id) === own && isOpen(node)) return bar;
 }
 
-// Some front ends drop the graphs inside a subgraph without a word to their nodes.
+// Some front ends remove the graphs inside a subgraph without notifying their nodes.
 function isOpen(node) {
   const root = app.rootGraph ?? app.graph;
   return node.graph === root || (node.graph && root.subgraphs?.get(node.graph.id) === node.graph);
@@ -282,7 +283,7 @@ function isOpen(node) {
 
 let waiting;
 
-// Look at the widgets and links of every sampler, once the change that is under way is made.
+// Check the widgets and links of every sampler, after the current change is done.
 function lookSoon() {
   clearTimeout(waiting);
   waiting = setTimeout(() => {
@@ -304,7 +305,7 @@ app.registerExtension({
       bar.begin(detail);
     });
     api.addEventListener("dcm.text", ({ detail }) => barOf(detail.node)?.say(detail.text));
-    // the result of an earlier run must not stand beside an error of this one
+    // an old result must not stay visible next to an error of this run
     api.addEventListener("executing", ({ detail }) => detail && barOf(detail)?.say(""));
     api.addEventListener("progress_state", ({ detail }) => {
       for (const [id, state] of Object.entries(detail.nodes ?? {})) {
@@ -322,12 +323,12 @@ app.registerExtension({
         lookSoon();
       });
     }
-    // whatever a user changes in the graph
+    // any change to the graph
     api.addEventListener("graphChanged", lookSoon);
   },
 
   afterConfigureGraph: lookSoon,
-  // the lists of files are read again
+  // the file lists are read again
   refreshComboInNodes: lookSoon,
 
   nodeCreated(node) {

@@ -147,11 +147,11 @@ class TrainingConfig:
     )
     weight_decay: float = setting(0.0, "Weight decay of AdamW.", limits=(0, 10))
     clip_norm: float = setting(
-        1.0, "Largest norm of the gradients; larger ones are scaled down to it.", limits=(1e-6, 1e6)
+        1.0, "Maximum gradient norm; larger gradients are scaled down to it.", limits=(1e-6, 1e6)
     )
     divergence: float = setting(
         20.0,
-        "How many times its lowest the loss may become before the run ends. 0 never ends it.",
+        "Stops the run when the loss exceeds this many times its lowest value. 0 never stops it.",
         limits=(0, 1e9),
         resumable=True,
     )

@@ -73,7 +73,7 @@ def loss_figure(
 def plot_losses(
     history: Sequence[Mapping[str, float]], term: str, width: int = 768, height: int = 432, theme: str = DARK
 ) -> Image.Image:
-    """`loss_figure` as an image of the given size in pixels."""
+    """`loss_figure` as an image of this size in pixels."""
     return as_picture(loss_figure(history, term, width, height, theme))
 
 

@@ -33,7 +33,7 @@ class Theme:
 
     Attributes:
         experts: role -> colour.
-        neutral: of a model without an expert.
+        neutral: colour of a model without an expert.
     """
 
     background: str
@@ -77,7 +77,7 @@ def new_axes(width: int, height: int, theme: str, title: str) -> tuple[Axes, The
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set(color=colours.text, fontsize=size)
         axis.get_offset_text().set(color=colours.text, fontsize=0.85 * size)
-    # a name may hold what would be mathematics
+    # a name may contain what would be read as mathematics
     axes.set_title(title, loc="left", color=colours.text, fontsize=1.1 * size, parse_math=False)
     return axes, colours
 
@@ -149,7 +149,7 @@ def plot_schedule(
     owners: tuple[Owner, Owner] = SIDES,
     theme: str = DARK,
 ) -> Image.Image:
-    """`schedule_figure` as an image of the given size in pixels."""
+    """`schedule_figure` as an image of this size in pixels."""
     return as_picture(schedule_figure(sigmas, boundary, width, height, owners, theme))
 
 
@@ -183,7 +183,7 @@ def profile_figure(
 def plot_profile(
     profile: Profile | None, title: str, width: int = 768, height: int = 432, theme: str = DARK
 ) -> Image.Image:
-    """`profile_figure` as an image of the given size in pixels."""
+    """`profile_figure` as an image of this size in pixels."""
     return as_picture(profile_figure(profile, title, width, height, theme))
 
 

@@ -1,4 +1,4 @@
-"""What differs between ComfyUI versions, in one place."""
+"""Differences between ComfyUI versions, in one place."""
 
 import contextlib
 import dataclasses
@@ -24,13 +24,13 @@ from ...dcm_core.text import LOGGER
 
 logger = logging.getLogger(LOGGER)
 
-# The newest ComfyUI that the tests were run in.
+# The newest ComfyUI that the tests ran in.
 NEWEST_TRIED = "0.33.0"
 
-# What newer hosts may ask a linear to do to its input first.
+# Activations that newer hosts may fuse into the input of a linear.
 ACTIVATIONS = {**getattr(comfy.ops, "INPUT_ACT_EAGER", {}), "rms_norm": comfy.rmsnorm.rms_norm}
 
-# How layers may be quantised in a file whose `<layer>.comfy_quant` says so; older hosts read none of it.
+# Quantisation formats that this host reads from `<layer>.comfy_quant`; older hosts read none.
 LAYER_FORMATS = (
     frozenset(comfy.quant_ops.QUANT_ALGOS) if hasattr(comfy.utils, "detect_layer_quantization") else frozenset()
 )
@@ -44,7 +44,7 @@ def host_version() -> str:
 
 
 def tell_newer_host() -> None:
-    """One line in the log where this ComfyUI is newer than any that was tried."""
+    """Log one line if this ComfyUI is newer than the newest one tested."""
     own, tried = (
         tuple(int(number) for number in re.findall(r"\d+", text)[:3]) for text in (host_version(), NEWEST_TRIED)
     )
@@ -57,19 +57,19 @@ def tell_newer_host() -> None:
 
 
 def newer(**keywords: Any) -> dict[str, Any]:
-    """The `io.Schema` keywords that this host knows; older ones refuse the rest."""
+    """The `io.Schema` keywords that this host knows; unknown ones would be an error."""
     return {name: value for name, value in keywords.items() if name in SCHEMA_FIELDS}
 
 
 def advanced(input_type: Any) -> dict[str, bool]:
-    """`advanced=True` for inputs of this type, where this host knows it."""
+    """`advanced=True` for inputs of this type, if this host knows it."""
     return {"advanced": True} if "advanced" in inspect.signature(input_type.__init__).parameters else {}
 
 
 def key_patches(patcher: Any) -> dict[str, list]:
-    """Parameter name -> [(the weight as stored and unpatched, what makes it plain), *patches].
+    """Parameter name -> [(weight as stored and unpatched, function that dequantises it), *patches].
 
-    As the host's `get_key_patches`, which on newer hosts fails on quantised layers: it looks for every tensor of their files.
+    Like the host's `get_key_patches`, which fails on quantised layers on newer hosts, as it looks for every tensor of their files.
     """
     found = {}
     with patcher.use_ejected():
@@ -84,7 +84,7 @@ def key_patches(patcher: Any) -> dict[str, list]:
 
 
 def is_oom(error: BaseException) -> bool:
-    """Whether an error says that the device has too little memory: newer hosts know more of them, Macs say it in words."""
+    """Whether an error means too little device memory: newer hosts know more such errors, Macs say so only in the text."""
     known = getattr(
         comfy.model_management, "is_oom", lambda error: isinstance(error, comfy.model_management.OOM_EXCEPTION)
     )
@@ -103,7 +103,7 @@ def rotate_both(q: Tensor, k: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor
 
 @contextlib.contextmanager
 def gradients() -> Iterator[None]:
-    """The host's layers with a gradient, for the length of the block: newer hosts rotate by a kernel that has none."""
+    """Within the block, the host's layers have gradients: newer hosts rotate with a kernel that has none."""
     if hasattr(comfy.model_management, "in_training"):
         before, comfy.model_management.in_training = comfy.model_management.in_training, True
         try:
@@ -111,7 +111,7 @@ def gradients() -> Iterator[None]:
         finally:
             comfy.model_management.in_training = before
         return
-    # hosts that have the kernels, but no word for training yet
+    # hosts that have the kernels, but no training mode yet
     kernels = getattr(sys.modules.get("comfy.quant_ops"), "ck", None)
     ours = {"apply_rope": rotate_both, "apply_rope1": rotate}
     theirs = {name: getattr(kernels, name, None) for name in ours}

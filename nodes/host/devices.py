@@ -5,6 +5,6 @@ import torch
 
 
 def compute_device() -> torch.device:
-    """The host's device for linear algebra on one layer at a time; the CPU where the device has not all of it (Apple's has no QR)."""
+    """Device for linear algebra on one layer at a time: CUDA, else the CPU, as other devices lack some of it (Apple's has no QR)."""
     device = comfy.model_management.get_torch_device()
     return device if device.type == "cuda" else torch.device("cpu")

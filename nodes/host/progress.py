@@ -1,4 +1,4 @@
-"""Progress of long work, interruptible as the host's own."""
+"""Progress of long work, which the user can interrupt as in the host's own nodes."""
 
 from typing import Any
 

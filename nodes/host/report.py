@@ -18,23 +18,23 @@ def report(text: str, node_id: str | None) -> Any:
 
 
 def show(text: str, node_id: str | None) -> Any:
-    """The same without a line in the log."""
+    """The same, without logging it."""
     tell(text, node_id)
     return ui.PreviewText(plain(text))
 
 
 def server() -> Any:
     """The running server; None in a script or a test."""
-    # not imported: that would be the first step of starting one
+    # not imported, as importing it starts to build a server
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def report_picture(text: str, image: Any, node_id: str | None) -> dict[str, Any]:
-    """The same with a picture below the text; image: (1, height, width, 3)."""
+    """The same, with a picture under the text; image: (1, height, width, 3)."""
     return {**report(text, node_id).as_dict(), **ui.PreviewImage(image).as_dict()}
 
 
 def tell(text: str, node_id: str | None) -> None:
-    """Show `text` on the node while it works: web/result_text.js does, as text; what the host offers would be markup."""
+    """Show `text` on the node while it runs. web/result_text.js shows it as plain text; the host's own way would read it as markup."""
     if server() is not None and node_id is not None:
         server().send_sync("dcm.text", {"node": node_id, "text": plain(text)}, server().client_id)

@@ -1,4 +1,4 @@
-"""Write a video with the host's own tools."""
+"""Write a video with the host's own code."""
 
 from fractions import Fraction
 from pathlib import Path

@@ -81,9 +81,9 @@ def test_new_files_may_lie_behind_links_but_not_outside(module, tmp_path, monkey
 
 
 NO_NAMES = {
-    "is no text": [None, True, 1, 0.5, float("nan"), [], ["a"], {}, {"a": 1}],
+    "is not a text": [None, True, 1, 0.5, float("nan"), [], ["a"], {}, {"a": 1}],
     "is empty": ["", " ", "\u3000"],
-    "has characters that cannot be seen": [
+    "contains invisible characters": [
         "\ud800",
         "a\udcff",
         "a\0b",
@@ -96,11 +96,11 @@ NO_NAMES = {
         "a\x85",
         "a\u2028b",
     ],
-    "has one of < >": ["<img src=x onerror=alert(1)>.safetensors", "a>b"],
+    "contains one of < >": ["<img src=x onerror=alert(1)>.safetensors", "a>b"],
     "is a full path": ["/etc/passwd", "\\\\server\\share\\a", "C:\\a.safetensors", "c:a", "\\a"],
-    "leads elsewhere": ["..", "../a", "a/../../b", "a\\..\\b", ".", "a//b", "a/", "./a"],
+    "points outside the folder": ["..", "../a", "a/../../b", "a\\..\\b", ".", "a//b", "a/", "./a"],
     "is longer than 255 bytes": ["a" * 256, "b/" + "é" * 128 + "/a", "a/" * 3000 + "a", "a" * 10**6],
-    "is no file name on Windows": [
+    "is not a valid file name on Windows": [
         "CON",
         "nul.safetensors",
         "a/com1/b",
@@ -158,7 +158,7 @@ def test_sound_names_are_none_of_these(module, name):
 
 @pytest.mark.parametrize("name", ["ab:c", "16:9 wan", "who?", "a|b", 'say "x"', "*"])
 def test_files_are_not_written_under_names_that_windows_has_not(module, name):
-    with pytest.raises(ValueError, match=r"which has one of : \" \| \? \*; expected a file name inside"):
+    with pytest.raises(ValueError, match=r"which contains one of : \" \| \? \*; expected a file name inside"):
         module("nodes.host.folders").new_file("loras", name, overwrite=True)
 
 
@@ -179,7 +179,7 @@ def test_files_are_read_through_the_user_s_links_and_no_name_leaves_the_folder(m
     for name in folders.files("loras"):
         assert folders.path_of("loras", name).samefile(disk / "a.safetensors")
     for name in ("../secret.safetensors", str(tmp_path / "secret.safetensors"), "linked/../../secret.safetensors"):
-        with pytest.raises(ValueError, match=r"leads elsewhere|is a full path"):
+        with pytest.raises(ValueError, match=r"points outside the folder|is a full path"):
             folders.path_of("loras", name)
 
 
@@ -193,7 +193,7 @@ def test_a_file_is_not_written_through_a_link_to_a_file(module, tmp_path, monkey
     other.write_bytes(b"mine")
     (mine / "a.safetensors").symlink_to(other)
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(mine)], {".safetensors"}))
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         folders.new_file("loras", "a", overwrite=False)
     storage.write_tensors(folders.new_file("loras", "a", overwrite=True), {"x": torch.zeros(1)}, {})
     assert other.read_bytes() == b"mine" and not (mine / "a.safetensors").is_symlink()
@@ -271,5 +271,5 @@ def test_files_that_cannot_be_offered_are_named_once(module, tmp_path, monkeypat
             assert folders.files("loras") == ["good.safetensors"]
     (line,) = caplog.messages
     assert line.startswith(
-        r"Not offered from models/loras, as their names cannot be used: <b>.safetensors, a\u202eb.safetensors. Rename"
+        r"Some files in models/loras are not listed because their names cannot be used: <b>.safetensors, a\u202eb.safetensors. Rename"
     )

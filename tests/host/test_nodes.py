@@ -155,7 +155,7 @@ def test_loader_recognises_content_not_names(node, releases, folder, recipe, nam
     plain = without_experts(recipe, name)
     save_file(plain, folder / "diffusion_models" / "misleading_dcm_release.safetensors")
     out = node("DCMLoadModel", model_name="misleading_dcm_release.safetensors", weight_dtype="default")
-    assert "diffusers layout, no experts" in text(out)
+    assert "model in diffusers layout, no experts inside. Add DCM Attach Experts." in text(out)
     assert out.result[0].get_attachment("dcm") is None
     prefixed = {f"transformer.{k}": v for k, v in plain.items()}
     save_file(prefixed, folder / "diffusion_models" / "prefixed.safetensors")
@@ -186,7 +186,7 @@ def test_native_and_foreign_models_pass_through(node, releases, folder):
         dtype="keep",
         overwrite=False,
     )
-    assert "loaded by the host as it is" in text(
+    assert "native.safetensors: plain Wan 2.1 model, no experts inside. Add DCM Attach Experts." in text(
         node("DCMLoadModel", model_name="native.safetensors", weight_dtype="default")
     )
     native = load_file(folder / "diffusion_models" / "native.safetensors")
@@ -229,7 +229,7 @@ def broken(kind, tensors):
         ),
         ("nan", r"has NaN or infinite values in proj_out_lora\.weight"),
         ("nan base", r"has NaN or infinite values in blocks\.1\.ffn\.net\.2\.bias"),
-        ("lora only", "holds an expert .* Load the base model here"),
+        ("lora only", "is an expert .* Select the base model here"),
         ("both names", "with and without a prefix"),
     ],
 )
@@ -260,7 +260,8 @@ def test_a_size_that_only_the_model_knows(node, folder, recipe, key, width):
     )
     save_file(tensors, folder / "diffusion_models" / "wide.safetensors")
     with pytest.raises(
-        ValueError, match=r"wide\.safetensors cannot be loaded: no Wan 2\.1 model has its sizes .*Download it again"
+        ValueError,
+        match=r"wide\.safetensors cannot be loaded: no Wan 2\.1 model has its sizes .*Download the file again",
     ):
         node("DCMLoadModel", model_name="wide.safetensors", weight_dtype="default")
     assert not files_in(folder / "loras")
@@ -553,7 +554,7 @@ def test_conditioning_round_trip(node, folder):
         assert torch.equal(a, b)
         assert extras.keys() == again.keys()
         assert all(torch.equal(v, again[k]) if torch.is_tensor(v) else v == again[k] for k, v in extras.items())
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         node("DCMSaveConditioning", conditioning=given, name="fox", overwrite=False)
     with pytest.raises(ValueError, match="contains `control`, a object"):
         node("DCMSaveConditioning", conditioning=[[given[0][0], {"control": object()}]], name="c", overwrite=False)

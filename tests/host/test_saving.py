@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from .compare import relative
 
-MESSAGE = r"carries DCM experts, which ComfyUI's save nodes leave out.*Save the model from before DCM Attach Experts.*DCM Convert"
+MESSAGE = r"has DCM experts attached, which ComfyUI's save nodes cannot save.*Save the model from before DCM Attach Experts.*DCM Convert"
 SIGMAS = [1.0, 0.9, 0.0]
 
 

@@ -1,7 +1,7 @@
 """Attach experts to a MODEL.
 
-The experts' weights live in their own ModelPatchers, registered as additional models, so that the host loads, offloads
-and counts them; `route` runs them. The base weights are neither read nor written.
+The experts' weights are in ModelPatchers of their own, registered as additional models, so that the host loads, offloads
+and counts them. `route` runs them. The base weights are neither read nor written.
 """
 
 import copy
@@ -29,7 +29,7 @@ from ..saving import allow_saving, refuse_saving
 from .prepare import is_own, prepare_run
 from .route import KEY, AttachedExperts, attached_experts, route_call
 
-# What newer hosts hang on a loaded module: its places in memory.
+# Attributes that newer hosts put on a loaded module: its places in memory.
 HOST_STATE = {
     "_v",
     "_v_signature",
@@ -52,7 +52,7 @@ def diffusion_model(model: Any) -> nn.Module:
 
 
 def model_family(model: Any) -> Family | None:
-    """The family of a MODEL, by its tensors; None for any other model."""
+    """The family of a MODEL, by its tensor names; None for other models."""
     names = {unwrapped(name) for name, _ in diffusion_model(model).named_parameters()}
     return next((family for family in FAMILIES.values() if family.is_native(names)), None)
 
@@ -61,19 +61,19 @@ def require_family(model: Any) -> Family:
     """The family of a MODEL.
 
     Raises:
-        ExpertError: a model that is of no known family.
+        ExpertError: a model of an unknown family.
     """
     family = model_family(model)
     if family is None:
         titles = " and ".join(family.title for family in FAMILIES.values())
         raise ExpertError(
-            f"The model is a {type(diffusion_model(model)).__name__}; DCM experts exist for {titles}. Load one of these models."
+            f"The model is a {type(diffusion_model(model)).__name__}, but DCM experts exist only for {titles}. Load one of these models."
         )
     return family
 
 
 def module_shapes(model: Any) -> dict[str, tuple[int, ...]]:
-    """Native tensor name -> shape, whatever the weights are stored as (fp8, GGUF, packed)."""
+    """Native tensor name -> shape, however the weights are stored (fp8, GGUF, packed)."""
     shapes = {}
     for name, module in diffusion_model(model).named_modules():
         name = unwrapped(name)
@@ -94,14 +94,14 @@ def attach_experts(
     boundary: float | None = None,
     stacked: bool = True,
 ) -> Any:
-    """A clone of MODEL with the experts on it; experts attached before are replaced.
+    """A clone of MODEL with the experts attached. Experts that are already attached are replaced.
 
     Args:
-        boundary: sigma where the detail side begins; None or 0 for the experts' own, else the family's.
-        stacked: the semantic expert is an ordinary LoRA on the base, always on; otherwise each works on its side only.
+        boundary: sigma where the detail side begins; None or 0 uses the experts' own, else the family's.
+        stacked: the semantic expert is an ordinary LoRA on the base at all steps; otherwise each expert works only on its side.
 
     Raises:
-        ExpertError: an expert that does not fit. The given MODEL is never changed.
+        ExpertError: an expert that does not fit. MODEL itself is never changed.
     """
     family = require_family(model)
     experts = [expert for expert in (detail, semantic) if expert is not None]
@@ -142,7 +142,7 @@ def attach_experts(
 
 
 def detach_experts(model: Any) -> Any:
-    """A clone of MODEL without experts (a stacked semantic expert's patches are taken off, the user's stay)."""
+    """A clone of MODEL without experts. Removes the patches of a stacked semantic expert and keeps the user's."""
     clone = model.clone()
     facts = attached_experts(model)
     if facts is not None:
@@ -161,7 +161,7 @@ def detach_experts(model: Any) -> Any:
 
 
 def with_boundary(model: Any, boundary: float | None) -> Any:
-    """A clone of MODEL whose experts change over at another sigma; MODEL itself if it has none, or they do so already."""
+    """A clone of MODEL whose experts change at this sigma; MODEL itself if it has none or already uses it."""
     facts = attached_experts(model)
     if facts is None or facts.boundary == boundary:
         return model
@@ -171,8 +171,10 @@ def with_boundary(model: Any, boundary: float | None) -> Any:
 
 
 def _split_routed(expert: Expert, strength: float) -> tuple[Expert, Expert | None]:
-    """The part the host can patch, and what has to be routed: bare parameters, which its patching passes over in silence, and
-    replaced tensors at another strength than 1, which it knows none for."""
+    """The part the host can patch, and the part that must be routed.
+
+    The host silently skips patches on bare parameters, and it applies replaced tensors only at strength 1.
+    """
     routed = {*bare_parameters(expert), *(expert.replaced if strength != 1 else ())}
 
     def part(chosen: bool, tensors: dict) -> dict:
@@ -186,7 +188,7 @@ def _split_routed(expert: Expert, strength: float) -> tuple[Expert, Expert | Non
 
 
 def _patch_base(clone: Any, expert: Expert, strength: float) -> dict[str, tuple[Any, ...]]:
-    """Add the expert as an ordinary LoRA; returns what was added, by base tensor."""
+    """Add the expert as an ordinary LoRA. Returns the added patches by base tensor."""
     shapes = module_shapes(clone)
     tensors, _ = expert_to_state_dict(expert, shapes)
     key_map = {FILE_PREFIX + name.removesuffix(".weight"): FILE_PREFIX + name for name in shapes}
@@ -194,21 +196,21 @@ def _patch_base(clone: Any, expert: Expert, strength: float) -> dict[str, tuple[
     with own_objects(clone):
         added = set(clone.add_patches(patches, strength))
     lost = {name for name in _targets(expert) if FILE_PREFIX + name not in added}
-    # the host keeps one patch of a LoRA file for each tensor
+    # the host keeps one patch per tensor of a LoRA file
     lost |= {f"{module}.weight" for module in expert.low_rank} & (set(expert.diff) | set(expert.replaced))
     if lost:
         raise ExpertError(
-            f"The host could not place {len(lost)} of the semantic expert's tensors: {name_some(lost)}. "
-            "Attach the experts as independent, or use an expert made for this model."
+            f"ComfyUI could not apply {len(lost)} of the semantic expert's tensors: {name_some(lost)}. "
+            "Set `experts` to independent, or use an expert made for this model."
         )
     return {key: (value,) for key, value in patches.items()}
 
 
 @contextmanager
 def own_objects(model: Any) -> Iterator[None]:
-    """For the length of the block the model is without the object patches of whichever clone of it was loaded last.
+    """Within the block, the model is without the object patches of the clone that was loaded last.
 
-    A compiled block among them would give the host other tensor names.
+    A compiled block among them would change the tensor names that the host sees.
     """
     patched = [
         (name, comfy.utils.set_attr(model.model, name, own)) for name, own in model.object_patches_backup.items()
@@ -225,7 +227,7 @@ def _targets(expert: Expert) -> set[str]:
 
 
 def compute_dtype(model: Any) -> torch.dtype:
-    """What the base computes in: never a storage-only dtype such as fp8."""
+    """The dtype the base computes in, never a storage dtype such as fp8."""
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
     if dtype in (torch.float32, torch.bfloat16, torch.float16):
         return dtype
@@ -233,7 +235,7 @@ def compute_dtype(model: Any) -> torch.dtype:
 
 
 def _expert_patcher(model: Any, expert: Expert, sides: tuple[Side, ...]) -> Any:
-    """The expert as a model of its own, on the base's devices."""
+    """The expert as a separate model on the base's devices."""
     base = {unwrapped(name): inner_module(module) for name, module in diffusion_model(model).named_modules()}
     module = RoutedExpert(expert, base, comfy.ops.manual_cast, compute_dtype(model), model.offload_device, sides)
     return make_patcher(module, model.load_device, model.offload_device)
@@ -243,9 +245,9 @@ def make_patcher(module: RoutedExpert, load_device: torch.device, offload_device
     """The host's ModelPatcher around an expert.
 
     Args:
-        newer: what newer hosts pass when they need the model a second time (`disable_dynamic`).
+        newer: arguments that newer hosts pass when they need a second copy (`disable_dynamic`).
     """
-    # looked up late: the host's start-up may rebind it
+    # looked up late, as the host's start-up may rebind it
     patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     if newer.get("disable_dynamic"):
         patcher_class = comfy.model_patcher.ModelPatcher
@@ -255,8 +257,8 @@ def make_patcher(module: RoutedExpert, load_device: torch.device, offload_device
 
 
 def copy_patcher(module: RoutedExpert, *devices: torch.device, **newer: bool) -> Any:
-    """An independent second expert, for newer hosts (several GPUs)."""
-    # two owners would both free the places of the first
+    """An independent copy of the expert, for newer hosts with several GPUs."""
+    # not copied: both copies would free the same memory
     states = [
         (part, {name: part.__dict__.pop(name) for name in HOST_STATE & part.__dict__.keys()})
         for part in module.modules()

@@ -1,4 +1,4 @@
-"""Read expert files of the host's `loras` folders."""
+"""Read expert files from the host's `loras` folders."""
 
 import logging
 from pathlib import Path
@@ -20,7 +20,7 @@ ANOTHER = "Choose another file."
 
 
 def expert_names() -> list[str]:
-    """What the user may choose from, "none" first."""
+    """The options, "none" first."""
     return [NONE, *files(LORAS)]
 
 
@@ -28,7 +28,7 @@ def load_expert(name: str, role: Side, model: Any, widget: str | None = None) ->
     """Read an expert for MODEL; None for "none".
 
     Args:
-        widget: where the user chose it, if not as the side's LoRA.
+        widget: the widget where the user chose it, if not the side's LoRA.
 
     Raises:
         DCMError: a file that cannot be read, or an expert that does not fit; names the widget and the file.
@@ -43,7 +43,7 @@ def read_expert_file(path: Path, role: Side, model: Any, given: str | None = Non
     """The same for a file anywhere.
 
     Args:
-        given: what the user chose, and where; errors begin with it.
+        given: what the user chose and where. Errors begin with it.
         fix: what to do with an expert of the other side.
     """
     given = given or f"The {role} expert is {path.name!r}"
@@ -64,7 +64,7 @@ def other_side(role: Side) -> Side:
 
 
 def trained_expert(expert: Expert | None, role: Side, model: Any) -> Expert | None:
-    """An expert straight from its training, checked as a file is.
+    """An expert directly from its training, checked like a file.
 
     Raises:
         ExpertError: another family or role, or made for a model of another size.
@@ -81,7 +81,7 @@ def trained_expert(expert: Expert | None, role: Side, model: Any) -> Expert | No
 
 
 def state_of_expert(name: str | None) -> tuple[int, ...]:
-    """When a chosen expert, and its trainer's settings beside it, were last written."""
+    """When a chosen expert, and its trainer's settings in the same folder, were last written."""
     return () if name in (None, NONE) else last_written(path_of(LORAS, name))
 
 

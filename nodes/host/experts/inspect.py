@@ -1,4 +1,4 @@
-"""Look at a file, a MODEL, or both, without loading or moving anything."""
+"""Inspect a file, a MODEL, or both, without loading or moving anything."""
 
 import json
 from collections import Counter
@@ -29,7 +29,7 @@ from .route import KEY, AttachedExperts, attached_experts
 
 
 def file_names() -> list[str]:
-    """What the user may choose from, "none" first; the folder is part of each name."""
+    """The options, "none" first; the folder is part of each name."""
     return [NONE, *(f"{category}/{name}" for category in (MODELS, LORAS) for name in files(category))]
 
 
@@ -49,17 +49,17 @@ def path_of_choice(choice: Any) -> Path:
 
 
 def inspect(choice: str, model: Any, node_id: str | None = None) -> tuple[str, Tensor]:
-    """What the file and the MODEL are, in words, and a picture of each one's experts.
+    """A description of the file and the MODEL, and a picture of the experts of each.
 
     Returns:
         The text, and pictures of shape (1 or 2, height, width, 3).
 
     Raises:
-        DCMError: neither is given, or a file that cannot be read.
+        DCMError: neither a file nor a MODEL, or a file that cannot be read.
     """
     if choice == NONE and model is None:
         raise DCMError(
-            "There is nothing to look at: file is none and no model is connected. Choose a file, or connect a model."
+            "There is nothing to inspect: file is none and no model is connected. Choose a file, or connect a model."
         )
     found: list[tuple[str, str, Profile | None]] = []
     if choice != NONE:
@@ -143,13 +143,13 @@ def _experts_in_words(facts: AttachedExperts | None) -> str:
 
 
 def _strengths(model: Any, facts: AttachedExperts) -> dict[str, float]:
-    """Side -> strength; that of a stacked semantic expert is in its patches."""
+    """Side -> strength. For a stacked semantic expert it is in its patches."""
     stacked = [strength for _, strength in _stacked_patches(model, facts)]
     return ({"semantic": stacked[0]} if stacked else {}) | dict(facts.strengths)
 
 
 def _stacked_patches(model: Any, facts: AttachedExperts) -> Iterator[tuple[tuple[str, Any], float]]:
-    """((base tensor, patch), strength) of a semantic expert that is an ordinary LoRA."""
+    """((base tensor, patch), strength) for a semantic expert that is an ordinary LoRA."""
     for key, own in facts.own_patches.items():
         for patch in model.patches.get(key, []):
             if is_own(patch, own):
@@ -190,7 +190,7 @@ def _patch_updates(name: str, patch: Any, family: Family) -> Iterator[Update]:
 
 
 def originals(patcher: Any, module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Parameter name -> its value without patches: the host keeps that aside while they are in the weights."""
+    """Parameter name -> its value without patches, which the host backs up while they are in the weights."""
     found = {}
     for name, tensor in module.named_parameters():
         name = unwrapped(name)
@@ -200,7 +200,7 @@ def originals(patcher: Any, module: nn.Module, prefix: str = "") -> dict[str, Te
 
 
 def model_base(model: Any) -> Base:
-    """A MODEL's own weights, wherever they are now; quantised ones (fp8, GGUF, packed) are not at hand."""
+    """A MODEL's own weights, wherever they are. Quantised ones (fp8, GGUF, packed) are not available."""
     tensors = originals(model, diffusion_model(model), FILE_PREFIX)
 
     def rows_of(name: str, start: int, rows: int) -> Tensor | None:

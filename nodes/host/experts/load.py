@@ -1,4 +1,4 @@
-"""Load a model file of any layout; a released checkpoint comes with its detail expert attached."""
+"""Load a model file of any layout. A released checkpoint comes with its detail expert attached."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from ..folders import MODELS, path_of
 from ..progress import byte_progress
 from .attach import attach_experts
 
-# What the host's own loader offers.
+# The options of the host's own loader.
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
@@ -32,7 +32,7 @@ WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
 
 # `model-00001-of-00006.safetensors`
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
-# No note on a quantised layer needs as much; what lies beyond makes it no JSON.
+# Bytes read of a layer's note. Real ones are shorter; a longer one is cut and is then not JSON.
 LONGEST_NOTE = 4096
 OTHER_USES = (
     (
@@ -46,13 +46,13 @@ OTHER_USES = (
 
 
 def load_model(name: str, weight_dtype: str, node_id: str | None = None) -> tuple[Any, str]:
-    """Load a model and say what it was.
+    """Load a model and describe it.
 
     Returns:
         The MODEL and a line about the file.
 
     Raises:
-        CheckpointError: a file that cannot be read, is incomplete, or is no model.
+        CheckpointError: a file that cannot be read, is incomplete, or is not a model.
     """
     return load_file(path_of(MODELS, name, "model_name"), weight_dtype, node_id)
 
@@ -65,21 +65,26 @@ def load_file(path: Path, weight_dtype: str, node_id: str | None = None) -> tupl
     contents = recognise(file)
     if contents.layout is Layout.EXPERT:
         raise CheckpointError(
-            f"{name} holds an expert (a LoRA), not a model. Load the base model here and give this file to DCM Attach Experts."
+            f"{name} is an expert (a LoRA), not a model. Select the base model here, and select this file in DCM Attach Experts."
         )
     if contents.layout in (Layout.NATIVE, Layout.OTHER):
         model = load_native(file, weight_dtype)
-        return model, f"{name}: {type(model.model).__name__}, loaded by the host as it is"
+        if contents.family is None:
+            return model, f"{name}: {type(model.model).__name__}, loaded as in Load Diffusion Model"
+        return model, f"{name}: plain {contents.family.title} model, no experts inside. Add DCM Attach Experts."
     model = _load_base(file, contents, weight_dtype, byte_progress(node_id))
     if contents.layout is Layout.DIFFUSERS:
-        return model, f"{name}: {contents.family.title} in diffusers layout, no experts inside"
-    # mapped again: the pages of the base are not kept while the expert is copied
+        return (
+            model,
+            f"{name}: {contents.family.title} model in diffusers layout, no experts inside. Add DCM Attach Experts.",
+        )
+    # mapped again, so that the base's pages are not kept while the expert is copied
     expert = read_release(file, contents, _views(file))
     return attach_experts(model, detail=expert), f"{name}: {contents.family.title} release, semantic base with {expert}"
 
 
 def load_native(file: TensorFile, weight_dtype: str) -> Any:
-    """A file that the host reads itself.
+    """Load a file that the host reads itself.
 
     Raises:
         CheckpointError: a file that this host cannot read, or would read wrongly.
@@ -87,7 +92,7 @@ def load_native(file: TensorFile, weight_dtype: str) -> Any:
     name = file.path.name
     if (shard := SHARD.search(name)) and int(shard[1]) > 1:
         raise CheckpointError(
-            f"{name} is one of the {int(shard[1])} shards of a model. Merge all shards into one file first, and select that here."
+            f"{name} is only one of the {int(shard[1])} shards of a model. Merge all shards into one file and select that file."
         )
     if unknown := sorted(layer_formats(file) - LAYER_FORMATS):
         raise CheckpointError(
@@ -97,7 +102,7 @@ def load_native(file: TensorFile, weight_dtype: str) -> Any:
     try:
         return comfy.sd.load_diffusion_model(str(file.path), model_options=dict(WEIGHT_DTYPES[weight_dtype]))
     except RuntimeError as error:
-        # what else the host says in this way (no memory, an interrupt) is not about the file
+        # other errors of this type (no memory, an interrupt) are not about the file
         if "detect model type" not in str(error):
             raise
         raise CheckpointError(
@@ -107,7 +112,7 @@ def load_native(file: TensorFile, weight_dtype: str) -> Any:
 
 
 def layer_formats(file: TensorFile) -> set[str]:
-    """How the layers of a file are quantised, by the notes that newer hosts put beside them."""
+    """How the layers of a file are quantised, according to the notes that newer hosts store with them."""
     found = set()
     for key in file.shapes:
         if key.endswith(".comfy_quant"):
@@ -120,7 +125,7 @@ def layer_formats(file: TensorFile) -> set[str]:
 
 
 def other_use(keys: Iterable[str]) -> str:
-    """What a file that is no diffusion model may be, and where it belongs; "" for anything else."""
+    """What another kind of file may be, and which node loads it; "" if unknown."""
     for what, node, mark in OTHER_USES:
         if any(mark.search(key) for key in keys):
             return f" It looks like a {what}: load it with {node}."
@@ -131,10 +136,10 @@ def load_base(path: Path, weight_dtype: str, **newer: bool) -> Any:
     """The base (semantic) model of a diffusers-layout file.
 
     Args:
-        newer: what newer hosts pass when they need the model a second time (`disable_dynamic`).
+        newer: arguments that newer hosts pass when they need a second copy (`disable_dynamic`).
 
     Raises:
-        CheckpointError: NaN or infinite weights, or sizes this ComfyUI has no model for.
+        CheckpointError: NaN or infinite weights, or sizes that no model of this ComfyUI has.
     """
     file = TensorFile(path)
     return _load_base(file, recognise(file), weight_dtype, **newer)
@@ -147,30 +152,30 @@ def _load_base(
     tensors = _views(file)
     weights = semantic_state_dict(file, contents, progress, tensors)
     with ThreadPoolExecutor(max_workers=1) as beside:
-        # one reads what the other has brought into memory
+        # the check reads what loading has brought into memory
         checked = beside.submit(check_base, file, contents, tensors) if tensors is not None else None
-        # the mapping goes with the last of its tensors
+        # the mapping is freed with its last tensor
         del tensors
         try:
             model = comfy.sd.load_diffusion_model_state_dict(
                 weights, model_options=dict(WEIGHT_DTYPES[weight_dtype]), **newer
             )
         except (RuntimeError, AssertionError, ZeroDivisionError) as error:
-            # what else the host says in this way (no memory, an interrupt) is not about the file
+            # other errors of this type (no memory, an interrupt) are not about the file
             if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise
             raise CheckpointError(
-                f"{path} cannot be loaded: no {title} model has its sizes ({one_line(error, 400)}). Download it again."
+                f"{path} cannot be loaded: no {title} model has its sizes ({one_line(error, 400)}). Download the file again."
             ) from error
     if checked is not None:
         checked.result()
     if model is None:
-        raise CheckpointError(f"{path} is a {title} file, but this ComfyUI cannot build a model of its sizes.")
-    # newer hosts make a second, independent model with it (several GPUs, hooks under dynamic VRAM)
+        raise CheckpointError(f"{path} is a {title} file, but this ComfyUI has no model of its sizes. Update ComfyUI.")
+    # newer hosts build a second, independent model with it (several GPUs, hooks with dynamic VRAM)
     model.cached_patcher_init = (load_base, (path, weight_dtype))
     return model
 
 
 def _views(file: TensorFile) -> Mapping[str, torch.Tensor] | None:
-    """The file's tensors to be copied by the host, whose own loader takes views, too; None where it is told not to."""
+    """The file's tensors as memory-mapped views, which the host copies; None with --disable-mmap."""
     return None if comfy.utils.DISABLE_MMAP else views(file)

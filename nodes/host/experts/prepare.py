@@ -1,4 +1,4 @@
-"""What has to be done before each sampling run of a MODEL with experts."""
+"""What is done before each sampling run of a MODEL with experts."""
 
 import logging
 import uuid
@@ -14,18 +14,18 @@ from .route import KEY, AttachedExperts, attached_experts, step_cache_note
 
 logger = logging.getLogger(LOGGER)
 
-# Where newer hosts keep a MODEL's clones on further GPUs.
+# Where newer hosts keep a MODEL's clones on additional GPUs.
 GPU_CLONES = "multigpu"
 
 
 def prepare_run(executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """PREPARE_SAMPLING wrapper: the experts get the user's patches, and have to prove anew that they have an effect."""
+    """PREPARE_SAMPLING wrapper: hand the user's patches to the experts, and check in each run that they have an effect."""
     facts = attached_experts(model)
     if facts is not None:
         check_compiled(model, facts)
         if note := step_cache_note(model):
             logger.warning(note)
-        # newer hosts keep a clone for each further GPU, with experts of its own
+        # newer hosts keep a clone for each additional GPU, with experts of its own
         for owner in (model, *model.get_additional_models_with_key(GPU_CLONES)):
             for patcher in owner.get_additional_models_with_key(KEY):
                 patcher.model.checked.clear()
@@ -34,23 +34,23 @@ def prepare_run(executor: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def check_compiled(model: Any, facts: AttachedExperts) -> None:
-    """Refuse a compiled block that was put on as an object patch: the host no longer finds the tensors in it by their names.
+    """Refuse a compiled block that was added as an object patch: the host cannot find its tensors by their names.
 
     Raises:
-        ExpertError: a stacked semantic expert that the host would pass over in silence.
+        ExpertError: a stacked semantic expert that the host would silently skip.
     """
     patches = model.object_patches.items()
     compiled = [name for name, patch in patches if isinstance(patch, nn.Module) and is_compiled(patch)]
     lost = [name for name in compiled if any(key.startswith(f"{name}.") for key in facts.own_patches)]
     if lost:
         raise ExpertError(
-            f"A node compiled {name_some(lost)} in a way that makes the host pass over LoRA patches there, so the semantic expert "
+            f"A node compiled {name_some(lost)} in a way that makes ComfyUI skip LoRA patches there, so the semantic expert "
             "would have no effect. Compile with TorchCompileModel (or TorchCompileModelWanVideoV2 of KJNodes) instead."
         )
 
 
 def _hand_over(model: Any, patcher: Any, facts: AttachedExperts) -> None:
-    """The user's patches on a replaced tensor go to the tensor that stands in for it."""
+    """Move the user's patches on a replaced tensor to the tensor that replaces it."""
     wanted = {}
     for name, own_name in patcher.model.replaced_weights().items():
         key = FILE_PREFIX + name
@@ -68,5 +68,5 @@ def _hand_over(model: Any, patcher: Any, facts: AttachedExperts) -> None:
 
 
 def is_own(patch: tuple, own: tuple[Any, ...]) -> bool:
-    """Whether a patch on a tensor is one of the semantic expert's, `AttachedExperts.own_patches` of that tensor."""
+    """Whether a patch on a tensor is one of the semantic expert's (`AttachedExperts.own_patches` of that tensor)."""
     return any(patch[1] is value for value in own)

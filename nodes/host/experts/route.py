@@ -1,6 +1,6 @@
-"""Route each model call to the expert that owns its noise level.
+"""Route each model call to the expert for its noise level.
 
-An APPLY_MODEL wrapper puts the expert's forwards in place for the length of one call.
+An APPLY_MODEL wrapper installs the expert's forwards for one call.
 """
 
 import logging
@@ -27,24 +27,24 @@ logger = logging.getLogger(LOGGER)
 
 KEY = "dcm"
 
-# Of each base: a call puts forwards on it and takes them off, so that two threads must not do so at once.
+# One lock per base: a call installs forwards on it and removes them, which two threads must not do at once.
 LOCKS: MutableMapping[Any, Any] = WeakKeyDictionary()
 
 CACHE_NOTE = (
-    "A step cache (EasyCache, TeaCache or the like) is on this model. It may carry the semantic expert's result over the boundary: "
-    "leave it out, a run has few steps."
+    "A step cache (EasyCache, TeaCache or similar) is on this model. It may reuse the semantic expert's result after the boundary. "
+    "Remove it: with few steps it saves little."
 )
 
 
 @dataclass(frozen=True)
 class AttachedExperts:
-    """What a MODEL carries.
+    """The experts attached to a MODEL.
 
     Attributes:
-        own_boundary: the boundary is the experts' or the user's; otherwise the family's usual one.
-        semantic, detail: a line about each expert, None without it.
-        stacked: the detail expert works on top of the semantic one (as released), not beside it.
-        strengths: side -> strength of the experts that are routed.
+        own_boundary: whether the boundary is the experts' or the user's, not the family's default.
+        semantic, detail: a line about each expert, or None.
+        stacked: the detail expert works on top of the semantic one (as released), not independently.
+        strengths: side -> strength of each routed expert.
         own_patches: base tensor -> the semantic expert's patches on it, to tell them from the user's.
     """
 
@@ -60,15 +60,14 @@ class AttachedExperts:
 
 
 def attached_experts(model: Any) -> AttachedExperts | None:
-    """The experts a MODEL carries, None without any."""
+    """The experts attached to a MODEL, or None."""
     return model.get_attachment(KEY)
 
 
 def step_cache_note(model: Any) -> str:
-    """What to tell the user of a step cache on a MODEL with experts, "" where there is none.
+    """The warning about a step cache on a MODEL with experts; "" without one.
 
-    Nodes that answer a call with an earlier one's result leave a wrapper or an option with "cache" in its name; some only the
-    threshold of TeaCache.
+    Nodes that reuse the result of an earlier call leave a wrapper or an option with "cache" in its name, or only TeaCache's threshold.
     """
     names = {name for wrappers in model.wrappers.values() for name in wrappers} | set(
         model.model_options["transformer_options"]
@@ -78,20 +77,20 @@ def step_cache_note(model: Any) -> str:
 
 
 def add_linear(linear: nn.Module, out: Tensor, x: Tensor, alpha: float) -> None:
-    """Add `alpha linear(x)` to `out` with the weight as the host casts it: from wherever it was offloaded, with its patches."""
+    """Add `alpha linear(x)` to `out`. The host casts the weight, from wherever it is offloaded, with its patches."""
     weight, bias, stream = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
     out.addmm_(x, weight.t(), alpha=alpha)
-    # the host may give its place to others again
+    # the host may reuse its buffer
     comfy.ops.uncast_bias_weight(linear, weight, bias, stream)
 
 
 def route_call(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """APPLY_MODEL wrapper: run one model call with the expert that owns its sigma `t` (batch,)."""
+    """APPLY_MODEL wrapper: run one model call with the expert for its sigma `t` (batch,)."""
     patcher = executor.class_obj.current_patcher
     facts = attached_experts(patcher) if patcher is not None else None
     if facts is None:
         raise ExpertError(
-            "The DCM experts of this MODEL are gone: another node took it apart after they were attached. "
+            "This model has lost its DCM experts: another node removed them after they were attached. "
             "Put DCM Attach Experts (or DCM Load Model) after that node."
         )
 
@@ -100,7 +99,7 @@ def route_call(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -
             return executor(x, t, *args, **kwargs)
 
     detail = is_detail(t, facts.boundary)
-    rows = int(detail.sum())  # one wait for the device, not one for each question
+    rows = int(detail.sum())  # waits for the device only once
     if rows in (0, len(t)):
         return run("detail" if rows else "semantic")
     semantic, out = run("semantic"), run("detail")
@@ -109,11 +108,11 @@ def route_call(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -
 
 @contextmanager
 def expert_in_place(patcher: Any, facts: AttachedExperts, side: Side) -> Iterator[None]:
-    """For the length of the block the side's experts answer in the base's place; the first time in a run all of them have to."""
+    """Within the block, the side's experts run in the base. In a run's first call, all of them must be used."""
     experts = [p.model for p in patcher.get_additional_models_with_key(KEY)]
     present = {expert.role for expert in experts}
     if missing := sorted(set(facts.strengths) - present):
-        raise ExpertError(f"The {missing[0]} expert of this MODEL is missing. Attach it again with DCM Attach Experts.")
+        raise ExpertError(f"The {missing[0]} expert of this model is missing. Attach it again with DCM Attach Experts.")
     working = [(expert, facts.strengths[expert.role]) for expert in experts if side in expert.sides]
     root = patcher.model.diffusion_model
     with LOCKS.setdefault(patcher.model, RLock()):
@@ -126,7 +125,7 @@ def expert_in_place(patcher: Any, facts: AttachedExperts, side: Side) -> Iterato
 
 
 def has_compiled(model: Any) -> bool:
-    """Whether torch.compile is on a MODEL: by the host's wrapper, or around or in a module."""
+    """Whether a MODEL is compiled: by the host's wrapper, or around or in a module."""
     return any("compile" in str(key) for wrappers in model.wrappers.values() for key in wrappers) or any(
         is_compiled(module) or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.model.diffusion_model.modules()
@@ -134,10 +133,10 @@ def has_compiled(model: Any) -> bool:
 
 
 def check_answers(patcher: Any, facts: AttachedExperts, side: Side, experts: list[RoutedExpert], bare: bool) -> None:
-    """Stop a run whose first call on a side left out a layer of the experts.
+    """Stop a run whose first call on a side skipped a layer of the experts.
 
     Raises:
-        ExpertError: with the layers and the ComfyUI version in it.
+        ExpertError: names the layers and the ComfyUI version.
     """
     family = FAMILIES[facts.family]
     required = {rule.target.partition(".")[0] for rule in family.DIFFUSERS_TO_NATIVE if not rule.optional}

@@ -1,4 +1,4 @@
-"""Who runs which step, for the step bar of the front end: before a run as far as files and widgets tell, at its start as it is."""
+"""Which expert runs which step, for the step bar: before a run from files and widgets, at its start from the run itself."""
 
 import functools
 import math
@@ -24,24 +24,24 @@ EVENT = "dcm.plan"
 
 
 def as_message(sigmas: Tensor, plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """A plan as the step bar takes it: {"boundary", "steps": [{"sigma", "expert"}, ...], "notes"}; expert is a `routing.Owner`."""
+    """A plan in the form of the step bar: {"boundary", "steps": [{"sigma", "expert"}, ...], "notes"}; expert is a `routing.Owner`."""
     steps = [{"sigma": sigma, "expert": plan.side(step)} for step, sigma in enumerate(sigmas[:-1].tolist())]
     return {"boundary": plan.boundary, "steps": steps, "notes": list(notes)}
 
 
 def announce(sigmas: Tensor, plan: Plan, notes: Sequence[str], node_id: str | None) -> None:
-    """Tell the front end the plan of the run that begins."""
+    """Send the front end the plan of the run that is starting."""
     if server() is not None and node_id is not None:
         server().send_sync(EVENT, {"node": node_id, **as_message(sigmas, plan, notes)}, server().client_id)
 
 
 def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The plan of a run that is not begun; None where widgets and files do not tell it.
+    """The plan of a run before it starts; None if widgets and files are not enough to know it.
 
     Args:
         asked: the sampler's `schedule`, `steps`, `shift`, `denoise`, `boundary`, `two_models` (bool), `sampler_name`, `cfg`,
             `detail_cfg`, and of the nodes before it the files `model`, `semantic`, `detail` and `attached_boundary`,
-            `semantic_strength`, `detail_strength`, `stacked` (bool). Files of other kinds tell nothing.
+            `semantic_strength`, `detail_strength`, `stacked` (bool). Only safetensors files are read.
 
     Raises:
         DCMError: settings or files that give no plan.
@@ -52,7 +52,7 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     schedule = setup.schedule(chosen)
     if schedule is None or (setup.family is None and schedule in comfy.samplers.SCHEDULER_NAMES):
-        return None  # it depends on the model, and no file says which that is
+        return None  # it depends on the model, which no file identifies
     two_cfgs = other_cfg(asked.get("cfg", 1.0), asked.get("detail_cfg", 0.0)) is not None
     boundary = setup.boundary_for(asked["boundary"])
     if boundary is None and setup.changes(two_cfgs):
@@ -64,13 +64,13 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _setup(asked: Mapping[str, Any]) -> Setup | None:
-    """The models and experts that the files are; None where these do not tell it."""
+    """The models and experts in the files; None if that cannot be known."""
     base = _look(MODELS, asked.get("model"))
     detail, semantic = (_look(LORAS, asked.get(side)) for side in ("detail", "semantic"))
     experts = [found for found in (detail, semantic) if found]
     two_models = bool(asked["two_models"])
     if "semantic" in asked and not experts:
-        return None  # DCM Attach Experts refuses that
+        return None  # an error in DCM Attach Experts
     if base and base["layout"] is Layout.RELEASE and not experts:
         detail = base
         experts = [detail]
@@ -91,7 +91,7 @@ def _setup(asked: Mapping[str, Any]) -> Setup | None:
 
 
 def _look(category: str, name: str | None) -> Mapping[str, Any] | None:
-    """What the header of a file says; None without a file that has one."""
+    """What the header of a safetensors file says; None for other files."""
     if not name or not name.endswith(SUFFIX):
         return None
     path = path_of(category, name)
@@ -113,7 +113,7 @@ def _header(path: Path, changed: int) -> Mapping[str, Any]:
     return {
         "layout": contents.layout,
         "family": contents.family or FAMILIES.get(facts.family or ""),
-        # more channels than it gives
+        # more input than output channels
         "takes_image": bool(taken and given) and math.prod(taken[1:]) > given[0],
         "boundary": facts.boundary,
         "timesteps": facts.timesteps,

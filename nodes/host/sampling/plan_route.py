@@ -1,4 +1,4 @@
-"""The step bar's question, POST /dcm/plan: read typed, answered by `plan.foresee`."""
+"""The step bar's request, POST /dcm/plan: parsed and type-checked here, answered by `plan.foresee`."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from .plan import foresee
 ROUTE = "/dcm/plan"
 logger = logging.getLogger(LOGGER)
 
-# What a client has to say, and what it may leave out: name -> type. `foresee` judges what the values mean.
+# Required and optional values of a request: name -> type. `foresee` checks what they mean.
 REQUIRED: dict[str, type] = {
     "schedule": str,
     "steps": int,
@@ -36,16 +36,16 @@ OPTIONAL: dict[str, type] = {
 }
 FIELDS = {**REQUIRED, **OPTIONAL}
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-# No widget has larger numbers; steps by the million would fill the memory.
+# No widget allows larger numbers; millions of steps would fill the memory.
 LARGEST = 10_000
 MAX_BODY = 32 * 1024
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """What a client asks; what it may leave out may also be null.
+    """The values of a request; optional ones may also be null.
 
     Raises:
-        DCMError: anything else.
+        DCMError: unknown, missing or mistyped values.
     """
     try:
         asked = json.loads(body)
@@ -60,18 +60,18 @@ def parse(body: bytes) -> dict[str, Any]:
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
-    # true is an int in Python, and 1 is a number whatever its form
+    # true is an int in Python, and JSON may write a float as 1
     typed = type(value) is kind or (kind is float and type(value) is int)
     limited = kind in (int, float)
-    # NaN is not small
+    # `not <=` also refuses NaN
     if not typed or (limited and not abs(value) <= LARGEST):
         raise DCMError(f"{name} is {given(value)}; expected {KINDS[kind]}{f' up to {LARGEST}' if limited else ''}.")
     return value
 
 
 def add_route() -> None:
-    """Let the front end ask for plans."""
-    # a second copy of the pack in another folder would end the host's start with a route that is there already
+    """Register the route."""
+    # a second copy of the pack would register the route twice, which stops the host's start
     if server() is None or any(getattr(route, "path", None) == ROUTE for route in server().routes):
         return
     from aiohttp import web
@@ -88,9 +88,9 @@ def add_route() -> None:
         except DCMError as error:
             return web.json_response({"error": str(error)}, status=400)
         try:
-            # files may lie on a slow disk, and the server answers everyone from one thread
+            # files may be on a slow disk, and the server has one thread for all requests
             return web.json_response(await asyncio.to_thread(foresee, asked))
         except Exception as error:
-            # what cannot be foreseen, whatever the files hold, is shown as nothing; the run itself names the fault
+            # without a plan the bar shows nothing; the run itself reports the error
             logger.debug("no plan: %s", error)
             return web.json_response(None)

@@ -1,4 +1,4 @@
-"""What the sampling nodes ask of the host: a MODEL that switches, checks before a run, and the run."""
+"""Sampling in the host: a MODEL that switches, checks before a run, and the run."""
 
 import base64
 import io
@@ -23,21 +23,21 @@ from .schedules import sampler_names
 from .setup import setup_of
 from .switch import Sides, SidesGuider, with_sides
 
-# What the front end plays while a video is sampled (web/preview.js): at most so many frames of it.
+# The animated preview of web/preview.js, and the most frames it has.
 PREVIEW_EVENT, PREVIEW_FRAMES = "dcm.preview", 16
 
 
 def prepare_model(
     model: Any, boundary: float = 0.0, detail_model: Any = None, cfg: float = 1.0, detail_cfg: float = 0.0
 ) -> tuple[Any, float | None]:
-    """A MODEL that switches as asked, and its boundary (None if nothing switches at one).
+    """A MODEL that switches sides, and its boundary (None if nothing switches).
 
     Args:
-        boundary: 0 for the model's own.
-        detail_cfg: 0 for the same as `cfg`.
+        boundary: 0 uses the model's own.
+        detail_cfg: 0 means the same as `cfg`.
 
     Raises:
-        DCMError: two models that do not fit together; two sides asked of a model without a boundary.
+        DCMError: two models that do not fit together, or two sides for a model without a boundary.
     """
     setup = setup_of(model, detail_model)
     if not setup.two_sides:
@@ -48,7 +48,7 @@ def prepare_model(
     if detail_model is not None or low_cfg is not None:
         if sigma is None:
             raise DCMError(
-                "This model has no usual boundary, and boundary is 0. Set boundary to the sigma where the sides change."
+                "boundary is 0, but this model has no default boundary. Set boundary to the sigma where the detail side begins."
             )
         low = None if detail_model is None else with_boundary(detail_model, sigma)
         model = with_sides(model, Sides(sigma, low, low_cfg))
@@ -56,12 +56,12 @@ def prepare_model(
 
 
 def other_cfg(cfg: float, detail_cfg: float) -> float | None:
-    """The cfg of the detail side, None where it is the same; detail_cfg 0 means as cfg."""
+    """The cfg of the detail side, None if it is the same; detail_cfg 0 means the same as cfg."""
     return detail_cfg if detail_cfg and detail_cfg != cfg else None
 
 
 def make_guider(model: Any, positive: list, negative: list | None, cfg: float, detail_cfg: float = 0.0) -> Any:
-    """A guider over a prepared MODEL.
+    """A guider for a prepared MODEL.
 
     Raises:
         DCMError: a cfg other than 1 without a negative, or text embeddings of another model.
@@ -69,7 +69,7 @@ def make_guider(model: Any, positive: list, negative: list | None, cfg: float, d
     if negative is None and (cfg != 1 or (detail_cfg or 1) != 1):
         raise DCMError(
             f"cfg is {cfg:g}{f' and detail_cfg {detail_cfg:g}' if detail_cfg else ''}, but no negative is connected. "
-            "DCM samples at cfg 1; for any other cfg connect a negative prompt."
+            "Connect a negative prompt, or set cfg to 1, which DCM experts are distilled for."
         )
     check_text(model, positive, "positive")
     conds = {"positive": positive}
@@ -86,7 +86,7 @@ def check_text(model: Any, conditioning: list, name: str) -> None:
     """Refuse the output of another model's text encoder.
 
     Raises:
-        DCMError: embeddings of another width than the model takes.
+        DCMError: embeddings with a width that the model does not take.
     """
     family = model_family(model)
     if family is None:
@@ -95,7 +95,7 @@ def check_text(model: Any, conditioning: list, name: str) -> None:
     for embedding, _ in conditioning:
         if embedding is not None and embedding.shape[-1] != expected:
             raise DCMError(
-                f"{name} has text embeddings of width {embedding.shape[-1]} (shape {tuple(embedding.shape)}); {family.title} takes "
+                f"{name} has text embeddings of width {embedding.shape[-1]} (shape {tuple(embedding.shape)}), but {family.title} takes "
                 f"{expected}. Load the text encoder with type `{family.clip_type}` in CLIPLoader / DualCLIPLoader."
             )
 
@@ -104,38 +104,38 @@ def check_latent(model: Any, samples: Tensor) -> None:
     """Refuse a latent of another model.
 
     Raises:
-        DCMError: other channels or dimensions than the model's latent format.
+        DCMError: channels or dimensions that differ from the model's latent format.
     """
     expected = model.get_model_object("latent_format")
     dimensions = getattr(expected, "latent_dimensions", 2) + 2
     if samples.is_nested or (samples.ndim == dimensions and samples.shape[1] == expected.latent_channels):
         return
     raise DCMError(
-        f"latent_image has shape {tuple(samples.shape)}; the model takes {dimensions} dimensions with "
+        f"latent_image has shape {tuple(samples.shape)}, but the model takes {dimensions} dimensions with "
         f"{counted(expected.latent_channels, 'channel')}. Make it with the empty latent node of this model (Wan and HunyuanVideo: "
         "EmptyHunyuanLatentVideo)."
     )
 
 
 def empty_noise_like(model: Any, latent: dict) -> Tensor:
-    """The latent's samples as the host prepares them (channels of an empty latent), checked."""
+    """The latent's samples, checked and prepared by the host (channels of an empty latent)."""
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *_downscale_ratio(latent))
     check_latent(model, samples)
-    # older hosts draw the noise and take the steps in the latent's own number format
+    # older hosts make the noise and run the steps in the latent's own dtype
     half = not samples.is_nested and samples.dtype in (torch.float16, torch.bfloat16)
     return samples.float() if half else samples
 
 
 def _downscale_ratio(latent: dict) -> tuple:
-    """What newer hosts want to know of an empty latent, nothing for older ones."""
+    """Arguments about an empty latent for newer hosts; none for older ones."""
     count = comfy.sample.fix_empty_latent_channels.__code__.co_argcount
     return tuple(latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")[: count - 2])
 
 
 def memory_warning(guider: Any, latent: dict) -> str | None:
-    """What to tell a user whose device cannot hold one step of this run, by the host's own estimate; None where it can.
+    """A warning if one step will not fit in device memory by the host's own estimate, else None.
 
-    The weights are left out: the host moves to the CPU what has no room. What one step computes has to fit.
+    Weights are not counted, as the host offloads those that do not fit. What one step computes has to fit.
     """
     model = guider.model_patcher
     device = model.load_device
@@ -152,16 +152,16 @@ def memory_warning(guider: Any, latent: dict) -> str | None:
     if needed <= room:
         return None
     return (
-        f"Warning: a step needs about {needed / 1e9:.1f} GB beside the model's weights, and {device} has {room / 1e9:.1f} GB "
+        f"Warning: a step needs about {needed / 1e9:.1f} GB in addition to the model's weights, but {device} has {room / 1e9:.1f} GB "
         "(ComfyUI's estimate). Use fewer frames or a smaller size."
     )
 
 
 def choose_sampler(sampler: Any, name: str) -> Any:
-    """The SAMPLER that is connected, else the host's by name.
+    """The connected SAMPLER, else the host's sampler of this name.
 
     Raises:
-        ScheduleError: a name that the host does not know.
+        ScheduleError: an unknown name.
     """
     check_choice("sampler_name", name, sampler_names(), ScheduleError)
     return comfy.samplers.sampler_object(name) if sampler is None else sampler
@@ -171,7 +171,7 @@ def run(guider: Any, latent: dict, sampler: Any, sigmas: Tensor, seed: int, node
     """One continuous trajectory over all sigmas.
 
     Returns:
-        The sampled latent and the last denoised estimate, each with the given latent's other entries.
+        The sampled latent and the last denoised estimate, each with the other entries of `latent`.
     """
     model = guider.model_patcher
     samples = empty_noise_like(model, latent)
@@ -195,7 +195,7 @@ def run(guider: Any, latent: dict, sampler: Any, sigmas: Tensor, seed: int, node
 
 
 def _callback(model: Any, steps: int, node_id: str | None, last: dict[str, Tensor]) -> Any:
-    """One progress bar over both sides, with the host's previews."""
+    """One progress bar for both sides, with the host's previews."""
     bar = comfy.utils.ProgressBar(steps, node_id=node_id)
     previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
 
@@ -211,8 +211,10 @@ def _callback(model: Any, steps: int, node_id: str | None, last: dict[str, Tenso
 
 
 def preview_frames(previewer: Any, denoised: Tensor) -> list[str]:
-    """A video latent, shape (batch, channels, frames, height, width), as JPEG files in base64: the host's preview, which is of
-    the first frame, made of frames all along the first video of the batch."""
+    """Preview frames of a latent of shape (batch, channels, frames, height, width), as JPEG files in base64.
+
+    The host's preview shows the first frame; these are spread over the first video of the batch.
+    """
     count = min(denoised.shape[2], PREVIEW_FRAMES)
     frames = []
     for frame in torch.linspace(0, denoised.shape[2] - 1, count).round().int().tolist():

@@ -1,4 +1,4 @@
-"""Schedules by name: ours, the host's own, and the flow shift that a MODEL is sampled with."""
+"""Schedules by name, ours and the host's own, and the flow shift of a MODEL."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ EULER = "euler"
 
 
 def schedule_names() -> list[str]:
-    """The schedules to choose from: ours, the host's own, and last what graphs of earlier versions hold."""
+    """The schedules to choose from: ours, the host's own, and last the one that only old graphs use."""
     ours = [AUTO, *PRESETS, EVEN, DCM_GRID]
     return [*ours, *(name for name in comfy.samplers.SCHEDULER_NAMES if name not in (*ours, GENERIC)), GENERIC]
 
@@ -41,11 +41,11 @@ def choose_sigmas(
     detail_model: Any = None,
     widget: str = "schedule",
 ) -> tuple[Tensor, list[str]]:
-    """The sigmas of a schedule by name, and what the user has to know of them.
+    """The sigmas of a schedule by name, and notes about them for the user.
 
     Args:
-        model: a MODEL, prepared or with the detail_model it is to be prepared with.
-        widget: what the node calls `chosen`.
+        model: a prepared MODEL, or one that will be prepared with detail_model.
+        widget: the name of the widget for `chosen`.
 
     Raises:
         ScheduleError: settings that give no schedule.
@@ -55,13 +55,13 @@ def choose_sigmas(
     schedule = setup.schedule(chosen)
     if schedule is None:
         raise ScheduleError(
-            f"{widget} is {chosen}, but no model is connected to read it from. Connect model, or choose another {widget}."
+            f"{widget} is {chosen}, but no model is connected to read the schedule from. Connect a model, or choose another {widget}."
         )
     sampling = None if model is None else lambda: shifted(model, shift)
     sigmas = sigmas_of(schedule, steps, shift, denoise, sampling, sampler_name)
     notes = setup.notes(chosen)
     if model is not None and chosen in comfy.samplers.SCHEDULER_NAMES and not has_shift(model):
-        notes.append("This model has no flow shift: shift is not used")
+        notes.append("This model has no flow shift, so shift is ignored")
     return sigmas, notes
 
 
@@ -73,22 +73,22 @@ def sigmas_of(
     sampling: Callable[[], Any] | None = None,
     sampler_name: str = EULER,
 ) -> Tensor:
-    """The sigmas of a schedule that counts, see `Setup.schedule`.
+    """The sigmas of a resolved schedule, see `Setup.schedule`.
 
     Args:
-        sampling: gives the model's shifted `model_sampling`, which the host's own schedulers need.
+        sampling: returns the model's shifted `model_sampling`, which the host's own schedulers need.
     """
     if not isinstance(schedule, str) or schedule in (EVEN, DCM_GRID):
         return make_sigmas(schedule, steps, shift, denoise)
     if sampling is None:
         raise ScheduleError(
-            f"{schedule} is one of ComfyUI's own schedulers, which need a model. Connect model, or choose {EVEN}."
+            f"{schedule} is one of ComfyUI's own schedulers, which need a model. Connect a model, or choose {EVEN}."
         )
     return host_sigmas(sampling(), schedule, steps, denoise, sampler_name)
 
 
 def host_sigmas(sampling: Any, scheduler: str, steps: int, denoise: float, sampler_name: str = EULER) -> Tensor:
-    """The sigmas that KSampler takes for a `model_sampling`, a scheduler and a sampler."""
+    """The sigmas that KSampler uses for a `model_sampling`, a scheduler and a sampler."""
     discard = sampler_name in comfy.samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS
     sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, levels_for(steps, denoise) + discard).cpu()
     if discard:
@@ -97,7 +97,7 @@ def host_sigmas(sampling: Any, scheduler: str, steps: int, denoise: float, sampl
 
 
 def flow_sampling(shift: float) -> Any:
-    """What the host's Wan and HunyuanVideo models have as `model_sampling`."""
+    """The `model_sampling` of the host's Wan and HunyuanVideo models."""
     sampling = comfy.model_sampling.ModelSamplingDiscreteFlow()
     sampling.set_parameters(shift=check_shift(shift))
     return sampling
@@ -108,7 +108,7 @@ def has_shift(model: Any) -> bool:
 
 
 def shifted(model: Any, shift: float) -> Any:
-    """A MODEL's `model_sampling` with another flow shift; its own for models without one."""
+    """A MODEL's `model_sampling` with this flow shift; unchanged for models without one."""
     sampling = model.get_model_object("model_sampling")
     if not has_shift(model):
         return sampling
@@ -118,9 +118,9 @@ def shifted(model: Any, shift: float) -> Any:
 
 
 def with_shift(model: Any, chosen: str, shift: float) -> Any:
-    """A clone of a prepared MODEL whose flow is shifted on both sides as by ModelSamplingSD3, for schedules that are shifted so.
+    """A clone of a prepared MODEL with this flow shift on both sides, as by ModelSamplingSD3, for schedules that use it.
 
-    Not the noise levels alone depend on it: prompts that begin or end at a share of the run, and some samplers' first step, too.
+    Besides the noise levels, it changes when prompts with a start or end percent apply, and some samplers' first step.
 
     Returns:
         The MODEL itself for the schedules of DCM experts.

@@ -1,4 +1,4 @@
-"""What takes part in a run: one MODEL or two, their experts, and who runs which step."""
+"""The setup of a run: one MODEL or two, their experts, and which runs which step."""
 
 import dataclasses
 import uuid
@@ -13,7 +13,7 @@ from ....dcm_core.video_size import HUNYUAN_VIDEO, WAN, WAN_5B
 from ..experts.attach import attached_experts, diffusion_model, is_own, model_family
 from .switch import KEY as SIDES_KEY
 
-# What a MODEL has beside its weights.
+# What a MODEL has in addition to its weights.
 EXTRAS = (
     "patches_uuid",
     "object_patches",
@@ -27,7 +27,7 @@ EXTRAS = (
 
 
 def setup_of(model: Any, detail_model: Any = None) -> Setup:
-    """What takes part in a run of a MODEL, prepared or with the detail_model it is to be prepared with."""
+    """The setup of a run of a prepared MODEL, or of a MODEL and the detail_model it will be prepared with."""
     sides = model.get_attachment(SIDES_KEY)
     if detail_model is None and sides is not None:
         detail_model = sides.detail_model
@@ -76,23 +76,23 @@ def video_format(model: Any) -> str:
 
 
 def are_two(model: Any, detail_model: Any) -> bool:
-    """Whether a second MODEL has weights of its own, and is not the first one with other LoRAs."""
+    """Whether a second MODEL has weights of its own, and is not just the first one with other LoRAs."""
     if detail_model is None:
         return False
-    # newer hosts' clones for torch.compile have a copy of the base's weights, and know whose
+    # clones for torch.compile on newer hosts copy the base's weights, and know which base
     first, second = (getattr(each, "clone_base_uuid", each.model) for each in (model, detail_model))
     return first != second
 
 
 def are_alike(model: Any, detail_model: Any) -> bool:
-    """Whether two MODELs are the same in everything: one model connected twice."""
+    """Whether two MODELs are the same in every respect: one model connected twice."""
     return not are_two(model, detail_model) and all(
         is_same(getattr(model, name), getattr(detail_model, name)) for name in EXTRAS
     )
 
 
 def is_same(first: Any, second: Any) -> bool:
-    """Equal, where containers are looked into and everything in them but plain values has to be the very same object."""
+    """Deep equality of containers. Anything in them but plain values must be the same object."""
     if isinstance(first, dict) and isinstance(second, dict):
         return first.keys() == second.keys() and all(is_same(value, second[key]) for key, value in first.items())
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
@@ -101,7 +101,7 @@ def is_same(first: Any, second: Any) -> bool:
 
 
 def plan_run(model: Any, sigmas: Tensor, boundary: float | None) -> Plan:
-    """Who runs which step of a prepared MODEL."""
+    """Which expert runs which step of a prepared MODEL."""
     sides = model.get_attachment(SIDES_KEY)
     return setup_of(model).plan(sigmas, boundary, two_cfgs=sides is not None and sides.detail_cfg is not None)
 
@@ -113,6 +113,6 @@ def describe_run(model: Any, plan: Plan) -> str:
         if plan.owners[0] != "base":
             return str(plan)
         return f"{counted(plan.steps, 'step')}, {'no experts attached' if facts is None else 'experts at strength 0'}"
-    words = str(plan) if sides is None or sides.detail_cfg is None else f"{plan}, cfg {sides.detail_cfg:g} below it"
+    words = str(plan) if sides is None or sides.detail_cfg is None else f"{plan}, detail cfg {sides.detail_cfg:g}"
     empty = None if plan.semantic and plan.detail else plan.owners[bool(plan.semantic)]
     return f"{words} (the {empty} side has no step)" if empty else words

@@ -1,8 +1,7 @@
 """Two full models in one trajectory (Wan 2.2 A14B style), and a cfg for each side.
 
-Two wrappers on one MODEL, so that every sampler node of the host switches: SAMPLER_SAMPLE opens and closes a run,
-PREDICT_NOISE changes over at the boundary. The second model is loaded by the host when its side begins and not before;
-the host may evict the first.
+Two wrappers on one MODEL make every sampler node of the host switch: SAMPLER_SAMPLE opens and closes a run, PREDICT_NOISE
+changes sides at the boundary. The host loads the second model only when its side begins, and may then unload the first.
 """
 
 import inspect
@@ -38,7 +37,7 @@ class Sides:
 
 
 def with_sides(model: Any, sides: Sides) -> Any:
-    """A clone of MODEL that changes over at the boundary, in any sampler.
+    """A clone of MODEL that changes sides at the boundary, in any sampler.
 
     Raises:
         DCMError: two models that cannot share a trajectory, or a boundary outside (0, 1).
@@ -55,13 +54,13 @@ def with_sides(model: Any, sides: Sides) -> Any:
 
 
 def check_pair(model: Any, detail_model: Any) -> None:
-    """Both models have to mean the same by a latent and by a sigma.
+    """Check that both models use the same latents and noise levels.
 
     Raises:
-        DCMError: different latent formats, channels, kinds of noise level or devices, or a pair inside a pair.
+        DCMError: different latent formats, channels, predictions or devices, or a detail_model that has one itself.
     """
     if detail_model.get_attachment(KEY) is not None:
-        raise DCMError("detail_model carries a detail model of its own. Connect the plain low-noise model.")
+        raise DCMError("detail_model already has a detail model of its own. Connect the plain low-noise model.")
     for name, what in (
         ("latent format", lambda m: type(m.get_model_object("latent_format")).__name__),
         ("input channels", lambda m: m.get_model_object("latent_format").latent_channels),
@@ -79,13 +78,13 @@ def check_pair(model: Any, detail_model: Any) -> None:
     devices = [str(patcher.load_device) for patcher in (model, detail_model)]
     if devices[0] != devices[1]:
         raise DCMError(
-            f"model is to run on {devices[0]} and detail_model on {devices[1]}, but a trajectory stays on one device. Load both for the "
-            "same one: ComfyUI offloads the one that is not active."
+            f"model runs on {devices[0]} and detail_model on {devices[1]}, but both must run on the same device. Load both for the same "
+            "one; ComfyUI offloads the one that is not active."
         )
 
 
 class Run:
-    """One sampling run: which side is active, and what it takes to change over."""
+    """One sampling run: which side is active, and what is needed to change sides."""
 
     def __init__(
         self, guider: Any, sides: Sides, noise: Tensor, latent_image: Tensor, mask: Tensor | None, extra: dict
@@ -112,7 +111,7 @@ class Run:
             self.guider.cfg = self.sides.detail_cfg if side == "detail" else self.cfg
 
     def options(self, given: dict) -> dict:
-        """The model options of the active side: its own, plus what the sampler added to the ones it was given."""
+        """The model options of the active side: its own, plus those that the sampler added."""
         if self.side == "semantic" or self.detail_options is None:
             return given
         merged = dict(self.detail_options)
@@ -126,9 +125,9 @@ class Run:
         return merged
 
     def _load(self) -> None:
-        """Let the host load the detail model, as its own `sample` and `outer_sample` do for the first."""
+        """Let the host load the detail model, as `sample` and `outer_sample` do for the first model."""
         if getattr(self.detail_patcher, "is_dynamic", bool)() and has_hooks(self.guider.original_conds):
-            # hooks cannot change weights that newer hosts stream; the guider has done the same with the first model
+            # hooks cannot change weights that newer hosts stream; the guider does the same with the first model
             self.detail_patcher = self.detail_patcher.get_non_dynamic_delegate()
         patcher = self.detail_patcher
         self.guider.model_patcher.cleanup()
@@ -158,7 +157,7 @@ class Run:
         return {"latent_shapes": [self.latent_image.shape]} if known else {}
 
     def _return(self) -> None:
-        """Back to the first model (a sampler that raises sigma again): the host loads it anew."""
+        """Back to the first model, which the host loads again: the sampler has raised sigma."""
         self._leave()
         patcher = self.guider.model_patcher
         comfy.sampler_helpers.prepare_sampling(patcher, self.noise.shape, self.guider.conds, self.guider.model_options)
@@ -167,7 +166,7 @@ class Run:
             comfy.samplers.pre_run_control(self.guider.inner_model, conds)
 
     def _leave(self) -> None:
-        """Take the detail model off, however far `_load` came."""
+        """Remove the detail model, however far `_load` came."""
         patcher = self.detail_patcher
         comfy.sampler_helpers.cleanup_models(self.guider.conds, self.loaded)
         patcher.cleanup()
@@ -186,7 +185,7 @@ class Run:
 
 
 class SidesGuider(comfy.samplers.CFGGuider):
-    """The host's guider; a first model that owns no step is not loaded (the host would do so before any step)."""
+    """The host's guider, except that a first model without steps is not loaded (the host would load it before any step)."""
 
     def sample(
         self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
@@ -221,7 +220,7 @@ def sample_run(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """SAMPLER_SAMPLE wrapper: one run, cleaned up whatever happens."""
+    """SAMPLER_SAMPLE wrapper: one run, cleaned up even after errors."""
     sides = guider.model_patcher.get_attachment(KEY)
     run = Run(guider, sides, noise, latent_image, denoise_mask, extra_args)
     setattr(guider, STATE, run)
@@ -240,12 +239,12 @@ def predict_side(
     seed: int | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """PREDICT_NOISE wrapper: predict with the side that owns the sigma `timestep` (batch,)."""
+    """PREDICT_NOISE wrapper: predict with the side of the sigma `timestep` (batch,)."""
     run: Run | None = getattr(executor.class_obj, STATE, None)
     if run is None:
         raise DCMError(
-            "This sampler node calls the model outside the host's sampling run, so a detail_model or detail_cfg cannot be switched "
-            "to. Use DCMSampler, KSampler or SamplerCustomAdvanced."
+            "This sampler node calls the model outside ComfyUI's sampling run, so DCM cannot switch to detail_model or detail_cfg. "
+            "Use DCM Sampler, KSampler or SamplerCustomAdvanced."
         )
     run.enter("detail" if bool(is_detail(timestep, run.sides.boundary).all()) else "semantic")
     return executor(x, timestep, run.options(model_options or {}), seed, **kwargs)

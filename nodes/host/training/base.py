@@ -1,4 +1,4 @@
-"""The host's MODEL as the base of a training run: its weights, its place in memory, what can be trained on it."""
+"""The host's MODEL as the base of a training run: its weights, its memory, and the data it can be trained on."""
 
 import atexit
 import logging
@@ -33,12 +33,12 @@ from .encoders import unload
 
 logger = logging.getLogger(LOGGER)
 
-# What a step may take to end, and a checkpoint to be written, when the process is about to.
+# How long to wait for a step and its checkpoint when the process ends.
 EXIT_SECONDS = 120.0
 
 
 def gradient_attention(_: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """The host's attention that has a gradient, whichever it samples with."""
+    """The host's attention with gradients, whichever it uses for sampling."""
     return attention_pytorch(*args, **kwargs)
 
 
@@ -55,10 +55,10 @@ def make_backbone(model: Any, family: Family, config: TrainingConfig) -> Backbon
 
 @contextmanager
 def differentiable(base: Any) -> Iterator[None]:
-    """For the length of the block, the base's layers have a gradient however they are stored, wherever they are.
+    """Within the block, the base's layers have gradients, however and wherever they are stored.
 
-    The host's fp8 products, which it uses where the device has them, have none; and it brings offloaded weights to the device in
-    buffers that it uses again, while a backward pass still needs them.
+    The host's fp8 matrix products have none. It also copies offloaded weights to the device in buffers that it reuses while a
+    backward pass still needs them.
     """
     quantised = [module for module in diffusion_model(base).modules() if hasattr(module, "_full_precision_mm")]
     changes = [(module, "_full_precision_mm", True) for module in quantised]
@@ -74,19 +74,19 @@ def differentiable(base: Any) -> Iterator[None]:
 
 
 def _nothing(*_: Any) -> None:
-    """Makes the host go its plain way."""
+    """Makes the host take its default path."""
 
 
 @contextmanager
 def interrupted_at_exit() -> Iterator[None]:
-    """Ends a run, which then saves itself, before the process: on Ctrl+C the host's server waits for nothing that its worker does."""
+    """On Ctrl+C, interrupts the run and waits until it has saved; the host's server does not wait for its worker."""
     over = threading.Event()
 
     def leave() -> None:
-        # pressed again, it would end the process in the middle of the writing
+        # a second Ctrl+C would end the process while it writes
         with held_back():
             comfy.model_management.interrupt_current_processing(True)
-            logger.info("Saving the training run before ComfyUI ends. This takes at most %.0f s.", EXIT_SECONDS)
+            logger.info("Saving the training run before ComfyUI exits. This takes at most %.0f s.", EXIT_SECONDS)
             over.wait(EXIT_SECONDS)
 
     atexit.register(leave)
@@ -98,14 +98,14 @@ def interrupted_at_exit() -> Iterator[None]:
 
 
 def training_base(model: Any) -> Any:
-    """A clone of MODEL with nothing on it but patches on its weights (LoRAs), which the teacher has too.
+    """A clone of MODEL with only its weight patches (LoRAs), which the teacher has too.
 
     Raises:
-        TrainingError: weights that the host may take away, and cannot load in another way.
+        TrainingError: weights that the host may unload, and cannot load in another way.
     """
     base = detach_experts(model)
     if hasattr(base, "get_non_dynamic_delegate"):
-        # newer hosts take the memory of weights away when they need it, and load the file again for this
+        # newer hosts free the memory of weights when they need it; the delegate loads the file again without that
         try:
             base = base.get_non_dynamic_delegate()
         except RuntimeError as error:
@@ -113,19 +113,19 @@ def training_base(model: Any) -> Any:
                 f"This ComfyUI may unload the model's weights during training and cannot keep them loaded ({error}). "
                 "Load the model with DCM Load Model or Load Diffusion Model, or start ComfyUI with --disable-dynamic-vram."
             ) from error
-    # compiled blocks and the like: they hide the layers that are trained beside
+    # compiled blocks and the like would hide the layers that are trained
     base.object_patches = {}
     return base
 
 
 def clear_device(base: Any) -> None:
-    """Take every other model off the base's device, as far as the host can: a run has it for hours."""
+    """Unload every other model from the base's device, as far as the host can: a run needs it for hours."""
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models if entry.device == base.load_device]
     unload([patcher for patcher in loaded if patcher is not None and not base.is_clone(patcher)])
 
 
 def hold(base: Any, needed: int) -> None:
-    """Have the base loaded with its own patches and `needed` bytes free beside it, as far as it can be offloaded for them."""
+    """Load the base with its own patches and keep `needed` bytes free, offloading parts of the base if necessary."""
     comfy.model_management.load_models_gpu([base], memory_required=needed)
     missing = needed - comfy.model_management.get_free_memory(base.load_device)
     if missing > 0 and offloadable(base):
@@ -133,22 +133,22 @@ def hold(base: Any, needed: int) -> None:
 
 
 def offloadable(base: Any) -> int:
-    """Bytes of the base that could go elsewhere."""
+    """Bytes of the base that could be offloaded."""
     return base.loaded_size() if base.load_device != base.offload_device else 0
 
 
 def check_fits(base: Any, config: TrainingConfig, trained: int, beside: int) -> int:
-    """Refuse a run whose own tensors cannot fit, before they are on the device; what a step makes is not known yet.
+    """Refuse a run whose own tensors cannot fit, before they are on the device. What a step needs is not known yet.
 
     Args:
-        trained: bytes of the trained tensors; an average, two moments and a gradient of each will join them.
-        beside: bytes of what else stays there: discriminator, an expert under the trained one.
+        trained: bytes of the trained tensors. EMA, two moments and a gradient of each are added.
+        beside: bytes of what else stays on the device: the discriminator and the expert under the trained one.
 
     Returns:
-        Bytes that will be there before the first step.
+        Bytes on the device before the first step.
 
     Raises:
-        TrainingError: with what to change.
+        TrainingError: says what to change.
     """
     present = (1 + (config.ema_decay > 0)) * trained + beside
     available = comfy.model_management.get_free_memory(base.load_device) + offloadable(base)
@@ -157,17 +157,17 @@ def check_fits(base: Any, config: TrainingConfig, trained: int, beside: int) -> 
 
 
 def make_room(trainer: Trainer, base: Any, config: TrainingConfig, node_id: str | None = None) -> Memory:
-    """Tell how much memory the run takes, refuse what cannot fit, and offload what of the base is in the way.
+    """Say how much memory the run needs, refuse what cannot fit, and offload as much of the base as necessary.
 
     Raises:
-        TrainingError: too little memory even with the base offloaded, or a base that has no gradient.
+        TrainingError: too little memory even with the base offloaded, or a base without gradients.
     """
     while True:
         memory = _measure(trainer, base)
         free, loaded = comfy.model_management.get_free_memory(trainer.device), offloadable(base)
         memory.check(free + loaded, config)
         hold(base, memory.coming)
-        # offloaded weights are brought back for each step, and may make it larger
+        # offloaded weights are copied back for each step, which may make it larger
         if offloadable(base) >= loaded:
             break
     logger.info("%s", memory)
@@ -176,7 +176,7 @@ def make_room(trainer: Trainer, base: Any, config: TrainingConfig, node_id: str 
 
 
 def _measure(trainer: Trainer, base: Any) -> Memory:
-    """What the run needs, with the base out of the way if a step does not fit beside it."""
+    """The memory that the run needs, with the base offloaded if a step does not fit otherwise."""
     memory = _try(trainer)
     if memory is None and offloadable(base):
         base.partially_unload(base.offload_device, offloadable(base))
@@ -189,7 +189,7 @@ def _measure(trainer: Trainer, base: Any) -> Memory:
 
 
 def _try(trainer: Trainer) -> Memory | None:
-    """What the run needs; None if there is too little memory to find out."""
+    """The memory that the run needs; None if there is too little memory to find out."""
     try:
         return trainer.memory()
     except RuntimeError as error:
@@ -202,7 +202,7 @@ def _try(trainer: Trainer) -> Memory | None:
 
 
 def own_weights(base: Any) -> WeightOf:
-    """Native tensor name -> its value in float32 on the CPU: dequantised, with the MODEL's own patches, whatever is loaded now."""
+    """Native tensor name -> its value in float32 on the CPU, dequantised and with the MODEL's own patches."""
     patches, shapes = key_patches(base), module_shapes(base)
 
     def weight_of(name: str) -> Tensor:
@@ -219,22 +219,22 @@ def own_weights(base: Any) -> WeightOf:
 
 
 def check_data(model: Any, data: Dataset, vae: Any = None) -> None:
-    """Refuse data of another model, and a VAE that cannot decode its samples.
+    """Refuse data for another model, and a VAE that cannot decode the samples.
 
     Raises:
-        DCMError: latents or texts that the model cannot take, or a VAE of other latents.
+        DCMError: latents or text embeddings that do not fit the model, or a VAE with other latents.
     """
     channels = model.model.latent_format.latent_channels
     decoded = getattr(vae, "latent_channels", channels)
     if decoded != channels:
         raise TrainingError(
-            f"The VAE's latents have {counted(decoded, 'channel')}, the model's {channels}. Connect the model's own VAE."
+            f"The VAE's latents have {counted(decoded, 'channel')}, but the model takes {channels}. Connect the model's own VAE."
         )
     for bucket in data.buckets:
         shape = data.shape(bucket[0])
         if shape[0] != channels:
             raise TrainingError(
-                f"The dataset's latents have {counted(shape[0], 'channel')}, the model takes {channels}. "
+                f"The dataset's latents have {counted(shape[0], 'channel')}, but the model takes {channels}. "
                 "Encode the clips with the model's own VAE."
             )
     family = require_family(model)

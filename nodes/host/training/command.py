@@ -1,4 +1,4 @@
-"""`python -m dcm_core train`: training from a settings file, in the host but without its server."""
+"""`python -m dcm_core train`: training from a settings file, with the host's code but without its server."""
 
 import io
 import logging
@@ -45,15 +45,15 @@ FORMER_SETTINGS = {"states": "checkpoints"}
 
 
 def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
-    """Run or resume what the settings say; relative paths are looked up in `folder`.
+    """Run or resume training with these settings. Relative paths start at `folder`.
 
     Returns:
-        What was trained, from where it was resumed, and where it is saved.
+        What was trained, where it was resumed, and where it is saved.
 
     Raises:
         DCMError: settings, files or data that do not fit, before any training.
     """
-    # without its server the host shows no log
+    # without its server the host does not set up logging
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     settings = renamed(settings, FORMER_SETTINGS)
     unknown = sorted(set(settings) - SETTINGS)
@@ -73,7 +73,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     inputs = [(name, settings.get(name)) for name in ("model", "vae", "dataset", "semantic", "continue_from")]
     inputs += [("text_encoders", file) for file in settings.get("text_encoders") or ()]
     for name, given in inputs:
-        # what is no path is said where it is read
+        # anything else is reported where it is read
         if isinstance(given, str) and given:
             check_not_output(f"{name} is {given}", path_in(folder, name, given), output)
     checkpoints = path("checkpoints") if "checkpoints" in settings else default_checkpoints(folder, output.stem)
@@ -87,9 +87,9 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     output.parent.mkdir(parents=True, exist_ok=True)
     processes = join(comfy.model_management.get_torch_device())
     with processes.first_alone():
-        # the others find everything encoded
+        # the other processes then find everything encoded
         data, vae = load_data(settings, folder, model)
-    # not kept here: a full fine-tune is as large as the model
+    # not kept in a variable: a full fine-tune is as large as the model
     result = train_expert(
         model,
         data,
@@ -110,19 +110,19 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
 
 
 def default_checkpoints(folder: Path, name: str) -> Path:
-    """Where a run's checkpoints are kept if the settings do not say.
+    """The default folder for a run's checkpoints.
 
-    Not beside the output: among the host's LoRAs every checkpoint would be offered as one.
+    It is not next to the output: in the LoRA folder, the host would list every checkpoint as a LoRA.
     """
-    former = folder / f"{name}_states"  # of a run that an earlier version has begun
+    former = folder / f"{name}_states"  # of a run started by an earlier version
     return former if former.is_dir() else folder / f"{name}_checkpoints"
 
 
 def path_in(folder: Path, name: str, given: Any) -> Path:
-    """A path that the settings give under `name`.
+    """The path in the setting `name`.
 
     Raises:
-        TrainingError: none, or something else.
+        TrainingError: not a path.
     """
     if not isinstance(given, str) or not given:
         raise TrainingError(f"`{name}` is {given!r}; expected a path.")
@@ -130,7 +130,7 @@ def path_in(folder: Path, name: str, given: Any) -> Path:
 
 
 def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Dataset, Any]:
-    """The data, and the VAE where there is one."""
+    """The dataset, and the VAE if there is one."""
     given = settings.get("dataset")
     if isinstance(given, str):
         vae = load_vae(path_in(folder, "vae", settings["vae"])) if "vae" in settings else None
@@ -154,7 +154,7 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Datas
 
 
 def logged_progress(label: str) -> Progress:
-    """A line in the log for every tenth part."""
+    """Log a line for every 10%."""
     told = 0
 
     def update(done: int, total: int) -> None:
@@ -167,10 +167,10 @@ def logged_progress(label: str) -> Progress:
 
 
 def load_vae(path: Path) -> Any:
-    """The host's VAE of a safetensors file.
+    """Load a VAE from a safetensors file.
 
     Raises:
-        TrainingError: a file that holds none.
+        TrainingError: a file that is not a VAE.
     """
     vae = comfy.sd.VAE(sd=TensorFile(path).read_all())
     if vae.first_stage_model is None:

@@ -13,19 +13,19 @@ from ....dcm_core.errors import DCMError, counted
 from ....dcm_core.files.conditioning import Conditioning
 from ..compat import key_patches
 
-SAMPLED = 8  # values at each end of a tensor that stand for all of it
+SAMPLED = 8  # values at each end of a tensor that represent it
 
 
 def host_encoders(vae: Any, clip: Any) -> Encoders:
     """The host's VAE and CLIP objects as encoders; latents stay in the VAE's own space."""
 
-    # outside of a node the host leaves gradients on: a VAE would keep all it computes
+    # outside nodes the host leaves gradients on, and a VAE would keep all activations
     @torch.inference_mode()
     def encode_video(pixels: Tensor) -> Tensor:
         latent = vae.encode(pixels)
         if latent.ndim != 5 or latent.shape[0] != 1:
             raise DCMError(
-                f"The VAE made a latent of shape {tuple(latent.shape)} of {counted(len(pixels), 'frame')}; expected one video. "
+                f"The VAE made a latent of shape {tuple(latent.shape)} from {counted(len(pixels), 'frame')}; expected one video. "
                 "Connect the VAE of Wan 2.1 or HunyuanVideo."
             )
         return latent[0]
@@ -38,7 +38,7 @@ def host_encoders(vae: Any, clip: Any) -> Encoders:
 
 
 def caption_encoder(clip: Any) -> Callable[[str], Conditioning]:
-    """The host's CLIP as an encoder of captions, which mean what they say: in a prompt round brackets weight words."""
+    """The host's CLIP as an encoder of captions. Brackets are plain text here; in a prompt they weight words."""
 
     @torch.inference_mode()
     def encode(text: str) -> Conditioning:
@@ -48,9 +48,9 @@ def caption_encoder(clip: Any) -> Callable[[str], Conditioning]:
 
 
 def weights_id(patcher: Any, *settings: Any) -> str:
-    """A hash that names a model: its class, its weights and the patches on them, and `settings`.
+    """A hash of a model: its class, its weights and the patches on them, and `settings`.
 
-    Of every tensor it takes name, shape, dtype and the values at both ends, so that it is fast for any size.
+    It covers the name, shape, dtype and the values at both ends of every tensor, so that it is fast for any size.
     """
     digest = hashlib.sha256(f"{type(patcher.model).__name__} {settings}".encode())
     for name, weight_and_patches in sorted(key_patches(patcher).items()):
@@ -60,7 +60,7 @@ def weights_id(patcher: Any, *settings: Any) -> str:
 
 
 def _add(digest: Any, value: Any) -> None:
-    """Feed a weight, or a patch on it: numbers and tensors in lists, tuples and adapters."""
+    """Add a weight or a patch to the hash: numbers and tensors in lists, tuples and adapters."""
     if isinstance(value, Tensor):
         flat = value.detach().reshape(-1)
         ends = torch.cat([flat[:SAMPLED].float(), flat[-SAMPLED:].float()])
@@ -75,7 +75,7 @@ def _add(digest: Any, value: Any) -> None:
 
 
 def unload(patchers: list[Any]) -> None:
-    """Take these models, and clones of them, off their devices; others stay where they are."""
+    """Unload these models and their clones from their devices; others stay loaded."""
     loaded = comfy.model_management.current_loaded_models
     others = [
         entry

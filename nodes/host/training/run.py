@@ -91,7 +91,7 @@ def train_and_save(
     """Train under a name: checkpoints in the output folder, the expert among the host's LoRAs.
 
     Raises:
-        DCMError: before any training, for whatever does not fit.
+        DCMError: anything that does not fit, before any training.
     """
     folder = run_folder(name)
     file = new_file(LORAS, f"dcm/{name.strip()}", overwrite=True)
@@ -124,20 +124,20 @@ def train_expert(
     vae: Any = None,
     node_id: str | None = None,
 ) -> Result:
-    """Train, or resume what `folder` holds; the MODEL is afterwards as it was.
+    """Train, or resume from the checkpoints in `folder`. MODEL is unchanged afterwards.
 
     Args:
         start: an expert to start from, instead of one that changes nothing.
         semantic: the semantic expert under a detail expert.
 
     Raises:
-        DCMError: data, settings or a checkpoint that do not fit.
+        DCMError: data, settings or a checkpoint that does not fit.
     """
     family = require_family(model)
     config = config.for_family(family, shared_boundary(config, start, semantic))
     check_form(model, config, family, start, semantic)
     check_data(model, data, vae)
-    # refuses what cannot be held out
+    # raises if held_out is too large
     data.split(config.held_out, config.seed)
     base = training_base(model)
     processes = join(base.load_device)
@@ -145,12 +145,12 @@ def train_expert(
     check_resumable(folder, config, identity)
     with torch.inference_mode(False), torch.enable_grad(), gradients(), differentiable(base):
         clear_device(base)
-        # first: what other clones have patched into the shared model is taken out again
+        # first: removes what other clones have patched into the shared model
         hold(base, 0)
         backbone = make_backbone(base, family, config)
         beside = discriminator_size(backbone, config) + (FLOAT32 * size_of(semantic) if semantic else 0)
         if config.rank == 0:
-            # as large as the model: refused before it is made
+            # as large as the model, so refused before it is made
             check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
         expert = first_expert(base, family, config, start, semantic)
         hold(base, check_fits(base, config, FLOAT32 * size_of(expert), beside))
@@ -163,13 +163,13 @@ def train_expert(
             folder,
             base.load_device,
             semantic=semantic,
-            # cloned: what the host made in inference mode has no place in a backward pass
+            # cloned: tensors from inference mode cannot take part in a backward pass
             latent_in=lambda latent: base.model.process_latent_in(latent.clone().float()),
             identity=identity,
             watcher=show if processes.first else Quiet(),
             processes=processes,
         )
-        # the trainer has its own
+        # the trainer keeps its own copy
         del expert, start
         memory = make_room(trainer, base, config, node_id)
         with interrupted_at_exit():
@@ -179,7 +179,7 @@ def train_expert(
 def identity_of(
     base: Any, data: Dataset, start: Expert | None, semantic: Expert | None, processes: int
 ) -> dict[str, str]:
-    """What a resumed run has to share beside its settings."""
+    """What must match for a run to be resumed, in addition to its settings."""
     names = {"data": data.fingerprint, "model": weights_id(base)}
     if processes > 1:
         names["processes"] = str(processes)
@@ -189,7 +189,7 @@ def identity_of(
 
 
 def shared_boundary(config: TrainingConfig, start: Expert | None, semantic: Expert | None) -> float | None:
-    """The boundary of the experts that are there: both need the same.
+    """The boundary of the existing experts, which must be the same.
 
     Raises:
         DCMError: experts for different boundaries.
@@ -212,11 +212,11 @@ def shared_boundary(config: TrainingConfig, start: Expert | None, semantic: Expe
 def check_form(
     model: Any, config: TrainingConfig, family: Family, start: Expert | None, semantic: Expert | None
 ) -> None:
-    """Refuse experts that do not fit, settings that a run would pass over, and those whose expert would never run.
+    """Refuse experts that do not fit, settings that would have no effect, and settings whose expert would never run.
 
     Raises:
-        TrainingError: an expert of another family, a semantic expert that is only on the MODEL, a form that the expert to start
-            from does not have, or a schedule without a step on either side of the boundary.
+        TrainingError: an expert of another family, a semantic expert that is only attached to MODEL, a rank or alpha that differs
+            from the expert to start from, or a schedule without steps on one side of the boundary.
     """
     for given in (start, semantic):
         if given is not None and given.family != family.name:
@@ -233,7 +233,9 @@ def check_form(
         rank = max(start.ranks, default=0)
         scale = next((update.scale for updates in start.low_rank.values() for update in updates), 0.0)
         if rank != config.rank or (rank and not math.isclose(scale, config.alpha / rank, rel_tol=1e-3)):
-            has = f"has rank {rank} and alpha {rank * scale:g}" if rank else "is no LoRA: all its weights were trained"
+            has = (
+                f"has rank {rank} and alpha {rank * scale:g}" if rank else "is not a LoRA: all its weights were trained"
+            )
             wanted = f"rank to {rank}" + (f" and alpha to {rank * scale:g}" if rank else "")
             raise TrainingError(
                 f"rank is {config.rank} and alpha is {config.alpha:g}, but the expert in continue_from {has}. Set {wanted}."
@@ -248,19 +250,19 @@ def check_form(
 
 
 def check_not_output(what: str, given: Path, file: Path) -> None:
-    """Refuse an input (`what`: its setting and value) that the run would write over.
+    """Refuse an input file (`what`: its setting and value) that the run would overwrite.
 
     Raises:
         TrainingError: the same file.
     """
     if given.resolve() == file.resolve():
-        raise TrainingError(f"{what}, the file that this run writes. Choose another name for the run.")
+        raise TrainingError(f"{what}, which is the file that this run writes. Choose another name for the run.")
 
 
 def first_expert(
     model: Any, family: Family, config: TrainingConfig, start: Expert | None, semantic: Expert | None
 ) -> Expert:
-    """What training begins with: `start`, or an expert that changes nothing yet."""
+    """The expert that training starts from: `start`, or one that changes nothing yet."""
     modules = dict(diffusion_model(model).named_modules())
     generator = generator_of(config.seed, 0, 0)
     if config.side == "semantic":
@@ -271,15 +273,15 @@ def first_expert(
         expert = new_detail(
             family, modules, config.rank, config.alpha, generator, semantic, own_weights(model), config.every_linear
         )
-        # a plain LoRA has no embedders and head of its own
+        # a plain LoRA has no embedders and head
         expert = expert if start is None else replace(start, replaced=expert.replaced)
     return replace(expert, role=config.side, boundary=config.boundary, timesteps=config.timesteps(family))
 
 
 def save_expert(path: Path, expert: Expert, model: Any) -> None:
-    """Write the expert as a LoRA file that the host, and DCM Attach Experts, load.
+    """Write the expert as a LoRA file that the host and DCM Attach Experts can load.
 
-    The LoRA in bfloat16; what replaces the base's tensors in the base's own dtype, as it is a small change of them.
+    The LoRA is stored in bfloat16. Replaced tensors are stored in the base's own dtype, as they differ little from the base.
     """
     own = model.model_dtype() if model.model_dtype() in (torch.float32, torch.float16) else torch.bfloat16
     write_expert(path, expert, module_shapes(model), torch.bfloat16, own)

@@ -31,20 +31,20 @@ from ..video import save_video
 
 logger = logging.getLogger(LOGGER)
 
-# between two plots on the node, and between two lines in the log
+# time between plots on the node, and between lines in the log
 SHOW_SECONDS, LOG_SECONDS = 1.0, 30.0
-# of a long run's plot on the node
+# points in a long run's plot on the node
 PLOT_POINTS = 4000
 
 
 def in_words(terms: dict[str, float]) -> str:
-    """The losses of a step in a line."""
+    """The losses of a step in one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in terms.items() if name != "step")
 
 
 @dataclass
 class Show:
-    """Tells the user how a run goes: a bar, the losses in words and as a plot, samples.
+    """Shows the progress of a run: a bar, the losses as text and as a plot, and samples.
 
     Attributes:
         model: the base.
@@ -70,25 +70,25 @@ class Show:
         self.bar = comfy.utils.ProgressBar(self.config.steps, node_id=self.node_id)
 
     def resumed(self, words: str) -> None:
-        """Say it for as long as the run works."""
+        """Show these words as long as the run lasts."""
         self.resumed_in_words = words
         tell(words, self.node_id)
 
     def stopped(self, saved: int, steps: int, error: BaseException) -> None:
-        """Say what is kept: the host shows nothing of a run that was interrupted."""
+        """Say what was saved: the host shows no result of an interrupted run."""
         text = (
             f"Saved at step {saved} of {steps}."
             if saved
             else "Stopped before the first step was done. Nothing was saved."
         )
         if not isinstance(error, DCMError):
-            # an error of ours says itself what to do first
+            # our own errors already say what to do first
             text += " Queue again to continue." if self.node_id else " Run the same command again to continue."
         logger.info(text)
         tell(text, self.node_id)
 
     def step(self, history: History, steps: int) -> None:
-        """Update bar, text and plot; raises where the user has interrupted."""
+        """Update bar, text and plot. Raises if the user has interrupted."""
         done, now = len(history), time.monotonic()
         text = f"Step {done} of {steps}: {in_words(history[-1])}"
         tell("\n".join(filter(None, (text, self.resumed_in_words))), self.node_id)
@@ -97,20 +97,20 @@ class Show:
             self.logged = now
         preview = None
         if now - self.shown > SHOW_SECONDS or done == steps:
-            # the newest is always among those that are drawn
+            # the newest step is always drawn
             preview = ("JPEG", self._preview(history[:: -(1 + done // PLOT_POINTS)][::-1]), 768)
             self.shown = time.monotonic()
         self.bar.update_absolute(done, steps, preview)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def sample(self, done: int, expert: Expert) -> None:
-        """A video of the first caption, by the sampling code of the sampler nodes. One that fails does not end the run."""
+        """Sample a video of the first caption with the code of the sampler nodes. A failure does not end the run."""
         try:
             self._sample(done, expert)
         except comfy.model_management.InterruptProcessingException:
             raise
         except Exception as error:
-            logger.warning("No sample video at step %d: %s", done, error)
+            logger.warning("Could not make the sample video at step %d: %s", done, error)
         self.reload()
 
     def _sample(self, done: int, expert: Expert) -> None:
@@ -136,14 +136,14 @@ class Show:
 
 
 def with_experts(model: Any, expert: Expert, other: Expert | None) -> Any:
-    """The base with the trained expert and the one it belongs with."""
+    """The base with the trained expert and the other expert."""
     if expert.role == "detail":
         return attach_experts(model, other, expert)
     return attach_experts(model, expert, other)
 
 
 def sample_latent(model: Any, conditioning: Any, shape: tuple[int, ...], expert: Expert, seed: int) -> Tensor:
-    """One video by the host's Euler sampler on the expert's own schedule, as the transformer sees it."""
+    """One video by the host's Euler sampler on the expert's own schedule, in the transformer's latent space."""
     guider = make_guider(model, conditioning, None, cfg=1.0)
     noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))
     sampler = comfy.samplers.sampler_object("euler")
@@ -154,7 +154,7 @@ def sample_latent(model: Any, conditioning: Any, shape: tuple[int, ...], expert:
 
 
 def preview_strip(model: Any, latent: Tensor) -> Image.Image:
-    """First, middle and last frame side by side, as the host previews latents."""
+    """First, middle and last frame side by side, previewed like the host's latents."""
     previewer = latent_preview.Latent2RGBPreviewer(
         model.model.latent_format.latent_rgb_factors, model.model.latent_format.latent_rgb_factors_bias
     )

@@ -125,7 +125,7 @@ def test_what_the_host_would_drop_from_a_stacked_expert_is_an_error(attach, base
     """A pair and a difference on one tensor: the host keeps only one; routed, both count."""
     name = "blocks.0.self_attn.q.weight"
     both = dataclasses.replace(random_expert(base, "semantic", replaced=False), diff={name: torch.eye(256) * 3})
-    with pytest.raises(ValueError, match=r"could not place 1 .* blocks\.0\.self_attn\.q\.weight"):
+    with pytest.raises(ValueError, match=r"could not apply 1 .* blocks\.0\.self_attn\.q\.weight"):
         attach.attach_experts(base, both)
     without = dataclasses.replace(both, diff={})
     independent = [sample(attach.attach_experts(base, expert, stacked=False), SIGMAS) for expert in (both, without)]
@@ -326,11 +326,11 @@ def test_compiled_blocks_are_found(attach, wan, random_expert, sample):
 def test_lost_expert_is_an_error(attach, base, random_expert, sample):
     routed = attach.attach_experts(base, detail=random_expert(base))
     routed.remove_attachments("dcm")
-    with pytest.raises(ValueError, match="experts of this MODEL are gone"):
+    with pytest.raises(ValueError, match="This model has lost its DCM experts"):
         sample(routed, SIGMAS)
     routed = attach.attach_experts(base, detail=random_expert(base))
     routed.remove_additional_models("dcm")
-    with pytest.raises(ValueError, match="detail expert of this MODEL is missing"):
+    with pytest.raises(ValueError, match="detail expert of this model is missing"):
         sample(routed, SIGMAS)
 
 

@@ -303,7 +303,7 @@ def test_a_changed_conditioning_file_is_loaded_anew(node, folder):
     node("DCMSaveConditioning", **save, overwrite=False)
     first = load.fingerprint_inputs(name="print.safetensors")
     assert first == load.fingerprint_inputs(name="print.safetensors")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="already exists"):
         node("DCMSaveConditioning", **save, overwrite=False)
     node("DCMSaveConditioning", **save, overwrite=True)
     os.utime(folder / "dcm_conditioning" / "print.safetensors", (1, 1))

@@ -98,10 +98,10 @@ def test_inspect_knows_an_adapter(split, node):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "base_model is none; a DCM release holds the base, too"),
+        ({}, "base_model is none, but a DCM release contains the base model too"),
         ({"format": "zip"}, "format is 'zip'; choose one of DCM release"),
         ({"dtype": "int3"}, "dtype is 'int3'"),
-        ({"format": "PEFT adapter", "name": "../out"}, "leads elsewhere"),
+        ({"format": "PEFT adapter", "name": "../out"}, "points outside the folder"),
         ({"format": "diffusers LoRA", "name": ""}, "is empty"),
         ({"base_model": "nowhere.safetensors"}, "base_model is 'nowhere.safetensors', which does not exist"),
         ({"semantic_lora": "nowhere.safetensors", "base_model": "BASE"}, "semantic_lora is 'nowhere"),

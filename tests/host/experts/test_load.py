@@ -97,11 +97,11 @@ def test_one_of_several_native_shards_is_named(load, part):
     state = native_wan(layers=1)
     some = {name: value for name, value in state.items() if name.startswith(part)}
     message = (
-        r"diffusion_pytorch_model-00002-of-00006\.safetensors is one of the 6 shards of a model\. Merge all shards"
+        r"diffusion_pytorch_model-00002-of-00006\.safetensors is only one of the 6 shards of a model\. Merge all shards"
     )
     with pytest.raises(ValueError, match=message):
         load(some, "diffusion_pytorch_model-00002-of-00006.safetensors")
-    with pytest.raises(ValueError, match="one of the 3 shards"):
+    with pytest.raises(ValueError, match="only one of the 3 shards"):
         load(state, "model-00001-of-00003.safetensors")
     assert "WAN21" in load(state, "model-00001-of-00001.safetensors")[1]
 

@@ -127,8 +127,8 @@ def test_no_expert_is_named_that_does_not_work(run, module, base, random_expert,
 
 def test_a_cfg_of_the_detail_side_is_named(run, base, routed):
     settings = {"negative": COND, "cfg": 3.0, "detail_cfg": 1.0}
-    assert text(run(routed, **settings)) == "step 1-3 semantic, 4-6 detail, boundary 0.979, cfg 1 below it"
-    assert text(run(base, **settings)) == "step 1-3 base, 4-6 base, boundary 0.979, cfg 1 below it"
+    assert text(run(routed, **settings)) == "step 1-3 semantic, 4-6 detail, boundary 0.979, detail cfg 1"
+    assert text(run(base, **settings)) == "step 1-3 base, 4-6 base, boundary 0.979, detail cfg 1"
 
 
 def test_auto_says_what_it_does_not_use_and_that_a_plain_base_needs_more_steps(run, routed, base, wan):
@@ -391,8 +391,8 @@ def test_a_clone_with_a_copy_of_the_weights_is_the_same_model(module, base, wan)
             {"positive": [[torch.zeros(1, 5, 768), {}]]},
             "width 768 .* takes 4096. Load the text encoder with type `wan`",
         ),
-        ({"latent_image": {"samples": torch.ones(1, 4, 2, 4, 6)}}, "the model takes 5 dimensions with 16 channels"),
-        ({"latent_image": {"samples": torch.ones(1, 16, 8)}}, "the model takes 5 dimensions"),
+        ({"latent_image": {"samples": torch.ones(1, 4, 2, 4, 6)}}, "but the model takes 5 dimensions with 16 channels"),
+        ({"latent_image": {"samples": torch.ones(1, 16, 8)}}, "but the model takes 5 dimensions"),
         ({"sigmas": torch.tensor([0.5, 0.9, 0.0])}, "expected values that fall from step to step"),
         ({"sigmas": torch.tensor([])}, "have 0 steps"),
         ({"sigmas": torch.tensor([14.6, 3.0, 0.0])}, "expected a flow model's noise levels, between 1 and 0"),

@@ -170,7 +170,7 @@ def test_too_little_memory_is_told_before_the_run(module, run, routed, monkeypat
         said = host.memory_warning(guider, large)
         assert bool(said) == warns
     assert said == (
-        f"Warning: a step needs about {needed / 1e9:.1f} GB beside the model's weights, and cpu has {(needed - 1e6) / 1e9:.1f} GB "
+        f"Warning: a step needs about {needed / 1e9:.1f} GB in addition to the model's weights, but cpu has {(needed - 1e6) / 1e9:.1f} GB "
         "(ComfyUI's estimate). Use fewer frames or a smaller size."
     )
     monkeypatch.setattr(

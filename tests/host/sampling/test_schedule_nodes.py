@@ -162,7 +162,7 @@ def test_a_model_without_flow_shift_keeps_its_own_levels(scheduler, said, base):
     other = unknown(base)
     other.add_object_patch("model_sampling", Eps())
     assert torch.equal(scheduler(other, preset="karras", shift=3.0), ksampler_sigmas(other, "karras", 5))
-    assert said(other, preset="karras")[1:] == ["This model has no flow shift: shift is not used"]
+    assert said(other, preset="karras")[1:] == ["This model has no flow shift, so shift is ignored"]
     assert said(base, preset="karras")[1:] == []
 
 
@@ -231,7 +231,7 @@ def test_scheduler_refuses(scheduler, base, settings, message):
 
 def test_the_host_s_schedulers_need_a_model(scheduler):
     with pytest.raises(
-        ValueError, match=r"simple is one of ComfyUI's own schedulers, which need a model\. Connect model"
+        ValueError, match=r"simple is one of ComfyUI's own schedulers, which need a model\. Connect a model"
     ):
         scheduler(None, preset="simple")
 
@@ -271,7 +271,7 @@ def unknown(model):
 def test_other_models_have_to_be_given_a_boundary_for_two_sides(sampling, setup, base):
     assert setup.setup_of(unknown(base)).boundary_for(0) is None
     for two_sides in ({"detail_model": base}, {"detail_cfg": 2.0}):
-        with pytest.raises(ValueError, match="no usual boundary"):
+        with pytest.raises(ValueError, match="boundary is 0, but this model has no default boundary"):
             sampling.prepare_model(unknown(base), **two_sides)
 
 

@@ -173,7 +173,7 @@ def test_sampler_that_raises_sigma_goes_back(switch, high, low, sample):
 def test_models_of_two_devices_are_refused(switch, high, low):
     elsewhere = low.clone()
     elsewhere.load_device = torch.device("meta")
-    refused = f"model is to run on {high.load_device} and detail_model on meta, but a trajectory stays on one device"
+    refused = f"model runs on {high.load_device} and detail_model on meta, but both must run on the same device"
     with pytest.raises(ValueError, match=refused):
         switch.with_sides(high, switch.Sides(BOUNDARY, elsewhere))
 

@@ -264,7 +264,7 @@ def test_a_wrong_folder_is_refused_before_anything_is_loaded(dataset_node, data)
     assert validate(folder="clips") is True
     assert validate(folder=None) is True, "the text of another node is not known yet"
     assert "does not exist; expected a folder of videos" in validate(folder="nowhere")
-    assert "No folder is given" in validate(folder=" ")
+    assert "`folder` is empty" in validate(folder=" ")
 
 
 # Where clips may be
@@ -336,7 +336,7 @@ def test_a_server_that_others_reach_reads_clips_only_where_the_host_does(
     listening()
     words = {validate(folder=name) for name in outside}
     assert len(words) == 1 and words.pop().startswith(
-        "`folder` is outside the folders that this server may read. As it accepts"
+        "`folder` is outside the folders that this server may read. Because it accepts"
     )
     assert {fingerprint(folder=name) for name in outside} == {""}
     with pytest.raises(ValueError, match="is outside the folders that this server may read"):

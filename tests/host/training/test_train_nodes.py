@@ -202,7 +202,9 @@ def test_wrong_names_and_experts_are_refused(wan, node, data, output, module, mo
 
 def test_a_run_does_not_write_over_what_it_begins_with(trained, node, data):
     model, _, _ = trained
-    with pytest.raises(ValueError, match=r"continue_from is dcm/one\.safetensors, the file that this run writes"):
+    with pytest.raises(
+        ValueError, match=r"continue_from is dcm/one\.safetensors, which is the file that this run writes"
+    ):
         node(
             "DCMTrainSemanticExpert",
             model=model,
@@ -211,7 +213,9 @@ def test_a_run_does_not_write_over_what_it_begins_with(trained, node, data):
             continue_from="dcm/one.safetensors",
             **SEMANTIC,
         )
-    with pytest.raises(ValueError, match=r"semantic_lora is dcm/one\.safetensors, the file that this run writes"):
+    with pytest.raises(
+        ValueError, match=r"semantic_lora is dcm/one\.safetensors, which is the file that this run writes"
+    ):
         node(
             "DCMTrainDetailExpert", model=model, dataset=data, name="one", semantic_lora="dcm/one.safetensors", **DETAIL
         )
@@ -260,7 +264,7 @@ def test_a_trained_expert_of_another_model_s_size_is_refused(other, wan, node, d
 
 def test_a_vae_of_other_latents_is_refused(wan, node, data, output):
     with pytest.raises(
-        ValueError, match=r"VAE's latents have 48 channels, the model's 16\. Connect the model's own VAE"
+        ValueError, match=r"VAE's latents have 48 channels, but the model takes 16\. Connect the model's own VAE"
     ):
         node(
             "DCMTrainSemanticExpert",
@@ -375,9 +379,9 @@ def base_file(wan, tmp_path_factory):
         ({"states": "a", "checkpoints": "b"}, "states is the old name of checkpoints, and both are set"),
         ({"output": "."}, "`output` is .*, which is a folder; expected the name of the file to write"),
         ({"weight_dtype": ["default"]}, r"weight_dtype is \['default'\]; choose one of default"),
-        ({"semantic": "expert.safetensors"}, "semantic is expert.safetensors, the file that this run writes"),
-        ({"output": "base.safetensors"}, "model is base.safetensors, the file that this run writes"),
-        ({"output": "data.safetensors"}, "dataset is data.safetensors, the file that this run writes"),
+        ({"semantic": "expert.safetensors"}, "semantic is expert.safetensors, which is the file that this run writes"),
+        ({"output": "base.safetensors"}, "model is base.safetensors, which is the file that this run writes"),
+        ({"output": "data.safetensors"}, "dataset is data.safetensors, which is the file that this run writes"),
         (
             {"text_encoders": ["a.safetensors", "./expert.safetensors"]},
             "text_encoders is ./expert.safetensors, the file that this run",
@@ -417,7 +421,8 @@ def test_an_input_in_the_home_folder_is_not_written_over(base_file, module, monk
     monkeypatch.setenv("USERPROFILE", str(base_file.parent))
     settings = {"model": "~/base.safetensors", "dataset": "data.safetensors", "output": "base.safetensors"}
     with pytest.raises(
-        module("dcm_core.errors").DCMError, match=r"model is ~/base\.safetensors, the file that this run writes"
+        module("dcm_core.errors").DCMError,
+        match=r"model is ~/base\.safetensors, which is the file that this run writes",
     ):
         module("nodes.host.training.command").train("semantic", settings, base_file.parent)
 

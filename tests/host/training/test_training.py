@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused_before_training(train, module, model, data
     with pytest.raises(errors.DCMError, match=r"The expert is for hunyuan_video, but the model is Wan 2.1"):
         train(model, data, config("semantic"), tmp_path, start=foreign)
     wide = random_data(module("dcm_core.distill.data.dataset"), channels=48)
-    with pytest.raises(errors.DCMError, match="have 48 channels, the model takes 16"):
+    with pytest.raises(errors.DCMError, match="have 48 channels, but the model takes 16"):
         train(model, wide, config("semantic"), tmp_path)
     with pytest.raises(errors.DCMError, match="4 of 4 clips cannot be held out"):
         train(model, data, config("semantic", held_out=4), tmp_path)

@@ -239,7 +239,7 @@ def test_a_semantic_expert_that_is_only_on_the_model_is_refused(
             r"rank is 4 and alpha is 8, but .* has rank 2 and alpha 4\. Set rank to 2 and alpha to 4\.",
         ),
         ({"alpha": 4.0}, {}, r"has rank 4 and alpha 4\."),
-        ({"rank": 0}, {}, r"is no LoRA: all its weights were trained\. Set rank to 0\."),
+        ({"rank": 0}, {}, r"is not a LoRA: all its weights were trained\. Set rank to 0\."),
         ({}, {"rank": 0}, r"rank is 0 .* has rank 4 and alpha 8\."),
     ],
 )
@@ -290,7 +290,9 @@ def test_a_schedule_without_a_step_for_an_expert_is_refused(side, train, model, 
 def test_a_run_does_not_write_over_what_it_continues_from(module, model, data, config, models):
     path = module("nodes.host.folders").new_file("loras", "dcm/again", overwrite=True)
     path.write_bytes(b"mine")
-    with pytest.raises(ValueError, match=r"continue_from is dcm/again\.safetensors, the file that this run writes"):
+    with pytest.raises(
+        ValueError, match=r"continue_from is dcm/again\.safetensors, which is the file that this run writes"
+    ):
         module("nodes.host.training.run").train_and_save(
             model, data, config("semantic"), "again", "dcm/again.safetensors"
         )
