@@ -149,8 +149,8 @@ def test_an_entry_that_cannot_be_used_says_why(tmp_path, row, fault):
         ("3", "line 2 is not an object"),
         (
             "{}",
-            "line 2 does not name a video: it is empty; expected one of video, video_path, file_name, file_path, "
-            "media_path, path, filename",
+            "line 2 does not name a video: it is empty; "
+            "expected one of video, video_path, file_name, file_path, media_path, path, filename",
         ),
         ('{"latent_path": "a.pt", "caption": "a", "prompt_embed_path": "b", "length": 2}',
          "line 2 does not name a video: it has caption, latent_path, length and 1 more; expected one of video"),
