@@ -92,7 +92,7 @@ def is_oom(error: BaseException) -> bool:
 
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotary embedding: the channels of x (..., 2 n) in pairs, times the matrices (..., n, 2, 2)."""
+    """Rotary embedding: every two channels of x (..., 2 n) times a matrix of `rotations` (..., n, 2, 2)."""
     pairs = rearrange(x.to(rotations.dtype), "... (n two) -> ... n 1 two", two=2)
     return rearrange((rotations * pairs).sum(-1), "... n two -> ... (n two)").type_as(x)
 

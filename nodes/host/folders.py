@@ -72,8 +72,8 @@ def _tell_unusable(category: str, names: frozenset[str]) -> None:
 def fault_of(name: Any) -> str | None:
     """Why `name` cannot be the name of a file in one of the host's folders, or None. Every name from a client is checked here.
 
-    A valid name stays inside the folder by its text alone. Links are followed, as in the host's own loaders: model folders and files
-    that link to another disk are common, and a client cannot create links. Files are written through links to folders, but never
+    A valid name stays inside the folder by its text alone. Links are followed, as in the host's own loaders. Model folders that link
+    to another disk are common, and a client cannot create links. Files are written through links to folders, but never
     through a link to a file: the new file replaces the link.
     """
     if not isinstance(name, str):

@@ -696,6 +696,20 @@ def test_the_help_page_of_every_node_is_shown(page):
             page.shoot(f"help {kind}")
 
 
+def test_a_help_page_is_in_the_language_of_the_reader(page):
+    page.clear()
+    page.add(["DCMSampler"])
+    page.run("() => app.extensionManager.setting.set('Comfy.Locale', 'ja')")
+    try:
+        page.show("DCMSampler", settle=0)
+        page.page.locator("[data-testid=info-button]").first.click()
+        first = (ROOT / "web" / "docs" / "DCMSampler" / "ja.md").read_text(encoding="utf-8").split("\n\n")[1]
+        page.text(first).wait_for()
+        page.wait("() => document.querySelector(`img[src*='docs/DCMSampler.jpg']`)?.naturalWidth > 0")
+    finally:
+        page.run("() => app.extensionManager.setting.set('Comfy.Locale', 'en')")
+
+
 def test_a_new_node_shows_all_its_widgets(page):
     page.clear()
     page.add(NODES)

@@ -193,7 +193,7 @@ def test_native_and_foreign_models_pass_through(node, releases, folder):
     save_file(
         {f"model.diffusion_model.{k}": v for k, v in native.items()}, folder / "diffusion_models" / "full.safetensors"
     )
-    assert "WAN21" in text(node("DCMLoadModel", model_name="full.safetensors", weight_dtype="fp8_e4m3fn"))
+    assert "plain Wan 2.1 model" in text(node("DCMLoadModel", model_name="full.safetensors", weight_dtype="fp8_e4m3fn"))
 
 
 def broken(kind, tensors):

@@ -39,9 +39,9 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
     """The plan of a run before it starts; None if widgets and files are not enough to know it.
 
     Args:
-        asked: the sampler's `schedule`, `steps`, `shift`, `denoise`, `boundary`, `two_models` (bool), `sampler_name`, `cfg`,
-            `detail_cfg`, and of the nodes before it the files `model`, `semantic`, `detail` and `attached_boundary`,
-            `semantic_strength`, `detail_strength`, `stacked` (bool). Only safetensors files are read.
+        asked: the sampler's `schedule`, `steps`, `shift`, `denoise`, `boundary`, `two_models` (bool), `sampler_name`, `cfg` and
+            `detail_cfg`. From the nodes before it: the files `model`, `semantic` and `detail`, and `attached_boundary`,
+            `semantic_strength`, `detail_strength` and `stacked` (bool). Only safetensors files are read.
 
     Raises:
         DCMError: settings or files that give no plan.

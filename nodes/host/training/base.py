@@ -197,7 +197,7 @@ def _try(trainer: Trainer) -> Memory | None:
             return None
         raise TrainingError(
             f"The model cannot be trained the way it is loaded ({error}). Load a text-to-video model with weight_dtype default or "
-            "fp8_e4m3fn; fp8_e4m3fn_fast has no gradient."
+            "fp8_e4m3fn. fp8_e4m3fn_fast cannot be trained."
         ) from error
 
 

@@ -114,7 +114,7 @@ def default_checkpoints(folder: Path, name: str) -> Path:
 
     It is not next to the output: in the LoRA folder, the host would list every checkpoint as a LoRA.
     """
-    former = folder / f"{name}_states"  # of a run started by an earlier version
+    former = folder / f"{name}_states"  # a run that an earlier version started
     return former if former.is_dir() else folder / f"{name}_checkpoints"
 
 

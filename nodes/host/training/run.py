@@ -215,8 +215,8 @@ def check_form(
     """Refuse experts that do not fit, settings that would have no effect, and settings whose expert would never run.
 
     Raises:
-        TrainingError: an expert of another family, a semantic expert that is only attached to MODEL, a rank or alpha that differs
-            from the expert to start from, or a schedule without steps on one side of the boundary.
+        TrainingError: an expert of another family, or a semantic expert that is only attached to MODEL. Also a rank or alpha that
+            differs from the expert to start from, or a schedule without steps on one side of the boundary.
     """
     for given in (start, semantic):
         if given is not None and given.family != family.name:

@@ -239,7 +239,9 @@ def test_layer_of_the_text_encoder_is_part_of_its_name(module, vae, clip):
 
 def test_a_vae_for_pictures_is_refused(dataset_node, vae, clip, data, monkeypatch):
     monkeypatch.setattr(vae, "encode", lambda pixels: torch.zeros(len(pixels), 4, 6, 8))
-    with pytest.raises(ValueError, match=r"\(5, 4, 6, 8\) of 5 frames; expected one video. Connect the VAE of Wan 2.1"):
+    with pytest.raises(
+        ValueError, match=r"\(5, 4, 6, 8\) from 5 frames; expected one video. Connect the VAE of Wan 2.1"
+    ):
         dataset_node(vae, clip)
 
 

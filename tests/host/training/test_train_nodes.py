@@ -384,7 +384,7 @@ def base_file(wan, tmp_path_factory):
         ({"output": "data.safetensors"}, "dataset is data.safetensors, which is the file that this run writes"),
         (
             {"text_encoders": ["a.safetensors", "./expert.safetensors"]},
-            "text_encoders is ./expert.safetensors, the file that this run",
+            "text_encoders is ./expert.safetensors, which is the file that this run",
         ),
         ({"dataset": 3}, "`dataset` is 3"),
         (
