@@ -34,7 +34,7 @@ def write_files(folder: Path, layers: int, dtype: torch.dtype) -> dict[str, Path
 
     from dcm_core.convert import convert_release
     from dcm_core.families import WAN
-    from dcm_core.files.storage import write_stream
+    from dcm_core.files.writing import write_stream
 
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in wan_shapes(DIM, layers, FFN).items():

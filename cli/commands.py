@@ -16,7 +16,7 @@ from dcm_core.convert import DTYPES, KEEP, convert_release
 from dcm_core.errors import DCMError
 from dcm_core.export import DIFFUSERS, PEFT, export_expert
 from dcm_core.extract import extract_lora
-from dcm_core.files.storage import Progress
+from dcm_core.files.tensor_file import Progress
 from dcm_core.inspection.inspect import inspect_file
 from dcm_core.release import OFFICIAL_RANK, write_release
 from dcm_core.text import plain

@@ -13,9 +13,10 @@ from .errors import CheckpointError, counted
 from .experts.expert import expert_entries, expert_metadata, write_expert
 from .experts.reader import read_release
 from .files.checkpoint import Contents, Layout, each_native, recognise, release_metadata
-from .files.storage import Entries, Progress, TensorFile, file_size, write_stream
+from .files.tensor_file import Progress, TensorFile
 from .files.unfinished import check_room, check_targets, unfinished_file
 from .files.values import cast
+from .files.writing import Entries, file_size, write_stream
 
 KEEP = "keep"
 DTYPES: dict[str, torch.dtype | None] = {

@@ -18,9 +18,10 @@ from .experts.sources import at_scale, padded, scaled
 from .experts.view import ExpertView
 from .families import Family
 from .families.lora_names import PEFT_PREFIX
-from .files.storage import Entries, Progress, file_size, write_stream
+from .files.tensor_file import Progress
 from .files.unfinished import check_room, check_targets, unfinished_file
 from .files.values import cast
+from .files.writing import Entries, file_size, write_stream
 
 PEFT, DIFFUSERS = "peft", "diffusers"
 TITLES = {PEFT: "PEFT adapter", DIFFUSERS: "diffusers LoRA"}

@@ -14,7 +14,7 @@ from .experts.expert import Expert, LowRank, write_expert
 from .families.keymap import Shape
 from .files.checkpoint import Layout
 from .files.native import NativeView
-from .files.storage import Progress
+from .files.tensor_file import Progress
 from .files.unfinished import check_room
 from .text import one_line
 

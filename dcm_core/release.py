@@ -18,9 +18,10 @@ from .families import Family
 from .families.keymap import Piece, unfuse
 from .families.lora_names import RELEASE_ADAPTER
 from .files.native import NativeView
-from .files.storage import Entries, Progress, write_stream
+from .files.tensor_file import Progress
 from .files.unfinished import check_targets
 from .files.values import cast
+from .files.writing import Entries, write_stream
 
 # The official scripts create a LoRA of this rank before they read the file.
 OFFICIAL_RANK = 128

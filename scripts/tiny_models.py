@@ -19,7 +19,7 @@ from torch import Tensor  # noqa: E402
 
 from dcm_core.families import WAN  # noqa: E402
 from dcm_core.files.conditioning import save_conditioning  # noqa: E402
-from dcm_core.files.storage import write_tensors  # noqa: E402
+from dcm_core.files.writing import write_tensors  # noqa: E402
 
 RELEASE = "diffusion_models/dcm_wan2.1_t2v_1.3B.safetensors"
 VAE = "vae/wan_2.1_vae.safetensors"

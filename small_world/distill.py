@@ -26,7 +26,8 @@ from torch import Tensor
 from world import CAPTIONS, LATENT, embed
 
 config_module, dataset = pack("dcm_core.distill.config"), pack("dcm_core.distill.data.dataset")
-storage, training = pack("dcm_core.files.storage"), pack("nodes.host.training.run")
+tensor_file, writing = pack("dcm_core.files.tensor_file"), pack("dcm_core.files.writing")
+training = pack("nodes.host.training.run")
 sampling, schedule = pack("nodes.host.sampling.run"), pack("dcm_core.schedule")
 
 # Six steps of this schedule start at the solver points 1, .94, .86 | .75, .61, .40: each is a phase of its own, three for each
@@ -101,7 +102,7 @@ GUIDANCE = 1 + SEMANTIC.cfg
 
 def load_base(folder: Path) -> Any:
     """The base as the host loads it, in float32."""
-    file = storage.TensorFile(folder / "base.safetensors")
+    file = tensor_file.TensorFile(folder / "base.safetensors")
     return comfy.sd.load_diffusion_model_state_dict(file.read_all(), model_options={"dtype": torch.float32})
 
 
@@ -125,8 +126,8 @@ def teacher_videos(folder: Path, model: Any) -> Tensor:
             noise = torch.randn((VIDEOS_PER_CAPTION, *LATENT), generator=generator)
             found.append(sample(model, caption, noise, TEACHER_STEPS, GUIDANCE))
             print(f"teacher's videos: {index + 1} of {len(CAPTIONS)} captions", flush=True)
-        storage.write_tensors(path, {"latents": torch.stack(found, 1).flatten(0, 1).half()}, {})
-    return storage.TensorFile(path).read("latents").float()
+        writing.write_tensors(path, {"latents": torch.stack(found, 1).flatten(0, 1).half()}, {})
+    return tensor_file.TensorFile(path).read("latents").float()
 
 
 def load_data(folder: Path, model: Any, count: int | None = None) -> Any:

@@ -25,17 +25,18 @@ SEMANTIC_VALUES, DETAIL_VALUES = 1_740_000, 1_480_000
 # The captions have a dozen words: the first layer that reads them is large, and has learned no more than these.
 TEXT_LAYER, TEXT_RANK = "text_embedding.0", 16
 
-storage, conditioning = host.pack("dcm_core.files.storage"), host.pack("dcm_core.files.conditioning")
+tensor_file, writing = host.pack("dcm_core.files.tensor_file"), host.pack("dcm_core.files.writing")
+conditioning = host.pack("dcm_core.files.conditioning")
 experts, extract = host.pack("dcm_core.experts.expert"), host.pack("dcm_core.extract")
 attach = host.pack("nodes.host.experts.attach")
 
 
 def copy_in_half(source: Path, target: Path) -> None:
     """The same tensors and metadata in bfloat16."""
-    file = storage.TensorFile(source)
+    file = tensor_file.TensorFile(source)
     tensors = {key: value.bfloat16() if value.ndim else value for key, value in file.read_all().items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    storage.write_tensors(target, tensors, file.metadata)
+    writing.write_tensors(target, tensors, file.metadata)
 
 
 def compact(expert: Any, values: int) -> Any:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from train_vae import make_vae
 from world import CAPTIONS, TEXT_WIDTH, clips, embed, render
 
-from dcm_core.files.storage import TensorFile, write_tensors
+from dcm_core.files.tensor_file import TensorFile
+from dcm_core.files.writing import write_tensors
 from dcm_core.schedule import TIMESTEPS, shift_sigma
 
 WIDTH, LAYERS, HEADS = 128, 6, 1

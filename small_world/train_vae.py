@@ -22,7 +22,7 @@ from comfy.ldm.wan.vae import AttentionBlock, ResidualBlock, WanVAE
 from torch import Tensor, nn
 from world import clips, draw_scene, render
 
-from dcm_core.files.storage import write_tensors
+from dcm_core.files.writing import write_tensors
 
 WIDTH = 8
 NOISE, DECAY = 0.15, 0.99

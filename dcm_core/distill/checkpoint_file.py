@@ -16,7 +16,8 @@ from torch import Tensor
 from ..errors import CheckpointError, ExpertError, counted, name_some
 from ..families.keymap import Shape
 from ..files.metadata import parse_json
-from ..files.storage import TensorFile, write_tensors
+from ..files.tensor_file import TensorFile
+from ..files.writing import write_tensors
 from .config import FORMER, TrainingConfig, TrainingError, renamed
 from .learner import MOMENTS
 

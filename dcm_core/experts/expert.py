@@ -16,9 +16,9 @@ from ..errors import counted
 from ..families import Family
 from ..families.keymap import Piece
 from ..files.metadata import FORMAT
-from ..files.storage import write_stream
 from ..files.unfinished import Unfinished
 from ..files.values import bytes_of, cast
+from ..files.writing import write_stream
 from ..routing import Side
 
 FILE_PREFIX = "diffusion_model."

@@ -10,7 +10,7 @@ from ..families.keymap import Piece, Shape
 from ..families.lora_names import LOW_RANK, Kind, ModuleNames, Shapes, count_known, is_text_encoder, name_of
 from ..files.checkpoint import Contents, Layout
 from ..files.metadata import said_family
-from ..files.storage import TensorFile
+from ..files.tensor_file import TensorFile
 
 # Why a tensor does not fit.
 NO_LAYER, OTHER_SIZE, HALF, TWICE, ROWS = (

@@ -18,7 +18,7 @@ from ..families.keymap import Shape
 from ..families.lora_names import LOW_RANK, Kind, Shapes, count_known, is_release_part
 from ..files.checkpoint import Contents, release_metadata
 from ..files.metadata import FORMAT, ExpertMetadata, read_metadata
-from ..files.storage import TensorFile
+from ..files.tensor_file import TensorFile
 from ..files.values import is_finite
 from ..routing import Side
 from ..text import given

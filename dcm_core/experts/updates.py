@@ -15,7 +15,7 @@ from ..families.keymap import Piece
 from ..families.lora_names import LOW_RANK, Kind, Shapes, is_release_part
 from ..files.checkpoint import Contents
 from ..files.metadata import LoraSettings, lora_settings
-from ..files.storage import Progress, TensorFile
+from ..files.tensor_file import Progress, TensorFile
 from .expert import LowRank, place_low_rank, split_fused, stack_updates
 from .match import AnyModel, expert_part, match_expert, tensor_name
 from .modules import RoutedExpert

@@ -9,7 +9,7 @@ from ..families import Family
 from ..families.lora_names import Shapes, is_release_part
 from ..files.checkpoint import Layout, recognise, release_metadata
 from ..files.metadata import read_metadata
-from ..files.storage import TensorFile
+from ..files.tensor_file import TensorFile
 from ..routing import Side
 from .expert import Expert, LowRank
 from .match import AnyModel, Site, expert_part, tensor_name

@@ -13,7 +13,7 @@ from ..families.keymap import BLOCK_INDEX, Piece, fuse, fused_shape
 from ..families.lora_names import split_key
 from .fit import misfits
 from .metadata import ExpertMetadata, read_metadata
-from .storage import Progress, TensorFile, each_read
+from .tensor_file import Progress, TensorFile, each_read
 from .values import is_finite
 
 # ComfyUI saves HunyuanVideo with the prefix `model.model.`

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..errors import DCMError, ExpertError, counted
 from .metadata import parse_json
-from .storage import TensorFile, write_tensors
+from .tensor_file import TensorFile
 from .values import is_finite
+from .writing import write_tensors
 
 FORMAT = "dcm-conditioning"
 Conditioning = list[list[Any]]

@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from .storage import TensorFile
+from .tensor_file import TensorFile
 
 
 def views(file: TensorFile) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from ..errors import CheckpointError, name_some
 from ..families import Family
 from ..families.keymap import Piece, fuse, fused_shape
 from .checkpoint import Contents, check_finite, recognise, without_prefix
-from .storage import TensorFile
+from .tensor_file import TensorFile
 
 # Names of the extra tensors that quantised files store for a weight.
 QUANTISED = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")

@@ -15,7 +15,7 @@ from ..families.keymap import Shape
 from ..families.lora_names import LoraKey, is_release_part, split_key
 from ..files.checkpoint import Contents, Layout, recognise
 from ..files.metadata import ExpertMetadata, read_metadata
-from ..files.storage import Progress, TensorFile
+from ..files.tensor_file import Progress, TensorFile
 from ..text import LINE_LENGTH, given, one_line
 
 # How many alphas are read, and how many different ones are listed.

@@ -20,7 +20,7 @@ from ..families import Family
 from ..families.keymap import fuse
 from ..files.checkpoint import Contents, Layout, recognise
 from ..files.metadata import read_metadata
-from ..files.storage import Progress, TensorFile
+from ..files.tensor_file import Progress, TensorFile
 
 # (native tensor name, first row, number of rows) -> these rows of the base; None if they are not available as plain numbers.
 Base = Callable[[str, int, int], Tensor | None]

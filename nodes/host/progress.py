@@ -5,7 +5,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 
-from ...dcm_core.files.storage import Progress
+from ...dcm_core.files.tensor_file import Progress
 
 STEPS = 1000
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from cli import commands
 from cli.commands import main, progress_line
 from dcm_core.families import WAN
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 
 from ..dcm_core.conftest import make_release, without_experts
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from hypothesis import strategies as st
 
-from dcm_core.files.storage import write_tensors
+from dcm_core.files.writing import write_tensors
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

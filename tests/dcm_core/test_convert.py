@@ -16,9 +16,9 @@ from dcm_core.convert import DTYPES, convert_release
 from dcm_core.errors import CheckpointError
 from dcm_core.experts.reader import read_expert, read_release
 from dcm_core.families import HUNYUAN_VIDEO
-from dcm_core.files import storage, unfinished
+from dcm_core.files import unfinished, writing
 from dcm_core.files.checkpoint import Layout, recognise, semantic_state_dict
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 
 from .conftest import make_release, release_shapes
 
@@ -270,7 +270,7 @@ MEASURE = """
 import sys
 import torch
 from dcm_core.convert import convert_release
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 def peak():
     # not getrusage: its maximum is inherited from the process that started this one
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
@@ -297,7 +297,7 @@ def big_shapes():
 def test_memory_does_not_grow_with_the_file(tmp_path):
     source = tmp_path / "release.safetensors"
     entries = {key: (torch.bfloat16, shape) for key, shape in big_shapes().items()}
-    storage.write_stream(
+    writing.write_stream(
         source, entries, ((key, torch.ones(shape, dtype=dtype)) for key, (dtype, shape) in entries.items()), {}
     )
     targets = tmp_path / "base.safetensors", tmp_path / "expert.safetensors"

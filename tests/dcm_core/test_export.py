@@ -21,7 +21,7 @@ from dcm_core.export import DIFFUSERS, PEFT, export_expert
 from dcm_core.families import HUNYUAN_VIDEO, WAN
 from dcm_core.families.keymap import unfuse
 from dcm_core.files import unfinished
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 from dcm_core.release import write_release
 
 from .conftest import make_release, without_experts

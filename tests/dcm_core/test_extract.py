@@ -15,7 +15,7 @@ from dcm_core.extract import SMALL, extract_lora, truncate
 from dcm_core.families import HUNYUAN_VIDEO, WAN
 from dcm_core.files import unfinished
 from dcm_core.files.checkpoint import PREFIXES, recognise, semantic_state_dict
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 
 from .conftest import make_release, without_experts
 

@@ -15,9 +15,9 @@ from dcm_core.errors import DCMError
 from dcm_core.experts.expert import Expert, LowRank, merged, write_expert
 from dcm_core.experts.reader import read_expert, read_release
 from dcm_core.families import HUNYUAN_VIDEO, WAN
-from dcm_core.files import storage, unfinished
+from dcm_core.files import unfinished, writing
 from dcm_core.files.checkpoint import Layout, recognise, semantic_state_dict
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 from dcm_core.release import write_release
 
 from .conftest import make_release
@@ -352,7 +352,7 @@ def test_an_interrupt_leaves_nothing(converted, tmp_path, calls):
 def test_memory_does_not_grow_with_the_file(tmp_path):
     entries = {key: (torch.bfloat16, shape) for key, shape in big_shapes().items()}
     source, base, expert, back = (tmp_path / f"{name}.safetensors" for name in ("r", "b", "e", "back"))
-    storage.write_stream(
+    writing.write_stream(
         source, entries, ((key, torch.ones(shape, dtype=dtype)) for key, (dtype, shape) in entries.items()), {}
     )
     convert_release(source, base, expert)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dcm_core.files.conditioning import save_conditioning
-from dcm_core.files.storage import write_tensors
+from dcm_core.files.writing import write_tensors
 
 from .browser import ARGUMENTS, CHROMIUM, FOLDER, NO_ELEMENTS, OUTGROWN, THEMES, Page
 from .graphs import WORKFLOWS, read

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from dcm_core.files.storage import write_tensors
+from dcm_core.files.writing import write_tensors
 
 from .server import ROOT
 from .test_browser import SMALL_WORLD, chromium, keep_what_was_seen, page, serve  # noqa: F401 - fixtures

@@ -187,7 +187,7 @@ def test_a_file_is_not_written_through_a_link_to_a_file(module, tmp_path, monkey
     import folder_paths
     import torch
 
-    folders, storage = module("nodes.host.folders"), module("dcm_core.files.storage")
+    folders, writing = module("nodes.host.folders"), module("dcm_core.files.writing")
     mine, other = tmp_path / "loras", tmp_path / "other.safetensors"
     mine.mkdir()
     other.write_bytes(b"mine")
@@ -195,7 +195,7 @@ def test_a_file_is_not_written_through_a_link_to_a_file(module, tmp_path, monkey
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(mine)], {".safetensors"}))
     with pytest.raises(ValueError, match="already exists"):
         folders.new_file("loras", "a", overwrite=False)
-    storage.write_tensors(folders.new_file("loras", "a", overwrite=True), {"x": torch.zeros(1)}, {})
+    writing.write_tensors(folders.new_file("loras", "a", overwrite=True), {"x": torch.zeros(1)}, {})
     assert other.read_bytes() == b"mine" and not (mine / "a.safetensors").is_symlink()
 
 

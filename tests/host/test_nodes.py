@@ -169,7 +169,7 @@ def test_a_release_is_read_without_a_copy_unless_the_host_is_told_so(
 ):
     import comfy.utils
 
-    file = module("dcm_core.files.storage").TensorFile
+    file = module("dcm_core.files.tensor_file").TensorFile
     read, original = [], file.read
     monkeypatch.setattr(file, "read", lambda self, key: read.append(key) or original(self, key))
     monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", unmapped)

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...errors import CheckpointError, DCMError, counted
-from ...files.storage import Progress
+from ...files.tensor_file import Progress
 from ...files.unfinished import write_bytes
 from .captions import fault_of
 from .sources import Clip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, DCMError, counted
 from ...files.conditioning import Conditioning, load_conditioning
-from ...files.storage import TensorFile
+from ...files.tensor_file import TensorFile
 from ...files.values import bytes_of
 from .clips import Problem
 

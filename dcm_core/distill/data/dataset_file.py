@@ -14,8 +14,9 @@ from ...errors import CheckpointError, DCMError, ExpertError
 from ...files.conditioning import Conditioning, problem_of
 from ...files.mapped import views
 from ...files.metadata import parse_json
-from ...files.storage import MAX_HEADER, Progress, TensorFile, write_stream
+from ...files.tensor_file import MAX_HEADER, Progress, TensorFile
 from ...files.values import bytes_of, cast, is_finite
+from ...files.writing import write_stream
 from .dataset import Dataset, TensorDataset
 
 FORMAT = "dcm-dataset"

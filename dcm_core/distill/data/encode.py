@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...errors import CheckpointError, DCMError
 from ...files.conditioning import Conditioning, load_conditioning, save_conditioning
-from ...files.storage import Progress, TensorFile, write_tensors
+from ...files.tensor_file import Progress, TensorFile
 from ...files.values import is_finite
+from ...files.writing import write_tensors
 from .clips import CheckedClip, ClipSettings, Problem, check_clips, no_clip_left, read_clip
 from .dataset import LATENT, CachedDataset, Entry
 from .sources import Roots, find_clips

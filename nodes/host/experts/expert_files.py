@@ -8,7 +8,7 @@ from ....dcm_core.errors import DCMError, ExpertError
 from ....dcm_core.experts.expert import Expert
 from ....dcm_core.experts.reader import WrongSideError, check_metadata, check_sizes, read_expert
 from ....dcm_core.files.metadata import ExpertMetadata, settings_beside
-from ....dcm_core.files.storage import TensorFile
+from ....dcm_core.files.tensor_file import TensorFile
 from ....dcm_core.routing import Side
 from ....dcm_core.text import LOGGER
 from ..folders import LORAS, NONE, files, path_of

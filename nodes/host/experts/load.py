@@ -15,7 +15,7 @@ from ....dcm_core.errors import CheckpointError, check_choice
 from ....dcm_core.experts.reader import read_release
 from ....dcm_core.files.checkpoint import Contents, Layout, check_base, recognise, semantic_state_dict
 from ....dcm_core.files.mapped import views
-from ....dcm_core.files.storage import Progress, TensorFile
+from ....dcm_core.files.tensor_file import Progress, TensorFile
 from ....dcm_core.text import one_line
 from ..compat import LAYER_FORMATS, host_version
 from ..folders import MODELS, path_of

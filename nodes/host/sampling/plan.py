@@ -13,7 +13,7 @@ from ....dcm_core.errors import ScheduleError, check_choice
 from ....dcm_core.families import FAMILIES
 from ....dcm_core.files.checkpoint import Layout, recognise, release_metadata, without_prefix
 from ....dcm_core.files.metadata import read_metadata
-from ....dcm_core.files.storage import TensorFile
+from ....dcm_core.files.tensor_file import TensorFile
 from ....dcm_core.routing import Plan, Setup, own_boundary, own_timesteps
 from ..folders import LORAS, MODELS, SUFFIX, path_of
 from ..report import server

@@ -15,7 +15,7 @@ from ....dcm_core.distill.data.dataset_file import read_dataset
 from ....dcm_core.distill.data.encode import prepare
 from ....dcm_core.distill.parallel import join
 from ....dcm_core.errors import counted
-from ....dcm_core.files.storage import Progress, TensorFile
+from ....dcm_core.files.tensor_file import Progress, TensorFile
 from ....dcm_core.files.unfinished import write_bytes
 from ....dcm_core.routing import Side
 from ....dcm_core.text import LOGGER

@@ -15,8 +15,9 @@ from dcm_core.distill.checkpoint_file import Checkpoint, read_checkpoint
 from dcm_core.distill.checkpoints import check_folder, newest_checkpoint, save_checkpoint
 from dcm_core.distill.config import FORMER, TrainingConfig, TrainingError
 from dcm_core.errors import CheckpointError, DCMError
-from dcm_core.files.storage import TensorFile, write_tensors
+from dcm_core.files.tensor_file import TensorFile
 from dcm_core.files.unfinished import Unfinished
+from dcm_core.files.writing import write_tensors
 
 from ..mangled import mangled, timed
 

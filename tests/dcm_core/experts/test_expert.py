@@ -24,7 +24,7 @@ from dcm_core.experts.match import guess_family, match_expert
 from dcm_core.experts.reader import check_sizes, read_expert
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
 from dcm_core.families.keymap import Piece, fuse, fused_shape
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 RELEASES = {"wan": "wan_tiny", "hunyuan_video": "hy_tiny"}

@@ -11,7 +11,7 @@ from dcm_core.experts.match import AnyModel, Target, expert_part, guess_family, 
 from dcm_core.experts.reader import read_expert
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
 from dcm_core.files.checkpoint import recognise
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 
 Q = "diffusion_model.blocks.0.self_attn.q"
 PAIR = {f"{Q}.lora_down.weight": (2, 8), f"{Q}.lora_up.weight": (8, 2), f"{Q}.alpha": ()}

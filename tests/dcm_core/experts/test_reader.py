@@ -15,7 +15,7 @@ from dcm_core.experts.reader import WrongSideError, read_expert, read_release
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
 from dcm_core.files.checkpoint import recognise
 from dcm_core.files.mapped import views
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 from dcm_core.inspection.inspect import inspect_file
 
 from ..conftest import limits, release_shapes

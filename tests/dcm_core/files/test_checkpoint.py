@@ -19,7 +19,7 @@ from dcm_core.files.checkpoint import (
     recognise,
     semantic_state_dict,
 )
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 
 from ..conftest import make_release, release_shapes, without_experts
 

@@ -16,7 +16,8 @@ from dcm_core.experts.expert import expert_id
 from dcm_core.experts.reader import read_expert
 from dcm_core.families import WAN
 from dcm_core.files.conditioning import load_conditioning, save_conditioning
-from dcm_core.files.storage import TensorFile, write_stream, write_tensors
+from dcm_core.files.tensor_file import TensorFile
+from dcm_core.files.writing import write_stream, write_tensors
 from dcm_core.inspection.inspect import inspect_file
 
 from ..conftest import make_release

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from dcm_core.errors import DCMError
 from dcm_core.files.conditioning import describe_conditioning, load_conditioning, save_conditioning
-from dcm_core.files.storage import TensorFile, write_tensors
+from dcm_core.files.tensor_file import TensorFile
 from dcm_core.files.values import is_finite
+from dcm_core.files.writing import write_tensors
 
 from ..mangled import mangled, timed
 

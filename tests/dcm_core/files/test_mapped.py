@@ -9,7 +9,8 @@ import torch
 from dcm_core.errors import CheckpointError
 from dcm_core.files.checkpoint import recognise, semantic_state_dict
 from dcm_core.files.mapped import views
-from dcm_core.files.storage import DTYPES, TensorFile, write_tensors
+from dcm_core.files.tensor_file import DTYPES, TensorFile
+from dcm_core.files.writing import write_tensors
 
 
 def bits(tensor):

@@ -15,7 +15,7 @@ from dcm_core.errors import CheckpointError, NoRoomError
 from dcm_core.files import unfinished
 from dcm_core.files.unfinished import Unfinished, check_room, remove_left, unfinished_file, write_bytes
 
-from .test_storage import left_in
+from .test_tensor_file import left_in
 
 ROOT = Path(__file__).parents[3]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs the locks of POSIX")

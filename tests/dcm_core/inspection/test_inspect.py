@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dcm_core.errors import CheckpointError
 from dcm_core.experts.match import Target
 from dcm_core.families import FAMILIES
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 from dcm_core.inspection.inspect import inspect_file
 
 from ..conftest import release_shapes

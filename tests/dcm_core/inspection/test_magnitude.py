@@ -19,7 +19,7 @@ from dcm_core.experts.reader import read_expert, read_release
 from dcm_core.experts.updates import Update, file_updates, routed_updates
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
 from dcm_core.files.checkpoint import recognise, semantic_state_dict
-from dcm_core.files.storage import TensorFile
+from dcm_core.files.tensor_file import TensorFile
 from dcm_core.inspection import magnitude
 from dcm_core.inspection.magnitude import (
     Change,

@@ -86,7 +86,7 @@ def test_a_format_that_no_host_knows_is_refused(load, note, name):
 def test_mangled_notes_give_our_errors_alone(module, tmp_path_factory, note):
     path = tmp_path_factory.getbasetemp() / "note.safetensors"
     save_file({"a.comfy_quant": torch.tensor(list(note), dtype=torch.uint8)}, path)
-    file = module("dcm_core.files.storage").TensorFile(path)
+    file = module("dcm_core.files.tensor_file").TensorFile(path)
     began = time.monotonic()
     formats = module("nodes.host.experts.load").layer_formats(file)
     assert all(isinstance(name, str) for name in formats) and time.monotonic() - began < 2

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dcm_core.families import WAN
-from dcm_core.files.storage import TensorFile, write_tensors
+from dcm_core.files.tensor_file import TensorFile
+from dcm_core.files.writing import write_tensors
 from dcm_core.inspection.plot import THEMES
 from dcm_core.routing import plan_steps
 from dcm_core.schedule import generic_sigmas

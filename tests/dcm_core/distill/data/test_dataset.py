@@ -19,7 +19,8 @@ from dcm_core.distill.data.dataset import BatchOrder, TensorDataset
 from dcm_core.distill.data.encode import Encoders, prepare
 from dcm_core.distill.data.sources import find_clips
 from dcm_core.errors import CheckpointError, DCMError
-from dcm_core.files.storage import TensorFile, write_tensors
+from dcm_core.files.tensor_file import TensorFile
+from dcm_core.files.writing import write_tensors
 
 SMALL = ClipSettings(frames=5, fps=16, width=64, height=48)
 

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from dcm_core.distill.data.dataset import TensorDataset
 from dcm_core.distill.data.dataset_file import read_dataset, write_dataset
 from dcm_core.errors import CheckpointError, DCMError
-from dcm_core.files.storage import TensorFile, write_tensors
+from dcm_core.files.tensor_file import TensorFile
 from dcm_core.files.values import is_finite
+from dcm_core.files.writing import write_tensors
 
 from ...mangled import mangled, timed
 

@@ -26,7 +26,7 @@ from dcm_core.files import unfinished
 from dcm_core.files.conditioning import save_conditioning
 from dcm_core.files.unfinished import write_bytes
 
-from ...files.test_storage import left_in
+from ...files.test_tensor_file import left_in
 
 ROOT = Path(__file__).parents[4]
 SMALL = ClipSettings(frames=5, fps=16, width=64, height=48)

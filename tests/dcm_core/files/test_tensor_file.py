@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from dcm_core.errors import CheckpointError
 from dcm_core.files.checkpoint import recognise
 from dcm_core.files.mapped import views
-from dcm_core.files.storage import TensorFile, each_read, write_tensors
+from dcm_core.files.tensor_file import TensorFile, each_read
+from dcm_core.files.writing import write_tensors
 
 from ..mangled import mangled, timed
 

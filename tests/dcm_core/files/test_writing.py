@@ -10,9 +10,10 @@ import torch
 
 from dcm_core.errors import CheckpointError
 from dcm_core.files import unfinished
-from dcm_core.files.storage import TensorFile, write_stream, write_tensors
+from dcm_core.files.tensor_file import TensorFile
+from dcm_core.files.writing import write_stream, write_tensors
 
-from .test_storage import entries_of, left_in
+from .test_tensor_file import entries_of, left_in
 
 ROOT = Path(__file__).parents[3]
 
@@ -151,7 +152,8 @@ def test_a_file_that_something_holds_is_kept(tmp_path, monkeypatch):
 
 MEASURE = """
 import sys
-from dcm_core.files.storage import TensorFile, write_stream
+from dcm_core.files.tensor_file import TensorFile
+from dcm_core.files.writing import write_stream
 def peak():
     # not getrusage: its maximum is inherited from the process that started this one
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -1,13 +1,13 @@
-"""Read a safetensors file tensor by tensor, or write one as a stream, at any size.
+"""Read a safetensors file tensor by tensor, at any size.
 
 Memory use is about one tensor, even for files larger than memory. The safetensors library checks a file, but tensors are
-read at their offsets, because the library would map all of it (`mapped` does that). Written tensors go to disk at once.
+read at their offsets, because the library would map all of it (`mapped` does that).
 """
 
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,9 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .checksum import CHECKSUM, EMPTY, Checksum
-from .unfinished import Unfinished, unfinished_file
-from .values import bytes_of
+from .checksum import CHECKSUM, Checksum
 
 Progress = Callable[[int, int], None]
 
@@ -145,7 +143,7 @@ class TensorFile:
 
     def nbytes(self, key: str) -> int:
         """Size of a tensor in the file, in bytes."""
-        return _nbytes(self.dtypes[key], self.shapes[key])
+        return tensor_bytes(self.dtypes[key], self.shapes[key])
 
     @contextmanager
     def _opened(self) -> Iterator[Callable[[str], bytearray]]:
@@ -220,100 +218,12 @@ class TensorFile:
             )
 
 
-def _nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+def tensor_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Size in bytes of a tensor."""
     count = dtype.itemsize
     for size in shape:
         count *= size
     return count
-
-
-Entries = Mapping[str, tuple[torch.dtype, Sequence[int]]]
-
-
-def file_size(entries: Entries, metadata: Mapping[str, str]) -> int:
-    """Size in bytes of a file with these tensors."""
-    return len(_header(entries, metadata)) + sum(_nbytes(*entry) for entry in entries.values())
-
-
-def write_stream(
-    target: str | os.PathLike | Unfinished,
-    entries: Entries,
-    tensors: Iterable[tuple[str, Tensor]],
-    metadata: Mapping[str, str],
-    progress: Progress | None = None,
-) -> None:
-    """Write a safetensors file with a checksum while its tensors are being computed.
-
-    It appears under its name only when it is complete. An exception leaves no file.
-
-    Args:
-        target: its path, or an open file that the caller will finish.
-        entries: key -> (dtype, shape) of all tensors, in the order of `tensors`.
-        tensors: the tensors, in the same order.
-        progress: called with (bytes done, bytes in all) after each tensor; may raise to interrupt.
-
-    Raises:
-        NoRoomError: there is not enough room on the disk.
-        CheckpointError: the file cannot be written, or a tensor differs from its entry.
-    """
-    metadata = {_plain(name): _plain(value) for name, value in metadata.items()}
-    header, checksum = _header(entries, metadata), Checksum(metadata)
-    total = sum(_nbytes(*entry) for entry in entries.values())
-    with _opened(target, len(header) + total) as file:
-        file.write(header)
-        done = 0
-        announced = iter(entries.items())
-        for key, tensor in tensors:
-            name, (dtype, shape) = next(announced, ("nothing", (None, ())))
-            if (key, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
-                raise CheckpointError(
-                    f"{key} is {tensor.dtype} {tuple(tensor.shape)}; expected {name} {dtype} {tuple(shape)}."
-                )
-            data = bytes_of(tensor)
-            checksum.add(key, NAMES[dtype], shape, data)
-            file.write(data)
-            done += _nbytes(dtype, shape)
-            if progress is not None:
-                progress(done, total)
-        if (left := next(announced, None)) is not None:
-            raise CheckpointError(f"{left[0]} is missing from the tensors written to {file.path}.")
-        # the header is first in the file, but its checksum is known last
-        file.write(str(checksum).encode(), at=header.index(EMPTY.encode()))
-
-
-@contextmanager
-def _opened(target: str | os.PathLike | Unfinished, nbytes: int) -> Iterator[Unfinished]:
-    if isinstance(target, Unfinished):
-        yield target
-    else:
-        with unfinished_file(Path(target), nbytes) as file:
-            yield file
-
-
-def _header(entries: Entries, metadata: Mapping[str, str]) -> bytes:
-    # the checksum is the first entry of the file
-    description: dict[str, object] = {"__metadata__": {CHECKSUM: EMPTY, **metadata}}
-    offset = 0
-    for key, (dtype, shape) in entries.items():
-        end = offset + _nbytes(dtype, shape)
-        if dtype not in NAMES:
-            raise CheckpointError(f"{key} is {dtype}, which a safetensors file cannot store. Convert it first.")
-        description[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def _plain(text: str) -> str:
-    """Replace surrogate halves (from file names that are not UTF-8), which would make the header unreadable."""
-    return text.encode(errors="replace").decode()
-
-
-def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors that are in memory. See `write_stream`."""
-    entries = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    write_stream(path, entries, iter(tensors.items()), metadata)
 
 
 def each_read(
