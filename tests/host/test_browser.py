@@ -714,11 +714,13 @@ def test_the_help_page_of_every_node_is_shown(page):
 
 
 def test_a_help_page_is_in_the_language_of_the_reader(page):
-    page.clear()
-    page.add(["DCMSampler"])
     page.run("() => app.extensionManager.setting.set('Comfy.Locale', 'ja')")
     try:
-        page.show("DCMSampler", settle=0)
+        # the front end loads the texts and makes its tools again
+        time.sleep(2)
+        page.clear()
+        page.add(["DCMSampler"])
+        page.show("DCMSampler")
         page.page.locator("[data-testid=info-button]").first.click()
         first = (ROOT / "web" / "docs" / "DCMSampler" / "ja.md").read_text(encoding="utf-8").split("\n\n")[1]
         page.text(first).wait_for()
