@@ -31,7 +31,7 @@ LINK = re.compile(r"\]\(<([^>]+)>\)|\]\(([^\s()<>]+)\)|(?:src|href)=\"([^\"]+)\"
 # What people read besides the pages.
 HELP = sorted((ROOT / "web" / "docs").glob("*.md"))
 # The code whose docstrings, comments and messages are checked.
-CODE = sorted(path for folder in ("dcm_core", "cli") for path in (ROOT / folder).rglob("*.py"))
+CODE = sorted(path for folder in ("cli", "dcm_core", "nodes") for path in (ROOT / folder).rglob("*.py"))
 # An entry of a docstring's section: `name: ` or `first, second: `.
 ENTRY = re.compile(r"\w+(?:, \w+)*: ")
 SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")

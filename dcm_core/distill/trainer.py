@@ -212,9 +212,8 @@ class Trainer:
             # the scale was not the reason: skip the step
             self.loss_scale = scale
         judging_norm = self.discriminator_learner and self.discriminator_learner.gather(self.processes)
-        with (
-            held_back()
-        ):  # a checkpoint in the middle of a step would be useless; nothing here waits for other processes
+        # an interrupt waits: a checkpoint in the middle of a step would be useless; nothing here waits for other processes
+        with held_back():
             self.worth_saving = False
             self.learner.set_learning_rate(learning_rate_at(self.done, self.config))
             self.learner.step(norm)
@@ -311,9 +310,8 @@ class Trainer:
     @torch.no_grad()
     def _resume(self) -> str:
         """Load the newest checkpoint, if there is one. Returns what that means, as text."""
-        check_resumable(
-            self.folder, self.config, self.identity
-        )  # first, so that other settings are not reported as damage
+        # first, so that other settings are not reported as damage
+        check_resumable(self.folder, self.config, self.identity)
         found = newest_checkpoint(self.folder, {name: tuple(value.shape) for name, value in self._tensors().items()})
         if found is None:
             return ""

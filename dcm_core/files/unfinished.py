@@ -67,9 +67,8 @@ class Unfinished:
         with self._told():
             # flushed to disk before the rename: a power cut leaves the old file or the new one
             os.fsync(self._file.fileno())
-            if (
-                fcntl is None
-            ):  # Windows cannot move an open file; on other systems it stays locked until it has its name
+            # Windows cannot move an open file; on other systems it stays locked until it has its name
+            if fcntl is None:
                 self._file.close()
             self._place.replace(self.path)
 
@@ -88,7 +87,7 @@ class Unfinished:
                 size = self.nbytes
                 with suppress(OSError, AttributeError):
                     size = max(size, self._file.tell())
-                    self._file.truncate(0)  # so that the free space in the message does not include the unfinished file
+                    self._file.truncate(0)  # the message reports the free space without this file
                 raise _no_room({self.path: size}, f"{self.path} cannot be written ({error.strerror}): ") from error
             raise CheckpointError(
                 f"{self.path} cannot be written ({error.strerror}). Check that its folder can be written to, that the name is not "

@@ -227,7 +227,7 @@ def broken(kind, tensors):
             "shape",
             r"do not fit each other: blocks\.1\.attn2\.to_v\.lora_B\.lora1\.weight\. .* has rank 9, but .*lora_A\.lora1\.weight has rank 8",
         ),
-        ("nan", r"has NaN or infinite values in proj_out_lora\.weight"),
+        ("nan", r"NaN or infinite values in 1 tensor: proj_out_lora\.weight"),
         ("nan base", r"has NaN or infinite values in blocks\.1\.ffn\.net\.2\.bias"),
         ("lora only", "is an expert .* Select the base model here"),
         ("both names", "with and without a prefix"),
