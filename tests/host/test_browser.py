@@ -388,13 +388,24 @@ def test_the_bar_asks_when_a_user_changes_something_and_only_then(page):
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")
     asked = []
     page.page.on("request", lambda request: request.url.endswith("/dcm/plan") and asked.append(request.post_data_json))
+    # what no user did is seen with the next change: nothing looks again and again
+    page.run(
+        "id => { app.graph.getNodeById(id).widgets.find(w => w.name === 'denoise').value = 0.9 }",
+        page.node("DCMSampler"),
+    )
     page.page.wait_for_timeout(2500)
     assert asked == []
+    page.changed()
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length !== 6")
+    asked.clear()
+    page.set_widget("DCMSampler", "denoise", 1.0)
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")
+    assert len(asked) == 1
     page.run("id => app.canvas.selectNode(app.graph.getNodeById(id))", page.node("DCMAttachExperts"))
     page.page.locator("#graph-canvas").focus()
     page.page.keyboard.press("Control+b")
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert=base]').length === 6")
-    assert len(asked) == 1
+    assert len(asked) == 2
 
 
 def test_the_step_bar_warns_of_a_base_without_experts(page):

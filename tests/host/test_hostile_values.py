@@ -67,6 +67,7 @@ GOOD = {
     },
     "DCMSaveConditioning": {"overwrite": True},
     "DCMSaveDataset": {"overwrite": True},
+    "DCMVideoSize": {"model_type": "HunyuanVideo"},
 }
 # text that is no name
 FREE = {("DCMVideoDataset", "negative")}
