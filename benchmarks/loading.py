@@ -107,6 +107,8 @@ def main() -> None:
         print(*load(args.load[0], Path(args.load[1]), getattr(time, CLOCKS[kind_of_time])))
         return
     found: dict[str, list[tuple[float, float]]] = {HOST: [], RELEASE: []}
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         # the pack's library alone: the host is started by each load
         sys.path[:] = [*sys.path, str(Path(__file__).parents[1])]

@@ -60,7 +60,7 @@ SEMANTIC = config_module.TrainingConfig(
 # The paper's adversarial weight of 0.1 brings the spectrum closer, but pixels and latents further away (docs/small-world-trials.md).
 DETAIL = replace(
     SEMANTIC,
-    expert="detail",
+    side="detail",
     entry_share=0.0,
     steps=4500,
     rank=64,

@@ -488,6 +488,7 @@ def test_the_step_bar_does_not_foresee_what_another_node_gives(page, kind, widge
         const node = LiteGraph.createNode(source); app.graph.add(node); node.connect(0, target, target.findInputSlot(widget)) }""",
         [kind, widget, source],
     )
+    page.changed()
     page.wait(f"() => {FIELDS_OF_THE_BAR} === 0")
 
 
@@ -497,8 +498,10 @@ def test_the_step_bar_does_not_foresee_a_model_straight_from_its_training(page):
     set_mode = "mode => app.graph._nodes.filter(n => n.type.startsWith('DCMTrain')).forEach(n => { n.mode = mode })"
     # bypassed nodes pass the plain base on
     page.run(set_mode, 4)
+    page.changed()
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert=base]').length === 6")
     page.run(set_mode, 0)
+    page.changed()
     page.wait(f"() => {FIELDS_OF_THE_BAR} === 0")
 
 

@@ -282,7 +282,8 @@ def test_a_plain_lora_to_continue_from_gets_embedders_and_head_of_its_own(module
 @pytest.mark.parametrize("side", ["semantic", "detail"])
 def test_a_schedule_without_a_step_for_an_expert_is_refused(side, train, model, data, config, tmp_path):
     with pytest.raises(
-        ValueError, match=r"detail \(low-noise\) side is empty.*the boundary is 0\.3.*shift, sample_steps and boundary"
+        ValueError,
+        match=r"detail \(low-noise\) side has no steps.*the boundary is 0\.3.*shift, sample_steps and boundary",
     ):
         train(model, data, config(side, boundary=0.3, shift=17.0), tmp_path)
 

@@ -79,7 +79,7 @@ def test_a_sample_that_fails_does_not_end_the_run(train, tmp_path, caplog):
 
     plain = train("semantic", tmp_path / "without")
     assert train("semantic", tmp_path / "with", vae=Small(), sample_every=2).history == plain.history
-    assert "No sample video at step 2: too little memory" in caplog.text
+    assert "Could not make the sample video at step 2: too little memory" in caplog.text
 
 
 def test_an_interrupt_during_a_sample_ends_the_run(train, tmp_path):
