@@ -183,7 +183,7 @@ class DCMSampler(io.ComfyNode):
         sampler_name: str = EULER,
     ) -> io.NodeOutput:
         chosen_sampler = choose_sampler(sampler, sampler_name)
-        model, sigma = prepare_model(model, boundary, detail_model, cfg, detail_cfg)
+        model, boundary = prepare_model(model, boundary, detail_model, cfg, detail_cfg)
         notes: list[str] = []
         if sigmas is None:
             # the name of a connected sampler is not known
@@ -191,7 +191,7 @@ class DCMSampler(io.ComfyNode):
                 schedule, steps, shift, denoise, model, EULER if sampler is not None else sampler_name
             )
             model = with_shift(model, schedule, shift)
-        plan = plan_run(model, sigmas, sigma)
+        plan = plan_run(model, sigmas, boundary)
         guider = make_guider(model, positive, negative, cfg, detail_cfg)
         notes += filter(None, [memory_warning(guider, latent_image)])
         lines = [describe_run(model, plan), *notes]

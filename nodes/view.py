@@ -73,8 +73,8 @@ class DCMSchedulePlot(io.ComfyNode):
                 )
             plan = plan_steps(sigmas, boundary)
         else:
-            prepared, sigma = prepare_model(model, boundary, detail_model)
-            plan = plan_run(prepared, sigmas, sigma)
+            prepared, boundary = prepare_model(model, boundary, detail_model)
+            plan = plan_run(prepared, sigmas, boundary)
         return io.NodeOutput(as_image(plot_schedule(sigmas, plan.boundary, width, height, plan.owners, theme)))
 
 

@@ -42,17 +42,17 @@ def prepare_model(
     setup = setup_of(model, detail_model)
     if not setup.two_sides:
         detail_model = None
-    sigma = setup.boundary_for(boundary)
-    model = with_boundary(model, sigma)
+    boundary = setup.boundary_for(boundary)
+    model = with_boundary(model, boundary)
     low_cfg = other_cfg(cfg, detail_cfg)
     if detail_model is not None or low_cfg is not None:
-        if sigma is None:
+        if boundary is None:
             raise DCMError(
                 "boundary is 0, but this model has no default boundary. Set boundary to the sigma where the detail side begins."
             )
-        low = None if detail_model is None else with_boundary(detail_model, sigma)
-        model = with_sides(model, Sides(sigma, low, low_cfg))
-    return model, sigma
+        low = None if detail_model is None else with_boundary(detail_model, boundary)
+        model = with_sides(model, Sides(boundary, low, low_cfg))
+    return model, boundary
 
 
 def other_cfg(cfg: float, detail_cfg: float) -> float | None:
