@@ -215,7 +215,7 @@ def render(page: Page) -> None:
     page.queue()
     page.finish(seconds=600)
     page.run(FRAME, [None, 1280, 720])
-    page.wait("() => [...document.querySelectorAll('video')].some(video => video.videoWidth > 0)")
+    page.wait("() => [...document.querySelectorAll('video')].some(video => video.videoWidth > 0)", seconds=120)
     time.sleep(3)
 
 
