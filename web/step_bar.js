@@ -5,6 +5,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { COLOURS, NEUTRAL, WARNING } from "./colours.js";
+import { nodeOf } from "./preview.js";
 
 const SETTLE_MS = 50; // changes come in bursts
 const POINTED_MS = 4000; // how long a tapped field stays described
@@ -269,11 +270,7 @@ async function foresee(bar) {
   if (bar.asked === text && !bar.running) bar.show(plan);
 }
 
-function barOf(id) {
-  // in a subgraph, the last part of an execution id is the node's own id
-  const own = String(id).split(":").pop();
-  for (const [node, bar] of bars) if (String(node.id) === own && isOpen(node)) return bar;
-}
+const barOf = (id) => bars.get(nodeOf(id));
 
 // Some front ends remove the graphs inside a subgraph without notifying their nodes.
 function isOpen(node) {
