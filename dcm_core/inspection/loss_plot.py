@@ -6,10 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from ..errors import counted
-from .plot import DARK, add_legend, as_picture, new_axes
+from .plot import DARK, add_legend, new_axes, pictured
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,11 +68,7 @@ def loss_figure(
     return axes.figure
 
 
-def plot_losses(
-    history: Sequence[Mapping[str, float]], term: str, width: int = 768, height: int = 432, theme: str = DARK
-) -> Image.Image:
-    """`loss_figure` as an image of this size in pixels."""
-    return as_picture(loss_figure(history, term, width, height, theme))
+plot_losses = pictured(loss_figure)
 
 
 def _title(term: str) -> str:

@@ -6,9 +6,9 @@ Each plot is a matplotlib figure, and an image of it. matplotlib is imported whe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec
 
 from PIL import Image
 from torch import Tensor
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Arguments = ParamSpec("Arguments")
 # A power of two: sizes in pixels are exact.
 DPI = 64
 # Letters of so many pixels where the shorter side has so many.
@@ -101,6 +102,11 @@ def as_picture(figure: Figure) -> Image.Image:
     return Image.frombytes("RGBA", figure.canvas.get_width_height(), bytes(figure.canvas.buffer_rgba())).convert("RGB")
 
 
+def pictured(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Image.Image]:
+    """A function that draws a figure, as one that returns an image of it."""
+    return lambda *args, **kwargs: as_picture(draw(*args, **kwargs))
+
+
 def schedule_figure(
     sigmas: Tensor,
     boundary: float | None,
@@ -141,16 +147,7 @@ def schedule_figure(
     return axes.figure
 
 
-def plot_schedule(
-    sigmas: Tensor,
-    boundary: float | None,
-    width: int = 768,
-    height: int = 432,
-    owners: tuple[Owner, Owner] = SIDES,
-    theme: str = DARK,
-) -> Image.Image:
-    """`schedule_figure` as an image of this size in pixels."""
-    return as_picture(schedule_figure(sigmas, boundary, width, height, owners, theme))
+plot_schedule = pictured(schedule_figure)
 
 
 def profile_figure(
@@ -180,11 +177,7 @@ def profile_figure(
     return axes.figure
 
 
-def plot_profile(
-    profile: Profile | None, title: str, width: int = 768, height: int = 432, theme: str = DARK
-) -> Image.Image:
-    """`profile_figure` as an image of this size in pixels."""
-    return as_picture(profile_figure(profile, title, width, height, theme))
+plot_profile = pictured(profile_figure)
 
 
 def columns(groups: Mapping[str, int]) -> dict[tuple[str, int], int]:
