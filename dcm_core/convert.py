@@ -13,6 +13,7 @@ from .errors import CheckpointError, counted
 from .experts.expert import expert_entries, expert_metadata, write_expert
 from .experts.reader import read_release
 from .files.checkpoint import Contents, Layout, each_native, recognise, release_metadata
+from .files.metadata import level_entries
 from .files.tensor_file import Progress, TensorFile
 from .files.unfinished import check_room, check_targets, unfinished_file
 from .files.values import cast
@@ -115,7 +116,7 @@ def _base_tensors(
 def _base_metadata(file: TensorFile, contents: Contents) -> dict[str, str]:
     metadata = {"dcm.family": contents.family.name}
     if contents.layout is Layout.RELEASE:
-        metadata |= {"dcm.expert": "semantic", "dcm.boundary": repr(release_metadata(file, contents.family).boundary)}
+        metadata |= {"dcm.expert": "semantic", **level_entries(release_metadata(file, contents.family).boundary, None)}
     return metadata
 
 

@@ -18,6 +18,7 @@ from .experts.sources import at_scale, padded, scaled
 from .experts.view import ExpertView
 from .families import Family
 from .families.lora_names import PEFT_PREFIX
+from .files.metadata import level_entries
 from .files.tensor_file import Progress
 from .files.unfinished import check_room, check_targets, unfinished_file
 from .files.values import cast
@@ -170,7 +171,7 @@ def _adapter_tensors(view: ExpertView, found: _Found, prefix: str) -> Tensors:
             yield f"{name}.lora_A.weight", layer.pair.down
             yield f"{name}.lora_B.weight", layer.pair.up
             if found.biased:
-                yield f"{name}.lora_B.bias", _lora_bias(layer)
+                yield f"{name}.lora_B.bias", _lora_bias(layer, layer.pair.scale)
         for param, tensor in layer.replaced.items():
             yield f"{name}.{param}", tensor
 
@@ -184,15 +185,14 @@ def _pipeline_tensors(view: ExpertView, found: _Found) -> Tensors:
             yield f"{TRANSFORMER}{layer.name}.lora_A.weight", pair.down
             yield f"{TRANSFORMER}{layer.name}.lora_B.weight", pair.up
             if found.biased:
-                bias = layer.pair.up.new_zeros(len(pair.up)) if layer.bias is None else layer.bias
-                yield f"{TRANSFORMER}{layer.name}.lora_B.bias", bias
+                yield f"{TRANSFORMER}{layer.name}.lora_B.bias", _lora_bias(layer, 1.0)
 
 
-def _lora_bias(layer: Layer) -> Tensor:
-    """The LoRA's bias before PEFT multiplies it by alpha / rank."""
+def _lora_bias(layer: Layer, scale: float) -> Tensor:
+    """The LoRA's bias before it is multiplied by alpha / rank; zeros if the layer has none."""
     if layer.bias is None:
         return layer.pair.up.new_zeros(len(layer.pair.up))
-    return scaled(layer.bias, 1 / layer.pair.scale)
+    return scaled(layer.bias, 1 / scale)
 
 
 def _root(found: _Found, family: Family) -> str:
@@ -277,13 +277,9 @@ def _make_folder(folder: Path) -> bool:
 def _metadata(view: ExpertView) -> dict[str, str]:
     """The format that other tools expect, and our own entries, so that the expert is recognised when it is loaded."""
     metadata = view.metadata
-    known = {
-        "dcm.family": view.family.name,
-        "dcm.expert": metadata.side,
-        "dcm.boundary": metadata.boundary and repr(metadata.boundary),
-        "dcm.timesteps": metadata.timesteps and json.dumps(metadata.timesteps),
-    }
-    return {"format": "pt"} | {name: value for name, value in known.items() if value}
+    side = {} if metadata.side is None else {"dcm.expert": metadata.side}
+    levels = level_entries(metadata.boundary, metadata.timesteps)
+    return {"format": "pt", "dcm.family": view.family.name, **side, **levels}
 
 
 def _loading(folder: Path, root: str) -> str:

@@ -1,6 +1,5 @@
 """Write a base and its expert files as one release file, tensor by tensor: the reverse of `convert`."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from .experts.view import ExpertView
 from .families import Family
 from .families.keymap import Piece, unfuse
 from .families.lora_names import RELEASE_ADAPTER
+from .files.metadata import level_entries
 from .files.native import NativeView
 from .files.tensor_file import Progress
 from .files.unfinished import check_targets
@@ -294,12 +294,10 @@ def _pairs(parts: _Parts, module: str, entries: Entries, rank: int) -> Iterator[
 
 def _metadata(parts: _Parts) -> dict[str, str]:
     """The format that other tools expect, and the boundary and timesteps that our loaders read."""
-    entries, metadata = {"format": "pt", "dcm.family": parts.family.name}, parts.detail.metadata
-    if metadata.boundary is not None:
-        entries["dcm.boundary"] = repr(metadata.boundary)
-        if metadata.timesteps is not None:
-            entries["dcm.timesteps"] = json.dumps(metadata.timesteps)
-    return entries
+    boundary, timesteps = parts.detail.metadata.boundary, parts.detail.metadata.timesteps
+    # timesteps without their boundary say nothing about a release
+    levels = level_entries(boundary, None if boundary is None else timesteps)
+    return {"format": "pt", "dcm.family": parts.family.name, **levels}
 
 
 def _notes(parts: _Parts, rank: int) -> Iterator[str]:

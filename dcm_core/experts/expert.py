@@ -4,7 +4,6 @@ This module also defines our expert file: keys that ComfyUI's own LoRA loader ap
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..errors import counted
 from ..families import Family
 from ..families.keymap import Piece
-from ..files.metadata import FORMAT
+from ..files.metadata import FORMAT, level_entries
 from ..files.unfinished import Unfinished
 from ..files.values import bytes_of, cast
 from ..files.writing import write_stream
@@ -266,8 +265,4 @@ def expert_metadata(expert: Expert, count: int) -> dict[str, str]:
     }
     if len(expert.ranks) == 1 and len(scales) == 1:
         metadata |= {"dcm.rank": str(expert.ranks[0]), "dcm.alpha": f"{expert.ranks[0] * scales.pop():g}"}
-    if expert.boundary is not None:
-        metadata["dcm.boundary"] = repr(expert.boundary)
-    if expert.timesteps is not None:
-        metadata["dcm.timesteps"] = json.dumps(expert.timesteps)
-    return metadata
+    return metadata | level_entries(expert.boundary, expert.timesteps)

@@ -6,7 +6,7 @@ None of this text is trusted. Size, depth, types and values are checked, and no 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -89,6 +89,16 @@ def read_metadata(metadata: Mapping[str, str]) -> ExpertMetadata:
         boundary,
         _timesteps(metadata),
     )
+
+
+def level_entries(boundary: float | None, timesteps: Sequence[float] | None) -> dict[str, str]:
+    """The `dcm.*` entries of an expert's noise levels, as `read_metadata` reads them; none for None."""
+    entries = {}
+    if boundary is not None:
+        entries["dcm.boundary"] = repr(boundary)
+    if timesteps is not None:
+        entries["dcm.timesteps"] = json.dumps(timesteps)
+    return entries
 
 
 def said_family(metadata: Mapping[str, str]) -> str | None:
