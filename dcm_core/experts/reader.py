@@ -4,7 +4,7 @@ Every tensor is used, left out with a note if the model does not need it, or nam
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -63,19 +63,20 @@ def read_expert(
     check_values({key: tensors[key] for site in sites for key in site.keys.values()})
     check_reshapes(sites, tensors, shapes)
     default_scale = DefaultScale(family, metadata, path, released=is_release_part(tensors, family))
-    low_rank: dict[str, list[LowRank]] = {}
-    replaced: dict[str, Tensor] = {}
-    diff: dict[str, Tensor] = {}
-    for site in sites:
-        held = {kind: tensors[key] for kind, key in site.keys.items()}
-        for update in site_updates(site.piece, held, family, shapes, default_scale):
-            gather(update, shapes[update.name], low_rank, replaced, diff)
+    updates = (
+        update
+        for site in sites
+        for update in site_updates(
+            site.piece, {kind: tensors[key] for kind, key in site.keys.items()}, family, shapes, default_scale
+        )
+    )
+    low_rank, replaced, diff = gathered(updates, shapes)
     if parsed.format is not None:
         check_complete(tensors, parsed, shapes)
     return Expert(
         family.name,
         role,
-        {module: tuple(sorted(updates, key=attrgetter("start"))) for module, updates in low_rank.items()},
+        low_rank,
         replaced,
         diff,
         boundary=parsed.boundary,
@@ -260,27 +261,29 @@ def check_reshapes(sites: Sequence[Site], tensors: Mapping[str, Tensor], shapes:
             )
 
 
-def gather(
-    update: Update,
-    shape: Shape,
-    low_rank: dict[str, list[LowRank]],
-    replaced: dict[str, Tensor],
-    diff: dict[str, Tensor],
-) -> None:
-    """Add to the expert what the file does to the tensor of this shape."""
-    name = update.name
-    if update.replaced is not None:
-        replaced[name] = update.replaced
-    if update.low_rank and len(shape) == 2 and name.endswith(".weight"):
-        low_rank.setdefault(name.removesuffix(".weight"), []).extend(update.low_rank)
-    elif update.low_rank:
-        (factors,) = update.low_rank
-        diff[name] = (factors.scale * factors.up.float() @ factors.down.float()).reshape(tuple(shape))
-    if update.diff is not None and name not in diff and update.rows == shape[0]:
-        diff[name] = update.diff
-    elif update.diff is not None:
-        whole = diff.setdefault(name, update.diff.new_zeros(tuple(shape)))
-        whole[update.start : update.start + update.rows] += update.diff
+def gathered(
+    updates: Iterable[Update], shapes: Shapes
+) -> tuple[dict[str, tuple[LowRank, ...]], dict[str, Tensor], dict[str, Tensor]]:
+    """What the updates do together, as an expert stores it: `low_rank` in row order, `replaced` and `diff`."""
+    low_rank: dict[str, list[LowRank]] = {}
+    replaced: dict[str, Tensor] = {}
+    diff: dict[str, Tensor] = {}
+    for update in updates:
+        name, shape = update.name, shapes[update.name]
+        if update.replaced is not None:
+            replaced[name] = update.replaced
+        if update.low_rank and len(shape) == 2 and name.endswith(".weight"):
+            low_rank.setdefault(name.removesuffix(".weight"), []).extend(update.low_rank)
+        elif update.low_rank:
+            (factors,) = update.low_rank
+            diff[name] = (factors.scale * factors.up.float() @ factors.down.float()).reshape(tuple(shape))
+        if update.diff is not None and name not in diff and update.rows == shape[0]:
+            diff[name] = update.diff
+        elif update.diff is not None:
+            whole = diff.setdefault(name, update.diff.new_zeros(tuple(shape)))
+            whole[update.start : update.start + update.rows] += update.diff
+    in_row_order = {module: tuple(sorted(found, key=attrgetter("start"))) for module, found in low_rank.items()}
+    return in_row_order, replaced, diff
 
 
 def check_values(tensors: Mapping[str, Tensor]) -> None:

@@ -11,9 +11,9 @@ from ..files.checkpoint import Layout, recognise, release_metadata
 from ..files.metadata import read_metadata
 from ..files.tensor_file import TensorFile
 from ..routing import Side
-from .expert import Expert, LowRank
+from .expert import Expert
 from .match import AnyModel, Site, expert_part, tensor_name
-from .reader import check_complete, check_metadata, check_reshapes, check_values, find_places, gather
+from .reader import check_complete, check_metadata, check_reshapes, check_values, find_places, gathered
 from .updates import DefaultScale, Update, site_updates
 
 
@@ -108,10 +108,5 @@ class ExpertView:
 
     def layer(self, module: str) -> Expert:
         """The same as an expert that changes this layer alone. It needs the base's shapes, and raises what `updates` raises."""
-        low_rank: dict[str, list[LowRank]] = {}
-        expert = Expert(self.family.name, self.metadata.side or "semantic")
-        for update in self.updates(module):
-            gather(update, self._shapes[update.name], low_rank, expert.replaced, expert.diff)
-        in_row_order = {name: tuple(sorted(pairs, key=lambda pair: pair.start)) for name, pairs in low_rank.items()}
-        expert.low_rank.update(in_row_order)
-        return expert
+        changes = gathered(self.updates(module), self._shapes)
+        return Expert(self.family.name, self.metadata.side or "semantic", *changes)
