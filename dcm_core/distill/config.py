@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -301,6 +302,11 @@ class TrainingConfig:
             learning_rate=rate,
             feature_weight=family.feature_weight if self.feature_weight == -1 else self.feature_weight,
         )
+
+    @staticmethod
+    def unused(side: Side, names: Iterable[str]) -> list[str]:
+        """Those of the settings that the expert of this side does not have."""
+        return [name for name in names if name in SETTINGS and SETTINGS[name].only not in (None, side)]
 
     @property
     def adversarial(self) -> bool:
