@@ -2,14 +2,17 @@
 
 import io
 import logging
+import os
 import tempfile
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.sd
 
-from ....dcm_core.distill.config import FORMER, TrainingConfig, TrainingError, renamed
+from ....dcm_core.distill.config import FORMER, TrainingConfig, TrainingError, check_type, renamed
 from ....dcm_core.distill.data.clips import ClipSettings
 from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.data.dataset_file import read_dataset
@@ -62,7 +65,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         settings = renamed(settings, FORMER_SETTINGS)
         config, output, checkpoints = read_settings(side, settings, folder)
         if processes.first:
-            make_folder(output.parent)
+            make_room_for(output)
         model, _ = load_file(path_in(folder, "model", settings.get("model")), settings.get("weight_dtype", "default"))
         semantic = read_expert(settings, folder, "semantic", "semantic", model)
         # in a list, to be handed over: a full fine-tune is as large as the model
@@ -108,7 +111,7 @@ def read_settings(side: Side, settings: dict[str, Any], folder: Path) -> tuple[T
     for name in TrainingConfig.unused(side, training):
         logger.warning("`%s` has no effect: only a %s expert has this setting.", name, other_side(side))
     output = path_in(folder, "output", settings.get("output"))
-    if output.is_dir():
+    if os.path.isdir(output):
         raise TrainingError(f"`output` is {output}, which is a folder; expected the name of the file to write.")
     inputs = [(name, settings.get(name)) for name in ("model", "vae", "dataset", "semantic", "continue_from")]
     texts = settings.get("text_encoders")
@@ -122,19 +125,19 @@ def read_settings(side: Side, settings: dict[str, Any], folder: Path) -> tuple[T
     return config, output, default_checkpoints(folder, output.stem)
 
 
-def make_folder(folder: Path) -> None:
-    """Create the folder of the output, before any work.
+def make_room_for(output: Path) -> None:
+    """Create the folder of the output, and check before any work that the output can be written.
 
     Raises:
-        TrainingError: it cannot be created or written to.
+        TrainingError: it cannot.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent), suppress(FileNotFoundError):
+            output.lstat()
     except OSError as error:
         raise TrainingError(
-            f"The folder of `output`, {folder}, cannot be written to ({error.strerror}). Choose another place."
+            f"`output` is {output}, which cannot be written ({error.strerror}). Choose another."
         ) from error
 
 
@@ -161,7 +164,7 @@ def path_in(folder: Path, name: str, given: Any) -> Path:
     Raises:
         TrainingError: not a path.
     """
-    if not isinstance(given, str) or not given:
+    if not isinstance(given, str) or not given or "\0" in given:
         raise TrainingError(f"`{name}` is {given!r}; expected a path.")
     return folder / Path(given).expanduser()
 
@@ -177,6 +180,9 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Datas
             f"`dataset` is {given!r}; expected a file from DCM Save Dataset, or settings with a `folder` of clips."
         )
     values = dict(given)
+    kinds = {field.name: type(field.default) for field in fields(ClipSettings)} | {"negative": str}
+    for name in values.keys() & kinds:
+        check_type(f"{name} of `dataset`", values[name], kinds[name])
     source, negative = path_in(folder, "folder", values.pop("folder")), values.pop("negative", "")
     try:
         clip_settings = ClipSettings(**values)
