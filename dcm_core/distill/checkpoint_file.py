@@ -117,7 +117,7 @@ class Checkpoint:
             config.held_out
         )
         return (
-            f"Resumed with other data ({changed or 'clips in another order'}): weights and optimizer are as they were, but the clips "
+            f"Resumed with other data ({changed or 'clips in another order'}): weights and optimizer are kept, but the clips "
             f"come in another order.{held_out}"
         )
 
@@ -129,7 +129,7 @@ class Checkpoint:
         what = (
             "each step has the same clips as before"
             if turns == turns_now
-            else f"weights and optimizer are as they were, but a step has {turns_now * config.batch_size} clips instead of "
+            else f"weights and optimizer are kept, but a step has {turns_now * config.batch_size} clips instead of "
             f"{turns * config.batch_size}. Set gradient_accumulation_steps to keep their number"
         )
         return f"Resumed with {counted(int(now), 'process', 'processes')} instead of {before}: {what}."

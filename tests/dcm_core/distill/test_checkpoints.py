@@ -324,7 +324,7 @@ def test_clips_may_be_added_and_removed():
     assert resumed(DATA, DATA) == "Resumed from step 5 of 1000."
     words = resumed(DATA, {**DATA, "data": "two", "clips": "a c d e e"})
     assert words == (
-        "Resumed from step 5 of 1000. Resumed with other data (3 clips added, 1 clip removed): weights and optimizer are as they were, "
+        "Resumed from step 5 of 1000. Resumed with other data (3 clips added, 1 clip removed): weights and optimizer are kept, "
         "but the clips come in another order."
     )
     assert "(clips in another order)" in resumed(DATA, {**DATA, "data": "two", "clips": "c b a"})

@@ -439,7 +439,7 @@ def test_a_run_goes_on_with_more_clips(said, train, module, model, data, config,
     more = dataset.TensorDataset(latents, [data.conditioning(i) for i in clips], range(5), data.unconditional())
     said.clear()
     result = train(model, more, dataclasses.replace(settings, steps=4), tmp_path)
-    assert "Resumed with other data (1 clip added): weights and optimizer are as they were" in said[0]
+    assert "Resumed with other data (1 clip added): weights and optimizer are kept" in said[0]
     assert result.resumed == said[0] and len(result.history) == 4
 
 

@@ -1,8 +1,4 @@
-"""One of several processes of test_parallel_runs: trains an expert, writes its losses to a file.
-
-Arguments: the side, the folder of the run (`{rank}` in it becomes the process's number), the settings and the number of clips of each
-process.
-"""
+"""One of several processes of test_training: trains an expert, writes its losses to a file."""
 
 import importlib
 import json
@@ -27,12 +23,11 @@ def helper(name):
 
 
 if __name__ == "__main__":
-    side, rank, values, clips = sys.argv[1], int(os.environ["RANK"]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
-    folder = Path(sys.argv[2].format(rank=rank))
+    side, folder, values = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     model = helper("small_models").make_wan(layers=2)
-    data = helper("training.small_runs").random_data(pack("dcm_core.distill.data.dataset"), count=clips[rank])
+    data = helper("training.small_runs").random_data(pack("dcm_core.distill.data.dataset"))
     config = pack("dcm_core.distill.config").TrainingConfig(side, **values)
     result = pack("nodes.host.training.run").train_expert(model, data, config, folder)
     # beside the states; what two processes print may run into each other
-    folder.with_name(f"losses_{rank}.json").write_text(json.dumps(result.history))
+    folder.with_name(f"losses_{os.environ['RANK']}.json").write_text(json.dumps(result.history))
