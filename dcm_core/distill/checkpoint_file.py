@@ -113,7 +113,7 @@ class Checkpoint:
         before, now = (Counter(values[CLIPS].split()) for values in (self.identity, identity))
         counts = {"added": (now - before).total(), "removed": (before - now).total()}
         changed = ", ".join(f"{counted(count, 'clip')} {what}" for what, count in counts.items() if count)
-        held_out = " Clips are held out anew, so the held-out loss cannot be compared with before." * bool(
+        held_out = " Other clips are held out, so the held-out loss cannot be compared with before." * bool(
             config.held_out
         )
         return (
@@ -129,7 +129,7 @@ class Checkpoint:
         what = (
             "each step has the same clips as before"
             if turns == turns_now
-            else f"weights and optimizer are kept, but a step has {turns_now * config.batch_size} clips instead of "
+            else f"weights and optimizer are kept, but a step has {counted(turns_now * config.batch_size, 'clip')} instead of "
             f"{turns * config.batch_size}. Set gradient_accumulation_steps to keep their number"
         )
         return f"Resumed with {counted(int(now), 'process', 'processes')} instead of {before}: {what}."
@@ -151,8 +151,8 @@ class Checkpoint:
         if config.scheduler != "cosine" or config.steps == self.config.steps or now <= max(before, planned):
             return ""
         return (
-            f"The learning rate goes back up from {before:.3g} to {now:.3g}, as the cosine schedule now has {config.steps} steps "
-            f"instead of {self.config.steps}. Set a lower learning_rate to avoid this."
+            f"The learning rate goes back up from {before:.3g} to {now:.3g}, as the cosine schedule now has "
+            f"{counted(config.steps, 'step')} instead of {self.config.steps}. Set a lower learning_rate to avoid this."
         )
 
 

@@ -80,7 +80,7 @@ def renamed(values: dict[str, Any], former: dict[str, str]) -> dict[str, Any]:
 
 
 def check_type(name: str, value: Any, kind: type) -> None:
-    """Check the type of a setting from a file. A whole number may stand for any number.
+    """Check the type of a setting from a file. An integer may stand for any number.
 
     Raises:
         TrainingError: the value has another type.

@@ -54,7 +54,7 @@ class RunLog:
         try:
             self._write(row, history)
         except (OSError, CheckpointError) as error:
-            # the next step writes the whole table
+            # the next step writes all of it
             self._columns = []
             logger.warning("%s cannot be written (%s). It will be tried again after the next step.", self._path, error)
         if steps == 0:
@@ -73,7 +73,7 @@ class RunLog:
             self._events.close()
 
     def _write(self, row: dict[str, Any], history: History) -> None:
-        """Append a row. The whole table is written again at first, and when there is a new column."""
+        """Append a row. The table is written again at first, and when there is a new column."""
         if row.keys() <= set(self._columns):
             with self._path.open("a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(row)

@@ -218,8 +218,8 @@ def notes_on(config: TrainingConfig, semantic: Expert | None) -> list[str]:
     """What may not be what the user wants, but is allowed."""
     if config.side == "detail" and semantic is None:
         return [
-            "No semantic expert is given, so the detail expert is trained on top of the base model alone. To use both experts "
-            "together, give the semantic expert."
+            "There is no semantic expert, so the detail expert is trained on the base model alone. If you use both experts "
+            "together, choose the semantic expert and start again."
         ]
     return []
 

@@ -106,7 +106,7 @@ class Show:
         pace = [f"learning rate {self.log.rate:.3g}"]
         if self.log.speed:
             left = tqdm.format_interval(self.log.seconds_left(steps - done))
-            pace += [f"{self.log.speed:.3g} steps/s", f"{left} left"]
+            pace += [f"steps/s {self.log.speed:.3g}", f"time left {left}"]
         text = f"Step {done} of {steps}: {in_words(history[-1])}, {', '.join(pace)}"
         skipped = (skipped_in_words(history), self.skipped_in_words) if self.skipped_in_words else ()
         tell("\n".join(filter(None, (text, *self.notes, self.resumed_in_words, *skipped))), self.node_id)

@@ -356,7 +356,7 @@ def test_another_number_of_processes():
         DATA, two, halved
     )
     assert "Resumed with 1 process instead of 4: weights" in (words := resumed(four, DATA))
-    assert "a step has 1 clips instead of 4. Set gradient_accumulation_steps to keep their number" in words
+    assert "a step has 1 clip instead of 4. Set gradient_accumulation_steps to keep their number" in words
     # in proportion, or not at all
     for before, now in ((DATA, DATA), (two, four)):
         with pytest.raises(TrainingError, match="with other settings: gradient_accumulation_steps: 1 -> 2"):

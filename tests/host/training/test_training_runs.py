@@ -400,7 +400,7 @@ def test_only_the_clips_of_broken_batches_are_named_and_a_run_of_skipped_steps_i
 
 def test_a_detail_expert_without_a_semantic_one_is_told(said, train, module, model, data, config, tmp_path, caplog):
     train(model, data, config("detail", steps=1), tmp_path)
-    note = "No semantic expert is given, so the detail expert is trained on top of the base model alone."
+    note = "There is no semantic expert, so the detail expert is trained on the base model alone."
     assert note in caplog.text and said[-1].splitlines()[1].startswith(note)
 
 
@@ -447,9 +447,9 @@ def test_progress_has_pace_and_rate(said, train, model, data, config, tmp_path, 
     with caplog.at_level("INFO"):
         train(model, data, config("semantic", steps=3, warmup_steps=0), tmp_path)
     assert re.search(
-        r"Step 3 of 3: loss .*, learning rate 0\.001, [\d.e-]+ steps/s, 00:00 left$", caplog.text, re.MULTILINE
+        r"Step 3 of 3: loss .*, learning rate 0\.001, steps/s [\d.e-]+, time left 00:00$", caplog.text, re.MULTILINE
     )
-    assert re.match(r"Step 2 of 3: loss .*, [\d.e-]+ steps/s, [\d:]+ left$", said[-2])
+    assert re.match(r"Step 2 of 3: loss .*, steps/s [\d.e-]+, time left [\d:]+$", said[-2])
     assert re.match(r"Step 1 of 3: loss .*, learning rate 0\.001$", said[-3])
 
 
