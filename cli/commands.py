@@ -119,7 +119,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = json.loads(text)
     except ImportError as error:
         raise DCMError(f"{path} is TOML, which needs Python 3.11. Write the settings as JSON.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DCMError(
             f"{path} cannot be read as settings ({error}). Write JSON or TOML as in {TRAINING_PAGE}."
         ) from error
@@ -223,6 +223,10 @@ def main(argv: list[str] | None = None) -> int:
         print(plain(args.run(args), LONGEST))
     except DCMError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # a name that the system does not take, a disk that is gone
+        print(f"error: {plain(error)}. Check the names and the permissions of the files.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -20,9 +20,10 @@ def find_comfyui(folder: Path | None = None) -> Path:
     """ComfyUI's folder: `folder`, else COMFYUI_PATH, else the one whose custom_nodes contains this pack.
 
     Raises:
-        DCMError: none of them contains ComfyUI.
+        DCMError: `folder`, or where it is None none of the others, contains ComfyUI.
     """
-    candidates = [folder, os.environ.get("COMFYUI_PATH"), ROOT.parents[1] if len(ROOT.parents) > 1 else None]
+    others = [os.environ.get("COMFYUI_PATH"), ROOT.parents[1] if len(ROOT.parents) > 1 else None]
+    candidates = [folder] if folder else others
     named = [Path(candidate).expanduser() for candidate in candidates if candidate]
     found = next((path for path in named if (path / "comfy" / "sd.py").is_file()), None)
     if found is None:
@@ -34,7 +35,11 @@ def find_comfyui(folder: Path | None = None) -> Path:
 
 
 def load_pack(comfyui: Path) -> Callable[[str], ModuleType]:
-    """Import ComfyUI and this pack in it. Returns a function that imports the pack's modules by name."""
+    """Import ComfyUI and this pack in it. Returns a function that imports the pack's modules by name.
+
+    Raises:
+        DCMError: this Python cannot import ComfyUI.
+    """
     # the pack's own folder comes last, or its `nodes` would hide the host's module
     paths = [path for path in sys.path if Path(path or ".").resolve() != ROOT]
     sys.path[:] = [str(comfyui), *paths, str(ROOT)]
@@ -46,6 +51,11 @@ def load_pack(comfyui: Path) -> Callable[[str], ModuleType]:
     try:
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.cli_args")
+        importlib.import_module("comfy.sd")
+    except ImportError as error:
+        raise DCMError(
+            f"{comfyui} cannot be imported as ComfyUI ({error}). Run this with ComfyUI's own Python."
+        ) from error
     finally:
         sys.argv = arguments
     spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])

@@ -23,12 +23,17 @@ def generator_of(seed: int, step: int, element: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Video:
-    """One element of a batch, before stacking."""
+    """One element of a batch, before stacking.
+
+    Attributes:
+        clip: its index in the dataset.
+    """
 
     x0: Tensor
     text: Text
     no_text: Text
     generator: torch.Generator
+    clip: int = 0
 
     @property
     def kind(self) -> tuple:
@@ -89,6 +94,7 @@ def make_batch(videos: Sequence[Video], phases: Phases, device: torch.device) ->
         index=index,
         level=level,
         level_noise=noise(),
+        clips=tuple(video.clip for video in videos),
     )
 
 
@@ -122,20 +128,25 @@ class Batches:
         self._dataset, self._config, self._phases = dataset, config, phases
         self._family, self._guidance, self._latent_in = family, guidance, latent_in
         self._processes, self._device = processes, device
-        self._size = config.batch_size * processes.count
-        self.order = BatchOrder(dataset.buckets_of(indices), self._size, config.seed)
+        self.order = BatchOrder(dataset.buckets_of(indices), config.batch_size, config.seed)
         self._no_text = text_of(dataset.unconditional(), family, guidance)
 
     def of_step(self, step: int) -> Iterator[tuple[Batch, float]]:
         """This process's batches of a step, counted from 0, each with its share of the loss."""
-        parts = self._config.gradient_accumulation_steps
-        for part in range(parts):
-            chosen = self.order.batch(step * parts + part)
+        parts, count, size = self._config.gradient_accumulation_steps, self._processes.count, self._config.batch_size
+        # processes take turns, so several of them train like one with as many more accumulated batches
+        for turn in range(self._processes.rank, parts * count, count):
+            chosen = self.order.batch(step * parts * count + turn)
             videos = [
-                self._video(index, generator_of(self._config.seed, step, part * self._size + position))
-                for position, index in self._processes.share(chosen)
+                self._video(index, generator_of(self._config.seed, step, turn * size + position))
+                for position, index in enumerate(chosen)
             ]
             yield from ((batch, share / parts) for batch, share in self._stacked(videos))
+
+    def clips_of_step(self, step: int) -> list[int]:
+        """The clips in the batches of all processes of a step."""
+        turns = self._config.gradient_accumulation_steps * self._processes.count
+        return [index for turn in range(turns) for index in self.order.batch(step * turns + turn)]
 
     def held_out(self, position: int, index: int) -> Batch:
         """The batch of the `position`-th held-out clip. Its noise is the same each time."""
@@ -154,7 +165,7 @@ class Batches:
     def _video(self, index: int, generator: torch.Generator, x0: Tensor | None = None) -> Video:
         text = text_of(self._dataset.conditioning(index), self._family, self._guidance)
         x0 = self._latent_in(self._dataset.latent(index)[None].float())[0] if x0 is None else x0
-        return Video(x0, text, self._no_text, generator)
+        return Video(x0, text, self._no_text, generator, index)
 
     def _stacked(self, videos: Sequence[Video]) -> Iterator[tuple[Batch, float]]:
         return stacked(videos, self._phases, self._device)

@@ -5,6 +5,7 @@ Randomness and the order of the data follow from seed and step, so they are not 
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,17 @@ from torch import Tensor
 from ..errors import CheckpointError, ExpertError, counted, name_some
 from ..families.keymap import Shape
 from ..files.metadata import parse_json
-from ..files.tensor_file import TensorFile
+from ..files.tensor_file import MAX_HEADER, TensorFile
 from ..files.writing import write_tensors
 from .config import FORMER, TrainingConfig, TrainingError, renamed
-from .learner import MOMENTS
+from .learner import MOMENTS, learning_rate_at
 
 FORMAT = "dcm-training"
+# Version of the order of clips (`BatchOrder`) in a checkpoint. Those without one have the first.
+ORDER, FIRST_ORDER = "2", "1"
+# What a resumed run may have changed, by its name in `Checkpoint.identity`.
+DATA, CLIPS, PROCESSES = "data", "clips", "processes"
+ACCUMULATION = "gradient_accumulation_steps"
 # prefixes of names in the file
 HISTORY, LOSS_SCALE_NAME, EMA = "history", "loss_scale", "average"
 
@@ -33,8 +39,10 @@ class Checkpoint:
     """A run after `steps` steps.
 
     Attributes:
-        identity: what a resumed run must share besides its settings, by name (the dataset's fingerprint, the model).
+        identity: what else the run depends on, by name: the dataset's fingerprint, the ids of its clips, the model, the number of
+            processes.
         tensors: everything that the next step depends on, by name.
+        order: version of the order of clips.
     """
 
     steps: int
@@ -42,19 +50,25 @@ class Checkpoint:
     identity: dict[str, str]
     history: History
     tensors: dict[str, Tensor]
+    order: str = ORDER
 
     def check(self, config: TrainingConfig, identity: dict[str, str], path: Path) -> None:
         """Refuse to resume with other settings or data than the run was started with, or if it would change nothing.
 
+        Clips may have been added or removed, and the number of processes may be another: see `in_words`.
+
         Raises:
-            TrainingError: settings or data differ, `steps` is less than the steps done, or a new learning rate has no steps left.
+            TrainingError: settings differ, or all clips, `steps` is less than the steps done, or a new learning rate has no steps left.
         """
         found = config.differences(self.config)
-        names = {**self.identity, **identity}
+        if self._turns(identity, config) == self._turns():
+            # the same batches, made by more processes or by fewer
+            found = [words for words in found if not words.startswith(f"{ACCUMULATION}: ")]
+        names = [name for name in {**self.identity, **identity} if name not in (CLIPS, PROCESSES)]
         found += [
             f"{name}: {self.identity.get(name)} -> {identity.get(name)}"
             for name in names
-            if self.identity.get(name) != identity.get(name)
+            if self.identity.get(name) != identity.get(name) and not (name == DATA and self._kept(identity))
         ]
         if found:
             raise TrainingError(
@@ -74,15 +88,71 @@ class Checkpoint:
                 "another name."
             )
 
-    def in_words(self, config: TrainingConfig) -> str:
-        """What a run with these settings does with the checkpoint, as text."""
+    def in_words(self, config: TrainingConfig, identity: dict[str, str]) -> str:
+        """What a run with these settings and this data does with the checkpoint, as text."""
         if config.steps == self.steps:
             return f"Already at step {self.steps} of {config.steps}: nothing was trained. Raise steps to train further."
         changes = config.changes(self.config)
+        resumed = f"Resumed from step {self.steps} of {config.steps}"
+        resumed += f", changed: {'; '.join(changes)}." if changes else "."
+        other = [self._data_in_words(config, identity), self._processes_in_words(config, identity)]
+        return " ".join(filter(None, [resumed, *other, self._order_in_words(), self._rate_in_words(config)]))
+
+    def _kept(self, identity: dict[str, str]) -> set[str]:
+        """The ids of the clips that this data also has."""
+        return set(self.identity.get(CLIPS, "").split()) & set(identity.get(CLIPS, "").split())
+
+    def _turns(self, identity: dict[str, str] | None = None, config: TrainingConfig | None = None) -> int:
+        """Batches of all processes in a step."""
+        processes = int((self.identity if identity is None else identity).get(PROCESSES, "1"))
+        return processes * (config or self.config).gradient_accumulation_steps
+
+    def _data_in_words(self, config: TrainingConfig, identity: dict[str, str]) -> str:
+        if self.identity.get(DATA) == identity.get(DATA):
+            return ""
+        before, now = (Counter(values[CLIPS].split()) for values in (self.identity, identity))
+        counts = {"added": (now - before).total(), "removed": (before - now).total()}
+        changed = ", ".join(f"{counted(count, 'clip')} {what}" for what, count in counts.items() if count)
+        held_out = " Other clips are held out, so the held-out loss cannot be compared with before." * bool(
+            config.held_out
+        )
         return (
-            f"Resumed from step {self.steps} of {config.steps}"
-            + (f", changed: {'; '.join(changes)}" if changes else "")
-            + "."
+            f"Resumed with other data ({changed or 'clips in another order'}): weights and optimizer are kept, but the clips "
+            f"come in another order.{held_out}"
+        )
+
+    def _processes_in_words(self, config: TrainingConfig, identity: dict[str, str]) -> str:
+        before, now = self.identity.get(PROCESSES, "1"), identity.get(PROCESSES, "1")
+        if before == now:
+            return ""
+        turns, turns_now = self._turns(), self._turns(identity, config)
+        what = (
+            "each step has the same clips as before"
+            if turns == turns_now
+            else f"weights and optimizer are kept, but a step has {counted(turns_now * config.batch_size, 'clip')} instead of "
+            f"{turns * config.batch_size}. Set gradient_accumulation_steps to keep their number"
+        )
+        return f"Resumed with {counted(int(now), 'process', 'processes')} instead of {before}: {what}."
+
+    def _order_in_words(self) -> str:
+        alone = self.config.batch_size == 1 and self.identity.get(PROCESSES, "1") == "1"
+        return (
+            ""
+            if self.order == ORDER or alone
+            else "An earlier version began the run: the clips may come in another order."
+        )
+
+    def _rate_in_words(self, config: TrainingConfig) -> str:
+        """A warning if more steps make the rate of a cosine schedule rise."""
+        before, planned, now = (
+            learning_rate_at(step, settings)
+            for step, settings in ((self.steps - 1, self.config), (self.steps, self.config), (self.steps, config))
+        )
+        if config.scheduler != "cosine" or config.steps == self.config.steps or now <= max(before, planned):
+            return ""
+        return (
+            f"The learning rate goes back up from {before:.3g} to {now:.3g}, as the cosine schedule now has "
+            f"{counted(config.steps, 'step')} instead of {self.config.steps}. Set a lower learning_rate to avoid this."
         )
 
 
@@ -98,6 +168,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "steps": str(checkpoint.steps),
         "config": checkpoint.config.to_json(),
         "facts": json.dumps(checkpoint.identity),
+        "order": checkpoint.order,
     }
     tensors = {name: tensor.detach() for name, tensor in checkpoint.tensors.items()}
     write_tensors(path, {**tensors, HISTORY: _as_tensor(checkpoint.history)}, metadata)
@@ -124,7 +195,7 @@ def read_checkpoint(path: Path, shapes: Mapping[str, Shape] | None = None, weigh
         history = tensors.pop(HISTORY).numpy().tobytes() if HISTORY in tensors else file.metadata[HISTORY]
         steps, identity, history = (
             int(file.metadata["steps"]),
-            parse_json(file.metadata["facts"], "metadata entry 'facts'"),
+            parse_json(file.metadata["facts"], "metadata entry 'facts'", MAX_HEADER),
             json.loads(history),
         )
         config = None if unknown else TrainingConfig.from_dict(settings)
@@ -139,7 +210,7 @@ def read_checkpoint(path: Path, shapes: Mapping[str, Shape] | None = None, weigh
     problem = _no_identity(identity) or _no_history(history, steps) or _incomplete(file, config)
     if problem := problem or _compared(_shapes_of(file), shapes or _shapes_of(file)):
         raise _damaged(path, problem)
-    return Checkpoint(steps, config, identity, history, tensors)
+    return Checkpoint(steps, config, identity, history, tensors, file.metadata.get("order", FIRST_ORDER))
 
 
 def _damaged(path: Path, why: Any) -> CheckpointError:
@@ -149,7 +220,9 @@ def _damaged(path: Path, why: Any) -> CheckpointError:
 def _no_identity(identity: Any) -> str:
     """What is wrong with it; empty if nothing is. The functions after this one return the same."""
     texts = isinstance(identity, dict) and all(isinstance(value, str) for value in identity.values())
-    return "" if texts else "its identity is not a table of texts by name"
+    if not texts:
+        return "its identity is not a table of texts by name"
+    return "" if identity.get(PROCESSES, "1").isdecimal() else "its number of processes is not a number"
 
 
 def _no_history(history: Any, steps: int) -> str:

@@ -1,10 +1,16 @@
 """Write, remove and find the checkpoints of a run in its folder."""
 
+import errno
 import logging
+import os
 import re
+import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from ..errors import CheckpointError, NoRoomError, counted
 from ..families.keymap import Shape
@@ -13,10 +19,87 @@ from ..text import LOGGER
 from .checkpoint_file import Checkpoint, read_checkpoint, write_checkpoint
 from .config import TrainingConfig, TrainingError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
 logger = logging.getLogger(LOGGER)
 
 PATTERN = "step_*.safetensors"
 NAME = re.compile(r"step_\d{8}\.safetensors")
+LOCK = "run.lock"
+# What the system says of a lock that another process has.
+HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder. The system releases the lock when its process ends, however it ends.
+
+    Raises:
+        TrainingError: another run uses the folder. The message says which.
+        CheckpointError: the folder cannot be created or written to.
+    """
+    path = folder / LOCK
+    with _writable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _open_locked(path)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+    finally:
+        # Windows cannot remove an open file; on other systems it stays locked until it is gone
+        if fcntl is None:
+            file.close()
+        with suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+def _open_locked(path: Path) -> IO[str]:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            _lock(file)
+        except OSError as error:
+            if error.errno not in HELD:
+                logger.warning("%s has no file locks (%s). Do not start two runs in it.", path.parent, error.strerror)
+                return file
+            file.seek(0)
+            holder = file.read().strip() or "its process is not known"
+            file.close()
+            raise TrainingError(
+                f"{path.parent} is in use by another run: {holder}. Wait until it ends, or choose another name for this run."
+            ) from error
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        # its owner removed it before it was locked
+        file.close()
+
+
+def _lock(file: IO[str]) -> None:
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        # Windows keeps others from reading what is locked, so a byte far behind the text is locked
+        file.seek(2**30)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written to ({error}). Choose another place for the run's checkpoints."
+        ) from error
 
 
 def check_folder(folder: Path, size: int, count: int) -> None:
@@ -27,15 +110,11 @@ def check_folder(folder: Path, size: int, count: int) -> None:
     Raises:
         CheckpointError: the folder cannot be created or written to, or there is not enough room on the disk.
     """
-    try:
+    with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_left(folder, PATTERN)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be written to ({error}). Choose another place for the run's checkpoints."
-        ) from error
     missing = max(0, count - len(list(checkpoints_in(folder))))
     check_room({folder / PATTERN: missing * size})
 

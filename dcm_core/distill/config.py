@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from ..errors import DCMError
 from ..families import Family
 from ..routing import Side
 from ..schedule import DEFAULT_POINTS, DEFAULT_SHIFT, TIMESTEPS, generic_sigmas
+from ..text import given
 from .method.phases import Phases
 
 
@@ -58,7 +59,8 @@ class Setting:
         if self.limits is None or value == self.automatic:
             return ""
         low, high = self.limits
-        fits = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
+        # NaN is in no range
+        fits = isinstance(value, (int, float)) and low <= value <= high
         return "" if fits else f"expected a number from {low:g} to {high:g}"
 
 
@@ -75,6 +77,17 @@ def renamed(values: dict[str, Any], former: dict[str, str]) -> dict[str, Any]:
         if old in values and name in values:
             raise TrainingError(f"{old} is the old name of {name}, and both are set. Remove {old}.")
     return {former.get(name, name): value for name, value in values.items()}
+
+
+def check_type(name: str, value: Any, kind: type) -> None:
+    """Check the type of a setting from a file. An integer may stand for any number.
+
+    Raises:
+        TrainingError: the value has another type.
+    """
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int) and not isinstance(value, bool))
+    if not fits or (kind is int and isinstance(value, bool)):
+        raise TrainingError(f"{name} is {given(value)}; expected {WORDS[kind]}.")
 
 
 def setting(default: Any, help: str, semantic_help: str = "", **about: Any) -> Any:
@@ -263,7 +276,7 @@ class TrainingConfig:
             raise TrainingError(f"side is {self.side!r}; choose semantic or detail.")
         for name, about in SETTINGS.items():
             if problem := about.problem_of(value := getattr(self, name)):
-                raise TrainingError(f"{name} is {value!r}; {problem}.")
+                raise TrainingError(f"{name} is {given(value)}; {problem}.")
         if self.discriminator_width % 32:
             raise TrainingError(f"discriminator_width is {self.discriminator_width}; expected a multiple of 32.")
         if self.side == "detail" and self.shared:
@@ -286,10 +299,7 @@ class TrainingConfig:
         if unknown:
             raise TrainingError(f"Unknown setting {', '.join(unknown)}. Valid settings: {', '.join(kinds)}.")
         for name, value in values.items():
-            kind = kinds[name]
-            fits = isinstance(value, kind) or (kind is float and isinstance(value, int) and not isinstance(value, bool))
-            if not fits or (kind is int and isinstance(value, bool)):
-                raise TrainingError(f"{name} is {value!r}; expected {WORDS[kind]}.")
+            check_type(name, value, kinds[name])
         return cls(**values)
 
     def for_family(self, family: Family, boundary: float | None = None) -> "TrainingConfig":
@@ -301,6 +311,11 @@ class TrainingConfig:
             learning_rate=rate,
             feature_weight=family.feature_weight if self.feature_weight == -1 else self.feature_weight,
         )
+
+    @staticmethod
+    def unused(side: Side, names: Iterable[str]) -> list[str]:
+        """Those of the settings that the expert of this side does not have."""
+        return [name for name in names if name in SETTINGS and SETTINGS[name].only not in (None, side)]
 
     @property
     def adversarial(self) -> bool:

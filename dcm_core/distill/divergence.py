@@ -4,6 +4,7 @@ import math
 from itertools import takewhile
 from statistics import mean
 
+from ..errors import counted
 from .checkpoint_file import History
 from .config import TrainingConfig, TrainingError
 
@@ -11,6 +12,8 @@ from .config import TrainingConfig, TrainingError
 PATIENCE = 5
 # Number of steps whose mean loss is compared.
 WINDOW = 50
+# Skipped steps that a message lists: the newest.
+NAMED = 8
 
 
 def check_losses(history: History, config: TrainingConfig) -> None:
@@ -20,7 +23,7 @@ def check_losses(history: History, config: TrainingConfig) -> None:
         TrainingError: losses or gradients stay NaN or infinite.
         Diverged: the loss has grown `config.divergence`-fold.
     """
-    skipped = sum(1 for _ in takewhile(_is_skipped, reversed(history)))
+    skipped = sum(1 for _ in takewhile(is_skipped, reversed(history)))
     if skipped and skipped % PATIENCE == 0:
         raise TrainingError(
             f"The loss was NaN or infinite {PATIENCE} times in a row, up to step {len(history)}. The expert is saved as it was before "
@@ -30,8 +33,31 @@ def check_losses(history: History, config: TrainingConfig) -> None:
         _check_growth(history, config)
 
 
-def _is_skipped(entry: dict[str, float]) -> bool:
-    return not (math.isfinite(entry["loss"]) and math.isfinite(entry["grad_norm"]))
+def check_any_made(history: History) -> None:
+    """Check a run after its last step.
+
+    Raises:
+        TrainingError: every step was skipped, so the expert is as it was at the start.
+    """
+    if history and all(map(is_skipped, history)):
+        raise TrainingError(
+            f"Nothing was trained: in all {counted(len(history), 'step')} the loss was NaN or infinite. Lower learning_rate or check the "
+            "dataset for broken clips. Then remove the checkpoints and start the run again."
+        )
+
+
+def is_skipped(entry: dict[str, float]) -> bool:
+    """Whether the step of this entry changed nothing, as a loss or the gradient is NaN or infinite."""
+    return not all(math.isfinite(value) for name, value in entry.items() if name != "held_out")
+
+
+def skipped_in_words(history: History) -> str:
+    """How many steps were skipped, and which; empty for none."""
+    steps = [end for end, entry in enumerate(history, start=1) if is_skipped(entry)]
+    if not steps:
+        return ""
+    listed = ", ".join(["...", *map(str, steps[-NAMED:])][len(steps) <= NAMED :])
+    return f"{len(steps)} of {counted(len(history), 'step')} skipped, as the loss was NaN or infinite: {listed}."
 
 
 class Diverged(TrainingError):

@@ -1,16 +1,22 @@
 """Train one expert in several processes, started by `torchrun` or `accelerate launch`. Gradients are averaged over them."""
 
 import os
-from collections.abc import Iterable, Iterator
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+
+from ..text import one_line
+from .config import TrainingError
 
 PATIENCE = timedelta(days=1)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,11 +29,6 @@ class Processes:
     @property
     def first(self) -> bool:
         return self.rank == 0
-
-    def share(self, items: list[int]) -> list[tuple[int, int]]:
-        """(position, item) of this process's part of a global batch. Its length must be a multiple of `count`."""
-        each = len(items) // self.count
-        return list(enumerate(items))[self.rank * each : (self.rank + 1) * each]
 
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -56,14 +57,93 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def agreed(self) -> Iterator[Callable[[], None]]:
+        """Nothing after the block runs unless it succeeds in all processes. Where one fails, all end, instead of waiting for it.
+
+        The block itself must not wait for other processes. It gets a function that ends the agreement before its own end.
+
+        Raises:
+            TrainingError: the block failed in another process.
+        """
+        over = False
+
+        def agree() -> None:
+            nonlocal over
+            over = True
+            if failed := [words for words in self.gather("") if words]:
+                raise TrainingError(f"The run did not start: {'; '.join(failed)}")
+
+        try:
+            yield agree
+        except Exception as error:
+            if not over:
+                self.gather(
+                    f"process {self.rank} of {self.count} on {socket.gethostname()} failed. {one_line(error, 1000)}"
+                )
+            raise
+        if not over:
+            agree()
+
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first process runs the block, then the others."""
+        """The first process runs the block, then the others. An error in one of them ends all, as in `agreed`."""
         if not self.first:
-            self.wait()
-        yield
+            with self.agreed():
+                pass
+        with self.agreed():
+            yield
         if self.first:
-            self.wait()
+            with self.agreed():
+                pass
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the first process. An error there ends all processes, as in `agreed`."""
+        made: list[Any] = [None]
+        with self.agreed():
+            if self.first:
+                made = [make()]
+        if self.count > 1:
+            dist.broadcast_object_list(made, src=0)
+        return made[0]
+
+    @torch.no_grad()
+    def tensors_from_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The first process's tensors by name, on the CPU. What the others give is not used."""
+        if self.count == 1:
+            return tensors
+        kinds = self.from_first(lambda: {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        received = {}
+        for name, (shape, dtype) in kinds.items():
+            tensor = (
+                tensors[name].to(device).contiguous() if self.first else torch.empty(shape, dtype=dtype, device=device)
+            )
+            dist.broadcast(tensor, src=0)
+            received[name] = tensor.cpu()
+        return received
+
+    def check_same(self, values: dict[str, str]) -> None:
+        """Refuse processes that would train different things.
+
+        Raises:
+            TrainingError: a value differs between two processes. It is raised in all of them.
+        """
+        first, *others = self.gather((socket.gethostname(), values))
+        for rank, (host, theirs) in enumerate(others, start=1):
+            if names := [name for name in {**first[1], **theirs} if first[1].get(name) != theirs.get(name)]:
+                raise TrainingError(
+                    f"Process {rank} on {host} differs from process 0 on {first[0]} in: {', '.join(names)}. Give all processes the same "
+                    "settings, clips and model files."
+                )
 
 
 def join(device: torch.device) -> Processes:

@@ -4,12 +4,13 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..errors import name_some
 from ..experts.expert import Expert
 from ..text import LOGGER
 from .backbone import Backbone, Working
@@ -18,7 +19,7 @@ from .checkpoint_file import EMA, LOSS_SCALE_NAME, Checkpoint, History
 from .checkpoints import check_folder, check_resumable, newest_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .data.dataset import Dataset
-from .divergence import Diverged, best_step, check_losses
+from .divergence import Diverged, best_step, check_any_made, check_losses, is_skipped, skipped_in_words
 from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, learning_rate_at, make_learner
 from .memory import Memory, step_size, total
 from .method.consistency import Batch, Networks, predict
@@ -32,6 +33,9 @@ from .watcher import Quiet, Watcher
 
 logger = logging.getLogger(LOGGER)
 
+# Clips of a skipped step that a message names.
+NAMED_CLIPS = 8
+
 
 @dataclass(frozen=True)
 class Result:
@@ -41,12 +45,14 @@ class Result:
         history: for each step, its number `step` and its losses by name.
         seconds: time of this run, not counting steps before it was resumed.
         resumed: which checkpoint it was resumed from, as text; empty for a new run.
+        skipped: how many of all steps were skipped, as text; empty for none.
     """
 
     expert: Expert
     history: History
     seconds: float
     resumed: str
+    skipped: str
 
 
 @dataclass
@@ -105,6 +111,8 @@ class Trainer:
             latent_in=self.latent_in,
         )
         self.history: History = []
+        # clips in batches of the current step whose losses are NaN or infinite
+        self.suspects: list[int] = []
         self.saved = 0
         self.worth_saving = True
 
@@ -121,8 +129,9 @@ class Trainer:
             CheckpointError: the folder cannot be written to, or there is not enough room for the checkpoints.
         """
         resumed = self._resume()
-        if self.processes.first:
-            self._check_room()
+        with self.processes.agreed():
+            if self.processes.first:
+                self._check_room()
         began = time.monotonic()
         try:
             self._hold_out()
@@ -138,7 +147,8 @@ class Trainer:
                 self._save()
             self.watcher.stopped(self.saved, self.config.steps, error)
             raise
-        return Result(self.expert(), self.history, time.monotonic() - began, resumed)
+        check_any_made(self.history)
+        return Result(self.expert(), self.history, time.monotonic() - began, resumed, skipped_in_words(self.history))
 
     def expert(self) -> Expert:
         """The current expert: the EMA if there is one, else the student."""
@@ -225,13 +235,29 @@ class Trainer:
             if self.done % STEPS_TO_RESCALE == 0 and self.loss_scale > 1:
                 self.loss_scale = min(2 * self.loss_scale, LOSS_SCALE)
             self.worth_saving = True
+        if is_skipped(self.history[-1]):
+            self._tell_skipped()
+
+    def _tell_skipped(self) -> None:
+        """Name the clips of a skipped step."""
+        found = [clip for clips in self.processes.gather(self.suspects) for clip in clips]
+        # gradients may be infinite though every loss is finite
+        clips = dict.fromkeys(found or self.batches.clips_of_step(self.done - 1))
+        self.watcher.skipped(
+            f"Step {self.done} was skipped: its loss or gradient is NaN or infinite. Clips in it: "
+            f"{name_some(map(self.data.name, clips), NAMED_CLIPS)}."
+        )
 
     def _gradients(self, step: int) -> dict[str, float]:
         """Accumulate the gradients of a step. Returns the mean losses of all processes."""
         sums: dict[str, float] = {}
+        self.suspects = []
         for batch, share in self.batches.of_step(step):
-            for name, value in self._learn(batch, share).items():
-                sums[name] = sums.get(name, 0.0) + share * float(value)
+            terms = {name: float(value) for name, value in self._learn(batch, share).items()}
+            if not all(map(math.isfinite, terms.values())):
+                self.suspects += batch.clips
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + share * value
         return self.processes.mean(sums)
 
     def _learn(self, batch: Batch, share: float) -> Terms:
@@ -310,19 +336,32 @@ class Trainer:
     @torch.no_grad()
     def _resume(self) -> str:
         """Load the newest checkpoint, if there is one. Returns what that means, as text."""
-        # first, so that other settings are not reported as damage
-        check_resumable(self.folder, self.config, self.identity)
-        found = newest_checkpoint(self.folder, {name: tuple(value.shape) for name, value in self._tensors().items()})
-        if found is None:
+        loaded: dict[str, Tensor] = {}
+
+        def newest() -> tuple[Path, Checkpoint] | None:
+            # first, so that other settings are not reported as damage
+            check_resumable(self.folder, self.config, self.identity)
+            shapes = {name: tuple(value.shape) for name, value in self._tensors().items()}
+            if (found := newest_checkpoint(self.folder, shapes)) is None:
+                return None
+            path, saved = found
+            saved.check(self.config, self.identity, path)
+            loaded.update(saved.tensors)
+            return path, replace(saved, tensors={})
+
+        # on several machines, the others may have no checkpoint, or an older one
+        if (found := self.processes.from_first(newest)) is None:
             return ""
         path, saved = found
-        saved.check(self.config, self.identity, path)
+        tensors = self.processes.tensors_from_first(loaded)
         for learner in self._learners:
-            learner.load(saved.tensors)
+            learner.load(tensors)
         for name, value in self.ema.named_parameters() if self.ema else ():
-            value.copy_(saved.tensors[f"{EMA}.{name}"])
-        self.loss_scale = float(saved.tensors.get(LOSS_SCALE_NAME, self.loss_scale))
+            value.copy_(tensors[f"{EMA}.{name}"])
+        self.loss_scale = float(tensors.get(LOSS_SCALE_NAME, self.loss_scale))
         self.history, self.saved = saved.history, saved.steps
-        logger.info("%s: %s", path, words := saved.in_words(self.config))
+        words = saved.in_words(self.config, self.identity)
+        if self.processes.first:
+            logger.info("%s: %s", path, words)
         self.watcher.resumed(words)
         return words

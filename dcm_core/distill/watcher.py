@@ -12,6 +12,9 @@ class Watcher(Protocol):
     def resumed(self, words: str) -> None:
         """The run was resumed from a checkpoint, described in `words`."""
 
+    def skipped(self, words: str) -> None:
+        """A step was skipped. `words` say why, and which clips were in it."""
+
     def step(self, history: History, steps: int) -> None:
         """One of `steps` steps is done. `history` has the losses of all steps so far."""
 
@@ -26,6 +29,9 @@ class Quiet:
     """A watcher that does nothing."""
 
     def resumed(self, words: str) -> None:
+        """Do nothing."""
+
+    def skipped(self, words: str) -> None:
         """Do nothing."""
 
     def step(self, history: History, steps: int) -> None:

@@ -19,6 +19,8 @@ from ...files.values import bytes_of
 from .clips import Problem
 
 LATENT = "latent"
+# Characters of a clip's id. A checkpoint's header has those of all clips.
+ID_LENGTH = 12
 
 
 class Dataset(ABC):
@@ -49,6 +51,15 @@ class Dataset(ABC):
     @abstractmethod
     def unconditional(self) -> Conditioning:
         """The text of the negative prompt."""
+
+    @property
+    @abstractmethod
+    def clip_ids(self) -> list[str]:
+        """For each clip a short hash of its latent, its text and the negative prompt."""
+
+    def name(self, index: int) -> str:
+        """What a message calls a clip."""
+        return f"clip {index + 1}"
 
     @property
     def buckets(self) -> list[list[int]]:
@@ -158,6 +169,19 @@ class CachedDataset(Dataset):
         names = [name for entry in self.entries for name in (entry.latent.name, entry.conditioning.name)]
         return hashlib.sha256("\n".join([*names, self.negative.name]).encode()).hexdigest()
 
+    @cached_property
+    def clip_ids(self) -> list[str]:
+        return [
+            hashlib.sha256(f"{entry.latent.name} {entry.conditioning.name} {self.negative.name}".encode()).hexdigest()[
+                :ID_LENGTH
+            ]
+            for entry in self.entries
+        ]
+
+    def name(self, index: int) -> str:
+        """The path of its video."""
+        return str(self.entries[index].clip)
+
     def __str__(self) -> str:
         """One line: `12 clips, 3 sizes, 2 files left out`."""
         sizes = counted(len({entry.size for entry in self.entries}), "size")
@@ -227,22 +251,39 @@ class TensorDataset(Dataset):
     def fingerprint(self) -> str:
         """A hash of all tensors."""
         texts = [*(self._conditionings[index] for index in self._which), self._unconditional]
-        values = (value for text in texts for embedding, extras in text for value in (embedding, *extras.values()))
-        digest = hashlib.sha256()
-        for tensor in [*self._latents, *(value for value in values if isinstance(value, Tensor))]:
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(bytes_of(tensor))
-        return digest.hexdigest()
+        return _hash_of([*self._latents, *(tensor for text in texts for tensor in _tensors_of(text))])
+
+    @cached_property
+    def clip_ids(self) -> list[str]:
+        negative = _tensors_of(self._unconditional)
+        return [
+            _hash_of([self.latent(index), *_tensors_of(self.conditioning(index)), *negative])[:ID_LENGTH]
+            for index in range(len(self))
+        ]
+
+
+def _tensors_of(text: Conditioning) -> list[Tensor]:
+    values = (value for embedding, extras in text for value in (embedding, *extras.values()))
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _hash_of(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
 
 
 class BatchOrder:
-    """The clips of each training step. They depend on the step alone, so resuming needs no stored state.
+    """The clips of each batch. They depend on its number alone, so resuming needs no stored state.
 
-    Every epoch uses every clip, in its own order. A batch has clips of one bucket. The last batch of a bucket is filled up
-    with clips of that bucket. `len` is the number of batches in an epoch.
+    Every epoch uses every clip, in its own order. A batch has clips of one bucket; what is left of all buckets shares
+    batches. Only the last of these is filled up, with clips of the largest bucket first. `len` is the number of batches in
+    an epoch.
 
     Args:
-        buckets: groups of indices that may share a batch.
+        buckets: groups of indices of the same shape.
 
     Raises:
         DCMError: the batch size is below 1, or there are no clips.
@@ -258,11 +299,11 @@ class BatchOrder:
         self._epoch, self._batches = -1, []
 
     def __len__(self) -> int:
-        return sum(-(-len(bucket) // self._batch_size) for bucket in self._buckets)
+        return -(-sum(map(len, self._buckets)) // self._batch_size)
 
-    def batch(self, step: int) -> list[int]:
-        """The clips of a step, counted from 0."""
-        epoch, place = divmod(step, len(self))
+    def batch(self, number: int) -> list[int]:
+        """The clips of a batch, counted from 0."""
+        epoch, place = divmod(number, len(self))
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._shuffled(epoch)
         return self._batches[place]
@@ -270,11 +311,17 @@ class BatchOrder:
     def _shuffled(self, epoch: int) -> list[list[int]]:
         # a string as seed gives the same numbers on every machine
         generator = random.Random(f"epoch {self._seed} {epoch}")
-        batches = []
-        for bucket in self._buckets:
-            order = generator.sample(bucket, len(bucket))
-            missing = -len(order) % self._batch_size
-            order += itertools.islice(itertools.cycle(order.copy()), missing)
-            batches += (order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size))
+        orders = [generator.sample(bucket, len(bucket)) for bucket in self._buckets]
+        size = self._batch_size
+        ends = [len(order) - len(order) % size for order in orders]
+        batches = [
+            order[start : start + size]
+            for order, end in zip(orders, ends, strict=True)
+            for start in range(0, end, size)
+        ]
+        left = [index for order, end in zip(orders, ends, strict=True) for index in order[end:]]
+        largest_first = itertools.chain.from_iterable(sorted(orders, key=len, reverse=True))
+        left += itertools.islice(itertools.cycle(largest_first), -len(left) % size)
+        batches += (left[start : start + size] for start in range(0, len(left), size))
         generator.shuffle(batches)
         return batches

@@ -29,6 +29,7 @@ class Batch:
         index: solver points (batch,).
         level: solver points of the adversarial noise (batch,), whose `Phases.previous` is used.
         level_noise: the noise added there, like x0.
+        clips: their indices in the dataset.
     """
 
     x0: Tensor
@@ -38,6 +39,7 @@ class Batch:
     index: Tensor
     level: Tensor | None = None
     level_noise: Tensor | None = None
+    clips: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

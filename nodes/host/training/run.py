@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ....dcm_core.distill.batches import generator_of
-from ....dcm_core.distill.checkpoints import check_resumable
+from ....dcm_core.distill.checkpoint_file import CLIPS, DATA, PROCESSES
+from ....dcm_core.distill.checkpoints import check_resumable, locked
 from ....dcm_core.distill.config import TrainingConfig, TrainingError
 from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.method.discriminator import discriminator_size
@@ -58,12 +60,14 @@ class Run:
 
     Attributes:
         plots: a picture of each loss, (losses, height, width, 3).
+        notes: see `notes_on`.
     """
 
     model: Any
     result: Result
     file: Path
     plots: Tensor
+    notes: list[str]
 
     @property
     def expert(self) -> Expert:
@@ -72,7 +76,14 @@ class Run:
     def __str__(self) -> str:
         last = self.result.history[-1]
         steps = f"{counted(int(last['step']), 'step')} in all, {self.result.seconds:.0f} s in this run"
-        lines = [str(self.expert), self.result.resumed, f"{steps}: {in_words(last)}", f"Saved to {self.file}"]
+        lines = [
+            str(self.expert),
+            *self.notes,
+            self.result.skipped,
+            self.result.resumed,
+            f"{steps}: {in_words(last)}",
+            f"Saved to {self.file}",
+        ]
         return "\n".join(filter(None, lines))
 
 
@@ -105,7 +116,7 @@ def train_and_save(
     result = train_expert(model, data, config, folder, start=start, semantic=semantic, vae=vae, node_id=node_id)
     save_expert(file, result.expert, model)
     plots = torch.cat([as_image(plot) for plot in plots_of(result).values()])
-    return Run(with_experts(model, result.expert, semantic), result, file, plots)
+    return Run(with_experts(model, result.expert, semantic), result, file, plots, notes_on(config, semantic))
 
 
 def plots_of(result: Result) -> dict[str, Image.Image]:
@@ -133,17 +144,31 @@ def train_expert(
     Raises:
         DCMError: data, settings or a checkpoint that does not fit.
     """
-    family = require_family(model)
-    config = config.for_family(family, shared_boundary(config, start, semantic))
-    check_form(model, config, family, start, semantic)
-    check_data(model, data, vae)
-    # raises if held_out is too large
-    data.split(config.held_out, config.seed)
-    base = training_base(model)
-    processes = join(base.load_device)
-    identity = identity_of(base, data, start, semantic, processes.count)
-    check_resumable(folder, config, identity)
-    with torch.inference_mode(False), torch.enable_grad(), gradients(), differentiable(base):
+    processes = join(model.load_device)
+    with processes.agreed():
+        family = require_family(model)
+        config = config.for_family(family, shared_boundary(config, start, semantic))
+        check_form(model, config, family, start, semantic)
+        check_data(model, data, vae)
+        # raises if held_out is too large
+        data.split(config.held_out, config.seed)
+        base = training_base(model)
+        identity = identity_of(base, data, start, semantic, processes.count)
+    processes.check_same({**identity, "settings": config.to_json()})
+    notes = notes_on(config, semantic)
+    for note in notes if processes.first else ():
+        logger.warning(note)
+    with (
+        processes.agreed() as agree,
+        # the others take their checkpoint from the first, and write none
+        locked(folder) if processes.first else nullcontext(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        gradients(),
+        differentiable(base),
+    ):
+        if processes.first:
+            check_resumable(folder, config, identity)
         clear_device(base)
         # first: removes what other clones have patched into the shared model
         hold(base, 0)
@@ -154,7 +179,7 @@ def train_expert(
             check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
         expert = first_expert(base, family, config, start, semantic)
         hold(base, check_fits(base, config, FLOAT32 * size_of(expert), beside))
-        show = Show(base, semantic, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
+        show = Show(base, semantic, config, data, folder, node_id, lambda: hold(base, memory.step), vae, notes)
         trainer = Trainer(
             backbone,
             data,
@@ -172,20 +197,31 @@ def train_expert(
         # the trainer keeps its own copy
         del expert, start
         memory = make_room(trainer, base, config, node_id)
-        with interrupted_at_exit():
+        agree()
+        with interrupted_at_exit(), closing(show.log):
             return trainer.run()
 
 
 def identity_of(
     base: Any, data: Dataset, start: Expert | None, semantic: Expert | None, processes: int
 ) -> dict[str, str]:
-    """What must match for a run to be resumed, in addition to its settings."""
-    names = {"data": data.fingerprint, "model": weights_id(base)}
+    """What a resumed run is compared with, in addition to its settings: see `Checkpoint`."""
+    names = {DATA: data.fingerprint, CLIPS: " ".join(data.clip_ids), "model": weights_id(base)}
     if processes > 1:
-        names["processes"] = str(processes)
+        names[PROCESSES] = str(processes)
     return names | {
         name: expert_id(expert) for name, expert in (("start", start), ("semantic expert", semantic)) if expert
     }
+
+
+def notes_on(config: TrainingConfig, semantic: Expert | None) -> list[str]:
+    """What may not be what the user wants, but is allowed."""
+    if config.side == "detail" and semantic is None:
+        return [
+            "There is no semantic expert, so the detail expert is trained on the base model alone. If you use both experts "
+            "together, choose the semantic expert and start again."
+        ]
+    return []
 
 
 def shared_boundary(config: TrainingConfig, start: Expert | None, semantic: Expert | None) -> float | None:

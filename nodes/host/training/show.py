@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ import latent_preview
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ....dcm_core.distill.checkpoint_file import History
 from ....dcm_core.distill.config import TrainingConfig
 from ....dcm_core.distill.data.dataset import Dataset
+from ....dcm_core.distill.divergence import skipped_in_words
+from ....dcm_core.distill.run_log import RunLog
 from ....dcm_core.errors import DCMError
 from ....dcm_core.experts.expert import Expert
 from ....dcm_core.families import FAMILIES
@@ -51,6 +54,7 @@ class Show:
         semantic: the semantic expert under a detail expert.
         folder: where sample videos are written, if there is a VAE to decode them.
         reload: called after a sample, which leaves its experts' patches in the shared weights.
+        notes: what the user should know about the run, shown as long as it lasts.
     """
 
     model: Any
@@ -61,18 +65,26 @@ class Show:
     node_id: str | None
     reload: Callable[[], None]
     vae: Any = None
+    notes: Sequence[str] = ()
     picture: Image.Image | None = None
     resumed_in_words: str = ""
+    skipped_in_words: str = ""
     shown: float = 0.0
     logged: float = 0.0
 
     def __post_init__(self) -> None:
+        self.log = RunLog(self.folder, self.config)
         self.bar = comfy.utils.ProgressBar(self.config.steps, node_id=self.node_id)
 
     def resumed(self, words: str) -> None:
         """Show these words as long as the run lasts."""
         self.resumed_in_words = words
         tell(words, self.node_id)
+
+    def skipped(self, words: str) -> None:
+        """Say it, and show it as long as the run lasts."""
+        self.skipped_in_words = words
+        logger.warning(words)
 
     def stopped(self, saved: int, steps: int, error: BaseException) -> None:
         """Say what was saved: the host shows no result of an interrupted run."""
@@ -90,8 +102,14 @@ class Show:
     def step(self, history: History, steps: int) -> None:
         """Update bar, text and plot. Raises if the user has interrupted."""
         done, now = len(history), time.monotonic()
-        text = f"Step {done} of {steps}: {in_words(history[-1])}"
-        tell("\n".join(filter(None, (text, self.resumed_in_words))), self.node_id)
+        self.log.step(history)
+        pace = [f"learning rate {self.log.rate:.3g}"]
+        if self.log.speed:
+            left = tqdm.format_interval(self.log.seconds_left(steps - done))
+            pace += [f"steps/s {self.log.speed:.3g}", f"time left {left}"]
+        text = f"Step {done} of {steps}: {in_words(history[-1])}, {', '.join(pace)}"
+        skipped = (skipped_in_words(history), self.skipped_in_words) if self.skipped_in_words else ()
+        tell("\n".join(filter(None, (text, *self.notes, self.resumed_in_words, *skipped))), self.node_id)
         if now - self.logged > LOG_SECONDS or done == steps:
             logger.info(text)
             self.logged = now

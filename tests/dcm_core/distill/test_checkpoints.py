@@ -1,8 +1,14 @@
 """The checkpoints of a run."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +17,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dcm_core.distill.checkpoint_file import Checkpoint, read_checkpoint
-from dcm_core.distill.checkpoints import check_folder, newest_checkpoint, save_checkpoint
+from dcm_core.distill import checkpoints
+from dcm_core.distill.checkpoint_file import FIRST_ORDER, Checkpoint, read_checkpoint
+from dcm_core.distill.checkpoints import check_folder, locked, newest_checkpoint, save_checkpoint
 from dcm_core.distill.config import FORMER, TrainingConfig, TrainingError
 from dcm_core.errors import CheckpointError, DCMError
 from dcm_core.files.tensor_file import TensorFile
@@ -297,3 +304,174 @@ def test_mangled_states_are_read_or_refused(tmp_path, metadata, data):
             assert str(path) in str(error)
         else:
             assert len(saved.history) == saved.steps and "expert_optimizer.x.exp_avg" in saved.tensors
+
+
+# What a resumed run may have changed
+
+
+def resumed(before, now, config=CONFIG, other=CONFIG, steps=5):
+    """What a run says that resumes with other data or settings."""
+    saved = dataclasses.replace(saved_at(steps, config), identity=before)
+    saved.check(other, now, Path("run") / "step.safetensors")
+    return saved.in_words(other, now)
+
+
+DATA = {"data": "one", "clips": "a b c", "model": "m"}
+LONGER = dataclasses.replace(CONFIG, learning_rate=1e-4)
+
+
+def test_clips_may_be_added_and_removed():
+    assert resumed(DATA, DATA) == "Resumed from step 5 of 1000."
+    words = resumed(DATA, {**DATA, "data": "two", "clips": "a c d e e"})
+    assert words == (
+        "Resumed from step 5 of 1000. Resumed with other data (3 clips added, 1 clip removed): weights and optimizer are kept, "
+        "but the clips come in another order."
+    )
+    assert "(clips in another order)" in resumed(DATA, {**DATA, "data": "two", "clips": "c b a"})
+    held_out = dataclasses.replace(CONFIG, held_out=1)
+    assert "held-out loss cannot be compared" in resumed(
+        DATA, {**DATA, "data": "two", "clips": "a"}, held_out, held_out
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (DATA, {**DATA, "data": "two", "clips": "d e"}),
+        ({"data": "one", "model": "m"}, {**DATA, "data": "two"}),
+    ],
+)
+def test_data_without_a_clip_in_common_are_those_of_another_run(before, now):
+    """Also where a checkpoint of version 0.1.0 does not say which clips there were."""
+    with pytest.raises(TrainingError, match="with other settings: data: one -> two"):
+        resumed(before, now)
+    with pytest.raises(TrainingError, match="with other settings: model: m -> n"):
+        resumed(DATA, {**DATA, "model": "n"})
+
+
+def test_another_number_of_processes():
+    two, four = ({**DATA, "processes": count} for count in ("2", "4"))
+    halved = dataclasses.replace(CONFIG, gradient_accumulation_steps=2)
+    assert "Resumed with 2 processes instead of 1: each step has the same clips as before." in resumed(
+        DATA, two, halved
+    )
+    assert "Resumed with 1 process instead of 4: weights" in (words := resumed(four, DATA))
+    assert "a step has 1 clip instead of 4. Set gradient_accumulation_steps to keep their number" in words
+    # in proportion, or not at all
+    for before, now in ((DATA, DATA), (two, four)):
+        with pytest.raises(TrainingError, match="with other settings: gradient_accumulation_steps: 1 -> 2"):
+            resumed(before, now, CONFIG, halved)
+
+
+def test_a_number_of_processes_that_is_none_is_damage(tmp_path):
+    saved = dataclasses.replace(saved_at(1), identity={"processes": "two"})
+    with pytest.raises(CheckpointError, match="its number of processes is not a number"):
+        read_checkpoint(save_checkpoint(tmp_path, saved, keep=1))
+
+
+def test_a_run_of_an_earlier_version_with_larger_batches_says_that_the_order_is_another(tmp_path, metadata):
+    path = tmp_path / "step_00000002.safetensors"
+    write_tensors(path, tensors_of(CONFIG), metadata | {"history": '[{"step": 1}, {"step": 2}]'})
+    old = read_checkpoint(path)
+    new = read_checkpoint(save_checkpoint(tmp_path, saved_at(3), keep=3))
+    assert old.order == FIRST_ORDER != new.order
+    batches = dataclasses.replace(CONFIG, batch_size=2)
+    for saved, config, identity, told in (
+        (old, CONFIG, {}, False),
+        (old, batches, {}, True),
+        (old, CONFIG, {"processes": "2"}, True),
+        (new, batches, {}, False),
+    ):
+        changed = dataclasses.replace(saved, config=config, identity=identity)
+        assert ("An earlier version began the run" in changed.in_words(config, identity)) == told
+
+
+def test_a_rate_that_rises_after_a_cosine_schedule_is_told():
+    cosine = dataclasses.replace(CONFIG, steps=100, learning_rate=1e-4, scheduler="cosine", warmup_steps=0)
+    longer = dataclasses.replace(cosine, steps=200)
+    words = resumed(DATA, DATA, cosine, longer, steps=100)
+    # half of the cosine before and after: 1e-4 (1 + cos(0.99 pi)) / 2, then 1e-4 (1 + cos(pi / 2)) / 2
+    assert (
+        "The learning rate goes back up from 2.47e-08 to 5e-05, as the cosine schedule now has 200 steps instead of 100."
+        in words
+    )
+    low = dataclasses.replace(longer, learning_rate=1e-8)
+    for config, other, steps in (
+        (cosine, cosine, 50),
+        (cosine, low, 100),
+        (LONGER, dataclasses.replace(LONGER, steps=2000), 999),
+    ):
+        assert "goes back up" not in resumed(DATA, DATA, config, other, steps)
+
+
+# One run in a folder
+
+
+def hold(folder):
+    """Another process that has locked the folder, until its input ends."""
+    code = (
+        "import sys; from pathlib import Path; from dcm_core.distill.checkpoints import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=Path(__file__).parents[3],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_second_run_in_a_folder_says_who_has_it(tmp_path):
+    folder = tmp_path / "run"
+    holder = hold(folder)
+    for _ in range(2):
+        with (
+            pytest.raises(
+                TrainingError,
+                match=rf"run is in use by another run: process {holder.pid} on {re.escape(socket.gethostname())}, since 20\d\d-",
+            ),
+            locked(folder),
+        ):
+            pass
+    # as the system ends it: nothing of the lock stays
+    holder.kill()
+    holder.communicate()
+    with locked(folder), pytest.raises(TrainingError, match=f"process {os.getpid()} on "), locked(folder):
+        pass
+    assert not list(folder.iterdir())
+
+
+def test_a_lock_that_its_owner_removes_while_another_waits_is_made_again(tmp_path, monkeypatch):
+    lock, calls = checkpoints._lock, []
+
+    def late(file):
+        lock(file)
+        calls.append(file)
+        if len(calls) == 1:
+            (tmp_path / checkpoints.LOCK).unlink()
+
+    monkeypatch.setattr(checkpoints, "_lock", late)
+    with locked(tmp_path):
+        assert len(calls) == 2 and (tmp_path / checkpoints.LOCK).exists()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
+    def none(file):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoints, "_lock", none)
+    with locked(tmp_path):
+        pass
+    assert "has no file locks (No locks available). Do not start two runs in it." in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(CheckpointError, match=r"file cannot be written to .* Choose another place"),
+        locked(tmp_path / "file"),
+    ):
+        pass

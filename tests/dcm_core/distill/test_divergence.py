@@ -5,7 +5,16 @@ import math
 import pytest
 
 from dcm_core.distill.config import TrainingConfig, TrainingError
-from dcm_core.distill.divergence import PATIENCE, WINDOW, Diverged, best_step, check_losses
+from dcm_core.distill.divergence import (
+    PATIENCE,
+    WINDOW,
+    Diverged,
+    best_step,
+    check_any_made,
+    check_losses,
+    is_skipped,
+    skipped_in_words,
+)
 
 
 def history(*losses):
@@ -54,3 +63,25 @@ def test_the_lowest_window():
     assert best_step(history(*low[1:])) == 0
     assert best_step(history(*high, *low, *high, *high[1:])) == 2 * WINDOW
     assert best_step(history(*[math.nan] * WINDOW, *high)) == 2 * WINDOW
+
+
+def test_skipped_steps_are_counted_and_listed():
+    assert skipped_in_words(history(1.0, 2.0)) == ""
+    assert skipped_in_words(history(1.0, math.nan)) == "1 of 2 steps skipped, as the loss was NaN or infinite: 2."
+    many = skipped_in_words(history(*[math.inf] * 12))
+    assert many == "12 of 12 steps skipped, as the loss was NaN or infinite: ..., 5, 6, 7, 8, 9, 10, 11, 12."
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "discriminator"])
+def test_a_step_is_skipped_for_any_loss_that_is_no_number(name):
+    entry = {"step": 1, "loss": 1.0, "grad_norm": 1.0, "discriminator": 1.0}
+    assert not is_skipped(entry) and is_skipped({**entry, name: math.nan})
+    # measured after the step
+    assert not is_skipped({**entry, "held_out": math.nan})
+
+
+def test_a_run_of_skipped_steps_alone_is_no_success():
+    check_any_made(history(math.nan, 1.0, math.nan))
+    check_any_made([])
+    with pytest.raises(TrainingError, match=r"Nothing was trained: in all 3 steps the loss was NaN or infinite"):
+        check_any_made(history(*[math.nan] * 3))

@@ -1,7 +1,13 @@
-"""Several processes, here as threads: who does what when."""
+"""Several processes: who does what when, and what all get where one fails."""
 
-import threading
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -9,38 +15,69 @@ from dcm_core.distill import parallel
 from dcm_core.distill.parallel import Processes
 
 
-def together(monkeypatch, work):
-    """Run work(Processes) as two processes that wait for each other."""
-    barrier = threading.Barrier(2, timeout=30)
-    monkeypatch.setattr(parallel.dist, "barrier", barrier.wait)
-    threads = [threading.Thread(target=work, args=(Processes(rank, 2),)) for rank in (1, 0)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What two processes have got: scene of `agree_in_parallel` -> [of the first, of the second]."""
+    folder = tmp_path_factory.mktemp("found")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(Path(__file__).with_name("agree_in_parallel.py")), str(folder)]
+    running = [
+        subprocess.Popen(command, env={**os.environ, **address, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)[-3000:]
+    first, second = (json.loads((folder / f"found_{rank}.json").read_text()) for rank in range(2))
+    return {scene: [first[scene], second[scene]] for scene in first}
 
 
-def test_the_first_works_alone_before_the_others(monkeypatch):
-    order = []
+def of_another(rank, words):
+    host = socket.gethostname()
+    return f"TrainingError: The run did not start: process {rank} of 2 on {host} failed. {words}"
 
-    def work(processes):
-        with processes.first_alone():
-            order.append(("in", processes.rank))
-            order.append(("out", processes.rank))
 
-    together(monkeypatch, work)
-    assert order == [("in", 0), ("out", 0), ("in", 1), ("out", 1)]
+def test_where_one_fails_all_end_and_say_why(found):
+    own = "ValueError: no such file\nin this folder"
+    assert found["fails_in_second"] == [of_another(1, "no such file\\nin this folder"), own]
+    # after the agreement, and where nothing fails
+    assert found["fails_after_the_agreement"] == ["began", "ValueError: alone"]
+    assert found["succeeds"] == ["began", "began"]
+
+
+def test_the_first_works_alone_before_the_others(found):
+    """If it fails, they do not begin."""
+    (_, first_ends), (second_begins, _) = found["takes_turns"]
+    assert first_ends <= second_begins
+    assert found["fails_in_first_alone"] == ["ValueError: a broken clip", of_another(0, "a broken clip")]
+    assert found["fails_in_second_after_the_first"] == [of_another(1, "another VAE"), "ValueError: another VAE"]
+
+
+def test_what_the_first_has_is_sent_to_all(found):
+    assert found["makes_in_first"] == [["of", 0, True]] * 2
+    assert found["fails_to_make"] == ["ValueError: rank 0", of_another(0, "rank 0")]
+
+
+def test_processes_that_would_train_different_things_are_refused(found):
+    host = socket.gethostname()
+    assert found["same_values"] == ["began", "began"]
+    message = (
+        f"TrainingError: Process 1 on {host} differs from process 0 on {host} in: settings. Give all processes the same settings, "
+        "clips and model files."
+    )
+    assert found["other_values"] == [message, message]
 
 
 def test_one_process_waits_for_nobody():
-    with Processes().first_alone():
-        Processes().wait()
-
-
-def test_a_global_batch_is_shared_out_in_order():
-    items = [7, 5, 3, 1]
-    assert Processes().share(items) == [(0, 7), (1, 5), (2, 3), (3, 1)]
-    assert [Processes(rank, 2).share(items) for rank in range(2)] == [[(0, 7), (1, 5)], [(2, 3), (3, 1)]]
+    alone = Processes()
+    with alone.first_alone(), alone.agreed() as agree:
+        alone.wait()
+        agree()
+    assert alone.from_first(lambda: 5) == 5 and alone.gather("a") == ["a"]
+    alone.check_same({"data": "a"})
+    with pytest.raises(ValueError, match="of its own"), alone.agreed():
+        raise ValueError("of its own")
 
 
 def test_a_tensor_without_a_gradient_gets_the_others_mean(monkeypatch):

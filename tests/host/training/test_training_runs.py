@@ -1,7 +1,11 @@
 """Runs that end early, go on from experts, hold clips out, or get data that does not fit."""
 
+import csv
 import dataclasses
 import gc
+import math
+import os
+import re
 import shutil
 import weakref
 from types import SimpleNamespace
@@ -11,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..small_models import native_wan
-from .small_runs import make_trainer, same
+from .small_runs import make_trainer, random_data, same
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +112,7 @@ def test_a_diverging_run_is_ended_and_the_states_before_are_kept(
     monkeypatch.setattr(trainer_module.Trainer, "_training_step", growing)
     with pytest.raises(divergence.Diverged, match=r"-fold since step 2, .*stopped at step 4 without saving"):
         train(model, data, config("semantic", steps=9, save_every=2, keep=9), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["losses.csv", "step_00000002.safetensors"]
     monkeypatch.undo()
     slower = train(model, data, config("semantic", steps=3, learning_rate=1e-4), tmp_path)
     assert len(slower.history) == 3, "goes on with another learning rate"
@@ -352,6 +356,101 @@ def test_clips_that_are_held_out_are_measured_and_never_trained_on(trainer, monk
     for value in values:
         value.data += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
     assert made.held_out_loss() > 1.1 * result.history[-1]["held_out"]
+
+
+# What the user is told
+
+
+def with_nan(module, *broken):
+    """Four clips, of which some have latents that are no numbers."""
+    dataset = module("dcm_core.distill.data.dataset")
+    data = random_data(dataset)
+    latents = [torch.full_like(data.latent(i), math.nan) if i in broken else data.latent(i) for i in range(4)]
+    return dataset.TensorDataset(latents, [data.conditioning(i) for i in range(4)], range(4), data.unconditional())
+
+
+@pytest.fixture
+def said(module, monkeypatch):
+    """What a run says on its node."""
+    show, texts = module("nodes.host.training.show"), []
+    monkeypatch.setattr(show, "tell", lambda text, node: texts.append(text))
+    return texts
+
+
+def test_skipped_steps_are_counted_and_their_clips_named(said, train, module, model, config, tmp_path, caplog):
+    result = train(model, with_nan(module, 2), config("semantic", batch_size=1), tmp_path)
+    step = next(int(entry["step"]) for entry in result.history if math.isnan(entry["loss"]))
+    named = f"Step {step} was skipped: its loss or gradient is NaN or infinite. Clips in it: clip 3."
+    assert [record.message for record in caplog.records if "skipped" in record.message] == [named]
+    counted = f"1 of 4 steps skipped, as the loss was NaN or infinite: {step}."
+    assert result.skipped == counted
+    assert said[-1].splitlines()[1:] == [counted, named]
+    with (tmp_path / "losses.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["skipped"] == "1"] == [str(step)]
+
+
+def test_only_the_clips_of_broken_batches_are_named_and_a_run_of_skipped_steps_is_no_success(
+    train, module, model, config, tmp_path, caplog
+):
+    settings = config("semantic", steps=2, batch_size=1, gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match="Nothing was trained: in all 2 steps the loss was NaN or infinite"):
+        train(model, with_nan(module, 0, 3), settings, tmp_path)
+    assert caplog.text.count("Clips in it: clip 1, clip 4.") == 2
+
+
+def test_a_detail_expert_without_a_semantic_one_is_told(said, train, module, model, data, config, tmp_path, caplog):
+    train(model, data, config("detail", steps=1), tmp_path)
+    note = "There is no semantic expert, so the detail expert is trained on the base model alone."
+    assert note in caplog.text and said[-1].splitlines()[1].startswith(note)
+
+
+def test_a_second_run_in_a_folder_is_refused(train, module, model, data, config, tmp_path):
+    checkpoints = module("dcm_core.distill.checkpoints")
+    with (
+        checkpoints.locked(tmp_path),
+        pytest.raises(ValueError, match=rf"in use by another run: process {os.getpid()} on .*, since"),
+    ):
+        train(model, data, config("semantic"), tmp_path)
+    assert train(model, data, config("semantic", steps=1), tmp_path).history
+    assert not (tmp_path / checkpoints.LOCK).exists()
+
+
+def test_a_rate_that_rises_is_told_before_the_first_step(said, train, model, data, config, tmp_path):
+    settings = config("semantic", steps=2, scheduler="cosine", warmup_steps=0)
+    train(model, data, settings, tmp_path)
+    said.clear()
+    train(model, data, dataclasses.replace(settings, steps=4), tmp_path)
+    assert "The learning rate goes back up from 0.0005 to 0.0005" not in said[0]
+    # 1e-3 (1 + cos(pi / 2)) / 2 was the last; of four steps, the third has the same
+    said.clear()
+    train(model, data, dataclasses.replace(settings, steps=20), tmp_path)
+    assert (
+        "The learning rate goes back up from 0.000146 to 0.000905, as the cosine schedule now has 20 steps instead of 4"
+        in said[0]
+    )
+
+
+def test_a_run_goes_on_with_more_clips(said, train, module, model, data, config, tmp_path):
+    dataset = module("dcm_core.distill.data.dataset")
+    settings = config("semantic", steps=2, batch_size=1)
+    train(model, data, settings, tmp_path)
+    clips = [0, 1, 2, 3, 0]
+    latents = [data.latent(i) for i in clips[:4]] + [data.latent(0) + 1]
+    more = dataset.TensorDataset(latents, [data.conditioning(i) for i in clips], range(5), data.unconditional())
+    said.clear()
+    result = train(model, more, dataclasses.replace(settings, steps=4), tmp_path)
+    assert "Resumed with other data (1 clip added): weights and optimizer are kept" in said[0]
+    assert result.resumed == said[0] and len(result.history) == 4
+
+
+def test_progress_has_pace_and_rate(said, train, model, data, config, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        train(model, data, config("semantic", steps=3, warmup_steps=0), tmp_path)
+    assert re.search(
+        r"Step 3 of 3: loss .*, learning rate 0\.001, steps/s [\d.e-]+, time left 00:00$", caplog.text, re.MULTILINE
+    )
+    assert re.match(r"Step 2 of 3: loss .*, steps/s [\d.e-]+, time left [\d:]+$", said[-2])
+    assert re.match(r"Step 1 of 3: loss .*, learning rate 0\.001$", said[-3])
 
 
 # Mixed data
