@@ -1,5 +1,6 @@
 """`python -m dcm_core train`: training from a settings file, with the host's code but without its server."""
 
+import gc
 import io
 import logging
 from pathlib import Path
@@ -8,44 +9,34 @@ from typing import Any
 import comfy.model_management
 import comfy.sd
 
-from ....dcm_core.distill.config import FORMER, TrainingConfig, TrainingError, renamed
+from ....dcm_core.distill.config import TrainingError, renamed
 from ....dcm_core.distill.data.clips import ClipSettings
 from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.data.dataset_file import read_dataset
 from ....dcm_core.distill.data.encode import prepare
-from ....dcm_core.distill.parallel import join
+from ....dcm_core.distill.parallel import Processes, join
 from ....dcm_core.errors import counted
+from ....dcm_core.experts.expert import Expert
 from ....dcm_core.files.tensor_file import Progress, TensorFile
 from ....dcm_core.files.unfinished import write_bytes
-from ....dcm_core.routing import Side
 from ....dcm_core.text import LOGGER
 from ..experts.attach import require_family
 from ..experts.expert_files import read_expert_file
 from ..experts.load import load_file
 from ..folders import data_cache
 from .encoders import host_encoders
-from .run import check_not_output, plots_of, save_expert, train_expert
+from .pair import pair_boundary
+from .parts import FORMER_SETTINGS, Bases, Part, bases_in, parts_of, path_in
+from .run import first_expert, plots_of, save_expert, train_expert
 
 logger = logging.getLogger(LOGGER)
 
-SETTINGS = {
-    "model",
-    "weight_dtype",
-    "vae",
-    "text_encoders",
-    "dataset",
-    "output",
-    "checkpoints",
-    "semantic",
-    "continue_from",
-    "training",
-}
-# names of earlier versions -> those of today
-FORMER_SETTINGS = {"states": "checkpoints"}
 
-
-def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
+def train(which: str, settings: dict[str, Any], folder: Path) -> str:
     """Run or resume training with these settings. Relative paths start at `folder`.
+
+    Args:
+        which: semantic, detail, or both, one after the other.
 
     Returns:
         What was trained, where it was resumed, and where it is saved.
@@ -56,77 +47,84 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     # without its server the host does not set up logging
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     settings = renamed(settings, FORMER_SETTINGS)
-    unknown = sorted(set(settings) - SETTINGS)
-    if unknown:
-        raise TrainingError(f"Unknown setting {', '.join(unknown)}. Valid settings: {', '.join(sorted(SETTINGS))}.")
-
-    def path(name: str) -> Path:
-        return path_in(folder, name, settings.get(name))
-
-    training = settings.get("training", {})
-    if not isinstance(training, dict):
-        raise TrainingError(f"`training` is {training!r}; expected a table of settings.")
-    config = TrainingConfig.from_dict({**renamed(training, FORMER), "side": side})
-    output = path("output")
-    if output.is_dir():
-        raise TrainingError(f"`output` is {output}, which is a folder; expected the name of the file to write.")
-    inputs = [(name, settings.get(name)) for name in ("model", "vae", "dataset", "semantic", "continue_from")]
-    inputs += [("text_encoders", file) for file in settings.get("text_encoders") or ()]
-    for name, given in inputs:
-        # anything else is reported where it is read
-        if isinstance(given, str) and given:
-            check_not_output(f"{name} is {given}", path_in(folder, name, given), output)
-    checkpoints = path("checkpoints") if "checkpoints" in settings else default_checkpoints(folder, output.stem)
-    model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
-    semantic = (
-        read_expert_file(path("semantic"), "semantic", model, f"semantic is {path('semantic')}")
-        if "semantic" in settings
-        else None
-    )
-    start = path("continue_from") if "continue_from" in settings else None
-    output.parent.mkdir(parents=True, exist_ok=True)
+    parts = parts_of(which, settings, folder)
+    bases = bases_in(settings, folder)
     processes = join(comfy.model_management.get_torch_device())
-    with processes.first_alone():
-        # the other processes then find everything encoded
-        data, vae = load_data(settings, folder, model)
+    finished = {part.side: found for part in parts if (found := part.finished(bases)) is not None}
+    lines = []
+    model = loaded = data = vae = None
+    for part in parts:
+        if part.side in finished:
+            lines.append(f"The {part.side} expert is already trained: {part.output}")
+            continue
+        if loaded != part.model:
+            # never two models in memory
+            model = None
+            free_memory()
+            model, loaded = load_file(part.model, settings.get("weight_dtype", "default"))[0], part.model
+        semantic = part.semantic and read_expert_file(part.semantic, "semantic", model, f"semantic is {part.semantic}")
+        part.output.parent.mkdir(parents=True, exist_ok=True)
+        if data is None:
+            with processes.first_alone():
+                # the other processes then find everything encoded
+                data, vae = load_data(settings, folder, model)
+            for path, saved in finished.values():
+                saved.check(saved.config, {**saved.identity, "data": data.fingerprint}, path)
+        if part is not parts[-1]:
+            check_memory(part, parts[-1], model, data, bases)
+        lines.append(train_part(part, model, data, vae, semantic, bases, processes))
+    return "\n".join(lines)
+
+
+def train_part(
+    part: Part, model: Any, data: Dataset, vae: Any, semantic: Expert | None, bases: Bases, processes: Processes
+) -> str:
+    """Train one expert and save it. Returns what was done."""
+    start = part.start
     # not kept in a variable: a full fine-tune is as large as the model
     result = train_expert(
         model,
         data,
-        config,
-        checkpoints,
+        part.config,
+        part.checkpoints,
         semantic=semantic,
+        bases=bases,
         vae=vae,
-        start=read_expert_file(start, side, model, f"continue_from is {start}") if start is not None else None,
+        start=read_expert_file(start, part.side, model, f"continue_from is {start}") if start else None,
     )
     if processes.first:
-        save_expert(output, result.expert, model)
+        save_expert(part.output, result.expert, model)
         for term, plot in plots_of(result).items():
             picture = io.BytesIO()
             plot.save(picture, "PNG")
-            write_bytes(checkpoints / f"loss_{term}.png", picture.getvalue())
-    lines = [f"{result.expert}, {counted(len(result.history), 'step')}.", result.resumed, f"Saved to {output}"]
+            write_bytes(part.checkpoints / f"loss_{term}.png", picture.getvalue())
+    processes.wait()
+    lines = [f"{result.expert}, {counted(len(result.history), 'step')}.", result.resumed, f"Saved to {part.output}"]
     return "\n".join(filter(None, lines))
 
 
-def default_checkpoints(folder: Path, name: str) -> Path:
-    """The default folder for a run's checkpoints.
-
-    It is not next to the output: in the LoRA folder, the host would list every checkpoint as a LoRA.
-    """
-    former = folder / f"{name}_states"  # a run that an earlier version started
-    return former if former.is_dir() else folder / f"{name}_checkpoints"
-
-
-def path_in(folder: Path, name: str, given: Any) -> Path:
-    """The path in the setting `name`.
+def check_memory(first: Part, last: Part, model: Any, data: Dataset, bases: Bases) -> None:
+    """Refuse before the first part if the last part's training does not fit into memory. Its model is as large as this one.
 
     Raises:
-        TrainingError: not a path.
+        TrainingError: says what to change.
     """
-    if not isinstance(given, str) or not given:
-        raise TrainingError(f"`{name}` is {given!r}; expected a path.")
-    return folder / Path(given).expanduser()
+    if last.checkpoints.is_dir():
+        return
+    family = require_family(model)
+    # none is trained yet
+    semantic = first_expert(model, family, first.config.for_family(family), None, None) if bases is None else None
+    boundary = pair_boundary(model, family, last.config) if bases else None
+    config = last.config.for_family(family, boundary)
+    logger.info("The memory that the %s expert's training will need:", last.side)
+    train_expert(model, data, config, last.checkpoints, semantic=semantic, trial=True)
+
+
+def free_memory() -> None:
+    """Free what a part has left: its model, on the device and in system memory."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
 
 
 def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Dataset, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from ....dcm_core.errors import ScheduleError, counted
 from ....dcm_core.experts.expert import Expert, expert_id, size_of, write_expert
 from ....dcm_core.families import Family
 from ....dcm_core.inspection.loss_plot import plot_losses
-from ....dcm_core.routing import SAME_BOUNDARY, own_boundary, split_sigmas
+from ....dcm_core.pair import Fingerprint
+from ....dcm_core.routing import SAME_BOUNDARY, Side, own_boundary, split_sigmas
 from ....dcm_core.schedule import sigmas_from_timesteps
 from ....dcm_core.text import LOGGER
 from ..compat import gradients
@@ -45,6 +47,7 @@ from .base import (
     training_base,
 )
 from .encoders import weights_id
+from .pair import bases_of, checked_pair, pair_boundary
 from .show import Show, in_words, with_experts
 
 logger = logging.getLogger(LOGGER)
@@ -85,10 +88,14 @@ def train_and_save(
     semantic_lora: str = NONE,
     semantic_expert: Expert | None = None,
     *,
+    other_model: Any = None,
     vae: Any = None,
     node_id: str | None = None,
 ) -> Run:
     """Train under a name: checkpoints in the output folder, the expert among the host's LoRAs.
+
+    Args:
+        other_model: the low-noise or the high-noise model, if MODEL is the other one of the two.
 
     Raises:
         DCMError: anything that does not fit, before any training.
@@ -102,10 +109,14 @@ def train_and_save(
         semantic_lora, "semantic", model, "semantic_lora"
     )
     start = load_expert(continue_from, config.side, model, "continue_from")
-    result = train_expert(model, data, config, folder, start=start, semantic=semantic, vae=vae, node_id=node_id)
+    bases = None if other_model is None else bases_of(model, other_model, config.side)
+    result = train_expert(
+        model, data, config, folder, start=start, semantic=semantic, bases=bases, vae=vae, node_id=node_id
+    )
     save_expert(file, result.expert, model)
     plots = torch.cat([as_image(plot) for plot in plots_of(result).values()])
-    return Run(with_experts(model, result.expert, semantic), result, file, plots)
+    under = None if result.expert.pair else semantic
+    return Run(with_experts(model, result.expert, under), result, file, plots)
 
 
 def plots_of(result: Result) -> dict[str, Image.Image]:
@@ -121,21 +132,31 @@ def train_expert(
     *,
     start: Expert | None = None,
     semantic: Expert | None = None,
+    bases: Mapping[Side, Fingerprint] | None = None,
     vae: Any = None,
     node_id: str | None = None,
-) -> Result:
+    trial: bool = False,
+) -> Result | None:
     """Train, or resume from the checkpoints in `folder`. MODEL is unchanged afterwards.
 
     Args:
         start: an expert to start from, instead of one that changes nothing.
-        semantic: the semantic expert under a detail expert.
+        semantic: the semantic expert under a detail expert, or that of the other one of two models.
+        bases: the two models of which MODEL is one; None takes those of `semantic` or `start`.
+        trial: only find out whether the run fits into memory.
 
     Raises:
         DCMError: data, settings or a checkpoint that does not fit.
     """
     family = require_family(model)
-    config = config.for_family(family, shared_boundary(config, start, semantic))
+    bases = bases or next((expert.pair.bases for expert in (semantic, start) if expert and expert.pair), None)
+    boundary = shared_boundary(config, start, semantic)
+    config = config.for_family(family, boundary or (bases and pair_boundary(model, family, config)))
     check_form(model, config, family, start, semantic)
+    pair = bases and checked_pair(bases, model, config, family, semantic)
+    if pair is not None:
+        # it works on the other model, above the boundary
+        semantic = None
     check_data(model, data, vae)
     # raises if held_out is too large
     data.split(config.held_out, config.seed)
@@ -152,7 +173,7 @@ def train_expert(
         if config.rank == 0:
             # as large as the model, so refused before it is made
             check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
-        expert = first_expert(base, family, config, start, semantic)
+        expert = replace(first_expert(base, family, config, start, semantic), pair=pair)
         hold(base, check_fits(base, config, FLOAT32 * size_of(expert), beside))
         show = Show(base, semantic, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
         trainer = Trainer(
@@ -172,6 +193,8 @@ def train_expert(
         # the trainer keeps its own copy
         del expert, start
         memory = make_room(trainer, base, config, node_id)
+        if trial:
+            return None
         with interrupted_at_exit():
             return trainer.run()
 

@@ -22,6 +22,7 @@ from ....dcm_core.errors import DCMError
 from ....dcm_core.experts.expert import Expert
 from ....dcm_core.families import FAMILIES
 from ....dcm_core.inspection.loss_plot import plot_losses
+from ....dcm_core.routing import split_sigmas
 from ....dcm_core.schedule import sigmas_from_timesteps
 from ....dcm_core.text import LOGGER
 from ..experts.attach import attach_experts
@@ -118,7 +119,7 @@ class Show:
             model = with_experts(self.model, expert, self.semantic)
             extras = {"guidance": self.config.guidance}
             conditioning = [[context.clone(), {**extras, **more}] for context, more in self.data.conditioning(0)]
-            latent = sample_latent(model, conditioning, self.data.shape(0), expert, self.config.seed)
+            latent = sample_latent(model, conditioning, self.data.latent(0), expert, self.config.seed)
             self.picture = preview_strip(model, latent)
             if self.vae is not None:
                 latent = model.model.process_latent_out(latent)
@@ -142,14 +143,31 @@ def with_experts(model: Any, expert: Expert, other: Expert | None) -> Any:
     return attach_experts(model, expert, other)
 
 
-def sample_latent(model: Any, conditioning: Any, shape: tuple[int, ...], expert: Expert, seed: int) -> Tensor:
-    """One video by the host's Euler sampler on the expert's own schedule, in the transformer's latent space."""
+def sample_latent(model: Any, conditioning: Any, clip: Tensor, expert: Expert, seed: int) -> Tensor:
+    """One video by the host's Euler sampler on the expert's own schedule, in the transformer's latent space.
+
+    The other one of two models is not loaded: its steps are left out. The semantic expert then gives its last estimate above
+    the boundary. The detail expert starts at the boundary, from `clip` with noise.
+    """
     guider = make_guider(model, conditioning, None, cfg=1.0)
-    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn((1, *clip.shape), generator=torch.Generator().manual_seed(seed))
+    start, sigmas = torch.zeros_like(noise), sigmas_from_timesteps(expert.timesteps)
+    if expert.pair is not None:
+        high, low = split_sigmas(sigmas, expert.boundary)
+        start, sigmas = (start, high) if expert.role == "semantic" else (clip.clone().float()[None], low)
+    estimates: list[Tensor] = []
     sampler = comfy.samplers.sampler_object("euler")
     out = guider.sample(
-        noise, torch.zeros_like(noise), sampler, sigmas_from_timesteps(expert.timesteps), disable_pbar=True, seed=seed
+        noise,
+        start,
+        sampler,
+        sigmas,
+        callback=lambda step, denoised, x, steps: estimates.append(denoised),
+        disable_pbar=True,
+        seed=seed,
     )
+    if sigmas[-1] > 0:
+        return estimates[-1].float().cpu()
     return model.model.process_latent_in(out.float().cpu())
 
 
