@@ -53,18 +53,23 @@ class Pair:
         return "semantic" if share >= CLEAR else "detail" if share <= 1 - CLEAR else None
 
 
-def make_pair(bases: Mapping[Side, Fingerprint], boundary: float, timesteps: Sequence[float]) -> Pair:
-    """What the experts of two models know.
+def two_bases(semantic: Fingerprint, detail: Fingerprint) -> dict[Side, Fingerprint]:
+    """The fingerprints of two models.
 
     Raises:
-        ExpertError: both models are the same.
+        ExpertError: both are the same model.
     """
-    semantic, detail = (tuple(bases[side]) for side in SIDES)
     if semantic == detail:
         raise ExpertError(
-            "model and detail_model have the same weights; expected the high-noise and the low-noise model. For one model, leave "
-            "detail_model out."
+            "The high-noise and the low-noise model have the same weights; expected two different models. To train both experts on one "
+            "model, leave the other one out."
         )
+    return {"semantic": semantic, "detail": detail}
+
+
+def make_pair(bases: Mapping[Side, Fingerprint], boundary: float, timesteps: Sequence[float]) -> Pair:
+    """What the experts of two models know."""
+    semantic, detail = (tuple(bases[side]) for side in SIDES)
     known = repr((semantic, detail, boundary, tuple(timesteps)))
     return Pair(hashlib.sha256(known.encode()).hexdigest()[:16], semantic, detail)
 

@@ -7,7 +7,7 @@ import torch
 
 from dcm_core.errors import ExpertError
 from dcm_core.files.metadata import level_entries, read_metadata
-from dcm_core.pair import COUNT, fingerprint, from_entry, make_pair, to_entry
+from dcm_core.pair import COUNT, fingerprint, from_entry, make_pair, to_entry, two_bases
 
 NAMES = [f"blocks.{block}.{layer}.{param}" for block in range(8) for layer in "qkvo" for param in ("weight", "bias")]
 
@@ -64,8 +64,9 @@ def test_experts_belong_together_by_models_and_noise_levels():
 
 
 def test_one_model_twice_is_refused():
-    with pytest.raises(ExpertError, match=r"model and detail_model have the same weights.*leave detail_model out"):
-        make_pair({"semantic": BASES["semantic"], "detail": BASES["semantic"]}, 0.875, (1000.0,))
+    assert two_bases(*BASES.values()) == BASES
+    with pytest.raises(ExpertError, match=r"have the same weights; expected two different models"):
+        two_bases(BASES["semantic"], BASES["semantic"])
 
 
 def test_a_pair_comes_back_from_metadata():

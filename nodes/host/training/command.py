@@ -72,6 +72,7 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
                 saved.check(saved.config, {**saved.identity, "data": data.fingerprint}, path)
         if part is not parts[-1]:
             check_memory(part, parts[-1], model, data, bases)
+        logger.info("Training the %s expert on %s", part.side, part.model.name)
         lines.append(train_part(part, model, data, vae, semantic, bases, processes))
     return "\n".join(lines)
 
@@ -90,6 +91,7 @@ def train_part(
         semantic=semantic,
         bases=bases,
         vae=vae,
+        handover=part.handover,
         start=read_expert_file(start, part.side, model, f"continue_from is {start}") if start else None,
     )
     if processes.first:
@@ -109,7 +111,8 @@ def check_memory(first: Part, last: Part, model: Any, data: Dataset, bases: Base
     Raises:
         TrainingError: says what to change.
     """
-    if last.checkpoints.is_dir():
+    if last.checkpoints.is_dir() or (bases is None and first.config.rank == 0):
+        # it was checked before, or the first part needs more
         return
     family = require_family(model)
     # none is trained yet

@@ -13,7 +13,7 @@ from ....dcm_core.families.wan import PAIR_SHIFT
 from ....dcm_core.files.checkpoint import recognise
 from ....dcm_core.files.metadata import read_metadata
 from ....dcm_core.files.tensor_file import TensorFile
-from ....dcm_core.pair import Fingerprint, make_pair
+from ....dcm_core.pair import Fingerprint, make_pair, two_bases
 from ....dcm_core.routing import SIDES, Side
 from ..experts.halves import INPUTS
 from .pair import file_fingerprint
@@ -47,6 +47,7 @@ class Part:
     Attributes:
         model: the file of its base.
         semantic: the file of the semantic expert under it.
+        handover: with two models, the file between their samples.
         start: the file of an expert to start from.
     """
 
@@ -55,6 +56,7 @@ class Part:
     model: Path
     output: Path
     checkpoints: Path
+    handover: Path | None
     semantic: Path | None = None
     start: Path | None = None
 
@@ -114,6 +116,7 @@ def parts_of(which: str, settings: dict[str, Any], folder: Path) -> list[Part]:
             path("detail_model") if two_models and side == "detail" else path("model"),
             files[side],
             checkpoints / side if two_files else checkpoints,
+            checkpoints / "boundary.safetensors" if two_models else None,
             files["semantic"]
             if which == BOTH and side == "detail" and not two_models
             else path("semantic")
@@ -165,7 +168,8 @@ def bases_in(settings: dict[str, Any], folder: Path) -> Bases:
     """The fingerprints of the two models in the settings; None for one model."""
     if "detail_model" not in settings:
         return None
-    return {side: file_fingerprint(path_in(folder, INPUTS[side], settings.get(INPUTS[side]))) for side in SIDES}
+    paths = (path_in(folder, INPUTS[side], settings.get(INPUTS[side])) for side in SIDES)
+    return two_bases(*map(file_fingerprint, paths))
 
 
 def default_checkpoints(folder: Path, name: str) -> Path:

@@ -47,7 +47,7 @@ from .base import (
     training_base,
 )
 from .encoders import weights_id
-from .pair import bases_of, checked_pair, pair_boundary
+from .pair import bases_of, checked_pair, known_bases, pair_boundary
 from .show import Show, in_words, with_experts
 
 logger = logging.getLogger(LOGGER)
@@ -135,6 +135,7 @@ def train_expert(
     bases: Mapping[Side, Fingerprint] | None = None,
     vae: Any = None,
     node_id: str | None = None,
+    handover: Path | None = None,
     trial: bool = False,
 ) -> Result | None:
     """Train, or resume from the checkpoints in `folder`. MODEL is unchanged afterwards.
@@ -143,17 +144,18 @@ def train_expert(
         start: an expert to start from, instead of one that changes nothing.
         semantic: the semantic expert under a detail expert, or that of the other one of two models.
         bases: the two models of which MODEL is one; None takes those of `semantic` or `start`.
+        handover: see `Show`.
         trial: only find out whether the run fits into memory.
 
     Raises:
         DCMError: data, settings or a checkpoint that does not fit.
     """
     family = require_family(model)
-    bases = bases or next((expert.pair.bases for expert in (semantic, start) if expert and expert.pair), None)
+    bases = bases or known_bases(model, config.side, (semantic, start))
     boundary = shared_boundary(config, start, semantic)
     config = config.for_family(family, boundary or (bases and pair_boundary(model, family, config)))
     check_form(model, config, family, start, semantic)
-    pair = bases and checked_pair(bases, model, config, family, semantic)
+    pair = bases and checked_pair(bases, config, family, semantic)
     if pair is not None:
         # it works on the other model, above the boundary
         semantic = None
@@ -175,7 +177,7 @@ def train_expert(
             check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
         expert = replace(first_expert(base, family, config, start, semantic), pair=pair)
         hold(base, check_fits(base, config, FLOAT32 * size_of(expert), beside))
-        show = Show(base, semantic, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
+        show = Show(base, semantic, config, data, folder, node_id, lambda: hold(base, memory.step), vae, handover)
         trainer = Trainer(
             backbone,
             data,

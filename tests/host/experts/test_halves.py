@@ -118,7 +118,7 @@ def test_a_pair_is_sampled_at_its_own_levels(node, attached):
 
 def test_models_in_each_other_s_place_are_refused(node, attached, bases):
     error = (
-        r"detail_model is the high-noise model of the two that my_|model is the low-noise model of the two that '?my_"
+        r"detail_model is the high-noise model of the two that 'my_|model is the low-noise model of the two that 'my_"
     )
     for model, detail_model in (
         (attached["detail"], attached["semantic"]),

@@ -131,6 +131,7 @@ def test_one_command_trains_both_experts_as_one_pair(both):
     assert steps_in(folder / "x_checkpoints" / "semantic") == [2]
     assert steps_in(folder / "x_checkpoints" / "detail") == [3]
     assert (folder / "x_checkpoints" / "detail" / "loss_huber.png").is_file()
+    assert (folder / "x_checkpoints" / "boundary.safetensors").is_file(), "between the samples"
 
 
 def test_one_model_is_in_memory_at_a_time(both):
@@ -250,7 +251,7 @@ def test_memory_of_both_parts_is_checked_before_the_first(folder, command, modul
 @pytest.mark.parametrize(
     ("which", "more", "error"),
     [
-        ("both", {"detail_model": "high.safetensors"}, "model and detail_model have the same weights"),
+        ("both", {"detail_model": "high.safetensors"}, "high-noise and the low-noise model have the same weights"),
         ("both", {"semantic": "a.safetensors"}, "`semantic` is 'a.safetensors', but both experts are trained"),
         ("detail", {"semantic": "a.safetensors"}, "with detail_model each expert has a model of its own"),
         ("both", {"continue_from": "a.safetensors"}, "`continue_from` is 'a.safetensors', but both experts"),
@@ -258,6 +259,7 @@ def test_memory_of_both_parts_is_checked_before_the_first(folder, command, modul
         ("both", {"training": {"detail": {"stepz": 3}}}, "Unknown setting stepz"),
         ("both", {"training": {"shared": True}}, "shared is true, but with two models"),
         ("both", {"output": "x.safetensors", "dataset": "x_detail.safetensors"}, "dataset is x_detail.safetensors, which"),
+        ("both", {"detail_model": "data.safetensors"}, r"data\.safetensors is something else; expected a Wan model file"),
         ("both", {"detail_model": 5}, "`detail_model` is 5; expected a path"),
     ],
 )  # fmt: skip
@@ -285,35 +287,48 @@ def test_the_command_line_has_it(again):
 # Samples
 
 
-def test_samples_are_made_by_the_half_that_is_there(pair, module, data, random_expert):
+@pytest.fixture
+def halves(pair, module, random_expert):
+    """side -> (its model with an expert, the expert)."""
+    attach, two = module("nodes.host.experts.attach").attach_experts, module("dcm_core.pair")
+    bases = {side: module("nodes.host.experts.halves").model_fingerprint(model) for side, model in pair.items()}
+    known = {"boundary": 0.875, "timesteps": (1000.0, 960.0, 800.0, 500.0)}
+    known["pair"] = two.make_pair(bases, *known.values())
+    experts = {
+        side: dataclasses.replace(random_expert(model, side, replaced=False), **known) for side, model in pair.items()
+    }
+    return {side: (attach(model, **{side: experts[side]}), experts[side]) for side, model in pair.items()}
+
+
+def test_samples_are_made_by_the_half_that_is_there(halves, module, data):
     """The semantic expert's is its estimate at the boundary; the detail expert's begins with a clip and noise."""
-    show, attach = module("nodes.host.training.show"), module("nodes.host.experts.attach")
-    pairs, halves = module("dcm_core.pair"), module("nodes.host.experts.halves")
-    bases = {side: halves.model_fingerprint(model) for side, model in pair.items()}
-    timesteps = (1000.0, 960.0, 800.0, 500.0)
-    known = pairs.make_pair(bases, 0.875, timesteps)
-    seen = {}
+    seen = {side: [] for side in halves}
+    for side, (model, expert) in halves.items():
+        prepared = model.clone()
 
-    def attached(model, expert):
-        """The model with the expert, and a list that gets the sigmas of its calls."""
-        sigmas = []
-
-        def call(executor, x, t, *args, **more):
-            sigmas.append(float(t))
+        def call(executor, x, t, *args, found=seen[side], **more):
+            found.append(float(t))
             return executor(x, t, *args, **more)
 
-        prepared = attach.attach_experts(model, **{expert.role: expert})
         prepared.add_wrapper_with_key("apply_model", "seen", call)
-        return prepared, sigmas
-
-    for side, model in pair.items():
-        expert = dataclasses.replace(random_expert(model, side, replaced=False), boundary=0.875, timesteps=timesteps)
-        prepared, seen[side] = attached(model, dataclasses.replace(expert, pair=known))
-        latent = show.sample_latent(
-            prepared, data.conditioning(0), data.latent(0), dataclasses.replace(expert, pair=known), 0
-        )
+        show = module("nodes.host.training.show")
+        latent = show.sample_latent(prepared, data.conditioning(0), data.latent(0), expert, 0)
         assert latent.shape == (1, *data.shape(0)) and latent.isfinite().all()
     assert seen == {"semantic": pytest.approx([1.0, 0.96]), "detail": pytest.approx([0.8, 0.5])}
+
+
+def test_samples_of_both_parts_are_one_trajectory(halves, module, data, tmp_path):
+    """The detail expert's sample starts where the semantic expert's ended, and is that of both models together."""
+    show, run = module("nodes.host.training.show"), module("nodes.host.sampling.run")
+    for model, expert in halves.values():
+        found = show.sample_latent(
+            model, data.conditioning(0), data.latent(0), expert, 0, tmp_path / "boundary.safetensors"
+        )
+    (high, semantic), (low, _) = halves.values()
+    model, _ = run.prepare_model(high, detail_model=low)
+    plain = dataclasses.replace(semantic, pair=None)
+    together = show.sample_latent(model, data.conditioning(0), data.latent(0), plain, 0)
+    assert (found - together).norm() / together.norm() < 1e-5
 
 
 # The nodes
@@ -325,23 +340,25 @@ NO_FILES = {"semantic_lora": "none", "detail_lora": "none"}
 
 
 @pytest.fixture(scope="module")
-def trained(node, pair, data, models, tmp_path_factory):
-    """side -> output of the training node. Checkpoints are in a folder of their own, and the experts are removed at the end."""
+def output(pack, models, tmp_path_factory):
+    """The host's output folder; the experts are removed at the end."""
     import folder_paths
 
-    high, low = pair.values()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder_paths, "output_directory", str(tmp_path_factory.mktemp("output")))
-        semantic = node(
-            "DCMTrainSemanticExpert", model=high, detail_model=low, dataset=data, name="one", **SEMANTIC | AUTO
-        )
-        expert = semantic.result[1]
-        detail = node(
-            "DCMTrainDetailExpert", model=low, dataset=data, name="two", semantic_expert=expert, **DETAIL | AUTO
-        )
-        yield {"semantic": semantic, "detail": detail}
+        yield
     for path in (models / "loras" / "dcm").glob("*"):
         path.unlink()
+
+
+@pytest.fixture(scope="module")
+def trained(node, pair, data, output):
+    """side -> output of the training node."""
+    high, low = pair.values()
+    semantic = node("DCMTrainSemanticExpert", model=high, detail_model=low, dataset=data, name="one", **SEMANTIC | AUTO)
+    expert = semantic.result[1]
+    detail = node("DCMTrainDetailExpert", model=low, dataset=data, name="two", semantic_expert=expert, **DETAIL | AUTO)
+    return {"semantic": semantic, "detail": detail}
 
 
 def plan(node, model, detail_model=None, **more):
@@ -392,15 +409,24 @@ def test_the_detail_expert_of_a_pair_needs_the_other_model_and_the_same_levels(t
         high, r"low-noise model, but model is the high-noise model that the trained semantic expert was trained for"
     )
     refused(wan(layers=1, seed=9), r"but model is neither the high-noise nor the low-noise model")
-    refused(low, r"need the same boundary, shift and sample_steps", shift=6.0)
+    refused(low, r"need the same models, boundary, shift and sample_steps", shift=6.0)
     refused(low, r"boundary is 0\.8, but the semantic expert was made for 0\.875", boundary=0.8)
+
+
+def test_a_detail_expert_is_trained_with_its_two_models_alone(trained, node, pair, data, output):
+    """Without the semantic expert, which may be trained later or elsewhere."""
+    high, low = pair.values()
+    found = node(
+        "DCMTrainDetailExpert", model=low, semantic_model=high, dataset=data, name="three", **DETAIL | AUTO
+    ).result[1]
+    assert found.pair == trained["semantic"].result[1].pair and same(found, trained["detail"].result[1])
 
 
 @pytest.mark.parametrize("clone", [False, True])
 def test_one_model_is_not_a_pair(clone, node, pair, data):
     high = pair["semantic"]
     other = high.clone() if clone else high
-    with pytest.raises(ValueError, match=r"have the same weights; expected the high-noise and the low-noise model"):
+    with pytest.raises(ValueError, match=r"have the same weights; expected two different models"):
         node("DCMTrainSemanticExpert", model=high, detail_model=other, dataset=data, name="x", **SEMANTIC | AUTO)
 
 
