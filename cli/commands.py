@@ -203,8 +203,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=inspect)
 
-    command = commands.add_parser("train", help="train an expert, or resume an interrupted run")
-    command.add_argument("expert", choices=["semantic", "detail"], help="which expert to train")
+    command = commands.add_parser("train", help="train experts, or resume an interrupted run")
+    command.add_argument(
+        "expert", choices=["semantic", "detail", "both"], help="which expert to train; both trains one after the other"
+    )
     command.add_argument(
         "--config", type=Path, required=True, help=f"settings in a .json or .toml file ({TRAINING_PAGE})"
     )

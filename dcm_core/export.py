@@ -278,7 +278,7 @@ def _metadata(view: ExpertView) -> dict[str, str]:
     """The format that other tools expect, and our own entries, so that the expert is recognised when it is loaded."""
     metadata = view.metadata
     side = {} if metadata.side is None else {"dcm.expert": metadata.side}
-    levels = level_entries(metadata.boundary, metadata.timesteps)
+    levels = level_entries(metadata.boundary, metadata.timesteps, metadata.pair)
     return {"format": "pt", "dcm.family": view.family.name, **side, **levels}
 
 

@@ -125,6 +125,7 @@ def write_release(
         None if semantic is None else ExpertView(semantic, model.family, shapes, "semantic"),
     )
     _check_base(parts, dtype)
+    _check_pairs(parts)
     _check_boundaries(parts)
     ranks, lora_dtype = _check_detail(parts)
     rank = _rank(rank, ranks)
@@ -165,6 +166,15 @@ def _check_base(parts: _Parts, dtype: torch.dtype | None) -> None:
             f"{path} is stored in fp8 ({name_some(small)}), which the official code cannot run. Set dtype to bfloat16, or choose the "
             "bf16, fp16 or fp32 version of the model."
         )
+
+
+def _check_pairs(parts: _Parts) -> None:
+    for view in (parts.detail, parts.semantic):
+        if view is not None and view.metadata.pair is not None:
+            raise ExpertError(
+                f"{view.file.path} was trained on one of two models (Wan 2.2 A14B), but a release has one base. Export each expert as a "
+                "PEFT adapter or a diffusers LoRA."
+            )
 
 
 def _check_boundaries(parts: _Parts) -> None:

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from ..dcm_core.errors import counted
 from ..dcm_core.schedule import AUTO
 from .host.compat import advanced, newer
+from .host.experts.halves import missing_half
 from .host.experts.route import step_cache_note
 from .host.report import report, show
 from .host.sampling.plan import announce
@@ -183,6 +184,7 @@ class DCMSampler(io.ComfyNode):
         sampler_name: str = EULER,
     ) -> io.NodeOutput:
         chosen_sampler = choose_sampler(sampler, sampler_name)
+        half = missing_half(model, detail_model)
         model, boundary = prepare_model(model, boundary, detail_model, cfg, detail_cfg)
         notes: list[str] = []
         if sigmas is None:
@@ -193,7 +195,7 @@ class DCMSampler(io.ComfyNode):
             model = with_shift(model, schedule, shift)
         plan = plan_run(model, sigmas, boundary)
         guider = make_guider(model, positive, negative, cfg, detail_cfg)
-        notes += filter(None, [memory_warning(guider, latent_image)])
+        notes += filter(None, [half, memory_warning(guider, latent_image)])
         lines = [describe_run(model, plan), *notes]
         report("\n".join(lines), cls.hidden.unique_id)
         announce(sigmas, plan, notes, cls.hidden.unique_id)

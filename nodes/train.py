@@ -113,6 +113,16 @@ def outputs() -> list[io.Output]:
     ]
 
 
+DETAIL_MODEL_TIP = (
+    "The low-noise model, if model is the high-noise one of two (Wan 2.2 A14B). The expert is then trained for boundary 0.875 (text to "
+    "video) or 0.9 (image to video), and its file knows both models."
+)
+SEMANTIC_MODEL_TIP = (
+    "The high-noise model, if model is the low-noise one of two (Wan 2.2 A14B). The expert is then trained on model alone, for boundary "
+    "0.875 (text to video) or 0.9 (image to video), and its file knows both models."
+)
+
+
 class DCMTrainSemanticExpert(io.ComfyNode):
     """MODEL + clips -> the expert for layout and motion."""
 
@@ -132,6 +142,7 @@ class DCMTrainSemanticExpert(io.ComfyNode):
                 setting_input("semantic", "temporal_weight", seldom=True),
                 *last_inputs("semantic"),
                 *further_inputs("semantic"),
+                io.Model.Input("detail_model", optional=True, tooltip=DETAIL_MODEL_TIP),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
@@ -153,10 +164,20 @@ class DCMTrainSemanticExpert(io.ComfyNode):
         accumulate: int,
         continue_from: str = NONE,
         vae: Any = None,
+        detail_model: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
         config = TrainingConfig("semantic", gradient_accumulation_steps=accumulate, **settings)
-        run = train_and_save(model, dataset, config, name, continue_from, vae=vae, node_id=cls.hidden.unique_id)
+        run = train_and_save(
+            model,
+            dataset,
+            config,
+            name,
+            continue_from,
+            other_model=detail_model,
+            vae=vae,
+            node_id=cls.hidden.unique_id,
+        )
         return io.NodeOutput(run.model, run.expert, str(run.file), run.plots, ui=report(str(run), cls.hidden.unique_id))
 
 
@@ -186,7 +207,8 @@ class DCMTrainDetailExpert(io.ComfyNode):
                     options=expert_names(),
                     default=NONE,
                     optional=True,
-                    tooltip="Semantic expert on top of which this expert is trained. none uses the base model alone.",
+                    tooltip="Semantic expert on top of which this expert is trained. If it was trained on the high-noise model of two "
+                    "(Wan 2.2 A14B), it only sets the boundary. none uses the base model alone.",
                 ),
                 TrainedExpert.Input(
                     "semantic_expert",
@@ -195,6 +217,7 @@ class DCMTrainDetailExpert(io.ComfyNode):
                 ),
                 setting_input("detail", "every_linear", seldom=True, optional=True),
                 *further_inputs("detail"),
+                io.Model.Input("semantic_model", optional=True, tooltip=SEMANTIC_MODEL_TIP),
             ],
             outputs=outputs(),
             hidden=[io.Hidden.unique_id],
@@ -220,6 +243,7 @@ class DCMTrainDetailExpert(io.ComfyNode):
         vae: Any = None,
         semantic_lora: str = NONE,
         semantic_expert: Any = None,
+        semantic_model: Any = None,
         **settings: Any,
     ) -> io.NodeOutput:
         config = TrainingConfig("detail", gradient_accumulation_steps=accumulate, **settings)
@@ -231,6 +255,7 @@ class DCMTrainDetailExpert(io.ComfyNode):
             continue_from,
             semantic_lora,
             semantic_expert,
+            other_model=semantic_model,
             vae=vae,
             node_id=cls.hidden.unique_id,
         )

@@ -177,7 +177,7 @@ class TrainingConfig:
     boundary: float = setting(
         0.0,
         "Sigma between the two experts, saved with the expert. Both experts need the same value. 0 uses the boundary of the "
-        "other expert, else the family's default (Wan 2.1: 0.979, HunyuanVideo: 0.982).",
+        "other expert, else the default (Wan 2.1: 0.979, HunyuanVideo: 0.982, two models: 0.875 or 0.9).",
         widget=(0.0, 1.0, 0.001),
     )
     shift: float = setting(DEFAULT_SHIFT, "Shift of the noise levels.", widget=(0.01, 100.0, None))

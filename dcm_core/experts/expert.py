@@ -18,6 +18,7 @@ from ..files.metadata import FORMAT, level_entries
 from ..files.unfinished import Unfinished
 from ..files.values import bytes_of, cast
 from ..files.writing import write_stream
+from ..pair import Pair
 from ..routing import Side
 
 FILE_PREFIX = "diffusion_model."
@@ -55,6 +56,8 @@ class Expert:
         boundary: sigma where the detail expert takes over, if the file says so.
         timesteps: the schedule it was trained for, if the file says so.
         notes: what the user should know about how its file was read, one sentence each.
+        pair: for an expert of one of two full models.
+        source: name of its file; empty directly after training.
     """
 
     family: str
@@ -65,6 +68,8 @@ class Expert:
     boundary: float | None = None
     timesteps: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()
+    pair: Pair | None = None
+    source: str = ""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -265,4 +270,4 @@ def expert_metadata(expert: Expert, count: int) -> dict[str, str]:
     }
     if len(expert.ranks) == 1 and len(scales) == 1:
         metadata |= {"dcm.rank": str(expert.ranks[0]), "dcm.alpha": f"{expert.ranks[0] * scales.pop():g}"}
-    return metadata | level_entries(expert.boundary, expert.timesteps)
+    return metadata | level_entries(expert.boundary, expert.timesteps, expert.pair)

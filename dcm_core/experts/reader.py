@@ -82,6 +82,8 @@ def read_expert(
         boundary=parsed.boundary,
         timesteps=parsed.timesteps,
         notes=(*default_scale.notes, *(_left_out_note(why, keys) for why, keys in left_out.items())),
+        pair=parsed.pair,
+        source="" if path is None else path.name,
     )
 
 

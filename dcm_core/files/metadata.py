@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExpertError
+from ..pair import Pair, from_entry, to_entry
 from ..routing import SIDES
 from ..text import given, one_line
 
@@ -55,6 +56,7 @@ class ExpertMetadata:
         rank, alpha: rank and alpha of one low-rank update, before any stacking.
         boundary: a sigma.
         timesteps: falling, within 0 to 1000.
+        pair: for an expert of one of two full models.
     """
 
     family: str | None = None
@@ -65,6 +67,7 @@ class ExpertMetadata:
     alpha: float | None = None
     boundary: float | None = None
     timesteps: tuple[float, ...] | None = None
+    pair: Pair | None = None
 
 
 def read_metadata(metadata: Mapping[str, str]) -> ExpertMetadata:
@@ -88,16 +91,21 @@ def read_metadata(metadata: Mapping[str, str]) -> ExpertMetadata:
         _number(metadata, "dcm.alpha", "a number"),
         boundary,
         _timesteps(metadata),
+        _pair(metadata),
     )
 
 
-def level_entries(boundary: float | None, timesteps: Sequence[float] | None) -> dict[str, str]:
-    """The `dcm.*` entries of an expert's noise levels, as `read_metadata` reads them; none for None."""
+def level_entries(
+    boundary: float | None, timesteps: Sequence[float] | None, pair: Pair | None = None
+) -> dict[str, str]:
+    """The `dcm.*` entries of an expert's noise levels and of its two models, as `read_metadata` reads them; none for None."""
     entries = {}
     if boundary is not None:
         entries["dcm.boundary"] = repr(boundary)
     if timesteps is not None:
         entries["dcm.timesteps"] = json.dumps(timesteps)
+    if pair is not None:
+        entries["dcm.pair"] = json.dumps(to_entry(pair))
     return entries
 
 
@@ -147,6 +155,18 @@ def _timesteps(metadata: Mapping[str, str]) -> tuple[float, ...] | None:
     ):
         raise _bad_entry("dcm.timesteps", text, "falling numbers within 0 to 1000, such as [1000.0, 912.4]")
     return tuple(map(float, steps))
+
+
+def _pair(metadata: Mapping[str, str]) -> Pair | None:
+    if (text := metadata.get("dcm.pair")) is None:
+        return None
+    try:
+        found = from_entry(parse_json(text, "dcm.pair"))
+    except ExpertError:
+        found = None
+    if found is None:
+        raise _bad_entry("dcm.pair", text, "an id and a list of numbers for each of two models")
+    return found
 
 
 def _is_number(value: object) -> bool:

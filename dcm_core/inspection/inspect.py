@@ -28,6 +28,7 @@ class Inspection:
 
     Attributes:
         unplaced: keys of a LoRA in an unknown naming.
+        two_models: the id that its file shares with the expert of the other one of two models.
         known: how many of a LoRA's keys its family has a layer for.
         fits: how many of the expert's keys fit the model it was compared with.
         checksum: the checksum of one of our own files, if its content matches.
@@ -45,6 +46,7 @@ class Inspection:
     alpha: str | None
     boundary: str | None
     timesteps: str | None
+    two_models: str | None
     unplaced: tuple[str, ...]
     known: str | None
     fits: str | None
@@ -63,6 +65,7 @@ class Inspection:
             "alpha": self.alpha,
             "boundary": self.boundary,
             "timesteps": self.timesteps,
+            "two models": self.two_models,
             "odd keys": name_some(self.unplaced) if self.unplaced else None,
             "known keys": self.known,
             "fit model": self.fits,
@@ -127,6 +130,7 @@ def inspect_file(path: str | os.PathLike, target: Target | None = None, progress
         alpha="; ".join(filter(None, (_alpha(file, metadata, names), *scales))) or None,
         boundary=repr(metadata.boundary) if metadata.boundary else f"{preset.boundary:g}" if preset else None,
         timesteps=json.dumps(timesteps) if (timesteps := metadata.timesteps or (preset and preset.timesteps)) else None,
+        two_models=metadata.pair.id if metadata.pair else None,
         unplaced=tuple(key for key, name in names.items() if name is None) if is_lora else (),
         known=str(match_expert(shapes, family, AnyModel(family))) if is_lora and family else None,
         fits=target.say(shapes, family) if target and expert else None,

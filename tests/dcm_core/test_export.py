@@ -21,7 +21,9 @@ from dcm_core.export import DIFFUSERS, PEFT, export_expert
 from dcm_core.families import HUNYUAN_VIDEO, WAN
 from dcm_core.families.keymap import unfuse
 from dcm_core.files import unfinished
+from dcm_core.files.metadata import level_entries, read_metadata
 from dcm_core.files.tensor_file import TensorFile
+from dcm_core.pair import make_pair
 from dcm_core.release import write_release
 
 from .conftest import make_release, without_experts
@@ -194,6 +196,15 @@ def test_an_adapter_comes_back_as_the_expert(family, files, tmp_path):
         for mine, theirs in zip(ours, pairs, strict=True):
             assert (mine.scale, mine.start) == (theirs.scale, theirs.start)
             assert torch.equal(mine.down, theirs.down) and torch.equal(mine.up, theirs.up)
+
+
+@pytest.mark.parametrize(("to", "file"), [(PEFT, "adapter_model.safetensors"), (DIFFUSERS, "")])
+def test_an_expert_of_two_models_stays_one(to, file, files, save, tmp_path):
+    pair = make_pair({"semantic": (1.0, 2.0), "detail": (1.0, 3.0)}, 0.875, (1000.0,))
+    levels = level_entries(0.875, (1000.0,), pair)
+    half = save(load_file(files[1]), "half.safetensors", TensorFile(files[1]).metadata | levels)
+    export_expert(half, tmp_path / "out", to)
+    assert read_metadata(TensorFile(tmp_path / "out" / file).metadata).pair == pair
 
 
 def test_a_release_gives_its_detail_expert(family, files, save, tmp_path):

@@ -18,6 +18,7 @@ from dcm_core.families import HUNYUAN_VIDEO, WAN
 from dcm_core.files import unfinished, writing
 from dcm_core.files.checkpoint import Layout, recognise, semantic_state_dict
 from dcm_core.files.tensor_file import TensorFile
+from dcm_core.pair import make_pair
 from dcm_core.release import write_release
 
 from .conftest import make_release
@@ -282,6 +283,9 @@ def test_files_that_do_not_belong_together(save, converted, family, expert, shap
     small = save(
         {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(converted[0]).items()}, "fp8.safetensors"
     )
+    half = tmp_path / "half.safetensors"
+    pair = make_pair({"semantic": (1.0, 2.0), "detail": (1.0, 3.0)}, 0.875, (1000.0,))
+    write_expert(half, replace(expert, pair=pair), shapes)
     odd = save(load_file(converted[0]) | {"strange.weight": torch.ones(1)}, "odd.safetensors")
     base, detail = converted
     for message, *paths in (
@@ -293,6 +297,7 @@ def test_files_that_do_not_belong_together(save, converted, family, expert, shap
             detail,
             detail,
         ),
+        (r"half\.safetensors was trained on one of two models .* one base\. Export each expert as", base, half),
         (r"for boundary 0\.9\d+, the semantic expert for 0\.5\. Choose two", base, detail, semantic),
         (r"expert or LoRA; expected a Wan or HunyuanVideo model file", detail, detail),
         (r"native layout; expected an expert file", base, base),

@@ -24,7 +24,7 @@ GRAPHS = {path.stem: read(path) for path in WORKFLOWS}
 CONVERT, EXPERT_FILES = "DCM convert and extract", "DCM Wan 2.1 text to video (expert files)"
 TWO_MODELS, COMPARED = "DCM Wan 2.2 text to video (two models)", "DCM Wan 2.1 one and two experts compared"
 FROM_IMAGE = "DCM Wan 2.2 image to video"
-TRAINING = "DCM small world training (CPU)"
+TRAINING, TRAINING_TWO = "DCM small world training (CPU)", "DCM Wan 2.2 training (two models)"
 
 # Title -> what its DCM Samplers say.
 WAN = "step 1-3 semantic, 4-6 detail, boundary 0.979"
@@ -41,6 +41,7 @@ PLANS = {
     CONVERT: [],
     "DCM small world (CPU)": [SMALL_WORLD],
     TRAINING: [SMALL_WORLD],
+    TRAINING_TWO: ["step 1-2 semantic, 3-4 detail, boundary 0.875"],
 }
 
 each_workflow = pytest.mark.parametrize("title", GRAPHS)
@@ -169,6 +170,8 @@ SMALLER = {
 }
 # Empties the host's cache, which holds what the last prompt gave: what is in it does not run again, and says nothing.
 NOTHING = {"1": {"class_type": "PreviewAny", "inputs": {"source": ""}}}
+# It would need a text encoder.
+CLIPS = {"class_type": "DCMLoadDataset", "inputs": {"file_name": "zz_dcm_small_world.safetensors"}}
 PROMPTS = {"CLIPLoader": "prompt.safetensors", "DualCLIPLoader": "hunyuan.safetensors"}
 
 
@@ -180,6 +183,8 @@ def small_prompt(title, info, graph=None):
         if kind == "CLIPTextEncode":
             loader = prompt[inputs["clip"][0]]["class_type"]
             node.update(class_type="DCMLoadConditioning", inputs={"name": PROMPTS[loader]})
+        elif kind == "DCMVideoDataset":
+            node.update(CLIPS)
         elif "Train" in kind or "small world" not in title:
             inputs |= SMALLER.get(kind, {})
     return {number: node for number, node in prompt.items() if node["class_type"] not in PROMPTS}

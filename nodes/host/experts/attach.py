@@ -26,6 +26,7 @@ from ....dcm_core.families import FAMILIES, Family
 from ....dcm_core.families.lora_names import unwrapped
 from ....dcm_core.routing import Setup, Side, check_boundary, own_boundary, own_timesteps
 from ..saving import allow_saving, refuse_saving
+from .halves import check_halves, name_of
 from .prepare import is_own, prepare_run
 from .route import KEY, AttachedExperts, attached_experts, route_call
 
@@ -101,9 +102,10 @@ def attach_experts(
         stacked: the semantic expert is an ordinary LoRA on the base at all steps; otherwise each expert works only on its side.
 
     Raises:
-        ExpertError: an expert that does not fit. MODEL itself is never changed.
+        ExpertError: an expert that does not fit, or belongs on another model. MODEL itself is never changed.
     """
     family = require_family(model)
+    check_halves(model, semantic, detail)
     experts = [expert for expert in (detail, semantic) if expert is not None]
     own = own_boundary((expert.boundary for expert in experts), boundary)
     clone = detach_experts(model)
@@ -132,6 +134,11 @@ def attach_experts(
             detail=str(detail) if detail else None,
             strengths={expert.role: strength for expert, strength, _ in routed},
             own_patches=own_patches,
+            halves={
+                side: (name_of(expert), expert.pair)
+                for side, expert in (("semantic", semantic), ("detail", detail))
+                if expert is not None and expert.pair is not None
+            },
         ),
     )
     if routed:

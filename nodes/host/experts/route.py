@@ -19,6 +19,7 @@ from ....dcm_core.errors import ExpertError, name_some
 from ....dcm_core.experts.modules import RoutedExpert, is_compiled
 from ....dcm_core.experts.placing import in_place, unanswered
 from ....dcm_core.families import FAMILIES
+from ....dcm_core.pair import Pair
 from ....dcm_core.routing import Side, is_detail
 from ....dcm_core.text import LOGGER
 from ..compat import ACTIVATIONS, NEWEST_TRIED, host_version
@@ -46,6 +47,7 @@ class AttachedExperts:
         stacked: the detail expert works on top of the semantic one (as released), not independently.
         strengths: side -> strength of each routed expert.
         own_patches: base tensor -> the semantic expert's patches on it, to tell them from the user's.
+        halves: side -> file of an expert for one of two models, and what it knows of both.
     """
 
     family: str
@@ -57,6 +59,7 @@ class AttachedExperts:
     detail: str | None
     strengths: Mapping[str, float] = field(default_factory=dict)
     own_patches: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    halves: Mapping[Side, tuple[str, Pair]] = field(default_factory=dict)
 
 
 def attached_experts(model: Any) -> AttachedExperts | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ....dcm_core.errors import DCMError, ScheduleError, check_choice, counted
 from ....dcm_core.experts.modules import find_module
 from ..experts.attach import diffusion_model, model_family, with_boundary
+from ..experts.halves import check_together
 from ..report import server
 from .schedules import sampler_names
 from .setup import setup_of
@@ -37,8 +38,9 @@ def prepare_model(
         detail_cfg: 0 means the same as `cfg`.
 
     Raises:
-        DCMError: two models that do not fit together, or two sides for a model without a boundary.
+        DCMError: two models or experts that do not belong together, or two sides for a model without a boundary.
     """
+    check_together(model, detail_model)
     setup = setup_of(model, detail_model)
     if not setup.two_sides:
         detail_model = None

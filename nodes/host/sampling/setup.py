@@ -40,8 +40,7 @@ def setup_of(model: Any, detail_model: Any = None) -> Setup:
         seen=True,
         two_models=are_two(model, detail_model),
         two_sides=detail_model is not None and not are_alike(model, detail_model),
-        takes_image=getattr(diffusion_model(model), "in_dim", 0)
-        > model.get_model_object("latent_format").latent_channels,
+        takes_image=takes_image(model),
     )
     if facts is None:
         return setup
@@ -56,6 +55,11 @@ def setup_of(model: Any, detail_model: Any = None) -> Setup:
         timesteps=facts.timesteps,
         boundary=facts.boundary if facts.own_boundary else None,
     )
+
+
+def takes_image(model: Any) -> bool:
+    """Whether a MODEL takes an image: by its input channels."""
+    return getattr(diffusion_model(model), "in_dim", 0) > model.get_model_object("latent_format").latent_channels
 
 
 def video_format(model: Any) -> str:

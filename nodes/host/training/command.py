@@ -1,8 +1,8 @@
 """`python -m dcm_core train`: training from a settings file, with the host's code but without its server."""
 
+import gc
 import io
 import logging
-import os
 import tempfile
 from contextlib import suppress
 from dataclasses import fields
@@ -12,12 +12,13 @@ from typing import Any
 import comfy.model_management
 import comfy.sd
 
-from ....dcm_core.distill.config import FORMER, TrainingConfig, TrainingError, check_type, renamed
+from ....dcm_core.distill.checkpoint_file import CLIPS, DATA
+from ....dcm_core.distill.config import TrainingError, check_type, renamed
 from ....dcm_core.distill.data.clips import ClipSettings
 from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.data.dataset_file import read_dataset
 from ....dcm_core.distill.data.encode import prepare
-from ....dcm_core.distill.parallel import join
+from ....dcm_core.distill.parallel import Processes, join
 from ....dcm_core.errors import counted
 from ....dcm_core.experts.expert import Expert
 from ....dcm_core.files.tensor_file import Progress, TensorFile
@@ -25,32 +26,22 @@ from ....dcm_core.files.unfinished import write_bytes
 from ....dcm_core.routing import Side
 from ....dcm_core.text import LOGGER
 from ..experts.attach import require_family
-from ..experts.expert_files import other_side, read_expert_file
+from ..experts.expert_files import read_expert_file
 from ..experts.load import load_file
 from ..folders import data_cache
 from .encoders import host_encoders
-from .run import check_not_output, plots_of, save_expert, train_expert
+from .pair import pair_boundary
+from .parts import FORMER_SETTINGS, Bases, Part, bases_in, parts_of, path_in
+from .run import first_expert, plots_of, save_expert, train_expert
 
 logger = logging.getLogger(LOGGER)
 
-SETTINGS = {
-    "model",
-    "weight_dtype",
-    "vae",
-    "text_encoders",
-    "dataset",
-    "output",
-    "checkpoints",
-    "semantic",
-    "continue_from",
-    "training",
-}
-# names of earlier versions -> those of today
-FORMER_SETTINGS = {"states": "checkpoints"}
 
-
-def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
+def train(which: str, settings: dict[str, Any], folder: Path) -> str:
     """Run or resume training with these settings. Relative paths start at `folder`.
+
+    Args:
+        which: semantic, detail, or both, one after the other.
 
     Returns:
         What was trained, where it was resumed, and where it is saved.
@@ -63,66 +54,78 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     processes = join(comfy.model_management.get_torch_device())
     with processes.agreed():
         settings = renamed(settings, FORMER_SETTINGS)
-        config, output, checkpoints = read_settings(side, settings, folder)
+        parts = parts_of(which, settings, folder)
         if processes.first:
-            make_room_for(output)
-        model, _ = load_file(path_in(folder, "model", settings.get("model")), settings.get("weight_dtype", "default"))
-        semantic = read_expert(settings, folder, "semantic", "semantic", model)
-        # in a list, to be handed over: a full fine-tune is as large as the model
-        start = [read_expert(settings, folder, "continue_from", side, model)]
-    with processes.first_alone():
-        # the other processes then find everything encoded
-        data, vae = load_data(settings, folder, model)
-    # not kept in a variable either
-    result = train_expert(model, data, config, checkpoints, semantic=semantic, vae=vae, start=start.pop())
+            for part in parts:
+                make_room_for(part.output)
+        bases = bases_in(settings, folder)
+        finished = {part.side: found for part in parts if (found := part.finished(bases)) is not None}
+    lines = []
+    model = loaded = data = vae = None
+    for part in parts:
+        if part.side in finished:
+            lines.append(f"The {part.side} expert is already trained: {part.output}")
+            continue
+        with processes.agreed():
+            if loaded != part.model:
+                # never two models in memory
+                model = None
+                free_memory()
+                model, loaded = load_file(part.model, settings.get("weight_dtype", "default"))[0], part.model
+            semantic = read_expert(part.semantic, "semantic", "semantic", model)
+            # in a list, to be handed over: a full fine-tune is as large as the model
+            start = [read_expert(part.start, "continue_from", part.side, model)]
+        if data is None:
+            with processes.first_alone():
+                # the other processes then find everything encoded
+                data, vae = load_data(settings, folder, model)
+            with processes.agreed():
+                for path, saved in finished.values():
+                    now = {DATA: data.fingerprint, CLIPS: " ".join(data.clip_ids)}
+                    saved.check(saved.config, {**saved.identity, **now}, path)
+        if part is not parts[-1]:
+            check_memory(part, parts[-1], model, data, bases)
+        logger.info("Training the %s expert on %s", part.side, part.model.name)
+        lines.append(train_part(part, model, data, vae, semantic, start, bases, processes))
+    return "\n".join(lines)
+
+
+def train_part(
+    part: Part,
+    model: Any,
+    data: Dataset,
+    vae: Any,
+    semantic: Expert | None,
+    start: list[Expert | None],
+    bases: Bases,
+    processes: Processes,
+) -> str:
+    """Train one expert and save it. Returns what was done.
+
+    Args:
+        start: the expert to start from. It is taken out of the list.
+    """
+    # not kept in a variable
+    result = train_expert(
+        model,
+        data,
+        part.config,
+        part.checkpoints,
+        semantic=semantic,
+        bases=bases,
+        vae=vae,
+        handover=part.handover,
+        start=start.pop(),
+    )
     if processes.first:
-        save_expert(output, result.expert, model)
+        save_expert(part.output, result.expert, model)
         for term, plot in plots_of(result).items():
             picture = io.BytesIO()
             plot.save(picture, "PNG")
-            write_bytes(checkpoints / f"loss_{term}.png", picture.getvalue())
+            write_bytes(part.checkpoints / f"loss_{term}.png", picture.getvalue())
+    processes.wait()
     steps = f"{result.expert}, {counted(len(result.history), 'step')}."
-    return "\n".join(filter(None, [steps, result.skipped, result.resumed, f"Saved to {output}"]))
-
-
-def read_settings(side: Side, settings: dict[str, Any], folder: Path) -> tuple[TrainingConfig, Path, Path]:
-    """The settings of the run, the file of its expert and the folder of its checkpoints.
-
-    Raises:
-        TrainingError: settings that are unknown, of a wrong type, or only for the other expert.
-    """
-    unknown = sorted(set(settings) - SETTINGS)
-    if unknown:
-        raise TrainingError(f"Unknown setting {', '.join(unknown)}. Valid settings: {', '.join(sorted(SETTINGS))}.")
-    if side == "semantic" and "semantic" in settings:
-        raise TrainingError(
-            "`semantic` names the expert under a detail expert, but this run trains a semantic expert. Remove `semantic`, use "
-            "`continue_from` to train that expert further, or run `train detail`."
-        )
-    training = settings.get("training", {})
-    if not isinstance(training, dict):
-        raise TrainingError(f"`training` is {training!r}; expected a table of settings.")
-    training = renamed(training, FORMER)
-    if training.get("side", side) != side:
-        raise TrainingError(
-            f"`side` in `training` is {training['side']!r}, but this run trains a {side} expert. Remove it."
-        )
-    config = TrainingConfig.from_dict({**training, "side": side})
-    for name in TrainingConfig.unused(side, training):
-        logger.warning("`%s` has no effect: only a %s expert has this setting.", name, other_side(side))
-    output = path_in(folder, "output", settings.get("output"))
-    if os.path.isdir(output):
-        raise TrainingError(f"`output` is {output}, which is a folder; expected the name of the file to write.")
-    inputs = [(name, settings.get(name)) for name in ("model", "vae", "dataset", "semantic", "continue_from")]
-    texts = settings.get("text_encoders")
-    inputs += [("text_encoders", file) for file in (texts if isinstance(texts, list) else ())]
-    for name, given in inputs:
-        # anything else is reported where it is read
-        if isinstance(given, str) and given:
-            check_not_output(f"{name} is {given}", path_in(folder, name, given), output)
-    if "checkpoints" in settings:
-        return config, output, path_in(folder, "checkpoints", settings["checkpoints"])
-    return config, output, default_checkpoints(folder, output.stem)
+    return "\n".join(filter(None, [steps, result.skipped, result.resumed, f"Saved to {part.output}"]))
 
 
 def make_room_for(output: Path) -> None:
@@ -141,32 +144,34 @@ def make_room_for(output: Path) -> None:
         ) from error
 
 
-def read_expert(settings: dict[str, Any], folder: Path, name: str, side: Side, model: Any) -> Expert | None:
-    """The expert in the file that the setting `name` names, if it is set."""
-    if name not in settings:
-        return None
-    path = path_in(folder, name, settings[name])
-    return read_expert_file(path, side, model, f"{name} is {path}")
+def read_expert(path: Path | None, name: str, side: Side, model: Any) -> Expert | None:
+    """The expert in a file, if there is one. `name` is its setting."""
+    return None if path is None else read_expert_file(path, side, model, f"{name} is {path}")
 
 
-def default_checkpoints(folder: Path, name: str) -> Path:
-    """The default folder for a run's checkpoints.
-
-    It is not next to the output: in the LoRA folder, the host would list every checkpoint as a LoRA.
-    """
-    former = folder / f"{name}_states"  # a run that an earlier version started
-    return former if former.is_dir() else folder / f"{name}_checkpoints"
-
-
-def path_in(folder: Path, name: str, given: Any) -> Path:
-    """The path in the setting `name`.
+def check_memory(first: Part, last: Part, model: Any, data: Dataset, bases: Bases) -> None:
+    """Refuse before the first part if the last part's training does not fit into memory. Its model is as large as this one.
 
     Raises:
-        TrainingError: not a path.
+        TrainingError: says what to change.
     """
-    if not isinstance(given, str) or not given or "\0" in given:
-        raise TrainingError(f"`{name}` is {given!r}; expected a path.")
-    return folder / Path(given).expanduser()
+    if last.checkpoints.is_dir() or (bases is None and first.config.rank == 0):
+        # it was checked before, or the first part needs more
+        return
+    family = require_family(model)
+    # none is trained yet
+    semantic = first_expert(model, family, first.config.for_family(family), None, None) if bases is None else None
+    boundary = pair_boundary(model, family, last.config) if bases else None
+    config = last.config.for_family(family, boundary)
+    logger.info("The memory that the %s expert's training will need:", last.side)
+    train_expert(model, data, config, last.checkpoints, semantic=semantic, trial=True)
+
+
+def free_memory() -> None:
+    """Free what a part has left: its model, on the device and in system memory."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
 
 
 def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Dataset, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,8 @@ from ....dcm_core.errors import ScheduleError, counted
 from ....dcm_core.experts.expert import Expert, expert_id, size_of, write_expert
 from ....dcm_core.families import Family
 from ....dcm_core.inspection.loss_plot import plot_losses
-from ....dcm_core.routing import SAME_BOUNDARY, own_boundary, split_sigmas
+from ....dcm_core.pair import Fingerprint
+from ....dcm_core.routing import SAME_BOUNDARY, Side, own_boundary, split_sigmas
 from ....dcm_core.schedule import sigmas_from_timesteps
 from ....dcm_core.text import LOGGER
 from ..compat import gradients
@@ -47,6 +49,7 @@ from .base import (
     training_base,
 )
 from .encoders import weights_id
+from .pair import bases_of, checked_pair, known_bases, pair_boundary
 from .show import Show, in_words, with_experts
 
 logger = logging.getLogger(LOGGER)
@@ -96,10 +99,14 @@ def train_and_save(
     semantic_lora: str = NONE,
     semantic_expert: Expert | None = None,
     *,
+    other_model: Any = None,
     vae: Any = None,
     node_id: str | None = None,
 ) -> Run:
     """Train under a name: checkpoints in the output folder, the expert among the host's LoRAs.
+
+    Args:
+        other_model: the low-noise or the high-noise model, if MODEL is the other one of the two.
 
     Raises:
         DCMError: anything that does not fit, before any training.
@@ -113,10 +120,15 @@ def train_and_save(
         semantic_lora, "semantic", model, "semantic_lora"
     )
     start = load_expert(continue_from, config.side, model, "continue_from")
-    result = train_expert(model, data, config, folder, start=start, semantic=semantic, vae=vae, node_id=node_id)
+    bases = None if other_model is None else bases_of(model, other_model, config.side)
+    result = train_expert(
+        model, data, config, folder, start=start, semantic=semantic, bases=bases, vae=vae, node_id=node_id
+    )
     save_expert(file, result.expert, model)
     plots = torch.cat([as_image(plot) for plot in plots_of(result).values()])
-    return Run(with_experts(model, result.expert, semantic), result, file, plots, notes_on(config, semantic))
+    under = None if result.expert.pair else semantic
+    notes = notes_on(config, semantic, result.expert.pair)
+    return Run(with_experts(model, result.expert, under), result, file, plots, notes)
 
 
 def plots_of(result: Result) -> dict[str, Image.Image]:
@@ -132,14 +144,20 @@ def train_expert(
     *,
     start: Expert | None = None,
     semantic: Expert | None = None,
+    bases: Mapping[Side, Fingerprint] | None = None,
     vae: Any = None,
     node_id: str | None = None,
-) -> Result:
+    handover: Path | None = None,
+    trial: bool = False,
+) -> Result | None:
     """Train, or resume from the checkpoints in `folder`. MODEL is unchanged afterwards.
 
     Args:
         start: an expert to start from, instead of one that changes nothing.
-        semantic: the semantic expert under a detail expert.
+        semantic: the semantic expert under a detail expert, or that of the other one of two models.
+        bases: the two models of which MODEL is one; None takes those of `semantic` or `start`.
+        handover: see `Show`.
+        trial: only find out whether the run fits into memory.
 
     Raises:
         DCMError: data, settings or a checkpoint that does not fit.
@@ -147,21 +165,27 @@ def train_expert(
     processes = join(model.load_device)
     with processes.agreed():
         family = require_family(model)
-        config = config.for_family(family, shared_boundary(config, start, semantic))
+        bases = bases or known_bases(model, config.side, (semantic, start))
+        boundary = shared_boundary(config, start, semantic)
+        config = config.for_family(family, boundary or (bases and pair_boundary(model, family, config)))
         check_form(model, config, family, start, semantic)
+        pair = bases and checked_pair(bases, config, family, semantic)
+        if pair is not None:
+            # it works on the other model, above the boundary
+            semantic = None
         check_data(model, data, vae)
         # raises if held_out is too large
         data.split(config.held_out, config.seed)
         base = training_base(model)
         identity = identity_of(base, data, start, semantic, processes.count)
     processes.check_same({**identity, "settings": config.to_json()})
-    notes = notes_on(config, semantic)
-    for note in notes if processes.first else ():
+    notes = notes_on(config, semantic, pair)
+    for note in notes if processes.first and not trial else ():
         logger.warning(note)
     with (
         processes.agreed() as agree,
         # the others take their checkpoint from the first, and write none
-        locked(folder) if processes.first else nullcontext(),
+        locked(folder) if processes.first and not trial else nullcontext(),
         torch.inference_mode(False),
         torch.enable_grad(),
         gradients(),
@@ -177,9 +201,11 @@ def train_expert(
         if config.rank == 0:
             # as large as the model, so refused before it is made
             check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
-        expert = first_expert(base, family, config, start, semantic)
+        expert = replace(first_expert(base, family, config, start, semantic), pair=pair)
         hold(base, check_fits(base, config, FLOAT32 * size_of(expert), beside))
-        show = Show(base, semantic, config, data, folder, node_id, lambda: hold(base, memory.step), vae, notes)
+        show = Show(
+            base, semantic, config, data, folder, node_id, lambda: hold(base, memory.step), vae, notes, handover
+        )
         trainer = Trainer(
             backbone,
             data,
@@ -198,6 +224,8 @@ def train_expert(
         del expert, start
         memory = make_room(trainer, base, config, node_id)
         agree()
+        if trial:
+            return None
         with interrupted_at_exit(), closing(show.log):
             return trainer.run()
 
@@ -214,9 +242,9 @@ def identity_of(
     }
 
 
-def notes_on(config: TrainingConfig, semantic: Expert | None) -> list[str]:
+def notes_on(config: TrainingConfig, semantic: Expert | None, pair: Any) -> list[str]:
     """What may not be what the user wants, but is allowed."""
-    if config.side == "detail" and semantic is None:
+    if config.side == "detail" and semantic is None and pair is None:
         return [
             "There is no semantic expert, so the detail expert is trained on the base model alone. If you use both experts "
             "together, choose the semantic expert and start again."

@@ -24,7 +24,10 @@ from ....dcm_core.distill.run_log import RunLog
 from ....dcm_core.errors import DCMError
 from ....dcm_core.experts.expert import Expert
 from ....dcm_core.families import FAMILIES
+from ....dcm_core.files.tensor_file import TensorFile
+from ....dcm_core.files.writing import write_tensors
 from ....dcm_core.inspection.loss_plot import plot_losses
+from ....dcm_core.routing import split_sigmas
 from ....dcm_core.schedule import sigmas_from_timesteps
 from ....dcm_core.text import LOGGER
 from ..experts.attach import attach_experts
@@ -36,6 +39,8 @@ logger = logging.getLogger(LOGGER)
 
 # time between plots on the node, and between lines in the log
 SHOW_SECONDS, LOG_SECONDS = 1.0, 30.0
+# name of the latent in the file between the samples of two models
+HANDOVER = "latent"
 # points in a long run's plot on the node
 PLOT_POINTS = 4000
 
@@ -55,6 +60,7 @@ class Show:
         folder: where sample videos are written, if there is a VAE to decode them.
         reload: called after a sample, which leaves its experts' patches in the shared weights.
         notes: what the user should know about the run, shown as long as it lasts.
+        handover: with two models, the file in which the semantic expert's sample ends and from which the detail expert's starts.
     """
 
     model: Any
@@ -66,6 +72,7 @@ class Show:
     reload: Callable[[], None]
     vae: Any = None
     notes: Sequence[str] = ()
+    handover: Path | None = None
     picture: Image.Image | None = None
     resumed_in_words: str = ""
     skipped_in_words: str = ""
@@ -136,7 +143,7 @@ class Show:
             model = with_experts(self.model, expert, self.semantic)
             extras = {"guidance": self.config.guidance}
             conditioning = [[context.clone(), {**extras, **more}] for context, more in self.data.conditioning(0)]
-            latent = sample_latent(model, conditioning, self.data.shape(0), expert, self.config.seed)
+            latent = sample_latent(model, conditioning, self.data.latent(0), expert, self.config.seed, self.handover)
             self.picture = preview_strip(model, latent)
             if self.vae is not None:
                 latent = model.model.process_latent_out(latent)
@@ -160,14 +167,40 @@ def with_experts(model: Any, expert: Expert, other: Expert | None) -> Any:
     return attach_experts(model, expert, other)
 
 
-def sample_latent(model: Any, conditioning: Any, shape: tuple[int, ...], expert: Expert, seed: int) -> Tensor:
-    """One video by the host's Euler sampler on the expert's own schedule, in the transformer's latent space."""
+def sample_latent(
+    model: Any, conditioning: Any, clip: Tensor, expert: Expert, seed: int, handover: Path | None = None
+) -> Tensor:
+    """One video by the host's Euler sampler on the expert's own schedule, in the transformer's latent space.
+
+    The other one of two models is not loaded: its steps are left out. The semantic expert then gives its last estimate above
+    the boundary. The detail expert starts at the boundary, from `handover` or else from `clip` with noise.
+    """
     guider = make_guider(model, conditioning, None, cfg=1.0)
-    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn((1, *clip.shape), generator=torch.Generator().manual_seed(seed))
+    start, sigmas = torch.zeros_like(noise), sigmas_from_timesteps(expert.timesteps)
+    if expert.pair is not None:
+        high, low = split_sigmas(sigmas, expert.boundary)
+        sigmas = high if expert.role == "semantic" else low
+        if expert.role == "detail" and handover is not None and handover.is_file():
+            # it has its noise
+            start, noise = TensorFile(handover).read(HANDOVER), torch.zeros_like(noise)
+        elif expert.role == "detail":
+            start = clip.clone().float()[None]
+    estimates: list[Tensor] = []
     sampler = comfy.samplers.sampler_object("euler")
     out = guider.sample(
-        noise, torch.zeros_like(noise), sampler, sigmas_from_timesteps(expert.timesteps), disable_pbar=True, seed=seed
+        noise,
+        start,
+        sampler,
+        sigmas,
+        callback=lambda step, denoised, x, steps: estimates.append(denoised),
+        disable_pbar=True,
+        seed=seed,
     )
+    if sigmas[-1] > 0:
+        if handover is not None:
+            write_tensors(handover, {HANDOVER: out.float().cpu()}, {"format": "pt"})
+        return estimates[-1].float().cpu()
     return model.model.process_latent_in(out.float().cpu())
 
 

@@ -7,12 +7,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from dcm_core.errors import CheckpointError
 from dcm_core.experts.match import Target
 from dcm_core.families import FAMILIES
+from dcm_core.files.metadata import level_entries
 from dcm_core.files.tensor_file import TensorFile
 from dcm_core.inspection.inspect import inspect_file
+from dcm_core.pair import make_pair
 
 from ..conftest import release_shapes
 
@@ -40,6 +43,13 @@ def test_our_files(family, converted):
     assert json.loads(expert.timesteps) == list(family.preset.timesteps)
     assert expert.family == family.title
     assert (expert.problem, expert.unplaced) == (None, ())
+
+
+def test_an_expert_of_two_models(save, converted):
+    pair = make_pair({"semantic": (1.0, 2.0), "detail": (1.0, 3.0)}, 0.875, (1000.0,))
+    assert inspect_file(converted[1]).two_models is None
+    found = inspect_file(save(load_file(converted[1]), "half.safetensors", level_entries(0.875, (1000.0,), pair)))
+    assert found.two_models == pair.id and f"two models: {pair.id}" in str(found)
 
 
 def test_a_damaged_file_of_ours_is_described(converted, tmp_path):
