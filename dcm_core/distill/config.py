@@ -19,6 +19,8 @@ class TrainingError(DCMError):
 
 
 SCHEDULERS = ("constant", "cosine")
+# The largest whole number: larger ones fit no tensor.
+LARGEST = 2**63 - 1
 # names of the types for readers
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
@@ -85,9 +87,11 @@ def check_type(name: str, value: Any, kind: type) -> None:
     Raises:
         TrainingError: the value has another type.
     """
-    fits = isinstance(value, kind) or (kind is float and isinstance(value, int) and not isinstance(value, bool))
-    if not fits or (kind is int and isinstance(value, bool)):
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and kind is not bool):
         raise TrainingError(f"{name} is {given(value)}; expected {WORDS[kind]}.")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise TrainingError(f"{name} is {given(value)}, which is too large; expected at most {LARGEST}.")
 
 
 def setting(default: Any, help: str, semantic_help: str = "", **about: Any) -> Any:

@@ -40,13 +40,15 @@ class RunLog:
         self._times: deque[float] = deque(maxlen=RECENT + 1)
         self._columns: list[str] = []
         self._events: Any = None
+        self._with_events = True
 
     def step(self, history: History) -> None:
         """Write the last step. Files that cannot be written are reported and do not end the run."""
         step, entry = len(history), history[-1]
         self._times.append(time.monotonic())
-        steps = len(self._times) - 1
-        self.speed = steps / (self._times[-1] - self._times[0]) if steps else 0.0
+        # no time at all on a coarse clock
+        passed = self._times[-1] - self._times[0]
+        self.speed = (len(self._times) - 1) / passed if passed else 0.0
         self.rate = learning_rate_at(step - 1, self._config)
         row = {**entry, "step": step, "learning_rate": self.rate, "skipped": int(is_skipped(entry))}
         if self.speed:
@@ -57,11 +59,12 @@ class RunLog:
             # the next step writes all of it
             self._columns = []
             logger.warning("%s cannot be written (%s). It will be tried again after the next step.", self._path, error)
-        if steps == 0:
-            self._events = _event_writer(self._path.with_name(EVENTS), step)
-        for name, value in row.items():
-            if self._events is not None and name != "step":
-                self._events.add_scalar(name, value, step)
+        try:
+            self._add_events(row, step)
+        except Exception as error:
+            # of a package that is installed but broken, or of a full disk
+            self._events, self._with_events = None, False
+            logger.warning("TensorBoard's events cannot be written (%s). The losses are in %s alone.", error, TABLE)
 
     def seconds_left(self, steps: int) -> float:
         """Seconds that this many steps take; 0 if the speed is not known."""
@@ -71,6 +74,22 @@ class RunLog:
         """Write what is still in memory."""
         if self._events is not None:
             self._events.close()
+
+    def _add_events(self, row: dict[str, Any], step: int) -> None:
+        """Add the step for TensorBoard, if that is installed."""
+        if not self._with_events:
+            return
+        if self._events is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                self._with_events = False
+                return
+            # an earlier run may have got further than its checkpoint: its steps from this one on are replaced
+            self._events = SummaryWriter(str(self._path.with_name(EVENTS)), purge_step=step)
+        for name, value in row.items():
+            if name != "step":
+                self._events.add_scalar(name, value, step)
 
     def _write(self, row: dict[str, Any], history: History) -> None:
         """Append a row. The table is written again at first, and when there is a new column."""
@@ -104,15 +123,3 @@ def _as_table(columns: list[str], rows: Iterable[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _event_writer(folder: Path, step: int) -> Any:
-    """TensorBoard's writer from a step on, which replaces later steps of an earlier run; None if it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    except Exception as error:
-        logger.warning("TensorBoard is installed but does not work (%s). The losses are in the table alone.", error)
-        return None
-    return SummaryWriter(str(folder), purge_step=step)

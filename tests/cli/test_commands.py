@@ -140,6 +140,54 @@ def test_mistakes_are_one_line(arguments, message, capsys):
     assert captured.err.count("\n") == 1
 
 
+def test_a_name_that_the_system_does_not_take_is_one_line(source, tmp_path, capsys):
+    long = tmp_path / f"{'x' * 300}.safetensors"
+    for arguments in (("inspect", long), ("convert", source, long, tmp_path / "e.safetensors")):
+        assert run(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "too long" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.json", None, "none.json cannot be read as settings"),
+        ("list.json", b"[1]", "list.json contains a list; expected settings by name"),
+        ("cut.json", b'{"model": ', "cut.json cannot be read as settings (Expecting value"),
+        ("deep.json", b"[" * 100_000, "deep.json cannot be read as settings (maximum recursion depth"),
+        ("long.json", b'{"steps": ' + b"1" * 5000 + b"}", "long.json cannot be read as settings (Exceeds the limit"),
+        ("bytes.json", b"\xff\xfe", "bytes.json cannot be read as settings ('utf-8' codec can't decode"),
+        ("cut.toml", b"steps = ", "cut.toml cannot be read as settings (Invalid value"),
+        ("good.json", b"{}", "ComfyUI was not found in nowhere (no comfy/sd.py). Name its folder with --comfyui"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_one_line(name, content, message, tmp_path, capsys, monkeypatch):
+    """A wrong --comfyui is not passed over for another ComfyUI."""
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "comfy" / "sd.py").touch()
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert run("train", "semantic", "--config", tmp_path / name, "--comfyui", "nowhere") == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and message in captured.err and captured.err.count("\n") == 1
+
+
+def test_a_comfyui_that_this_python_cannot_import_is_one_line(tmp_path):
+    (tmp_path / "comfy").mkdir()
+    for name, text in (
+        ("options", "def enable_args_parsing(): pass"),
+        ("cli_args", ""),
+        ("sd", "import no_such_package"),
+    ):
+        (tmp_path / "comfy" / f"{name}.py").write_text(text)
+    (tmp_path / "run.json").write_text("{}")
+    command = [sys.executable, "-m", "dcm_core", "train", "semantic", "--config", str(tmp_path / "run.json")]
+    done = subprocess.run([*command, "--comfyui", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "cannot be imported as ComfyUI (No module named 'no_such_package'). Run this with ComfyUI's" in done.stderr
+
+
 def test_a_device_that_is_not_there(source, base, tmp_path, capsys):
     try:
         status = run("extract", source, base, tmp_path / "l.safetensors", "--device", "cuda:77")

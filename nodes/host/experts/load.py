@@ -101,13 +101,18 @@ def load_native(file: TensorFile, weight_dtype: str) -> Any:
         )
     try:
         return comfy.sd.load_diffusion_model(str(file.path), model_options=dict(WEIGHT_DTYPES[weight_dtype]))
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, IndexError) as error:
+        if "detect model type" in str(error):
+            raise CheckpointError(
+                f"{name} is not a diffusion model that ComfyUI {host_version()} knows.{other_use(file.shapes)} Select a video model in "
+                "model_name."
+            ) from error
         # other errors of this type (no memory, an interrupt) are not about the file
-        if "detect model type" not in str(error):
+        if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
             raise
         raise CheckpointError(
-            f"{name} is not a diffusion model that ComfyUI {host_version()} knows.{other_use(file.shapes)} Select a video model in "
-            "model_name."
+            f"{name} has missing tensors, or tensors of a wrong shape: ComfyUI {host_version()} cannot load it ({one_line(error)}). "
+            "Download it again, or select another file."
         ) from error
 
 

@@ -197,7 +197,7 @@ def default_checkpoints(folder: Path, name: str) -> Path:
     It is not next to the output: in the LoRA folder, the host would list every checkpoint as a LoRA.
     """
     former = folder / f"{name}_states"  # a run that an earlier version started
-    return former if former.is_dir() else folder / f"{name}_checkpoints"
+    return former if os.path.isdir(former) else folder / f"{name}_checkpoints"
 
 
 def path_in(folder: Path, name: str, given: Any) -> Path:

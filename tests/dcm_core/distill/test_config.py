@@ -48,6 +48,13 @@ def test_the_paper_s_values_are_the_defaults():
         ({"side": "semantic", "step": 5}, "Unknown setting step. Valid settings: side, steps"),
         ({"side": "semantic", "steps": "many"}, "steps is 'many'; expected a whole number"),
         ({"side": "semantic", "steps": True}, "steps is True; expected a whole number"),
+        ({"side": "semantic", "steps": 1.0}, r"steps is 1\.0; expected a whole number"),
+        ({"side": "semantic", "cfg": True}, "cfg is True; expected a number"),
+        ({"side": "semantic", "cfg": [5.0]}, r"cfg is \[5\.0\]; expected a number"),
+        ({"side": "semantic", "shared": 1}, "shared is 1; expected true or false"),
+        ({"side": "semantic", "scheduler": None}, "scheduler is None; expected a text"),
+        ({"side": "semantic", "shift": 10**400}, r"shift is 1000.*000, which is too large; expected at most 9223"),
+        ({"side": "semantic", "steps": 10**9}, r"steps is 1000000000; expected a number from 1 to 1e\+07"),
     ],
 )
 def test_wrong_settings_are_named(values, message):
@@ -83,3 +90,9 @@ def test_only_learning_rates_that_are_used_count():
     ]
     for unused in (TrainingConfig("semantic"), TrainingConfig("detail", adversarial_weight=0.0)):
         assert dataclasses.replace(unused, **given).new_rates(unused) == []
+
+
+def test_settings_that_only_the_other_expert_has():
+    names = ["adversarial_weight", "temporal_weight", "steps", "unknown", "shared", "every_linear"]
+    assert TrainingConfig.unused("semantic", names) == ["adversarial_weight", "every_linear"]
+    assert TrainingConfig.unused("detail", names) == ["temporal_weight", "shared"]

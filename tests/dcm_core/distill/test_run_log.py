@@ -3,6 +3,7 @@
 import csv
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,7 +90,7 @@ def test_a_table_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     log, history = RunLog(tmp_path / "later", CONFIG), [entry(1)]
     log.step(history)
     assert "losses.csv cannot be written" in caplog.text
-    (tmp_path / "later").mkdir()
+    (tmp_path / "later").mkdir(exist_ok=True)
     log.step([*history, entry(2)])
     assert [row["step"] for row in rows_of(tmp_path / "later")] == ["1", "2"]
 
@@ -106,6 +107,21 @@ def test_tensorboard_has_every_loss_once(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {"loss", "grad_norm", "learning_rate"} <= set(events.Tags()["scalars"])
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 2), (4, 2)]
+
+
+def test_a_tensorboard_that_does_not_work_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    def broken(*_, **__):
+        raise TypeError("descriptors cannot be created")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=broken))
+    log = RunLog(tmp_path, CONFIG)
+    for step in (1, 2):
+        log.step([entry(past) for past in range(1, step + 1)])
+    log.close()
+    assert len(rows_of(tmp_path)) == 2
+    assert caplog.messages == [
+        "TensorBoard's events cannot be written (descriptors cannot be created). The losses are in losses.csv alone."
+    ]
 
 
 def test_without_tensorboard_there_is_the_table_alone(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ TRAINING = {
     "rank": 4,
     "alpha": 8.0,
     "gradient_checkpointing": False,
-    "warmup_steps": 2,
+    "warmup_steps": 0,
     "boundary": 0.9,
     "shift": 5.0,
     "save_every": 1,

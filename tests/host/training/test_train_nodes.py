@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[3]
 COMMON = {
@@ -387,6 +387,17 @@ def base_file(wan, tmp_path_factory):
             "text_encoders is ./expert.safetensors, which is the file that this run",
         ),
         ({"dataset": 3}, "`dataset` is 3"),
+        ({"text_encoders": 3, "dataset": 4}, "`dataset` is 4"),
+        ({"dataset": {"folder": "clips", "width": "832"}}, "width of `dataset` is '832'; expected a whole number"),
+        ({"dataset": {"folder": "clips", "fps": None}}, "fps of `dataset` is None; expected a number"),
+        ({"dataset": {"folder": "clips", "buckets": 1}}, "buckets of `dataset` is 1; expected true or false"),
+        ({"dataset": {"folder": "clips", "negative": 5}}, "negative of `dataset` is 5; expected a text"),
+        ({"output": "base.safetensors/expert"}, "`output` is .*, which cannot be written"),
+        ({"output": "x" * 300}, r"`output` is .*, which cannot be written \(File name too long\)"),
+        ({"output": "a\0b"}, "`output` is .*; expected a path"),
+        ({"training": {"rank": "8"}}, "rank is '8'; expected a whole number"),
+        ({"training": {"boundary": 10**400}}, "boundary is 1000.*, which is too large"),
+        ({"training": {"side": "semantic"}}, "`side` in `training` is 'semantic', but this run trains a detail expert"),
         (
             {"dataset": {"folder": "clips"}, "vae": "base.safetensors"},
             "`vae` is .*base.safetensors, which is not a VAE",
@@ -398,6 +409,45 @@ def test_settings_that_do_not_fit_are_named(more, error, base_file, module):
     settings = {"model": "base.safetensors", "dataset": "data.safetensors", "output": "expert.safetensors", **more}
     with pytest.raises(module("dcm_core.errors").DCMError, match=error):
         module("nodes.host.training.command").train("detail", settings, base_file.parent)
+
+
+def test_a_semantic_expert_under_a_semantic_one_is_refused(base_file, module):
+    settings = {"model": "base.safetensors", "dataset": "data.safetensors", "output": "e.safetensors", "semantic": "s"}
+    with pytest.raises(ValueError, match=r"`semantic` names the expert under a detail expert.* Remove `semantic`"):
+        module("nodes.host.training.command").train("semantic", settings, base_file.parent)
+
+
+def test_settings_of_the_other_expert_are_told(base_file, module, caplog):
+    """They may be there for both experts."""
+    training = {"adversarial_weight": 0.2, "steps": 3, "accumulate": 2, "shared": False}
+    read, settings = module("nodes.host.training.command").read_settings, {"output": "e", "training": training}
+    assert read("semantic", settings, base_file.parent)[0].steps == 3
+    assert caplog.messages == ["`adversarial_weight` has no effect: only a detail expert has this setting."]
+    caplog.clear()
+    read("detail", settings, base_file.parent)
+    assert caplog.messages == ["`shared` has no effect: only a semantic expert has this setting."]
+
+
+def without(tensors, part):
+    return {name: value for name, value in tensors.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("missing", lambda tensors: without(tensors, "ffn")),
+        ("short", lambda tensors: {**tensors, "blocks.0.ffn.0.weight": torch.zeros(5, 256)}),
+        ("flat", lambda tensors: {**tensors, "patch_embedding.weight": torch.zeros(5)}),
+    ],
+)
+def test_a_broken_model_file_is_named(name, change, base_file, module):
+    save_file(change(load_file(base_file)), base_file.with_name(f"{name}.safetensors"))
+    settings = {"model": f"{name}.safetensors", "dataset": "data.safetensors", "output": "e.safetensors"}
+    with pytest.raises(
+        module("dcm_core.errors").CheckpointError,
+        match=rf"{name}\.safetensors has missing tensors, or tensors of a wrong shape: ComfyUI .* cannot load it",
+    ):
+        module("nodes.host.training.command").train("semantic", settings, base_file.parent)
 
 
 @pytest.mark.parametrize(
