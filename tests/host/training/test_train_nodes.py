@@ -344,7 +344,7 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
 
 
 def test_a_run_that_an_earlier_version_has_begun_keeps_its_folder(tmp_path, module):
-    default = module("nodes.host.training.command").default_checkpoints
+    default = module("nodes.host.training.parts").default_checkpoints
     assert default(tmp_path, "mine") == tmp_path / "mine_checkpoints"
     (tmp_path / "mine_states").mkdir()
     assert default(tmp_path, "mine") == tmp_path / "mine_states"
