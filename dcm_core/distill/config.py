@@ -149,6 +149,15 @@ class TrainingConfig:
     clip_norm: float = setting(
         1.0, "Maximum gradient norm; larger gradients are scaled down to it.", limits=(1e-6, 1e6)
     )
+    discriminator_weight_decay: float = setting(
+        0.0, "Weight decay of the discriminator's AdamW.", limits=(0, 10), only="detail"
+    )
+    discriminator_clip_norm: float = setting(
+        0.0,
+        "Maximum gradient norm of the discriminator. 0 never scales its gradients down.",
+        limits=(0, 1e6),
+        only="detail",
+    )
     divergence: float = setting(
         20.0,
         "Stops the run when the loss exceeds this many times its lowest value. 0 never stops it.",
@@ -192,6 +201,11 @@ class TrainingConfig:
         "guidance and then samples at cfg 1.",
         limits=(0, 100),
         widget=(0.0, 30.0, 0.1),
+    )
+    caption_dropout: float = setting(
+        0.0,
+        "Share of training steps without a caption, with the negative prompt in its place (official Wan recipe: 0.1).",
+        limits=(0, 1),
     )
     temporal_weight: float = setting(
         1.0,

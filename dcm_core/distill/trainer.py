@@ -196,8 +196,15 @@ class Trainer:
         return self.config.guidance if embedded else None
 
     def _make_discriminator_learner(self) -> Learner:
-        parameters, rate = dict(self.discriminator.named_parameters()), self.config.discriminator_learning_rate
-        return make_learner("discriminator", parameters, rate, betas=(0.0, 0.999), weight_decay=0.0)
+        config = self.config
+        return make_learner(
+            "discriminator",
+            dict(self.discriminator.named_parameters()),
+            config.discriminator_learning_rate,
+            config.discriminator_clip_norm or math.inf,
+            betas=(0.0, 0.999),
+            weight_decay=config.discriminator_weight_decay,
+        )
 
     def _training_step(self) -> None:
         """One step of the optimisers. Its losses are added to the history."""

@@ -14,6 +14,7 @@ from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.data.dataset_file import read_dataset
 from ....dcm_core.distill.data.encode import prepare
 from ....dcm_core.distill.parallel import join
+from ....dcm_core.distill.recipes import CUSTOM, recipe_of
 from ....dcm_core.errors import counted
 from ....dcm_core.files.tensor_file import Progress, TensorFile
 from ....dcm_core.files.unfinished import write_bytes
@@ -38,6 +39,7 @@ SETTINGS = {
     "checkpoints",
     "semantic",
     "continue_from",
+    "recipe",
     "training",
 }
 # names of earlier versions -> those of today
@@ -66,7 +68,9 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     training = settings.get("training", {})
     if not isinstance(training, dict):
         raise TrainingError(f"`training` is {training!r}; expected a table of settings.")
-    config = TrainingConfig.from_dict({**renamed(training, FORMER), "side": side})
+    own = renamed(training, FORMER)
+    config = TrainingConfig.from_dict({**own, "side": side})
+    recipe = recipe_of(settings.get("recipe", CUSTOM))
     output = path("output")
     if output.is_dir():
         raise TrainingError(f"`output` is {output}, which is a folder; expected the name of the file to write.")
@@ -78,6 +82,12 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
             check_not_output(f"{name} is {given}", path_in(folder, name, given), output)
     checkpoints = path("checkpoints") if "checkpoints" in settings else default_checkpoints(folder, output.stem)
     model, _ = load_file(path("model"), settings.get("weight_dtype", "default"))
+    lines = []
+    if recipe is not None:
+        recipe.check(require_family(model))
+        config = recipe.applied(config, own)
+        lines.append(recipe.in_words(config))
+        logger.info(lines[0])
     semantic = (
         read_expert_file(path("semantic"), "semantic", model, f"semantic is {path('semantic')}")
         if "semantic" in settings
@@ -105,7 +115,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
             picture = io.BytesIO()
             plot.save(picture, "PNG")
             write_bytes(checkpoints / f"loss_{term}.png", picture.getvalue())
-    lines = [f"{result.expert}, {counted(len(result.history), 'step')}.", result.resumed, f"Saved to {output}"]
+    lines += [f"{result.expert}, {counted(len(result.history), 'step')}.", result.resumed, f"Saved to {output}"]
     return "\n".join(filter(None, lines))
 
 
