@@ -110,6 +110,8 @@ def further_inputs(side: Side) -> list[io.Input]:
             tooltip="Uses the settings of the official training scripts wherever you left the default. The node lists what it set. "
             "custom uses this node's settings alone.",
         ),
+        setting_input(side, "optimizer", seldom=True, optional=True),
+        setting_input(side, "offload_activations", seldom=True, optional=True),
     ]
 
 

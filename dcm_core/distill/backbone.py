@@ -194,7 +194,7 @@ def _offloaded(
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        values = [*args, *kwargs.values()]
+        values, count, names = [*args, *kwargs.values()], len(args), list(kwargs)
         if not shared:
             shared.extend(value for value in values if isinstance(value, Tensor))
         moving = [
@@ -204,14 +204,14 @@ def _offloaded(
         ]
         tensors = [values[place] for place in moving]
         for place in moving:
-            # the function must not keep what moves
             values[place] = None
 
+        # it must not keep what moves, so neither `args` nor `kwargs`
         def call(*moved: Tensor) -> Any:
             filled = list(values)
             for place, value in zip(moving, moved, strict=True):
                 filled[place] = value
-            return function(*filled[: len(args)], **dict(zip(kwargs, filled[len(args) :], strict=True)))
+            return function(*filled[:count], **dict(zip(names, filled[count:], strict=True)))
 
         with save_on_cpu(pin_memory=any(tensor.is_cuda for tensor in tensors)):
             return checkpointed(call, *tensors)

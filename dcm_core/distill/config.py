@@ -18,6 +18,7 @@ class TrainingError(DCMError):
 
 
 SCHEDULERS = ("constant", "cosine")
+OPTIMIZERS = ("adamw", "adamw8bit")
 # names of the types for readers
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
@@ -133,6 +134,11 @@ class TrainingConfig:
         widget=(0.0, 1.0, 1e-7),
         resumable=True,
     )
+    optimizer: str = setting(
+        "adamw",
+        "adamw8bit stores AdamW's moments in 8 bits, a quarter of the memory. It needs the package bitsandbytes.",
+        options=OPTIMIZERS,
+    )
     discriminator_learning_rate: float = setting(
         5e-6,
         "Learning rate of the discriminator.",
@@ -244,6 +250,12 @@ class TrainingConfig:
     gradient_checkpointing: bool = setting(
         True, "Needs much less memory and makes training somewhat slower.", resumable=True, former="checkpointing"
     )
+    offload_activations: bool = setting(
+        False,
+        "Keeps the blocks' inputs in system memory until the backward pass. Needs less VRAM and some time. Only used with "
+        "gradient_checkpointing.",
+        resumable=True,
+    )
     seed: int = setting(
         0, "Seed for initial weights, noise and clip order.", limits=(0, 2**63 - 1), widget=(0, 2**31, None)
     )
@@ -280,6 +292,10 @@ class TrainingConfig:
                 raise TrainingError(f"{name} is {value!r}; {problem}.")
         if self.discriminator_width % 32:
             raise TrainingError(f"discriminator_width is {self.discriminator_width}; expected a multiple of 32.")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise TrainingError(
+                "offload_activations is true, but gradient_checkpointing is false. Set gradient_checkpointing to true."
+            )
         if self.side == "detail" and self.shared:
             raise TrainingError(
                 "shared is true, but an expert for all noise levels is trained as a semantic expert. Train a semantic expert."

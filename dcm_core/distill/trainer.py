@@ -87,6 +87,7 @@ class Trainer:
             dict(self.student.named_parameters()),
             config.learning_rate,
             config.clip_norm,
+            config.optimizer,
             weight_decay=config.weight_decay,
         )
         self.discriminator = make_discriminator(self.backbone, config).to(self.device) if config.adversarial else None
@@ -159,15 +160,15 @@ class Trainer:
             for learner in self._learners:
                 learner.allocate_gradients()
             size = max(
-                step_size(step, (self.config.batch_size, *largest)), *(learner.scratch for learner in self._learners)
+                step_size(step, (self.config.batch_size, *largest), self.device),
+                *(learner.scratch for learner in self._learners),
             )
         finally:
             self._zero_grad()
         semantic = sum(total(part.parameters()) for part, _ in self.semantic_working)
         present = trained * (2 if self.ema else 1) + judging + semantic
-        return Memory(
-            total(self.backbone.module.parameters()), present, 2 * (trained + judging), trained + judging + size
-        )
+        moments = sum(learner.moments for learner in self._learners)
+        return Memory(total(self.backbone.module.parameters()), present, moments, trained + judging + size)
 
     def networks(self) -> Networks:
         """Teacher, student and target network on the shared backbone."""
@@ -202,6 +203,7 @@ class Trainer:
             dict(self.discriminator.named_parameters()),
             config.discriminator_learning_rate,
             config.discriminator_clip_norm or math.inf,
+            config.optimizer,
             betas=(0.0, 0.999),
             weight_decay=config.discriminator_weight_decay,
         )
@@ -300,7 +302,7 @@ class Trainer:
     def _check_room(self) -> None:
         """Check before the first step that the checkpoints can be written."""
         # each weight with its two AdamW moments
-        size = 3 * sum(total(learner.parameters.values()) for learner in self._learners)
+        size = sum(total(learner.parameters.values()) + learner.moments for learner in self._learners)
         size += total(self.learner.parameters.values()) if self.ema else 0
         saves = -(-(self.config.steps - self.done) // self.config.save_every)
         check_folder(self.folder, size, min(saves, self.config.keep + 1))

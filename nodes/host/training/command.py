@@ -13,6 +13,7 @@ from ....dcm_core.distill.data.clips import ClipSettings
 from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.data.dataset_file import read_dataset
 from ....dcm_core.distill.data.encode import prepare
+from ....dcm_core.distill.learner import import_adamw8bit
 from ....dcm_core.distill.parallel import join
 from ....dcm_core.distill.recipes import CUSTOM, recipe_of
 from ....dcm_core.errors import counted
@@ -70,6 +71,8 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         raise TrainingError(f"`training` is {training!r}; expected a table of settings.")
     own = renamed(training, FORMER)
     config = TrainingConfig.from_dict({**own, "side": side})
+    if config.optimizer == "adamw8bit":
+        import_adamw8bit()  # the error, before any clip is encoded
     recipe = recipe_of(settings.get("recipe", CUSTOM))
     output = path("output")
     if output.is_dir():

@@ -14,6 +14,7 @@ from ....dcm_core.distill.batches import generator_of
 from ....dcm_core.distill.checkpoints import check_resumable
 from ....dcm_core.distill.config import TrainingConfig, TrainingError
 from ....dcm_core.distill.data.dataset import Dataset
+from ....dcm_core.distill.learner import import_adamw8bit
 from ....dcm_core.distill.method.discriminator import discriminator_size
 from ....dcm_core.distill.parallel import join
 from ....dcm_core.distill.student import new_detail, new_semantic
@@ -133,6 +134,8 @@ def train_expert(
     Raises:
         DCMError: data, settings or a checkpoint that does not fit.
     """
+    if config.optimizer == "adamw8bit":
+        import_adamw8bit()
     family = require_family(model)
     config = config.for_family(family, shared_boundary(config, start, semantic))
     check_form(model, config, family, start, semantic)

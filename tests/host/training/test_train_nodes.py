@@ -87,7 +87,7 @@ def described(item):
     """What a saved graph relies on, and what a user sees of an input; a host's own additions left out."""
     names = ("default", "min", "max", "step", "round", "control_after_generate", "tooltip", "advanced", "optional")
     found = {name: getattr(item, name, None) for name in names}
-    found["options"] = item.options if item.id in ("scheduler", "recipe") else None
+    found["options"] = item.options if item.id in ("scheduler", "recipe", "optimizer") else None
     found = {name: value for name, value in found.items() if value is not None and (name, value) != ("optional", False)}
     return {"id": item.id, "type": item.get_io_type(), **found}
 
