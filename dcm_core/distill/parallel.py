@@ -1,14 +1,21 @@
 """Train one expert in several processes, started by `torchrun` or `accelerate launch`. Gradients are averaged over them."""
 
 import os
-from collections.abc import Iterable, Iterator
+import socket
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from ..text import one_line
+from .config import TrainingError
 
 PATIENCE = timedelta(days=1)
 
@@ -56,14 +63,61 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
     @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """The first process runs the block, then the others."""
-        if not self.first:
-            self.wait()
-        yield
-        if self.first:
-            self.wait()
+    def agreed(self) -> Iterator[Callable[[], None]]:
+        """Nothing after the block runs unless it succeeds in all processes. Where one fails, all end, instead of waiting for it.
+
+        The block itself must not wait for other processes. It gets a function that ends the agreement before its own end.
+
+        Raises:
+            TrainingError: the block failed in another process.
+        """
+        over = False
+
+        def agree() -> None:
+            nonlocal over
+            over = True
+            if failed := [words for words in self.gather("") if words]:
+                raise TrainingError(f"The run did not start: {'; '.join(failed)}")
+
+        try:
+            yield agree
+        except Exception as error:
+            if not over:
+                self.gather(
+                    f"process {self.rank} of {self.count} on {socket.gethostname()} failed. {one_line(error, 1000)}"
+                )
+            raise
+        if not over:
+            agree()
+
+    def sharing(self, folder: Path) -> tuple[int, int]:
+        """This process's place among those that see the same files in `folder`, and their number. Nodes may have disks of their own.
+
+        Raises:
+            TrainingError: a process cannot write to its folder.
+        """
+        if self.count == 1:
+            return 0, 1
+        mark = folder / f"process_{self.rank}_{uuid4().hex}"
+        names = self.gather(mark.name)
+        with self.agreed():
+            mark.touch()
+        seen = self.gather([(folder / name).exists() for name in names])
+        mark.unlink()
+        group = [rank for rank in range(self.count) if seen[self.rank][rank] and seen[rank][self.rank]]
+        return group.index(self.rank), len(group)
+
+
+ALONE = Processes()
 
 
 def join(device: torch.device) -> Processes:
@@ -71,7 +125,7 @@ def join(device: torch.device) -> Processes:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     if not dist.is_initialized():
-        # long enough for one process to encode all clips while the others wait
+        # long enough for a process to encode its clips while the others wait
         nccl = device.type == "cuda" and dist.is_nccl_available()
         dist.init_process_group("nccl" if nccl else "gloo", timeout=PATIENCE)
     return Processes(dist.get_rank(), dist.get_world_size())

@@ -14,7 +14,7 @@ from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.data.dataset_file import read_dataset
 from ....dcm_core.distill.data.encode import prepare
 from ....dcm_core.distill.learner import import_adamw8bit
-from ....dcm_core.distill.parallel import join
+from ....dcm_core.distill.parallel import ALONE, Processes, join
 from ....dcm_core.distill.recipes import CUSTOM, recipe_of
 from ....dcm_core.errors import counted
 from ....dcm_core.files.tensor_file import Progress, TensorFile
@@ -99,9 +99,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     start = path("continue_from") if "continue_from" in settings else None
     output.parent.mkdir(parents=True, exist_ok=True)
     processes = join(comfy.model_management.get_torch_device())
-    with processes.first_alone():
-        # the other processes then find everything encoded
-        data, vae = load_data(settings, folder, model)
+    data, vae = load_data(settings, folder, model, processes)
     # not kept in a variable: a full fine-tune is as large as the model
     result = train_expert(
         model,
@@ -142,8 +140,8 @@ def path_in(folder: Path, name: str, given: Any) -> Path:
     return folder / Path(given).expanduser()
 
 
-def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Dataset, Any]:
-    """The dataset, and the VAE if there is one."""
+def load_data(settings: dict[str, Any], folder: Path, model: Any, processes: Processes = ALONE) -> tuple[Dataset, Any]:
+    """The dataset, and the VAE if there is one. All processes encode a part of the clips."""
     given = settings.get("dataset")
     if isinstance(given, str):
         vae = load_vae(path_in(folder, "vae", settings["vae"])) if "vae" in settings else None
@@ -160,10 +158,11 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Datas
         raise TrainingError(
             f"Unknown or missing setting in `dataset` ({error}). Valid settings: folder, negative, frames, fps, width, height, buckets."
         ) from error
-    vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
-    return prepare(
-        source, clip_settings, host_encoders(vae, clip), data_cache(), negative, logged_progress("dataset")
-    ), vae
+    with processes.agreed():
+        vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
+    progress = logged_progress("dataset") if processes.first else None
+    encoders = host_encoders(vae, clip)
+    return prepare(source, clip_settings, encoders, data_cache(), negative, progress, processes=processes), vae
 
 
 def logged_progress(label: str) -> Progress:

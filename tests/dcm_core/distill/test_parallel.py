@@ -1,40 +1,10 @@
-"""Several processes, here as threads: who does what when."""
-
-import threading
+"""What a process does of what several do together. Real processes are in data/test_dataset.py and tests/host/training."""
 
 import torch
 from torch import nn
 
 from dcm_core.distill import parallel
 from dcm_core.distill.parallel import Processes
-
-
-def together(monkeypatch, work):
-    """Run work(Processes) as two processes that wait for each other."""
-    barrier = threading.Barrier(2, timeout=30)
-    monkeypatch.setattr(parallel.dist, "barrier", barrier.wait)
-    threads = [threading.Thread(target=work, args=(Processes(rank, 2),)) for rank in (1, 0)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def test_the_first_works_alone_before_the_others(monkeypatch):
-    order = []
-
-    def work(processes):
-        with processes.first_alone():
-            order.append(("in", processes.rank))
-            order.append(("out", processes.rank))
-
-    together(monkeypatch, work)
-    assert order == [("in", 0), ("out", 0), ("in", 1), ("out", 1)]
-
-
-def test_one_process_waits_for_nobody():
-    with Processes().first_alone():
-        Processes().wait()
 
 
 def test_a_global_batch_is_shared_out_in_order():

@@ -89,6 +89,8 @@ def in_arrays(*, pin_memory=False):
 
 def gradients_of(trainer, alive):
     """A step's gradients, and the most memory on the CPU that its tensors took at once."""
+    for learner in trainer._learners:
+        learner.allocate_gradients()
     with alive(torch.device("cpu")) as counted:
         trainer._gradients(0)
     return [value.grad for value in trainer.learner.parameters.values()], counted.most
@@ -103,13 +105,12 @@ def test_offloaded_activations_change_the_memory_alone(side, trainer, module, mo
     alive = module("dcm_core.distill.memory").Alive
     expected, most = gradients_of(kept, alive)
     assert all(map(torch.equal, gradients_of(offloaded, alive)[0], expected)), "on the CPU nothing moves"
-    offloaded._zero_grad()
     monkeypatch.setattr(module("dcm_core.distill.backbone"), "save_on_cpu", in_arrays)
     found, less = gradients_of(offloaded, alive)
     assert all(map(torch.equal, found, expected))
-    # all inputs but the first block's; every second output of the teacher's blocks stays, as the discriminator sees it
-    inputs = (5 if side == "semantic" else 5 + 2) * 4 * 128 * (2 * 8 * 8)
-    assert most - less == pytest.approx(inputs, rel=0.1)
+    # all inputs but the first block's; of the discriminator's features every second output stays
+    inputs = 5 * 4 * 128 * (2 * 8 * 8)
+    assert 0.95 * inputs < most - less < (1.05 if side == "semantic" else 1.45) * inputs
     if side == "semantic":
         # in the detail stage AdamW's own memory is the most that is there at once
         assert kept.memory().step - offloaded.memory().step == pytest.approx(1.05 * inputs, rel=0.1)
