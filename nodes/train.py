@@ -5,10 +5,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..dcm_core.distill.config import SETTINGS, TrainingConfig
+from ..dcm_core.distill.recipes import CUSTOM, RECIPES, changed_settings, recipe_of
 from ..dcm_core.routing import Side
 from .dataset import Dataset
 from .experts import TrainedExpert
 from .host.compat import advanced, newer
+from .host.experts.attach import require_family
 from .host.experts.expert_files import expert_names, state_of_expert
 from .host.folders import NONE, fingerprint
 from .host.report import report
@@ -98,7 +100,34 @@ def last_inputs(side: Side) -> list[io.Input]:
 def further_inputs(side: Side) -> list[io.Input]:
     """Last, as saved graphs store values by position."""
     names = ("guidance", "warmup_steps", "keep", "entry_share")
-    return [setting_input(side, name, seldom=True, optional=True) for name in names]
+    return [
+        *(setting_input(side, name, seldom=True, optional=True) for name in names),
+        io.Combo.Input(
+            "recipe",
+            options=[CUSTOM, *RECIPES],
+            default=CUSTOM,
+            optional=True,
+            tooltip="Uses the settings of the official training scripts wherever you left the default. The node lists what it set. "
+            "custom uses this node's settings alone.",
+        ),
+        setting_input(side, "optimizer", seldom=True, optional=True),
+        setting_input(side, "offload_activations", seldom=True, optional=True),
+    ]
+
+
+def with_recipe(name: str, config: TrainingConfig, model: Any) -> tuple[TrainingConfig, str]:
+    """The config with a recipe in place of defaults, and what that means as text. On a node every setting has a value, so a value
+    that differs from the default is the user's own.
+
+    Raises:
+        TrainingError: a recipe for another model.
+    """
+    recipe = recipe_of(name)
+    if recipe is None:
+        return config, ""
+    recipe.check(require_family(model))
+    config = recipe.applied(config, changed_settings(config))
+    return config, f"{recipe.in_words(config)}\n"
 
 
 def outputs() -> list[io.Output]:
@@ -165,9 +194,11 @@ class DCMTrainSemanticExpert(io.ComfyNode):
         continue_from: str = NONE,
         vae: Any = None,
         detail_model: Any = None,
+        recipe: str = CUSTOM,
         **settings: Any,
     ) -> io.NodeOutput:
         config = TrainingConfig("semantic", gradient_accumulation_steps=accumulate, **settings)
+        config, words = with_recipe(recipe, config, model)
         run = train_and_save(
             model,
             dataset,
@@ -178,7 +209,9 @@ class DCMTrainSemanticExpert(io.ComfyNode):
             vae=vae,
             node_id=cls.hidden.unique_id,
         )
-        return io.NodeOutput(run.model, run.expert, str(run.file), run.plots, ui=report(str(run), cls.hidden.unique_id))
+        return io.NodeOutput(
+            run.model, run.expert, str(run.file), run.plots, ui=report(f"{words}{run}", cls.hidden.unique_id)
+        )
 
 
 class DCMTrainDetailExpert(io.ComfyNode):
@@ -244,9 +277,11 @@ class DCMTrainDetailExpert(io.ComfyNode):
         semantic_lora: str = NONE,
         semantic_expert: Any = None,
         semantic_model: Any = None,
+        recipe: str = CUSTOM,
         **settings: Any,
     ) -> io.NodeOutput:
         config = TrainingConfig("detail", gradient_accumulation_steps=accumulate, **settings)
+        config, words = with_recipe(recipe, config, model)
         run = train_and_save(
             model,
             dataset,
@@ -259,7 +294,9 @@ class DCMTrainDetailExpert(io.ComfyNode):
             vae=vae,
             node_id=cls.hidden.unique_id,
         )
-        return io.NodeOutput(run.model, run.expert, str(run.file), run.plots, ui=report(str(run), cls.hidden.unique_id))
+        return io.NodeOutput(
+            run.model, run.expert, str(run.file), run.plots, ui=report(f"{words}{run}", cls.hidden.unique_id)
+        )
 
 
 NODES = [DCMTrainSemanticExpert, DCMTrainDetailExpert]

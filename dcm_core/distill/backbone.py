@@ -6,10 +6,12 @@ There is one copy of its weights. The teacher is the plain transformer; the othe
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from ..experts.modules import RoutedExpert, find_module
@@ -61,6 +63,7 @@ class Backbone:
         options: creates the host's `transformer_options` for a call.
         gradient_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again. It is always
             on for a family whose blocks overwrite what a backward pass needs.
+        offload_activations: with gradient checkpointing, the blocks' inputs wait in system memory for the backward pass.
     """
 
     module: nn.Module
@@ -68,6 +71,7 @@ class Backbone:
     dtype: torch.dtype = torch.float32
     options: Callable[[], dict[str, Any]] = dict
     gradient_checkpointing: bool = False
+    offload_activations: bool = False
 
     def velocity(self, x: Tensor, sigma: Tensor, text: Text, experts: Working = ()) -> Tensor:
         """Velocity (float32, like x) at the noise levels `sigma` (batch,), with the experts in place."""
@@ -92,7 +96,9 @@ class Backbone:
             arguments.update(args=args[1:], kwargs=kwargs)
 
         def project(feature: Tensor) -> Tensor:
-            return self._forgetful(head, ())(feature, *arguments["args"], **arguments["kwargs"]).float()
+            return self._forgetful(head, (), self.family.head)(
+                feature, *arguments["args"], **arguments["kwargs"]
+            ).float()
 
         hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in self.feature_blocks()]
         hooks.append(head.register_forward_pre_hook(remember, with_kwargs=True))
@@ -123,24 +129,37 @@ class Backbone:
         return out.float()
 
     @contextmanager
-    def _in_place(self, experts: Working) -> Iterator[None]:
-        with usable_weights(self.module), in_place(self.module, experts):
+    def _in_place(self, experts: Working, part: str = "") -> Iterator[None]:
+        """Inside the block the experts are in place, in all of the transformer or in its module `part`."""
+        module = find_module(self.module, part) if part else self.module
+        # without gradients nothing is saved
+        usable = usable_weights(module) if torch.is_grad_enabled() else nullcontext()
+        with usable, in_place(self.module, experts, part=part):
             yield
 
     @property
     def _forgets(self) -> bool:
         return (self.gradient_checkpointing or self.family.writes_in_place) and torch.is_grad_enabled()
 
-    def _forgetful(self, function: Callable[..., Any], experts: Working) -> Callable[..., Any]:
-        """The function, recomputing its activations in the backward pass if configured, with the same experts in place."""
+    def _forgetful(
+        self, function: Callable[..., Any], experts: Working, part: str, shared: list[Tensor] | None = None
+    ) -> Callable[..., Any]:
+        """The forward of the module `part`, recomputing its activations in the backward pass if configured, with the same experts in
+        place.
+
+        Args:
+            shared: see `_offloaded`; None for a module whose inputs stay on the device.
+        """
 
         def again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self._in_place(experts)
+            return nullcontext(), self._in_place(experts, part)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return checkpoint(function, *args, use_reentrant=False, context_fn=again, **kwargs)
 
-        return run if self._forgets else function
+        if not self._forgets:
+            return function
+        return partial(run, function) if shared is None else _offloaded(run, function, shared)
 
     @contextmanager
     def _checkpointed(self, experts: Working) -> Iterator[None]:
@@ -148,14 +167,56 @@ class Backbone:
         if not self._forgets:
             yield
             return
-        blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
+        blocks = {
+            f"{name}.{index}": block
+            for name in self.family.block_lists
+            for index, block in enumerate(find_module(self.module, name))
+        }
         # another pack may have replaced the forward of a block
-        forwards = [_on_copies(block) if self.family.writes_in_place else block.forward for block in blocks]
+        forwards = [_on_copies(block) if self.family.writes_in_place else block.forward for block in blocks.values()]
+        shared: list[Tensor] | None = [] if self.offload_activations else None
         with placed(
-            (block.__dict__, "forward", self._forgetful(forward, experts))
-            for block, forward in zip(blocks, forwards, strict=True)
+            (block.__dict__, "forward", self._forgetful(forward, experts, name, shared))
+            for (name, block), forward in zip(blocks.items(), forwards, strict=True)
         ):
             yield
+
+
+def _offloaded(
+    checkpointed: Callable[..., Any], function: Callable[..., Any], shared: list[Tensor]
+) -> Callable[..., Any]:
+    """A checkpointed block whose inputs are in system memory until the backward pass.
+
+    Args:
+        checkpointed: calls a function without keeping its activations. It saves the tensors among its positional arguments.
+        shared: the inputs of the first block, which calls of this function fill in. Later blocks get most of them too, so they
+            stay on the device.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        values, count, names = [*args, *kwargs.values()], len(args), list(kwargs)
+        if not shared:
+            shared.extend(value for value in values if isinstance(value, Tensor))
+        moving = [
+            place
+            for place, value in enumerate(values)
+            if isinstance(value, Tensor) and not any(value is other for other in shared)
+        ]
+        tensors = [values[place] for place in moving]
+        for place in moving:
+            values[place] = None
+
+        # it must not keep what moves, so neither `args` nor `kwargs`
+        def call(*moved: Tensor) -> Any:
+            filled = list(values)
+            for place, value in zip(moving, moved, strict=True):
+                filled[place] = value
+            return function(*filled[:count], **dict(zip(names, filled[count:], strict=True)))
+
+        with save_on_cpu(pin_memory=any(tensor.is_cuda for tensor in tensors)):
+            return checkpointed(call, *tensors)
+
+    return run
 
 
 def _on_copies(block: nn.Module) -> Callable[..., Any]:

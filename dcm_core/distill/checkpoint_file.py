@@ -20,7 +20,7 @@ from ..files.metadata import parse_json
 from ..files.tensor_file import MAX_HEADER, TensorFile
 from ..files.writing import write_tensors
 from .config import FORMER, TrainingConfig, TrainingError, renamed
-from .learner import MOMENTS, learning_rate_at
+from .learner import MOMENTS_8BIT, learning_rate_at, state_shapes
 
 FORMAT = "dcm-training"
 # Version of the order of clips (`BatchOrder`) in a checkpoint. Those without one have the first.
@@ -246,15 +246,13 @@ def _incomplete(file: TensorFile, config: TrainingConfig) -> str:
     for key, shape in shapes.items():
         part, _, name = key.partition(".")
         if part in parts:
-            wanted |= {
-                key: shape,
-                f"{part}_optimizer.{name}.step": (),
-                **{f"{part}_optimizer.{name}.{m}": shape for m in MOMENTS},
-            }
+            state = state_shapes(config.optimizer, shape)
+            wanted |= {key: shape, **{f"{part}_optimizer.{name}.{entry}": size for entry, size in state.items()}}
         if part == "expert" and config.ema_decay:
             wanted[f"{EMA}.{name}"] = shape
     absent = [part for part in parts if not any(key.startswith(f"{part}.") for key in shapes)]
-    whole = [key for key in shapes if not file.dtypes[key].is_floating_point]
+    codes = tuple(f".{moment}" for moment in MOMENTS_8BIT) if config.optimizer == "adamw8bit" else ()
+    whole = [key for key in shapes if not file.dtypes[key].is_floating_point and not key.endswith(codes)]
     if absent or whole:
         return f"it has no {' and '.join(absent)}" if absent else f"{name_some(whole)} are not floating-point numbers"
     return _compared(shapes, {**wanted, **({LOSS_SCALE_NAME: ()} if LOSS_SCALE_NAME in shapes else {})})

@@ -21,6 +21,7 @@ class TrainingError(DCMError):
 SCHEDULERS = ("constant", "cosine")
 # The largest whole number: larger ones fit no tensor.
 LARGEST = 2**63 - 1
+OPTIMIZERS = ("adamw", "adamw8bit")
 # names of the types for readers
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
@@ -150,6 +151,11 @@ class TrainingConfig:
         widget=(0.0, 1.0, 1e-7),
         resumable=True,
     )
+    optimizer: str = setting(
+        "adamw",
+        "adamw8bit stores AdamW's moments in 8 bits, a quarter of the memory. It needs the package bitsandbytes.",
+        options=OPTIMIZERS,
+    )
     discriminator_learning_rate: float = setting(
         5e-6,
         "Learning rate of the discriminator.",
@@ -165,6 +171,15 @@ class TrainingConfig:
     weight_decay: float = setting(0.0, "Weight decay of AdamW.", limits=(0, 10))
     clip_norm: float = setting(
         1.0, "Maximum gradient norm; larger gradients are scaled down to it.", limits=(1e-6, 1e6)
+    )
+    discriminator_weight_decay: float = setting(
+        0.0, "Weight decay of the discriminator's AdamW.", limits=(0, 10), only="detail"
+    )
+    discriminator_clip_norm: float = setting(
+        0.0,
+        "Maximum gradient norm of the discriminator. 0 never scales its gradients down.",
+        limits=(0, 1e6),
+        only="detail",
     )
     divergence: float = setting(
         20.0,
@@ -210,6 +225,11 @@ class TrainingConfig:
         limits=(0, 100),
         widget=(0.0, 30.0, 0.1),
     )
+    caption_dropout: float = setting(
+        0.0,
+        "Share of training steps without a caption, with the negative prompt in its place (official Wan recipe: 0.1).",
+        limits=(0, 1),
+    )
     temporal_weight: float = setting(
         1.0,
         "Weight of the temporal coherence loss, which improves motion.",
@@ -247,6 +267,12 @@ class TrainingConfig:
     gradient_checkpointing: bool = setting(
         True, "Needs much less memory and makes training somewhat slower.", resumable=True, former="checkpointing"
     )
+    offload_activations: bool = setting(
+        False,
+        "Keeps the blocks' inputs in system memory until the backward pass. Needs less VRAM and some time. Only used with "
+        "gradient_checkpointing.",
+        resumable=True,
+    )
     seed: int = setting(
         0, "Seed for initial weights, noise and clip order.", limits=(0, 2**63 - 1), widget=(0, 2**31, None)
     )
@@ -283,6 +309,10 @@ class TrainingConfig:
                 raise TrainingError(f"{name} is {given(value)}; {problem}.")
         if self.discriminator_width % 32:
             raise TrainingError(f"discriminator_width is {self.discriminator_width}; expected a multiple of 32.")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise TrainingError(
+                "offload_activations is true, but gradient_checkpointing is false. Set gradient_checkpointing to true."
+            )
         if self.side == "detail" and self.shared:
             raise TrainingError(
                 "shared is true, but an expert for all noise levels is trained as a semantic expert. Train a semantic expert."

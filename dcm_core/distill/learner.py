@@ -1,14 +1,15 @@
-"""A set of trained tensors with its AdamW optimiser."""
+"""A set of trained tensors with its AdamW optimiser, whose moments may have 8 bits."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import TrainingConfig
+from ..families.keymap import Shape
+from .config import TrainingConfig, TrainingError
 from .parallel import Processes
 
 # Loss scale for models that compute in float16: without it, gradients of a video underflow.
@@ -16,8 +17,10 @@ from .parallel import Processes
 LOSS_SCALE = 2.0**16
 # After it was lowered, it is doubled again after this many steps.
 STEPS_TO_RESCALE = 1000
-# AdamW's state of each parameter, in the parameter's shape.
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# PyTorch's AdamW's state of each parameter, in the parameter's shape; and that of bitsandbytes.
+MOMENTS, MOMENTS_8BIT = ("exp_avg", "exp_avg_sq"), ("state1", "state2")
+# bitsandbytes scales so many values together. Smaller tensors than the other number stay in float32.
+BLOCK, SMALLEST_8BIT = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,12 @@ class Learner:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     clip: float = math.inf
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the optimiser's moments."""
+        kind = "adamw" if isinstance(self.optimizer, torch.optim.AdamW) else "adamw8bit"
+        return moments_size(kind, (value.numel() for value in self.parameters.values()))
 
     @property
     def scratch(self) -> int:
@@ -93,26 +102,77 @@ def make_learner(
     parameters: dict[str, nn.Parameter],
     rate: float,
     clip: float = math.inf,
+    kind: str = "adamw",
     **settings: float | tuple[float, float],
 ) -> Learner:
     """Create a learner with AdamW.
 
     Args:
         rate: the (peak) learning rate.
+        kind: one of `config.OPTIMIZERS`.
         settings: other arguments of AdamW.
+
+    Raises:
+        TrainingError: bitsandbytes is missing.
     """
+    if kind == "adamw8bit":
+        make = import_adamw8bit()
+        return Learner(name, parameters, make(parameters.values(), lr=rate, **settings), clip)
     # one tensor at a time; all at once would double the memory
     return Learner(name, parameters, torch.optim.AdamW(parameters.values(), lr=rate, foreach=False, **settings), clip)
+
+
+def import_adamw8bit() -> type[torch.optim.Optimizer]:
+    """The AdamW of bitsandbytes.
+
+    Raises:
+        TrainingError: it is not installed or cannot be loaded.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except (ImportError, OSError, RuntimeError) as error:
+        raise TrainingError(
+            f"optimizer is adamw8bit, which needs the package bitsandbytes ({error}). Install it with "
+            "`python -m pip install bitsandbytes` in ComfyUI's Python, or set optimizer to adamw."
+        ) from error
+    return AdamW8bit
+
+
+def moments_size(kind: str, counts: Iterable[int]) -> int:
+    """Bytes of the moments of tensors with so many values each."""
+    return sum(
+        2 * (count + 4 * -(-count // BLOCK)) if kind == "adamw8bit" and count >= SMALLEST_8BIT else 8 * count
+        for count in counts
+    )
+
+
+def state_shapes(kind: str, shape: Shape) -> dict[str, Shape]:
+    """Name -> shape of the optimiser's state of a parameter, as stored in checkpoints."""
+    count = math.prod(shape)
+    if kind == "adamw":
+        return {"step": (), **dict.fromkeys(MOMENTS, shape)}
+    if count < SMALLEST_8BIT:
+        return {"step": (), **dict.fromkeys(MOMENTS_8BIT, shape)}
+    # the values that the codes stand for, and the largest value of each block
+    tables = {f"qmap{number}": (256,) for number in (1, 2)} | {
+        f"absmax{number}": (-(-count // BLOCK),) for number in (1, 2)
+    }
+    return {"step": (), **dict.fromkeys(MOMENTS_8BIT, shape), **tables}
 
 
 def _optimizer_tensors(
     prefix: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """AdamW's state by parameter names. Before the first step, this is its initial state."""
+    """The optimiser's state by parameter names. Before the first step, this is its initial state."""
     found = {}
-    for name, parameter in parameters.items():
-        zeros = torch.zeros((), device=parameter.device).expand(parameter.shape)
-        state = {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, zeros), **optimizer.state.get(parameter, {})}
+    for index, (name, parameter) in enumerate(parameters.items()):
+        if isinstance(optimizer, torch.optim.AdamW):
+            zeros = torch.zeros((), device=parameter.device).expand(parameter.shape)
+            state = {"step": torch.zeros(()), **dict.fromkeys(MOMENTS, zeros), **optimizer.state.get(parameter, {})}
+        else:
+            if parameter not in optimizer.state:
+                optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+            state = {**optimizer.state[parameter], "step": torch.tensor(float(optimizer.state[parameter]["step"]))}
         found |= {f"{prefix}.{name}.{key}": value for key, value in state.items()}
     return found
 
@@ -126,6 +186,8 @@ def _load_optimizer(
         start = f"{prefix}.{name}."
         found = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
         if found:
+            if not isinstance(optimizer, torch.optim.AdamW):
+                found["step"] = int(found["step"])
             state[index] = found
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

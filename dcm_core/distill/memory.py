@@ -71,6 +71,8 @@ class Memory:
             fixes.append(f"lower batch_size from {config.batch_size} (and raise gradient accumulation instead)")
         if not config.gradient_checkpointing:
             fixes.append("turn gradient checkpointing on")
+        elif not config.offload_activations:
+            fixes.append("turn offload_activations on")
         if config.rank == 0:
             fixes.append("set rank above 0 (a LoRA instead of a full fine-tune)")
         elif config.rank > 16:
@@ -82,10 +84,11 @@ class Memory:
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of live tensors that were created inside the block. `most` is their peak."""
+    """Counts the bytes of live tensors on a device that were created inside the block. `most` is their peak."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self._kind = device.type
         self.now = self.most = 0
         self._seen: dict[int, weakref.ref] = {}
 
@@ -105,7 +108,7 @@ class Alive(TorchDispatchMode):
             if type(value) in (Tensor, nn.Parameter):
                 storage = value.untyped_storage()
                 if storage._cdata not in self._seen:
-                    self._add(storage, storage.nbytes() if counted else 0)
+                    self._add(storage, storage.nbytes() if counted and storage.device.type == self._kind else 0)
 
     def _add(self, storage: torch.UntypedStorage, size: int) -> None:
         key = storage._cdata
@@ -129,23 +132,24 @@ def tokens_of(shape: tuple[int, ...]) -> int:
     return videos * frames * -(-height // 2) * -(-width // 2)
 
 
-def step_size(step: Callable[[tuple[int, ...]], None], shape: tuple[int, ...]) -> int:
+def step_size(step: Callable[[tuple[int, ...]], None], shape: tuple[int, ...], device: torch.device) -> int:
     """Peak of temporary memory of a step on latents of `shape` (videos, frames, height, width).
 
     Args:
         step: runs a step on latents of a shape. Its gradients are already allocated.
+        device: where it runs. Tensors elsewhere, such as offloaded activations, are not counted.
     """
     tokens, videos = tokens_of(shape), shape[0]
     if tokens <= PROBE:
-        return int(MARGIN * _measured(step, shape))
-    little, much = _measured(step, FEW), _measured(step, MANY)
+        return int(MARGIN * _measured(step, shape, device))
+    little, much = (_measured(step, size, device) for size in (FEW, MANY))
     # the same number of tokens in two videos shows the cost of one more text
-    text = max(0, _measured(step, TWO_VIDEOS) - much) if videos > 1 else 0
+    text = max(0, _measured(step, TWO_VIDEOS, device) - much) if videos > 1 else 0
     a_token = max(0, much - little) / (tokens_of(MANY) - tokens_of(FEW))
     return math.ceil(MARGIN * (much + (tokens - tokens_of(MANY)) * a_token + (videos - 1) * text))
 
 
-def _measured(step: Callable[[tuple[int, ...]], None], shape: tuple[int, ...]) -> int:
-    with Alive() as alive:
+def _measured(step: Callable[[tuple[int, ...]], None], shape: tuple[int, ...], device: torch.device) -> int:
+    with Alive(device) as alive:
         step(shape)
     return alive.most

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -93,18 +95,6 @@ class Processes:
         if not over:
             agree()
 
-    @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """The first process runs the block, then the others. An error in one of them ends all, as in `agreed`."""
-        if not self.first:
-            with self.agreed():
-                pass
-        with self.agreed():
-            yield
-        if self.first:
-            with self.agreed():
-                pass
-
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns in the first process. An error there ends all processes, as in `agreed`."""
         made: list[Any] = [None]
@@ -145,13 +135,33 @@ class Processes:
                     "settings, clips and model files."
                 )
 
+    def sharing(self, folder: Path) -> tuple[int, int]:
+        """This process's place among those that see the same files in `folder`, and their number. Nodes may have disks of their own.
+
+        Raises:
+            TrainingError: a process cannot write to its folder.
+        """
+        if self.count == 1:
+            return 0, 1
+        mark = folder / f"process_{self.rank}_{uuid4().hex}"
+        names = self.gather(mark.name)
+        with self.agreed():
+            mark.touch()
+        seen = self.gather([(folder / name).exists() for name in names])
+        mark.unlink()
+        group = [rank for rank in range(self.count) if seen[self.rank][rank] and seen[rank][self.rank]]
+        return group.index(self.rank), len(group)
+
+
+ALONE = Processes()
+
 
 def join(device: torch.device) -> Processes:
     """Join the processes of a launcher, which sets RANK and WORLD_SIZE. Without one, this process is alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     if not dist.is_initialized():
-        # long enough for one process to encode all clips while the others wait
+        # long enough for a process to encode its clips while the others wait
         nccl = device.type == "cuda" and dist.is_nccl_available()
         dist.init_process_group("nccl" if nccl else "gloo", timeout=PATIENCE)
     return Processes(dist.get_rank(), dist.get_world_size())

@@ -41,8 +41,12 @@ CASTING = SimpleNamespace(
 class PreciseExpert(RoutedExpert):
     """Its bare parameters stay in its own dtype, since the base's may be too coarse to train in. `strength` is not used."""
 
-    def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    def bare_values(
+        self, root: nn.Module, strength: float, prefix: str = ""
+    ) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for name, replaced, tensor in zip(self.bare_names, self.bare_replaced, self.bare, strict=True):
+            if not name.startswith(prefix):
+                continue
             module_name, _, attribute = name.rpartition(".")
             module = find_module(root, module_name)
             yield module, attribute, tensor if replaced else getattr(module, attribute).to(tensor) + tensor

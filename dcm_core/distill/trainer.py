@@ -93,6 +93,7 @@ class Trainer:
             dict(self.student.named_parameters()),
             config.learning_rate,
             config.clip_norm,
+            config.optimizer,
             weight_decay=config.weight_decay,
         )
         self.discriminator = make_discriminator(self.backbone, config).to(self.device) if config.adversarial else None
@@ -169,15 +170,15 @@ class Trainer:
             for learner in self._learners:
                 learner.allocate_gradients()
             size = max(
-                step_size(step, (self.config.batch_size, *largest)), *(learner.scratch for learner in self._learners)
+                step_size(step, (self.config.batch_size, *largest), self.device),
+                *(learner.scratch for learner in self._learners),
             )
         finally:
             self._zero_grad()
         semantic = sum(total(part.parameters()) for part, _ in self.semantic_working)
         present = trained * (2 if self.ema else 1) + judging + semantic
-        return Memory(
-            total(self.backbone.module.parameters()), present, 2 * (trained + judging), trained + judging + size
-        )
+        moments = sum(learner.moments for learner in self._learners)
+        return Memory(total(self.backbone.module.parameters()), present, moments, trained + judging + size)
 
     def networks(self) -> Networks:
         """Teacher, student and target network on the shared backbone."""
@@ -206,8 +207,16 @@ class Trainer:
         return self.config.guidance if embedded else None
 
     def _make_discriminator_learner(self) -> Learner:
-        parameters, rate = dict(self.discriminator.named_parameters()), self.config.discriminator_learning_rate
-        return make_learner("discriminator", parameters, rate, betas=(0.0, 0.999), weight_decay=0.0)
+        config = self.config
+        return make_learner(
+            "discriminator",
+            dict(self.discriminator.named_parameters()),
+            config.discriminator_learning_rate,
+            config.discriminator_clip_norm or math.inf,
+            config.optimizer,
+            betas=(0.0, 0.999),
+            weight_decay=config.discriminator_weight_decay,
+        )
 
     def _training_step(self) -> None:
         """One step of the optimisers. Its losses are added to the history."""
@@ -319,7 +328,7 @@ class Trainer:
     def _check_room(self) -> None:
         """Check before the first step that the checkpoints can be written."""
         # each weight with its two AdamW moments
-        size = 3 * sum(total(learner.parameters.values()) for learner in self._learners)
+        size = sum(total(learner.parameters.values()) + learner.moments for learner in self._learners)
         size += total(self.learner.parameters.values()) if self.ema else 0
         saves = -(-(self.config.steps - self.done) // self.config.save_every)
         check_folder(self.folder, size, min(saves, self.config.keep + 1))

@@ -190,9 +190,13 @@ class RoutedExpert(nn.Module):
         """A copy is for another base, so it starts without what was made for this one."""
         return self.__dict__ | {"places": {}, "called": set(), "checked": set()}
 
-    def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        """(module, attribute, value with this expert applied) of every bare parameter."""
+    def bare_values(
+        self, root: nn.Module, strength: float, prefix: str = ""
+    ) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """(module, attribute, value with this expert applied) of every bare parameter whose name begins with `prefix`."""
         for name, replaced, tensor in zip(self.bare_names, self.bare_replaced, self.bare, strict=True):
+            if not name.startswith(prefix):
+                continue
             module_name, _, attribute = name.rpartition(".")
             module = find_module(root, module_name)
             base = getattr(module, attribute)

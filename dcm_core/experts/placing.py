@@ -61,6 +61,7 @@ def in_place(
     activations: Activations = NONE,
     watch: bool = False,
     watch_bare: bool = False,
+    part: str = "",
 ) -> Iterator[None]:
     """Inside the block the experts run in the base's place, later ones on top. Afterwards everything is restored.
 
@@ -73,15 +74,16 @@ def in_place(
         activations: see `RoutedSite.forward`.
         watch: record which layers are called, for `unanswered`.
         watch_bare: record which bare parameters are read. Leave it off under torch.compile, which would compile the recording.
+        part: the name of a module of the base, to place only what the experts change inside it; empty for everything.
     """
-    working = list(experts)
+    working, prefix = list(experts), part and f"{part}."
 
     def placements() -> Iterator[Placement]:
         for expert, strength in working:
             # all of them, before any is in place
             yield from (
-                *_forwards(expert, root, strength, add, activations, watch),
-                *_bare_parameters(expert, root, strength, watch_bare),
+                *_forwards(expert, root, strength, add, activations, watch, prefix),
+                *_bare_parameters(expert, root, strength, watch_bare, prefix),
             )
 
     with placed(placements()):
@@ -145,14 +147,22 @@ def _part(root: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def _forwards(
-    expert: RoutedExpert, root: nn.Module, strength: float, add: AddLinear, activations: Activations, watch: bool
+    expert: RoutedExpert,
+    root: nn.Module,
+    strength: float,
+    add: AddLinear,
+    activations: Activations,
+    watch: bool,
+    prefix: str,
 ) -> Iterator[Placement]:
-    """The placements of every site.
+    """The placements of every site whose name begins with `prefix`.
 
     They are built once and reused, or torch.compile would recompile. For the same reason a site inside compiled code keeps
     its recording forward.
     """
     for name, site in zip(expert.names, expert.sites, strict=True):
+        if not name.startswith(prefix):
+            continue
         holder, attribute = _innermost(find_module(root, name))
         base = getattr(holder, attribute)
         place = expert.places.get(name)
@@ -218,8 +228,11 @@ def _make_noting(forward: Forward, name: str, called: set[str], key: str) -> For
     return noting
 
 
-def _bare_parameters(expert: RoutedExpert, root: nn.Module, strength: float, watch: bool) -> Iterator[Placement]:
-    for full_name, (module, name, value) in zip(expert.bare_names, expert.bare_values(root, strength), strict=True):
+def _bare_parameters(
+    expert: RoutedExpert, root: nn.Module, strength: float, watch: bool, prefix: str
+) -> Iterator[Placement]:
+    names = [name for name in expert.bare_names if name.startswith(prefix)]
+    for full_name, (module, name, value) in zip(names, expert.bare_values(root, strength, prefix), strict=True):
         # an attribute that hides the parameter would not work: torch.compile does not see it
         yield module._parameters, name, _watched(value, full_name, expert.called) if watch else value
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from ...files.conditioning import Conditioning, load_conditioning, save_conditio
 from ...files.tensor_file import Progress, TensorFile
 from ...files.values import is_finite
 from ...files.writing import write_tensors
+from ..parallel import ALONE, Processes
 from .clips import CheckedClip, ClipSettings, Problem, check_clips, no_clip_left, read_clip
 from .dataset import LATENT, CachedDataset, Entry
 from .sources import Roots, find_clips
@@ -24,6 +25,8 @@ VERSION = "3"  # version of the cache; a change encodes everything again
 
 # Where each part of the work starts on the progress bar, in thousandths.
 CHECKING, VIDEOS, TEXTS, END = 0, 50, 900, 1000
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def prepare(
     negative: str = "",
     progress: Progress | None = None,
     roots: Roots = None,
+    processes: Processes = ALONE,
 ) -> CachedDataset:
     """Check the clips of `source`, encode what is not in the cache, and return the dataset.
 
@@ -67,18 +71,36 @@ def prepare(
         negative: the text of `CachedDataset.unconditional`.
         progress: called with (done, total) after every clip and text. It may raise to interrupt, which loses the current clip only.
         roots: folders that all clips have to be in; see `find_clips`.
+        processes: the processes that divide the work. All of them call this function. Those whose `cache` is the same folder encode
+            different entries; the result is the same in all.
 
     Raises:
-        DCMError: no clip can be used, or an encoder is not for a video model.
+        DCMError: no clip can be used, or an encoder is not for a video model. An error in one process ends all.
         CheckpointError: there is not enough room on the disk.
     """
     report = progress or (lambda done, total: None)
-    clips, others = find_clips(source, roots)
-    cache.mkdir(parents=True, exist_ok=True)
-    good, problems = check_clips(clips, settings, _part(report, CHECKING, VIDEOS), cache)
+    with processes.agreed():
+        clips, others = find_clips(source, roots)
+        cache.mkdir(parents=True, exist_ok=True)
+    place, sharing = processes.sharing(cache)
+    for turn in (True, False):
+        with processes.agreed():
+            # the others then find in the cache what is known of each clip
+            if turn == (place == 0):
+                good, problems = check_clips(clips, settings, _part(report, CHECKING, VIDEOS), cache)
+
+    def divided(new: Mapping[Path, T], encode: Callable[[Mapping[Path, T]], dict[Path, str]]) -> dict[Path, str]:
+        """Encode this process's share, then what is still missing here. Returns what `encode` does: the paths that failed."""
+        with processes.agreed():
+            failed = encode({path: new[path] for path in list(new)[place::sharing]})
+        with processes.agreed():
+            # what failed elsewhere fails here too, and says why
+            return failed | encode({path: new[path] for path in new if path not in failed and not path.exists()})
+
     videos = [(checked, cache / _video_name(checked, settings, encoders.video_id)) for checked in good]
-    new_videos = {path: checked for checked, path in videos if _latent_shape(path) is None}
-    failed = _encode_videos(new_videos, settings, encoders, _part(report, VIDEOS, TEXTS))
+    with processes.agreed():
+        new_videos = {path: checked for checked, path in videos if _latent_shape(path) is None}
+    failed = divided(new_videos, lambda new: _encode_videos(new, settings, encoders, _part(report, VIDEOS, TEXTS)))
     problems += (Problem(checked.clip.path, failed[path]) for checked, path in videos if path in failed)
     left = [(checked, path) for checked, path in videos if path not in failed]
     if not left:
@@ -87,8 +109,9 @@ def prepare(
         text: cache / _name("text", text, encoders.text_id)
         for text in [*(checked.clip.caption for checked, _ in left), negative]
     }
-    new_texts = {text: path for text, path in texts.items() if not _holds_conditioning(path)}
-    _encode_texts(new_texts, encoders, _part(report, TEXTS, END))
+    with processes.agreed():
+        new_texts = {path: text for text, path in texts.items() if not _holds_conditioning(path)}
+    divided(new_texts, lambda new: _encode_texts(new, encoders, _part(report, TEXTS, END)))
     if new_videos or new_texts:
         encoders.free()
     report(END, END)
@@ -141,10 +164,12 @@ def _checked(latent: Tensor, checked: CheckedClip) -> Tensor:
     return latent
 
 
-def _encode_texts(new: Mapping[str, Path], encoders: Encoders, progress: Progress) -> None:
-    for done, (text, path) in enumerate(new.items(), start=1):
+def _encode_texts(new: Mapping[Path, str], encoders: Encoders, progress: Progress) -> dict[Path, str]:
+    """Write the texts' conditionings. A text that fails is an error, so no path is returned."""
+    for done, (path, text) in enumerate(new.items(), start=1):
         save_conditioning(path, _checked_text(encoders.encode_text(text), text), text)
         progress(done, len(new))
+    return {}
 
 
 def _checked_text(conditioning: Conditioning, text: str) -> Conditioning:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ....dcm_core.distill.backbone import Backbone
 from ....dcm_core.distill.config import TrainingConfig, TrainingError
 from ....dcm_core.distill.data.dataset import Dataset
+from ....dcm_core.distill.learner import moments_size
 from ....dcm_core.distill.memory import Memory
 from ....dcm_core.distill.signals import held_back
 from ....dcm_core.distill.student import WeightOf
@@ -50,6 +51,7 @@ def make_backbone(model: Any, family: Family, config: TrainingConfig) -> Backbon
         compute_dtype(model),
         lambda: {"optimized_attention_override": gradient_attention},
         config.gradient_checkpointing,
+        config.offload_activations,
     )
 
 
@@ -141,7 +143,7 @@ def check_fits(base: Any, config: TrainingConfig, trained: int, beside: int) -> 
     """Refuse a run whose own tensors cannot fit, before they are on the device. What a step needs is not known yet.
 
     Args:
-        trained: bytes of the trained tensors. EMA, two moments and a gradient of each are added.
+        trained: bytes of the trained tensors, in float32. EMA, two moments and a gradient of each are added.
         beside: bytes of what else stays on the device: the discriminator and the expert under the trained one.
 
     Returns:
@@ -152,7 +154,8 @@ def check_fits(base: Any, config: TrainingConfig, trained: int, beside: int) -> 
     """
     present = (1 + (config.ema_decay > 0)) * trained + beside
     available = comfy.model_management.get_free_memory(base.load_device) + offloadable(base)
-    Memory(base=0, present=0, moments=2 * trained, step=present + trained).check(available, config)
+    moments = moments_size(config.optimizer, [trained // 4])
+    Memory(base=0, present=0, moments=moments, step=present + trained).check(available, config)
     return present
 
 

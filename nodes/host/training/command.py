@@ -18,7 +18,9 @@ from ....dcm_core.distill.data.clips import ClipSettings
 from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.data.dataset_file import read_dataset
 from ....dcm_core.distill.data.encode import prepare
+from ....dcm_core.distill.learner import import_adamw8bit
 from ....dcm_core.distill.parallel import Processes, join
+from ....dcm_core.distill.recipes import CUSTOM, recipe_of
 from ....dcm_core.errors import counted
 from ....dcm_core.experts.expert import Expert
 from ....dcm_core.files.tensor_file import Progress, TensorFile
@@ -55,6 +57,9 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
     with processes.agreed():
         settings = renamed(settings, FORMER_SETTINGS)
         parts = parts_of(which, settings, folder)
+        if any(part.config.optimizer == "adamw8bit" for part in parts):
+            import_adamw8bit()  # the error, before any clip is encoded
+        recipe = recipe_of(settings.get("recipe", CUSTOM))
         if processes.first:
             for part in parts:
                 make_room_for(part.output)
@@ -72,13 +77,13 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
                 model = None
                 free_memory()
                 model, loaded = load_file(part.model, settings.get("weight_dtype", "default"))[0], part.model
+            if recipe is not None:
+                recipe.check(require_family(model))
             semantic = read_expert(part.semantic, "semantic", "semantic", model)
             # in a list, to be handed over: a full fine-tune is as large as the model
             start = [read_expert(part.start, "continue_from", part.side, model)]
         if data is None:
-            with processes.first_alone():
-                # the other processes then find everything encoded
-                data, vae = load_data(settings, folder, model)
+            data, vae = load_data(settings, folder, model, processes)
             with processes.agreed():
                 for path, saved in finished.values():
                     now = {DATA: data.fingerprint, CLIPS: " ".join(data.clip_ids)}
@@ -86,6 +91,9 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
         if part is not parts[-1]:
             check_memory(part, parts[-1], model, data, bases)
         logger.info("Training the %s expert on %s", part.side, part.model.name)
+        if recipe is not None:
+            lines.append(recipe.in_words(part.config))
+            logger.info(lines[-1])
         lines.append(train_part(part, model, data, vae, semantic, start, bases, processes))
     return "\n".join(lines)
 
@@ -174,31 +182,33 @@ def free_memory() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Dataset, Any]:
-    """The dataset, and the VAE if there is one."""
+def load_data(settings: dict[str, Any], folder: Path, model: Any, processes: Processes) -> tuple[Dataset, Any]:
+    """The dataset, and the VAE if there is one. All processes encode a part of the clips."""
     given = settings.get("dataset")
-    if isinstance(given, str):
-        vae = load_vae(path_in(folder, "vae", settings["vae"])) if "vae" in settings else None
-        return read_dataset(path_in(folder, "dataset", given)), vae
-    if not isinstance(given, dict) or "folder" not in given:
-        raise TrainingError(
-            f"`dataset` is {given!r}; expected a file from DCM Save Dataset, or settings with a `folder` of clips."
-        )
-    values = dict(given)
-    kinds = {field.name: type(field.default) for field in fields(ClipSettings)} | {"negative": str}
-    for name in values.keys() & kinds:
-        check_type(f"{name} of `dataset`", values[name], kinds[name])
-    source, negative = path_in(folder, "folder", values.pop("folder")), values.pop("negative", "")
-    try:
-        clip_settings = ClipSettings(**values)
-    except TypeError as error:
-        raise TrainingError(
-            f"Unknown or missing setting in `dataset` ({error}). Valid settings: folder, negative, frames, fps, width, height, buckets."
-        ) from error
-    vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
-    return prepare(
-        source, clip_settings, host_encoders(vae, clip), data_cache(), negative, logged_progress("dataset")
-    ), vae
+    with processes.agreed():
+        if isinstance(given, str):
+            vae = load_vae(path_in(folder, "vae", settings["vae"])) if "vae" in settings else None
+            return read_dataset(path_in(folder, "dataset", given)), vae
+        if not isinstance(given, dict) or "folder" not in given:
+            raise TrainingError(
+                f"`dataset` is {given!r}; expected a file from DCM Save Dataset, or settings with a `folder` of clips."
+            )
+        values = dict(given)
+        kinds = {field.name: type(field.default) for field in fields(ClipSettings)} | {"negative": str}
+        for name in values.keys() & kinds:
+            check_type(f"{name} of `dataset`", values[name], kinds[name])
+        source, negative = path_in(folder, "folder", values.pop("folder")), values.pop("negative", "")
+        try:
+            clip_settings = ClipSettings(**values)
+        except TypeError as error:
+            raise TrainingError(
+                f"Unknown or missing setting in `dataset` ({error}). Valid settings: folder, negative, frames, fps, width, height, "
+                "buckets."
+            ) from error
+        vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
+    progress = logged_progress("dataset") if processes.first else None
+    encoders = host_encoders(vae, clip)
+    return prepare(source, clip_settings, encoders, data_cache(), negative, progress, processes=processes), vae
 
 
 def logged_progress(label: str) -> Progress:

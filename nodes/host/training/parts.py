@@ -11,6 +11,7 @@ from ....dcm_core.distill.checkpoint_file import Checkpoint
 from ....dcm_core.distill.checkpoints import newest_checkpoint
 from ....dcm_core.distill.config import FORMER, TrainingConfig, TrainingError, renamed
 from ....dcm_core.distill.config import SETTINGS as DESCRIBED
+from ....dcm_core.distill.recipes import CUSTOM, Recipe, recipe_of
 from ....dcm_core.families.wan import PAIR_SHIFT
 from ....dcm_core.files.checkpoint import recognise
 from ....dcm_core.files.metadata import read_metadata
@@ -38,6 +39,7 @@ SETTINGS = {
     "checkpoints",
     "semantic",
     "continue_from",
+    "recipe",
     "training",
 }
 # names of earlier versions -> those of today
@@ -103,6 +105,7 @@ def parts_of(which: str, settings: dict[str, Any], folder: Path) -> list[Part]:
     output = path("output")
     if os.path.isdir(output):
         raise TrainingError(f"`output` is {output}, which is a folder; expected the name of the file to write.")
+    recipe = recipe_of(settings.get("recipe", CUSTOM))
     sides: tuple[Side, ...] = SIDES if which == BOTH else (which,)
     two_models, two_files = "detail_model" in settings, "detail_model" in settings or which == BOTH
     for name in ("semantic", "continue_from") if which == BOTH else ("semantic",) if two_models else ():
@@ -123,7 +126,7 @@ def parts_of(which: str, settings: dict[str, Any], folder: Path) -> list[Part]:
     return [
         Part(
             side,
-            config_of(side, settings.get("training", {}), two_files, two_models),
+            config_of(side, settings.get("training", {}), two_files, two_models, recipe),
             path("detail_model") if two_models and side == "detail" else path("model"),
             files[side],
             checkpoints / side if two_files else checkpoints,
@@ -155,8 +158,8 @@ def check_inputs(settings: dict[str, Any], folder: Path, output: Path) -> None:
             check_not_output(f"{name} is {given}", path_in(folder, name, given), output)
 
 
-def config_of(side: Side, training: Any, two_files: bool, two_models: bool) -> TrainingConfig:
-    """The settings of one part. With two files, those of the other expert are left out, and tables named by an expert are its own.
+def config_of(side: Side, training: Any, two_files: bool, two_models: bool, recipe: Recipe | None) -> TrainingConfig:
+    """The settings of one part, over those of the recipe. With two files, those of the other expert are left out, and tables named by an expert are its own.
 
     Raises:
         TrainingError: a setting that is unknown or has a wrong value.
@@ -180,7 +183,7 @@ def config_of(side: Side, training: Any, two_files: bool, two_models: bool) -> T
     config = TrainingConfig.from_dict({**values, "side": side})
     for name in TrainingConfig.unused(side, values):
         logger.warning("`%s` has no effect: only a %s expert has this setting.", name, other_side(side))
-    return config
+    return config if recipe is None else recipe.applied(config, values)
 
 
 def bases_in(settings: dict[str, Any], folder: Path) -> Bases:

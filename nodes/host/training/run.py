@@ -17,6 +17,7 @@ from ....dcm_core.distill.checkpoint_file import CLIPS, DATA, PROCESSES
 from ....dcm_core.distill.checkpoints import check_resumable, locked
 from ....dcm_core.distill.config import TrainingConfig, TrainingError
 from ....dcm_core.distill.data.dataset import Dataset
+from ....dcm_core.distill.learner import import_adamw8bit
 from ....dcm_core.distill.method.discriminator import discriminator_size
 from ....dcm_core.distill.parallel import join
 from ....dcm_core.distill.student import new_detail, new_semantic
@@ -164,6 +165,8 @@ def train_expert(
     """
     processes = join(model.load_device)
     with processes.agreed():
+        if config.optimizer == "adamw8bit":
+            import_adamw8bit()
         family = require_family(model)
         bases = bases or known_bases(model, config.side, (semantic, start))
         boundary = shared_boundary(config, start, semantic)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -31,28 +30,6 @@ def fails_after_the_agreement(processes: Processes) -> str:
 def succeeds(processes: Processes) -> str:
     with processes.agreed():
         pass
-    return "began"
-
-
-def fails_in_first_alone(processes: Processes) -> str:
-    with processes.first_alone():
-        if processes.first:
-            raise ValueError("a broken clip")
-        return "worked"
-    return "began"
-
-
-def takes_turns(processes: Processes) -> list[float]:
-    with processes.first_alone():
-        begun = time.time()
-        time.sleep(0.2)
-        return [begun, time.time()]
-
-
-def fails_in_second_after_the_first(processes: Processes) -> str:
-    with processes.first_alone():
-        if not processes.first:
-            raise ValueError("another VAE")
     return "began"
 
 
@@ -85,9 +62,6 @@ SCENES = (
     fails_in_second,
     fails_after_the_agreement,
     succeeds,
-    takes_turns,
-    fails_in_first_alone,
-    fails_in_second_after_the_first,
     makes_in_first,
     fails_to_make,
     same_values,

@@ -21,6 +21,7 @@ from dcm_core.distill import checkpoints
 from dcm_core.distill.checkpoint_file import FIRST_ORDER, Checkpoint, read_checkpoint
 from dcm_core.distill.checkpoints import check_folder, locked, newest_checkpoint, save_checkpoint
 from dcm_core.distill.config import FORMER, TrainingConfig, TrainingError
+from dcm_core.distill.learner import state_shapes
 from dcm_core.errors import CheckpointError, DCMError
 from dcm_core.files.tensor_file import TensorFile
 from dcm_core.files.unfinished import Unfinished
@@ -225,6 +226,23 @@ def test_an_incomplete_state_is_passed_over_for_the_one_before(tmp_path, caplog,
     assert "step_00000002" in caplog.text and message in caplog.text
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path / "step_00000002.safetensors", weights=weights)
+
+
+def test_a_state_with_8bit_moments(tmp_path):
+    """Codes are whole numbers. Without the largest value of each block they mean nothing."""
+    config = TrainingConfig("semantic", optimizer="adamw8bit", ema_decay=0.0)
+    state = state_shapes("adamw8bit", (5000,))
+    assert state["absmax1"] == (20,)
+    tensors = {"expert.x": torch.ones(5000)} | {
+        f"expert_optimizer.x.{name}": torch.zeros(shape, dtype=torch.uint8 if "state" in name else torch.float32)
+        for name, shape in state.items()
+    }
+    path = save_checkpoint(tmp_path, Checkpoint(0, config, {}, [], tensors), keep=1)
+    assert read_checkpoint(path).tensors["expert_optimizer.x.state1"].dtype is torch.uint8
+    del tensors["expert_optimizer.x.absmax2"]
+    path = save_checkpoint(tmp_path, Checkpoint(0, config, {}, [], tensors), keep=1)
+    with pytest.raises(CheckpointError, match=r"1 tensor missing: expert_optimizer\.x\.absmax2"):
+        read_checkpoint(path)
 
 
 def test_a_discriminator_without_its_optimizer(tmp_path):

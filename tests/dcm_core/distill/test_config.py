@@ -45,6 +45,10 @@ def test_the_paper_s_values_are_the_defaults():
         ({"side": "semantic", "steps": 0}, "steps is 0"),
         ({"side": "semantic", "scheduler": "linear"}, "choose one of constant, cosine"),
         ({"side": "detail", "discriminator_width": 100}, "multiple of 32"),
+        (
+            {"side": "semantic", "offload_activations": True, "gradient_checkpointing": False},
+            "offload_activations is true, but gradient_checkpointing is false",
+        ),
         ({"side": "semantic", "step": 5}, "Unknown setting step. Valid settings: side, steps"),
         ({"side": "semantic", "steps": "many"}, "steps is 'many'; expected a whole number"),
         ({"side": "semantic", "steps": True}, "steps is True; expected a whole number"),

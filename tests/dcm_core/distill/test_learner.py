@@ -1,6 +1,7 @@
 """AdamW's steps, and the learning rate over a run."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
 
-from dcm_core.distill.config import SCHEDULERS, TrainingConfig
-from dcm_core.distill.learner import learning_rate_at, make_learner
+from dcm_core.distill.checkpoint_file import Checkpoint, read_checkpoint
+from dcm_core.distill.checkpoints import save_checkpoint
+from dcm_core.distill.config import SCHEDULERS, TrainingConfig, TrainingError
+from dcm_core.distill.learner import learning_rate_at, make_learner, state_shapes
 from dcm_core.distill.parallel import Processes
 
 
@@ -110,3 +113,67 @@ def test_a_state_that_is_taken_up_goes_on_as_the_first_did(learner):
 
 def test_what_a_step_needs_beside_its_state(learner):
     assert learner.scratch == 2 * 4 * 4
+
+
+# a shape of whole blocks, one with a last block that is not full, and one that stays in float32
+SHAPES = {"large": (64, 128), "odd": (67, 65), "small": (8, 8)}
+
+
+def make_8bit(seed=0, kind="adamw8bit"):
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+    return make_learner("expert", parameters, 1e-2, kind=kind, betas=(0.9, 0.999), weight_decay=0.01)
+
+
+def steps(learner, numbers):
+    for number in numbers:
+        generator = torch.Generator().manual_seed(100 + number)
+        for value in learner.parameters.values():
+            value.grad = torch.randn(value.shape, generator=generator)
+        learner.step(1.0)
+
+
+def test_without_bitsandbytes_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        TrainingError, match=r"needs the package bitsandbytes.*pip install bitsandbytes.* or set optimizer"
+    ):
+        make_8bit()
+
+
+def test_8bit_moments_are_the_library_s():
+    """As close to AdamW as 8 bits allow, in a quarter of the memory, in the shapes that checkpoints expect."""
+    pytest.importorskip("bitsandbytes")
+    ours, exact = make_8bit(), make_8bit(kind="adamw")
+    start = {name: value.detach().clone() for name, value in ours.parameters.items()}
+    found = ours.tensors()
+    for learner in (ours, exact):
+        steps(learner, range(4))
+    for name, value in ours.parameters.items():
+        moved, expected = value - start[name], exact.parameters[name] - start[name]
+        assert (moved - expected).norm() < (1e-5 if name == "small" else 0.1) * expected.norm(), name
+    for tensors in (found, ours.tensors()):
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if "_optimizer." in name}
+        assert shapes == {
+            f"expert_optimizer.{name}.{entry}": size
+            for name, shape in SHAPES.items()
+            for entry, size in state_shapes("adamw8bit", shape).items()
+        }
+    sizes = {name: tensor.nbytes for name, tensor in found.items() if name.split(".")[-1][:-1] in ("state", "absmax")}
+    assert ours.moments == sum(sizes.values()) < 0.27 * exact.moments
+
+
+def test_8bit_moments_come_back_from_a_checkpoint_to_the_bit(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = TrainingConfig("semantic", optimizer="adamw8bit", ema_decay=0.0)
+    through, first, resumed = make_8bit(), make_8bit(), make_8bit(seed=1)
+    steps(through, range(5))
+    steps(first, range(3))
+    history = [{"step": step} for step in (1, 2, 3)]
+    path = save_checkpoint(tmp_path, Checkpoint(3, config, {}, history, first.tensors()), keep=1)
+    shapes = {name: tuple(value.shape) for name, value in resumed.tensors().items()}
+    resumed.load(read_checkpoint(path, shapes).tensors)
+    steps(resumed, range(3, 5))
+    for name, value in through.tensors().items():
+        assert torch.equal(value, resumed.tensors()[name]), name

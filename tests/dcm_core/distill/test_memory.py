@@ -7,6 +7,7 @@ from dcm_core.distill.config import TrainingConfig, TrainingError
 from dcm_core.distill.memory import PROBE, Alive, Memory, step_size, tokens_of
 
 KIB = 1024
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 def floats(kib):
@@ -15,7 +16,7 @@ def floats(kib):
 
 def test_what_is_made_counts_until_it_is_gone():
     before = floats(64)
-    with Alive() as alive:
+    with Alive(CPU) as alive:
         one = before + 1
         view = one[:10]
         two = one.mul(2)
@@ -32,7 +33,7 @@ def test_what_is_made_counts_until_it_is_gone():
 
 def test_what_was_there_before_does_not_count():
     before = floats(64)
-    with Alive() as alive:
+    with Alive(CPU) as alive:
         before.mul_(2)
         before.view(-1, 2).t()
     assert alive.most == 0
@@ -40,7 +41,7 @@ def test_what_was_there_before_does_not_count():
 
 def test_what_a_graph_keeps_counts():
     x = torch.ones(1024, requires_grad=True)
-    with Alive() as alive:
+    with Alive(CPU) as alive:
         y = x.exp().exp()
         assert alive.now == 2 * 4096
         y.sum().backward()
@@ -48,9 +49,17 @@ def test_what_a_graph_keeps_counts():
 
 
 def test_what_is_measured_is_what_runs():
-    with Alive() as alive:
+    with Alive(CPU) as alive:
         made = torch.full((1024,), 3, dtype=torch.float64)
     assert made.dtype is torch.float64 and alive.most == 8 * KIB
+
+
+def test_what_is_on_another_device_does_not_count():
+    """As what waits in system memory for the backward pass."""
+    with Alive(META) as alive:
+        kept = [torch.empty(1024, device="meta"), torch.empty(4096)]
+        kept.append(kept[0] + 1)
+    assert alive.most == 2 * 4 * KIB
 
 
 def test_tokens():
@@ -69,7 +78,7 @@ def step_of(fixed, a_token, seen, a_video=0):
 
 def test_a_small_step_is_made_and_counted():
     seen = []
-    assert step_size(step_of(400, 40, seen), (2, 3, 8, 8)) == int(1.05 * (400 + 40 * 96))
+    assert step_size(step_of(400, 40, seen), (2, 3, 8, 8), CPU) == int(1.05 * (400 + 40 * 96))
     assert seen == [(2, 3, 8, 8)]
 
 
@@ -78,7 +87,7 @@ def test_a_large_step_follows_from_smaller_ones(videos):
     """Also where each video brings something of its own, as its text."""
     seen, large = [], (videos, 21, 60, 104)
     size = 4000 + 40 * tokens_of(large) + 80_000 * videos
-    assert step_size(step_of(4000, 40, seen, 80_000), large) == pytest.approx(1.05 * size, rel=1e-6)
+    assert step_size(step_of(4000, 40, seen, 80_000), large, CPU) == pytest.approx(1.05 * size, rel=1e-6)
     assert large not in seen and all(tokens_of(shape) <= PROBE for shape in seen)
 
 
@@ -88,6 +97,7 @@ def test_advice_names_what_would_help():
     cases = {
         "lower batch_size from 4": {"batch_size": 4},
         "turn gradient checkpointing on": {"gradient_checkpointing": False},
+        "turn offload_activations on": {},
         "set rank above 0": {"rank": 0},
         "lower rank from 64, and alpha in proportion": {"rank": 64},
         "use fewer frames": {},

@@ -46,14 +46,6 @@ def test_where_one_fails_all_end_and_say_why(found):
     assert found["succeeds"] == ["began", "began"]
 
 
-def test_the_first_works_alone_before_the_others(found):
-    """If it fails, they do not begin."""
-    (_, first_ends), (second_begins, _) = found["takes_turns"]
-    assert first_ends <= second_begins
-    assert found["fails_in_first_alone"] == ["ValueError: a broken clip", of_another(0, "a broken clip")]
-    assert found["fails_in_second_after_the_first"] == [of_another(1, "another VAE"), "ValueError: another VAE"]
-
-
 def test_what_the_first_has_is_sent_to_all(found):
     assert found["makes_in_first"] == [["of", 0, True]] * 2
     assert found["fails_to_make"] == ["ValueError: rank 0", of_another(0, "rank 0")]
@@ -71,7 +63,7 @@ def test_processes_that_would_train_different_things_are_refused(found):
 
 def test_one_process_waits_for_nobody():
     alone = Processes()
-    with alone.first_alone(), alone.agreed() as agree:
+    with alone.agreed() as agree:
         alone.wait()
         agree()
     assert alone.from_first(lambda: 5) == 5 and alone.gather("a") == ["a"]

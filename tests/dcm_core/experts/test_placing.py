@@ -100,6 +100,23 @@ def test_a_layer_whose_container_reads_its_weight_is_routed(watch):
     assert lost | resting == (set() if watch else {*SITES, *BARE})
 
 
+def test_in_a_part_of_the_base_alone():
+    """As a block that computes again in a backward pass: its name begins no other's."""
+    root = Model()
+    root.blocks.extend(Block() for _ in range(8))
+    sites = ["embed", *(f"blocks.{n}.q" for n in range(11))]
+    routed, _ = make(root, sites, [f"blocks.{n}.modulation" for n in range(11)])
+    before = dict(root.named_parameters())
+    with in_place(root, [(routed, 1.0)], part="blocks.1"):
+        assert [name for name, module in root.named_modules() if "forward" in module.__dict__] == ["blocks.1.q"]
+        changed = {
+            f"blocks.{n}.modulation"
+            for n, block in enumerate(root.blocks)
+            if block._parameters["modulation"] is not before[f"blocks.{n}.modulation"]
+        }
+    assert changed == {"blocks.1.modulation"} and untouched(root)
+
+
 def test_containers_that_are_not_a_plain_row_of_layers_are_left_alone():
     class Scaled(Fused):
         def forward(self, x, scale=1.0):

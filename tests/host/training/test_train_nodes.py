@@ -34,7 +34,18 @@ COMMON = {
 INPUTS = json.loads((Path(__file__).parent / "node_inputs.json").read_text(encoding="utf-8"))
 # inputs that saved graphs hold by another name than the setting's
 OTHER_IDS = {"accumulate": "gradient_accumulation_steps"}
-COMMAND_LINE_ALONE = {"weight_decay", "clip_norm", "divergence", "points", "shared", "feature_weight", "held_out_every"}
+COMMAND_LINE_ALONE = {
+    "weight_decay",
+    "clip_norm",
+    "discriminator_weight_decay",
+    "discriminator_clip_norm",
+    "divergence",
+    "points",
+    "shared",
+    "caption_dropout",
+    "feature_weight",
+    "held_out_every",
+}
 SEMANTIC = {**COMMON, "temporal_weight": 1.0}
 DETAIL = {**COMMON, "adversarial_weight": 0.1, "discriminator_learning_rate": 1e-4, "discriminator_width": 64}
 
@@ -76,7 +87,7 @@ def described(item):
     """What a saved graph relies on, and what a user sees of an input; a host's own additions left out."""
     names = ("default", "min", "max", "step", "round", "control_after_generate", "tooltip", "advanced", "optional")
     found = {name: getattr(item, name, None) for name in names}
-    found["options"] = item.options if item.id == "scheduler" else None
+    found["options"] = item.options if item.id in ("scheduler", "recipe", "optimizer") else None
     found = {name: value for name, value in found.items() if value is not None and (name, value) != ("optional", False)}
     return {"id": item.id, "type": item.get_io_type(), **found}
 
@@ -132,6 +143,31 @@ def test_experts_are_usable_at_once_and_from_their_files(trained, node, sample):
     assert (straight - other).norm() / straight.norm() < 1e-2
     assert (straight - sample(model, sigmas)).norm() / straight.norm() > 1e-3
     assert "boundary 0.9" in files.ui.as_dict()["text"][0]
+
+
+def test_a_recipe_takes_over_what_was_left_at_its_default(wan, node, data, output, module):
+    """With its limits on the discriminator's optimiser, as in the official code."""
+    settings = {**DETAIL, "discriminator_learning_rate": 5e-6, "sample_every": 0, "held_out": 0}
+    trained = node(
+        "DCMTrainDetailExpert", model=wan(layers=1), dataset=data, name="r", recipe="official Wan", **settings
+    )
+    text = trained.ui.as_dict()["text"][0]
+    assert text.startswith(
+        "Recipe official Wan: warmup_steps 0, weight_decay 0.001, caption_dropout 0.1, discriminator_l"
+    )
+    assert "Your own: shift 5.0 instead of 17.0, ema_decay 0.9 instead of 0.0, cfg 2.0 instead of 5.0, rank 4" in text
+    _, saved = module("dcm_core.distill.checkpoints").newest_checkpoint(output / "dcm_training" / "r")
+    values = saved.config.discriminator_learning_rate, saved.config.discriminator_clip_norm, saved.config.weight_decay
+    assert values == (1e-5, 1.0, 0.001)
+    with pytest.raises(ValueError, match="recipe is official HunyuanVideo, but the model is Wan"):
+        node(
+            "DCMTrainDetailExpert",
+            model=wan(layers=1),
+            dataset=data,
+            name="s",
+            recipe="official HunyuanVideo",
+            **settings,
+        )
 
 
 def test_a_detail_expert_on_every_linear(wan, node, data, output):
@@ -315,6 +351,7 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
 
     def run(steps, **more):
         settings = {"model": "base.safetensors", "dataset": "data.safetensors", "output": "expert.safetensors", **more}
+        settings["recipe"] = "official Wan"
         values = {**training, "steps": steps}
         path = tmp_path / f"run.{kind}"
         if kind == "json":
@@ -330,6 +367,8 @@ def test_command_trains_and_resumes(kind, wan, data, tmp_path, module):
     first = run(2)
     assert first.returncode == 0, first.stderr[-3000:]
     assert "semantic expert: LoRA rank 2" in first.stdout and ", 2 steps.\nSaved to" in first.stdout
+    assert "Recipe official Wan: warmup_steps 0, weight_decay 0.001, " in first.stdout
+    assert "Your own: shift 5.0 instead of 17.0, steps 2 instead of 1000, rank 2 instead of 0" in first.stdout
     log = first.stderr
     assert 0 < log.index("Peak memory about") < log.index("Step 2 of 2: loss"), "told before the first step"
     assert ", 3 steps.\nResumed from step 2 of 3, changed: steps: 2 -> 3.\nSaved to" in run(3).stdout
@@ -375,6 +414,11 @@ def base_file(wan, tmp_path_factory):
     [
         ({"training": None}, "`training` is None; expected a table of settings"),
         ({"checkpoints": 5}, "`checkpoints` is 5; expected a path"),
+        ({"recipe": "Wan"}, "recipe is 'Wan'; choose one of custom, official Wan, official HunyuanVideo"),
+        (
+            {"recipe": "official HunyuanVideo"},
+            r"the model is Wan 2\.1, not HunyuanVideo\. Choose official Wan or custom",
+        ),
         ({"states": 5}, "`checkpoints` is 5; expected a path"),
         ({"states": "a", "checkpoints": "b"}, "states is the old name of checkpoints, and both are set"),
         ({"output": "."}, "`output` is .*, which is a folder; expected the name of the file to write"),

@@ -108,6 +108,20 @@ def test_each_step_is_made_at_its_learning_rate(module, model, data, config, tmp
     assert used == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 0.5e-3])
 
 
+def test_the_discriminator_has_a_clip_and_a_weight_decay_of_its_own(module, model, data, config, tmp_path):
+    """Its first moment is the gradient of the last step, as its first beta is 0."""
+    norms = {}
+    for clip in (0.0, 1e-3):
+        settings = config("detail", discriminator_clip_norm=clip, discriminator_weight_decay=0.5, weight_decay=0.25)
+        trainer = make_trainer(module, model, data, settings, tmp_path)
+        trainer._training_step()
+        optimizer = trainer.discriminator_learner.optimizer
+        norms[clip] = torch.cat([state["exp_avg"].flatten() for state in optimizer.state.values()]).norm().item()
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}
+        assert {group["weight_decay"] for group in trainer.learner.optimizer.param_groups} == {0.25}
+    assert norms[0.0] > 1e-2 and norms[1e-3] == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_checkpointing_and_accumulation_do_not_change_the_gradients(train, model, data, config, tmp_path):
     plain = train(model, data, config("detail", ema_decay=0.0, batch_size=4), tmp_path / "a")
     again = train(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._C._profiler import _EventType
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..small_models import FP8, native_wan
 from .small_runs import make_trainer, random_data, same, weights
@@ -79,6 +80,40 @@ def test_there_is_no_second_copy_of_the_base(trainer):
     assert low.memory().base < 0.26 * full.memory().base
     kept = trainer("semantic", FP8, layers=6, gradient_checkpointing=False)
     assert kept.memory().step > low.memory().step + 4 * block, "told, where a graph keeps them"
+
+
+def in_arrays(*, pin_memory=False):
+    """As `save_on_cpu`, but it also moves tensors of the CPU: out of PyTorch's memory."""
+    return saved_tensors_hooks(lambda tensor: tensor.detach().numpy().copy(), torch.from_numpy)
+
+
+def gradients_of(trainer, alive):
+    """A step's gradients, and the most memory on the CPU that its tensors took at once."""
+    for learner in trainer._learners:
+        learner.allocate_gradients()
+    with alive(torch.device("cpu")) as counted:
+        trainer._gradients(0)
+    return [value.grad for value in trainer.learner.parameters.values()], counted.most
+
+
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_offloaded_activations_change_the_memory_alone(side, trainer, module, monkeypatch):
+    """What the blocks get from each other leaves the device, and comes back as it was."""
+    settings = {"layers": 6, "size": (2, 16, 16), "batch_size": 1, "gradient_checkpointing": True}
+    kept, offloaded = (trainer(side, **settings, offload_activations=offload) for offload in (False, True))
+    alive = module("dcm_core.distill.memory").Alive
+    expected, most = gradients_of(kept, alive)
+    assert all(map(torch.equal, gradients_of(offloaded, alive)[0], expected)), "on the CPU nothing moves"
+    monkeypatch.setattr(module("dcm_core.distill.backbone"), "save_on_cpu", in_arrays)
+    found, less = gradients_of(offloaded, alive)
+    assert all(map(torch.equal, found, expected))
+    # all inputs but the first block's; of the discriminator's features every second output stays
+    inputs = 5 * 4 * 128 * (2 * 8 * 8)
+    assert 0.95 * inputs < most - less < (1.05 if side == "semantic" else 1.45) * inputs
+    if side == "semantic":
+        # in the detail stage AdamW's own memory is the most that is there at once
+        assert kept.memory().step - offloaded.memory().step == pytest.approx(1.05 * inputs, rel=0.1)
 
 
 @pytest.fixture

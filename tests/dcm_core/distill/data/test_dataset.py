@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import os
+import socket
+import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -542,3 +545,34 @@ def test_batches_of_nothing_are_refused():
         BatchOrder([[1]], 0, 0)
     with pytest.raises(DCMError, match="no clips to train on"):
         BatchOrder([[]], 1, 0)
+
+
+def test_processes_divide_the_work(clip, tmp_path):
+    """Two processes, on one disk and on two; a failure of one ends both."""
+    for index in range(5):
+        clip(f"{index}.mkv", f"clip {'x' * index}", paint=lambda i, index=index: 40 * index + i)
+    clip("short.mkv", "too short", frames=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("encode_in_parallel.py")),
+        str(tmp_path),
+        str(tmp_path / "out"),
+    ]
+    launcher["PYTHONPATH"] = str(Path(__file__).parents[4])
+    processes = [subprocess.Popen(command, env={**launcher, "RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    first, second = (json.loads((tmp_path / f"out_{rank}.json").read_text()) for rank in range(2))
+    # six texts: five captions and the negative prompt
+    assert [first["shared"][:2], second["shared"][:2]] == [[3, 3], [2, 3]]
+    assert first["again"][:2] == second["again"][:2] == [0, 0]
+    assert first["own disks"][:2] == second["own disks"][:2] == [5, 6]
+    results = {run[2] for runs in (first, second) for run in (runs["shared"], runs["again"], runs["own disks"])}
+    assert len(results) == 1 and first["shared"][3] == second["shared"][3]
+    assert "short.mkv" in first["shared"][3]
+    assert second["one fails"][2] == "the disk is full"
+    assert "process 1 of 2 on" in first["one fails"][2] and "failed. the disk is full" in first["one fails"][2]
+    assert first["marks left"] == second["marks left"] == []

@@ -46,7 +46,7 @@ def test_checkpointing_keeps_less_and_changes_nothing():
         wanted = [*features, *discriminator.parameters()]
         for tensor in discriminator.parameters():
             tensor.grad = torch.zeros_like(tensor)
-        with Alive() as alive:
+        with Alive(torch.device("cpu")) as alive:
             scores = discriminator(features, (1, 20, 20))
             gradients = torch.autograd.grad(sum(score.square().mean() for score in scores), wanted)
         found.append([*scores, *gradients])
