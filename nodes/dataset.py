@@ -15,6 +15,7 @@ from .host.progress import byte_progress
 from .host.reach import clip_source
 from .host.report import report
 from .host.training.encoders import host_encoders
+from .host.training.image import IMAGE_CONDITIONINGS, NO_IMAGE
 
 Dataset = io.Custom("DCM_DATASET")
 
@@ -76,6 +77,18 @@ class DCMVideoDataset(io.ComfyNode):
                     optional=True,
                     tooltip="Negative prompt, which guidance moves away from.",
                 ),
+                io.Combo.Input(
+                    "image_conditioning",
+                    options=list(IMAGE_CONDITIONINGS),
+                    default=NO_IMAGE,
+                    optional=True,
+                    tooltip="For image-to-video models of Wan: the frames of each clip that the model is given. none is text to video.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Only for image-to-video models of Wan 2.1, which also see their images through CLIP vision.",
+                ),
             ],
             outputs=[Dataset.Output(display_name="dataset", tooltip="Encoded clips for a training node.")],
             hidden=[io.Hidden.unique_id],
@@ -110,12 +123,14 @@ class DCMVideoDataset(io.ComfyNode):
         fps: float,
         buckets: bool,
         negative: str = "",
+        image_conditioning: str = NO_IMAGE,
+        clip_vision: Any = None,
     ) -> io.NodeOutput:
         source, roots = clip_source(folder)
         dataset = prepare(
             source,
             ClipSettings(frames, fps, width, height, buckets),
-            host_encoders(vae, clip),
+            host_encoders(vae, clip, image_conditioning, clip_vision),
             data_cache(),
             negative,
             byte_progress(cls.hidden.unique_id),

@@ -1,7 +1,7 @@
 """The videos, noise and noise levels of each step. They depend on seed and step alone."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,10 +10,13 @@ from ..families import Family
 from ..files.conditioning import Conditioning
 from .backbone import Text
 from .config import TrainingConfig, TrainingError
-from .data.dataset import BatchOrder, Dataset
+from .data.dataset import BatchOrder, Dataset, ImageConditioning
 from .method.consistency import Batch
 from .method.phases import Phases
 from .parallel import Processes
+
+# A clip's image conditioning and its x0 (1, ...) -> `Text.concat` and further `Text.extras`.
+ImageIn = Callable[[ImageConditioning, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 def generator_of(seed: int, step: int, element: int) -> torch.Generator:
@@ -35,6 +38,16 @@ class Video:
         """Videos of the same kind can be stacked."""
         texts = (self.text.context.shape, self.no_text.context.shape)
         return (tuple(self.x0.shape), *texts)
+
+    def emptied(self, shape: tuple[int, ...]) -> "Video":
+        """The same with zeros of `shape` (channels, frames, height, width) instead of its pictures."""
+
+        def empty(text: Text) -> Text:
+            if text.concat is None:
+                return text
+            return replace(text, concat=torch.zeros(1, text.concat.shape[1], *shape[1:]))
+
+        return replace(self, x0=torch.zeros(shape), text=empty(self.text), no_text=empty(self.no_text))
 
 
 def text_of(conditioning: Conditioning, family: Family, guidance: float | None) -> Text:
@@ -94,7 +107,8 @@ def make_batch(videos: Sequence[Video], phases: Phases, device: torch.device) ->
 
 def _join(texts: Sequence[Text]) -> Text:
     extras = {name: torch.cat([text.extras[name] for text in texts]) for name in texts[0].extras}
-    return Text(torch.cat([text.context for text in texts]), extras)
+    concats = [text.concat for text in texts if text.concat is not None]
+    return Text(torch.cat([text.context for text in texts]), extras, torch.cat(concats) if concats else None)
 
 
 class Batches:
@@ -104,6 +118,7 @@ class Batches:
         indices: the clips of the dataset to train on.
         guidance: embedded guidance, for a transformer that uses it.
         latent_in: the host's scaling from VAE latents to the transformer's input.
+        image_in: the host's conversion of an image conditioning. Text to video needs none.
     """
 
     def __init__(
@@ -118,9 +133,11 @@ class Batches:
         processes: Processes,
         device: torch.device,
         latent_in: Callable[[Tensor], Tensor],
+        image_in: ImageIn | None = None,
     ):
         self._dataset, self._config, self._phases = dataset, config, phases
-        self._family, self._guidance, self._latent_in = family, guidance, latent_in
+        self._family, self._guidance = family, guidance
+        self._latent_in, self._image_in = latent_in, image_in
         self._processes, self._device = processes, device
         self._size = config.batch_size * processes.count
         self.order = BatchOrder(dataset.buckets_of(indices), self._size, config.seed)
@@ -148,13 +165,18 @@ class Batches:
         Args:
             shape: (videos, channels, frames, height, width).
         """
-        zeros = torch.zeros(shape[1:])
-        return self._stacked([self._video(index, generator_of(0, 0, element), zeros) for element in range(shape[0])])
+        videos = [self._video(index, generator_of(0, 0, element)) for element in range(shape[0])]
+        return self._stacked([video.emptied(shape[1:]) for video in videos])
 
-    def _video(self, index: int, generator: torch.Generator, x0: Tensor | None = None) -> Video:
+    def _video(self, index: int, generator: torch.Generator) -> Video:
         text = text_of(self._dataset.conditioning(index), self._family, self._guidance)
-        x0 = self._latent_in(self._dataset.latent(index)[None].float())[0] if x0 is None else x0
-        return Video(x0, text, self._no_text, generator)
+        no_text = self._no_text
+        x0 = self._latent_in(self._dataset.latent(index)[None].float())
+        if self._image_in is not None and (image := self._dataset.image(index)):
+            # both see the image, as in the host: guidance is about the text
+            concat, extras = self._image_in(image, x0)
+            text, no_text = (replace(each, concat=concat, extras={**each.extras, **extras}) for each in (text, no_text))
+        return Video(x0[0], text, no_text, generator)
 
     def _stacked(self, videos: Sequence[Video]) -> Iterator[tuple[Batch, float]]:
         return stacked(videos, self._phases, self._device)

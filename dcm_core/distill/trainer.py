@@ -13,7 +13,7 @@ from torch import Tensor
 from ..experts.expert import Expert
 from ..text import LOGGER
 from .backbone import Backbone, Working
-from .batches import Batches
+from .batches import Batches, ImageIn
 from .checkpoint_file import EMA, LOSS_SCALE_NAME, Checkpoint, History
 from .checkpoints import check_folder, check_resumable, newest_checkpoint, save_checkpoint
 from .config import TrainingConfig
@@ -56,7 +56,7 @@ class Trainer:
     Attributes:
         start: the expert to start from. It is not kept.
         semantic: the finished semantic expert that a detail expert is trained on top of.
-        latent_in: the host's scaling from VAE latents to the transformer's input.
+        latent_in, image_in: see `Batches`.
         folder: folder of the checkpoints.
         identity: see `Checkpoint`.
     """
@@ -69,6 +69,7 @@ class Trainer:
     device: torch.device
     semantic: InitVar[Expert | None] = None
     latent_in: Callable[[Tensor], Tensor] = torch.Tensor.float
+    image_in: ImageIn | None = None
     identity: dict[str, str] = field(default_factory=dict)
     watcher: Watcher = field(default_factory=Quiet)
     processes: Processes = field(default_factory=Processes)
@@ -103,6 +104,7 @@ class Trainer:
             processes=self.processes,
             device=self.device,
             latent_in=self.latent_in,
+            image_in=self.image_in,
         )
         self.history: History = []
         self.saved = 0

@@ -5,7 +5,7 @@ import itertools
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,9 @@ from ...files.values import bytes_of
 from .clips import Problem
 
 LATENT = "latent"
+
+# What an image-to-video model is given beside the text, by the host's names.
+ImageConditioning = Mapping[str, Tensor]
 
 
 class Dataset(ABC):
@@ -49,6 +52,10 @@ class Dataset(ABC):
     @abstractmethod
     def unconditional(self) -> Conditioning:
         """The text of the negative prompt."""
+
+    @abstractmethod
+    def image(self, index: int) -> ImageConditioning:
+        """The image conditioning of a clip; empty for text to video. All clips have the same names."""
 
     @property
     def buckets(self) -> list[list[int]]:
@@ -82,7 +89,7 @@ class Entry:
     """A clip in the cache.
 
     Attributes:
-        latent, conditioning: its files.
+        latent, conditioning, image: its files; `image` only for image to video.
         size: width and height in pixels.
         shape: the latent's shape.
     """
@@ -93,6 +100,7 @@ class Entry:
     conditioning: Path
     size: tuple[int, int]
     shape: tuple[int, ...]
+    image: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -126,8 +134,8 @@ class CachedDataset(Dataset):
         """
         path = self.entries[index].latent
         try:
-            return TensorFile(path).read_all()[LATENT]
-        except (CheckpointError, KeyError) as error:
+            return _read(path)[LATENT]
+        except KeyError as error:
             raise _lost(path, error) from error
 
     def conditioning(self, index: int) -> Conditioning:
@@ -146,6 +154,15 @@ class CachedDataset(Dataset):
         """
         return self._read_conditioning(self.negative)
 
+    def image(self, index: int) -> ImageConditioning:
+        """An image conditioning from its file.
+
+        Raises:
+            DCMError: the file is missing or damaged.
+        """
+        path = self.entries[index].image
+        return {} if path is None else _read(path)
+
     def _read_conditioning(self, path: Path) -> Conditioning:
         try:
             return load_conditioning(path)
@@ -155,8 +172,8 @@ class CachedDataset(Dataset):
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the files' names, which are hashes of their content."""
-        names = [name for entry in self.entries for name in (entry.latent.name, entry.conditioning.name)]
-        return hashlib.sha256("\n".join([*names, self.negative.name]).encode()).hexdigest()
+        files = [path for entry in self.entries for path in (entry.latent, entry.conditioning, entry.image) if path]
+        return hashlib.sha256("\n".join(path.name for path in (*files, self.negative)).encode()).hexdigest()
 
     def __str__(self) -> str:
         """One line: `12 clips, 3 sizes, 2 files left out`."""
@@ -170,6 +187,13 @@ class CachedDataset(Dataset):
         lines = [f"{width}x{height}: {count}" for (width, height), count in sorted(sizes.items())]
         left_out, notes = (f"left out {problem}" for problem in self.problems), (f"note {note}" for note in self.notes)
         return "\n".join([str(self), *lines, *left_out, *notes, *self.others])
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return TensorFile(path).read_all()
+    except CheckpointError as error:
+        raise _lost(path, error) from error
 
 
 def _lost(path: Path, error: Exception) -> DCMError:
@@ -186,9 +210,10 @@ class TensorDataset(Dataset):
         conditionings: the texts.
         which: for every latent, the index of its text.
         unconditional: the text of the negative prompt.
+        images: for every latent, its image conditioning; none for text to video.
 
     Raises:
-        DCMError: there are no latents, or the texts do not fit them.
+        DCMError: there are no latents, or the texts or images do not fit them.
     """
 
     def __init__(
@@ -197,6 +222,7 @@ class TensorDataset(Dataset):
         conditionings: Sequence[Conditioning],
         which: Sequence[int],
         unconditional: Conditioning,
+        images: Sequence[ImageConditioning] = (),
     ):
         if not latents or len(latents) != len(which):
             found = f"{counted(len(latents), 'latent')} with {counted(len(which), 'text')}"
@@ -205,8 +231,13 @@ class TensorDataset(Dataset):
             raise DCMError(
                 f"`which` has indices from {min(which)} to {max(which)}; expected 0 to {len(conditionings) - 1}."
             )
+        if images and (len(images) != len(latents) or len({frozenset(image) for image in images}) > 1):
+            raise DCMError(
+                f"The dataset has {counted(len(latents), 'latent')} with {counted(len(images), 'image conditioning')}; expected one for "
+                "each latent, all with the same parts."
+            )
         self._latents, self._conditionings = list(latents), list(conditionings)
-        self._which, self._unconditional = list(which), unconditional
+        self._which, self._unconditional, self._images = list(which), unconditional, list(images)
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -223,13 +254,17 @@ class TensorDataset(Dataset):
     def unconditional(self) -> Conditioning:
         return self._unconditional
 
+    def image(self, index: int) -> ImageConditioning:
+        return self._images[index] if self._images else {}
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of all tensors."""
         texts = [*(self._conditionings[index] for index in self._which), self._unconditional]
         values = (value for text in texts for embedding, extras in text for value in (embedding, *extras.values()))
         digest = hashlib.sha256()
-        for tensor in [*self._latents, *(value for value in values if isinstance(value, Tensor))]:
+        images = (image[name] for image in self._images for name in sorted(image))
+        for tensor in [*self._latents, *(value for value in values if isinstance(value, Tensor)), *images]:
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(bytes_of(tensor))
         return digest.hexdigest()

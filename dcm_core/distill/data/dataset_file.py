@@ -1,4 +1,4 @@
-"""Training data in one safetensors file: latents and texts, to train without a VAE and a text encoder."""
+"""Training data in one safetensors file: latents, texts and image conditionings, to train without their encoders."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from ...files.metadata import parse_json
 from ...files.tensor_file import MAX_HEADER, Progress, TensorFile
 from ...files.values import bytes_of, cast, is_finite
 from ...files.writing import write_stream
-from .dataset import Dataset, TensorDataset
+from .dataset import Dataset, ImageConditioning, TensorDataset
 
 FORMAT = "dcm-dataset"
 
@@ -55,7 +55,9 @@ def write_dataset(
             texts.append(numbers)
             sources.append(read)
         which.append(known[key])
-    entries |= {f"latent.{index}": (dtype, data.shape(index)) for index in range(len(data))}
+    for index in range(len(data)):
+        entries[f"latent.{index}"] = (dtype, data.shape(index))
+        entries |= {f"image.{index}.{name}": (dtype, tuple(value.shape)) for name, value in data.image(index).items()}
     contents = {"which": which[:-1], "unconditional": which[-1], "texts": texts}
 
     def each() -> Iterator[tuple[str, Tensor]]:
@@ -64,6 +66,8 @@ def write_dataset(
                 yield f"text.{number}.{name}", value
         for index in range(len(data)):
             yield f"latent.{index}", cast(f"latent.{index}", data.latent(index), dtype)
+            for name, value in data.image(index).items():
+                yield f"image.{index}.{name}", cast(f"image.{index}.{name}", value, dtype)
             progress(index + 1, len(data))
 
     write_stream(path, entries, each(), {"format": FORMAT, "version": "1", "facts": json.dumps(contents)})
@@ -99,12 +103,13 @@ def read_dataset(path: str | os.PathLike, progress: Progress = lambda done, tota
         file.verify(lambda *_: progress(0, len(which)))
         tensors = views(file)
         latents = [tensors.pop(f"latent.{index}") for index in range(len(which))]
+        images = _images(len(which), tensors)
         texts = _texts(contents["texts"], tensors)
         for done, latent in enumerate(latents):
             if problem := _problem_of_latent(latent, latents[0]):
                 raise ValueError(f"latent.{done} {problem}")
             progress(done + 1, len(latents))
-        return TensorDataset(latents, texts, which, texts[unconditional])
+        return TensorDataset(latents, texts, which, texts[unconditional], images)
     except CheckpointError:
         raise
     except ExpertError as error:
@@ -117,6 +122,21 @@ def _index(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is not the index of a text")
     return value
+
+
+def _images(clips: int, tensors: dict[str, Tensor]) -> list[ImageConditioning]:
+    """The image conditionings of all clips, taken out of `tensors`; an empty list for text to video."""
+    images: dict[str, dict[str, Tensor]] = {str(index): {} for index in range(clips)}
+    for key in [key for key in tensors if key.startswith("image.")]:
+        _, index, name = (*key.split(".", 2), "")[:3]
+        if index not in images or not name:
+            raise ValueError(f"{key} does not belong to any clip")
+        value = images[index][name] = tensors.pop(key)
+        if not value.is_floating_point() or not value.numel() or not is_finite(value):
+            raise ValueError(f"{key} is not made of finite numbers")
+    if len({frozenset(image) for image in images.values()}) > 1:
+        raise ValueError("its clips have different parts of an image conditioning")
+    return list(images.values()) if images["0"] else []
 
 
 def _texts(numbers: list[dict[str, float]], tensors: Mapping[str, Tensor]) -> list[Conditioning]:

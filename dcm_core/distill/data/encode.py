@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,11 +15,11 @@ from ...files.tensor_file import Progress, TensorFile
 from ...files.values import is_finite
 from ...files.writing import write_tensors
 from .clips import CheckedClip, ClipSettings, Problem, check_clips, no_clip_left, read_clip
-from .dataset import LATENT, CachedDataset, Entry
+from .dataset import LATENT, CachedDataset, Entry, ImageConditioning
 from .sources import Roots, find_clips
 from .video_file import ClipError
 
-FORMAT = "dcm-latent"
+FORMAT, IMAGE_FORMAT = "dcm-latent", "dcm-image-conditioning"
 VERSION = "3"  # version of the cache; a change encodes everything again
 
 # Where each part of the work starts on the progress bar, in thousandths.
@@ -28,13 +28,15 @@ CHECKING, VIDEOS, TEXTS, END = 0, 50, 900, 1000
 
 @dataclass(frozen=True)
 class Encoders:
-    """The VAE and the text encoder.
+    """The VAE, the text encoder, and for image to video what makes the image conditioning.
 
     Attributes:
         encode_video: pixels (frames, height, width, 3) from 0 to 1 -> latent (channels, latent frames, height, width).
         encode_text: a caption -> its conditioning.
         video_id, text_id: identify the encoders' weights. Cached results of other weights are not used.
         free: called once the encoders are not needed.
+        encode_image: the same pixels -> their image conditioning; None for text to video.
+        image_id: identifies how it does that, and with which weights.
     """
 
     encode_video: Callable[[Tensor], Tensor]
@@ -42,6 +44,8 @@ class Encoders:
     video_id: str
     text_id: str
     free: Callable[[], None]
+    encode_image: Callable[[Tensor], ImageConditioning] | None = None
+    image_id: str = ""
 
 
 def prepare(
@@ -55,8 +59,8 @@ def prepare(
 ) -> CachedDataset:
     """Check the clips of `source`, encode what is not in the cache, and return the dataset.
 
-    A latent in the cache depends on the clip's content, length, frame rate and size, and on the VAE. A conditioning depends on
-    the text and its encoder. A change encodes only the affected entries again.
+    A latent or image conditioning in the cache depends on the clip's content, length, frame rate and size, and on its encoders.
+    A conditioning depends on the text and its encoder. A change encodes only the affected entries again.
 
     If everything is cached, no encoder is called. Clips with unchanged size and modification time are not even opened. Clips
     that cannot be used are left out.
@@ -76,11 +80,11 @@ def prepare(
     clips, others = find_clips(source, roots)
     cache.mkdir(parents=True, exist_ok=True)
     good, problems = check_clips(clips, settings, _part(report, CHECKING, VIDEOS), cache)
-    videos = [(checked, cache / _video_name(checked, settings, encoders.video_id)) for checked in good]
-    new_videos = {path: checked for checked, path in videos if _latent_shape(path) is None}
+    videos = [(checked, _files_of(checked, settings, encoders, cache)) for checked in good]
+    new_videos = {files: checked for checked, files in videos if not files.complete}
     failed = _encode_videos(new_videos, settings, encoders, _part(report, VIDEOS, TEXTS))
-    problems += (Problem(checked.clip.path, failed[path]) for checked, path in videos if path in failed)
-    left = [(checked, path) for checked, path in videos if path not in failed]
+    problems += (Problem(checked.clip.path, failed[files]) for checked, files in videos if files in failed)
+    left = [(checked, files) for checked, files in videos if files not in failed]
     if not left:
         raise no_clip_left(problems)
     texts = {
@@ -92,7 +96,7 @@ def prepare(
     if new_videos or new_texts:
         encoders.free()
     report(END, END)
-    entries = (_entry(checked, path, texts[checked.clip.caption]) for checked, path in left)
+    entries = (_entry(checked, files, texts[checked.clip.caption]) for checked, files in left)
     notes = (Problem(checked.clip.path, note) for checked, _ in left for note in checked.notes)
     return CachedDataset(tuple(entries), texts[negative], tuple(problems), tuple(notes), others)
 
@@ -107,23 +111,44 @@ def _name(kind: str, *parts: Any) -> str:
     return hashlib.sha256(json.dumps([kind, VERSION, *parts]).encode()).hexdigest() + ".safetensors"
 
 
-def _video_name(checked: CheckedClip, settings: ClipSettings, video_id: str) -> str:
-    return _name(
-        "video", checked.content, settings.frames, float(settings.fps), checked.bucket, video_id, *checked.changes
-    )
+class _Files(NamedTuple):
+    """The files of a clip in the cache; `image` only for image to video."""
+
+    latent: Path
+    image: Path | None
+
+    @property
+    def complete(self) -> bool:
+        return _whole(self.latent, FORMAT) and (self.image is None or _whole(self.image, IMAGE_FORMAT))
+
+
+def _files_of(checked: CheckedClip, settings: ClipSettings, encoders: Encoders, cache: Path) -> _Files:
+    def path(kind: str, *encoders: str) -> Path:
+        read = checked.content, settings.frames, float(settings.fps), checked.bucket
+        return cache / _name(kind, *read, *encoders, *checked.changes)
+
+    image = path("image", encoders.video_id, encoders.image_id) if encoders.encode_image else None
+    return _Files(path("video", encoders.video_id), image)
 
 
 def _encode_videos(
-    new: Mapping[Path, CheckedClip], settings: ClipSettings, encoders: Encoders, progress: Progress
-) -> dict[Path, str]:
-    """Write the latents. Returns the paths that failed, and why."""
+    new: Mapping[_Files, CheckedClip], settings: ClipSettings, encoders: Encoders, progress: Progress
+) -> dict[_Files, str]:
+    """Write the missing latents and image conditionings. Returns the files that failed, and why."""
     failed = {}
-    for done, (path, checked) in enumerate(new.items(), start=1):
+    for done, (files, checked) in enumerate(new.items(), start=1):
+        about = {"clip": checked.clip.path.name}
         try:
-            latent = _checked(encoders.encode_video(read_clip(checked, settings)), checked)
-            write_tensors(path, {LATENT: latent}, {"format": FORMAT, "clip": checked.clip.path.name})
+            pixels = read_clip(checked, settings)
+            if not _whole(files.latent, FORMAT):
+                latent = _checked(encoders.encode_video(pixels), checked)
+                write_tensors(files.latent, {LATENT: latent}, {"format": FORMAT, **about})
+            if files.image is not None and not _whole(files.image, IMAGE_FORMAT):
+                image = dict(encoders.encode_image(pixels))
+                _check_finite(image.values(), "an image conditioning", checked)
+                write_tensors(files.image, image, {"format": IMAGE_FORMAT, **about})
         except ClipError as error:
-            failed[path] = error.reason
+            failed[files] = error.reason
         progress(done, len(new))
     return failed
 
@@ -134,11 +159,14 @@ def _checked(latent: Tensor, checked: CheckedClip) -> Tensor:
             f"The VAE returned a latent of shape {tuple(latent.shape)}; expected channels, frames, height, width. "
             "Connect the VAE of Wan 2.1 or HunyuanVideo."
         )
-    if not is_finite(latent):
-        raise ClipError(
-            checked.clip.path, "has a latent with NaN or infinite values. Run the VAE in bfloat16 or float32."
-        )
+    _check_finite([latent], "a latent", checked)
     return latent
+
+
+def _check_finite(values: Iterable[Tensor], what: str, checked: CheckedClip) -> None:
+    if not all(map(is_finite, values)):
+        reason = f"has {what} with NaN or infinite values. Run the VAE in bfloat16 or float32."
+        raise ClipError(checked.clip.path, reason)
 
 
 def _encode_texts(new: Mapping[str, Path], encoders: Encoders, progress: Progress) -> None:
@@ -155,14 +183,14 @@ def _checked_text(conditioning: Conditioning, text: str) -> Conditioning:
     return conditioning
 
 
-def _latent_shape(path: Path) -> tuple[int, ...] | None:
-    """Shape of a cached latent; None if the file is missing or damaged."""
+def _whole(path: Path, kind: str) -> bool:
+    """Whether a file of the cache is there, undamaged and of this kind."""
     try:
         file = TensorFile(path)
         file.verify()
     except CheckpointError:
-        return None
-    return file.shapes.get(LATENT) if file.metadata.get("format") == FORMAT else None
+        return False
+    return file.metadata.get("format") == kind
 
 
 def _holds_conditioning(path: Path) -> bool:
@@ -173,7 +201,7 @@ def _holds_conditioning(path: Path) -> bool:
     return True
 
 
-def _entry(checked: CheckedClip, latent: Path, conditioning: Path) -> Entry:
-    return Entry(
-        checked.clip.path, checked.clip.caption, latent, conditioning, checked.bucket, TensorFile(latent).shapes[LATENT]
-    )
+def _entry(checked: CheckedClip, files: _Files, conditioning: Path) -> Entry:
+    shape = TensorFile(files.latent).shapes[LATENT]
+    clip = checked.clip
+    return Entry(clip.path, clip.caption, files.latent, conditioning, checked.bucket, shape, files.image)

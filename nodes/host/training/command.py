@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import comfy.clip_vision
 import comfy.model_management
 import comfy.sd
 
@@ -24,6 +25,7 @@ from ..experts.expert_files import read_expert_file
 from ..experts.load import load_file
 from ..folders import data_cache
 from .encoders import host_encoders
+from .image import IMAGE_CONDITIONINGS, NO_IMAGE, VISION, check_image
 from .run import check_not_output, plots_of, save_expert, train_expert
 
 logger = logging.getLogger(LOGGER)
@@ -33,6 +35,7 @@ SETTINGS = {
     "weight_dtype",
     "vae",
     "text_encoders",
+    "clip_vision",
     "dataset",
     "output",
     "checkpoints",
@@ -70,7 +73,9 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     output = path("output")
     if output.is_dir():
         raise TrainingError(f"`output` is {output}, which is a folder; expected the name of the file to write.")
-    inputs = [(name, settings.get(name)) for name in ("model", "vae", "dataset", "semantic", "continue_from")]
+    inputs = [
+        (name, settings.get(name)) for name in ("model", "vae", "clip_vision", "dataset", "semantic", "continue_from")
+    ]
     inputs += [("text_encoders", file) for file in settings.get("text_encoders") or ()]
     for name, given in inputs:
         # anything else is reported where it is read
@@ -141,16 +146,22 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Datas
         )
     values = dict(given)
     source, negative = path_in(folder, "folder", values.pop("folder")), values.pop("negative", "")
+    image = values.pop("image_conditioning", NO_IMAGE)
+    if image not in IMAGE_CONDITIONINGS:
+        choices = ", ".join(IMAGE_CONDITIONINGS)
+        raise TrainingError(f"`image_conditioning` of the dataset is {image!r}; choose one of {choices}.")
+    # before the clips are encoded, which may take hours
+    check_image(model, [] if image == NO_IMAGE else [image, *([VISION] if "clip_vision" in settings else [])])
     try:
         clip_settings = ClipSettings(**values)
     except TypeError as error:
         raise TrainingError(
-            f"Unknown or missing setting in `dataset` ({error}). Valid settings: folder, negative, frames, fps, width, height, buckets."
+            f"Unknown or missing setting in `dataset` ({error}). Valid settings: folder, negative, frames, fps, width, height, buckets, "
+            "image_conditioning."
         ) from error
     vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
-    return prepare(
-        source, clip_settings, host_encoders(vae, clip), data_cache(), negative, logged_progress("dataset")
-    ), vae
+    encoders = host_encoders(vae, clip, image, load_clip_vision(settings, folder))
+    return prepare(source, clip_settings, encoders, data_cache(), negative, logged_progress("dataset")), vae
 
 
 def logged_progress(label: str) -> Progress:
@@ -176,6 +187,21 @@ def load_vae(path: Path) -> Any:
     if vae.first_stage_model is None:
         raise TrainingError(f"`vae` is {path}, which is not a VAE that this ComfyUI can load. Choose the model's VAE.")
     return vae
+
+
+def load_clip_vision(settings: dict[str, Any], folder: Path) -> Any:
+    """The host's CLIP vision model, if there is one in the settings.
+
+    Raises:
+        TrainingError: a file that is not a CLIP vision model.
+    """
+    if "clip_vision" not in settings:
+        return None
+    path = path_in(folder, "clip_vision", settings["clip_vision"])
+    loaded = comfy.clip_vision.load_clipvision_from_sd(TensorFile(path).read_all())
+    if loaded is None:
+        raise TrainingError(f"`clip_vision` is {path}, which is not a CLIP vision model that this ComfyUI can load.")
+    return loaded
 
 
 def load_clip(settings: dict[str, Any], folder: Path, model: Any) -> Any:

@@ -45,6 +45,7 @@ from .base import (
     training_base,
 )
 from .encoders import weights_id
+from .image import image_inputs
 from .show import Show, in_words, with_experts
 
 logger = logging.getLogger(LOGGER)
@@ -165,6 +166,7 @@ def train_expert(
             semantic=semantic,
             # cloned: tensors from inference mode cannot take part in a backward pass
             latent_in=lambda latent: base.model.process_latent_in(latent.clone().float()),
+            image_in=image_inputs(base),
             identity=identity,
             watcher=show if processes.first else Quiet(),
             processes=processes,

@@ -28,6 +28,7 @@ from ..experts.attach import attach_experts
 from ..report import tell
 from ..sampling.run import make_guider
 from ..video import save_video
+from .image import host_values
 
 logger = logging.getLogger(LOGGER)
 
@@ -116,7 +117,7 @@ class Show:
     def _sample(self, done: int, expert: Expert) -> None:
         with torch.inference_mode():
             model = with_experts(self.model, expert, self.semantic)
-            extras = {"guidance": self.config.guidance}
+            extras = {"guidance": self.config.guidance, **host_values(self.data.image(0))}
             conditioning = [[context.clone(), {**extras, **more}] for context, more in self.data.conditioning(0)]
             latent = sample_latent(model, conditioning, self.data.shape(0), expert, self.config.seed)
             self.picture = preview_strip(model, latent)

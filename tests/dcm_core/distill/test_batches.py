@@ -1,5 +1,6 @@
 """A batch follows from seed, step and place alone, however its videos are put together."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -59,6 +60,24 @@ def test_videos_of_several_kinds_are_batches_with_their_shares():
         ((1, 2, 3, 2, 2), 5, 0.2),
         ((1, 2, 3, 4, 2), 3, 0.2),
     ]
+
+
+def test_images_are_batched_with_the_text():
+    videos = make_videos(3)
+    images = [torch.full((1, 5, 3, 2, 2), float(place)) for place in range(3)]
+    seen = [torch.full((1, 2, 8), float(place)) for place in range(3)]
+    videos = [
+        dataclasses.replace(video, text=dataclasses.replace(video.text, concat=image, extras={"clip_fea": clip_fea}))
+        for video, image, clip_fea in zip(videos, images, seen, strict=True)
+    ]
+    batch = make_batch(videos, PHASES, CPU)
+    assert torch.equal(batch.text.concat, torch.cat(images)) and torch.equal(
+        batch.text.extras["clip_fea"], torch.cat(seen)
+    )
+    assert batch.no_text.concat is None
+    emptied = videos[1].emptied((2, 7, 4, 6))
+    assert torch.equal(emptied.text.concat, torch.zeros(1, 5, 7, 4, 6)) and emptied.no_text.concat is None
+    assert torch.equal(emptied.x0, torch.zeros(2, 7, 4, 6)) and emptied.text.extras == videos[1].text.extras
 
 
 def test_only_valid_tokens_of_a_text_are_taken():

@@ -132,6 +132,57 @@ def test_another_encoder_encodes_its_part_again(three, run):
     assert run()[1] == (0, [], 0)
 
 
+def first_frame(pixels):
+    return {"concat_latent_image": shrink(pixels[:1])[None], "concat_mask": torch.zeros(1, 1, 2, 6, 8)}
+
+
+IMAGES = {"encode_image": first_frame, "image_id": "first"}
+
+
+def test_image_conditionings_are_encoded_once_beside_the_latents(three, run):
+    plain, _ = run()
+    assert plain.image(0) == {}
+    data, done = run(**IMAGES)
+    assert done == (0, [], 1), "latents and texts are those of text to video"
+    assert [round(data.image(index)["concat_latent_image"].mean().item() * 255) for index in range(3)] == [0, 100, 200]
+    assert data.fingerprint != plain.fingerprint and run()[0].fingerprint == plain.fingerprint
+    again, done = run(encode_image=lambda pixels: pytest.fail("called"), image_id="first")
+    assert done == (0, [], 0) and again == data
+    other, _ = run(**IMAGES | {"image_id": "last"})
+    assert other.fingerprint != data.fingerprint
+
+
+def test_a_damaged_image_conditioning_is_made_again(three, run):
+    data, _ = run(**IMAGES)
+    image = data.image(1)
+    data.entries[1].image.write_bytes(b"")
+    with pytest.raises(DCMError, match="of the encoded data cannot be read"):
+        data.image(1)
+    after, done = run(**IMAGES)
+    assert done == (0, [], 1)
+    assert torch.equal(after.image(1)["concat_latent_image"], image["concat_latent_image"])
+
+
+def test_an_image_conditioning_without_numbers_leaves_its_clip_out(three, run):
+    def broken(pixels):
+        image = first_frame(pixels)
+        return image | {"concat_mask": image["concat_mask"] / (0 if pixels.mean() > 0.6 else 1)}
+
+    data, _ = run(encode_image=broken, image_id="broken")
+    assert len(data) == 2 and "left out c.mkv: has an image conditioning with NaN" in data.report()
+
+
+def test_images_in_memory_fit_the_latents():
+    latents, text = [torch.ones(2, 1, 2, 2)] * 2, embed("a")
+    for images in ([{"a": torch.ones(1)}], [{"a": torch.ones(1)}, {"b": torch.ones(1)}]):
+        with pytest.raises(
+            DCMError, match=r"2 latents with . image conditionings?; expected one for each latent, all with"
+        ):
+            TensorDataset(latents, [text], [0, 0], text, images)
+    made = [TensorDataset(latents, [text], [0, 0], text, [{"a": torch.full((1,), value)}] * 2) for value in (1.0, 2.0)]
+    assert made[0].fingerprint != made[1].fingerprint != TensorDataset(latents, [text], [0, 0], text).fingerprint
+
+
 def test_another_negative_prompt_is_encoded_alone(three, run):
     run()
     assert run(negative="worse")[1] == (0, ["worse"], 1)

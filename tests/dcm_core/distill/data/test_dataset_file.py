@@ -43,6 +43,22 @@ def test_what_is_written_comes_back(data, tmp_path):
     assert torch.equal(back.unconditional()[0][0], data.unconditional()[0][0])
 
 
+def test_image_conditionings_come_back(data, tmp_path):
+    images = [
+        {"concat_latent_image": torch.full((1, 2, 1, 2, 2), float(index)), "mask": torch.ones(1)} for index in range(4)
+    ]
+    latents, texts = [data.latent(index) for index in range(4)], [text(0)]
+    write_dataset(tmp_path / "data.safetensors", TensorDataset(latents, texts, [0] * 4, text(9), images))
+    back = read_dataset(tmp_path / "data.safetensors")
+    assert all(set(back.image(index)) == set(images[index]) for index in range(4))
+    assert all(
+        torch.equal(back.image(index)["concat_latent_image"].float(), images[index]["concat_latent_image"])
+        for index in range(4)
+    )
+    write_dataset(tmp_path / "text.safetensors", data)
+    assert read_dataset(tmp_path / "text.safetensors").image(0) == {}
+
+
 def test_texts_that_differ_in_a_number_alone_are_two(tmp_path):
     texts = [text(0, guidance=6.0), text(0, guidance=3.0)]
     write_dataset(tmp_path / "data.safetensors", TensorDataset([torch.ones(2, 1, 2, 2)] * 2, texts, [0, 1], text(9)))
@@ -150,6 +166,10 @@ WRONG = {
     ),
     "text": ({}, {"texts": ["a", "b"]}, "its texts are not a list of entries"),
     "texts": ({}, {"texts": 5}, "its texts are not a list of entries"),
+    "image nan": ({"image.0.mask": torch.full((1,), NAN)}, {}, r"image\.0\.mask is not made of finite numbers"),
+    "image of one": ({"image.0.mask": torch.ones(1)}, {}, "its clips have different parts of an image conditioning"),
+    "stray image": ({"image.3.mask": torch.ones(1)}, {}, r"image\.3\.mask does not belong to any clip"),
+    "no name": ({"image.0": torch.ones(1)}, {}, r"image\.0 does not belong to any clip"),
 }
 
 
