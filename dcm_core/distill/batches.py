@@ -1,5 +1,6 @@
-"""The videos, noise and noise levels of each step. They depend on seed and step alone."""
+"""The videos, captions, noise and noise levels of each step. They depend on seed and step alone."""
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -149,7 +150,7 @@ class Batches:
         for part in range(parts):
             chosen = self.order.batch(step * parts + part)
             videos = [
-                self._video(index, generator_of(self._config.seed, step, part * self._size + position))
+                self._drawn(index, step, part * self._size + position)
                 for position, index in self._processes.share(chosen)
             ]
             yield from ((batch, share / parts) for batch, share in self._stacked(videos))
@@ -168,8 +169,19 @@ class Batches:
         videos = [self._video(index, generator_of(0, 0, element)) for element in range(shape[0])]
         return self._stacked([video.emptied(shape[1:]) for video in videos])
 
-    def _video(self, index: int, generator: torch.Generator) -> Video:
-        text = text_of(self._dataset.conditioning(index), self._family, self._guidance)
+    def _drawn(self, index: int, step: int, element: int) -> Video:
+        """A video with one of its captions, or the empty text."""
+        seed = self._config.seed
+        # noise does not depend on the captions; a string as seed gives the same numbers on every machine
+        draw = random.Random(f"caption {seed} {step} {element}")
+        dropped = draw.random() < self._config.caption_dropout
+        empty = self._dataset.empty() if dropped else None
+        text = empty or self._dataset.conditioning(index, draw.randrange(self._dataset.captions(index)))
+        return self._video(index, generator_of(seed, step, element), text)
+
+    def _video(self, index: int, generator: torch.Generator, conditioning: Conditioning | None = None) -> Video:
+        """A video with a conditioning, by default its first caption."""
+        text = text_of(conditioning or self._dataset.conditioning(index), self._family, self._guidance)
         no_text = self._no_text
         x0 = self._latent_in(self._dataset.latent(index)[None].float())
         if self._image_in is not None and (image := self._dataset.image(index)):

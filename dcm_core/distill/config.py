@@ -193,6 +193,12 @@ class TrainingConfig:
         limits=(0, 100),
         widget=(0.0, 30.0, 0.1),
     )
+    caption_dropout: float = setting(
+        0.0,
+        "Share of captions that are replaced with the empty text, drawn for every step. 0 uses every caption.",
+        limits=(0, 1),
+        widget=(0.0, 1.0, 0.01),
+    )
     temporal_weight: float = setting(
         1.0,
         "Weight of the temporal coherence loss, which improves motion.",

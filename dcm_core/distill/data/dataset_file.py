@@ -37,11 +37,13 @@ def write_dataset(
         CheckpointError: there is not enough room on the disk, or a value is too large for the dtype.
     """
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    clips = range(len(data))
     texts: list[dict[str, float]] = []
     sources: list[Callable[[], Conditioning]] = []
     known: dict[str, int] = {}
-    which = []
-    for read in (*(partial(data.conditioning, index) for index in range(len(data))), data.unconditional):
+
+    def number(read: Callable[[], Conditioning]) -> int:
+        """The index of a text in the file."""
         tensors, numbers = _parts(read(), dtype)
         hashes = [
             (name, tuple(value.shape), hashlib.sha256(bytes_of(value)).hexdigest()) for name, value in tensors.items()
@@ -49,22 +51,31 @@ def write_dataset(
         key = repr(hashes + sorted(numbers.items()))
         if key not in known:
             known[key] = len(texts)
-            entries |= {
-                f"text.{known[key]}.{name}": (value.dtype, tuple(value.shape)) for name, value in tensors.items()
-            }
+            for name, value in tensors.items():
+                entries[f"text.{known[key]}.{name}"] = (value.dtype, tuple(value.shape))
             texts.append(numbers)
             sources.append(read)
-        which.append(known[key])
-    for index in range(len(data)):
+        return known[key]
+
+    which = [
+        [number(partial(data.conditioning, clip, place)) for place in range(data.captions(clip))] for clip in clips
+    ]
+    contents = {
+        "which": [own[0] if len(own) == 1 else own for own in which],
+        "unconditional": number(data.unconditional),
+        "empty": number(data.empty) if data.empty() else None,
+        "sample_prompts": [number(partial(list, prompt)) for prompt in data.sample_prompts()],
+        "texts": texts,
+    }
+    for index in clips:
         entries[f"latent.{index}"] = (dtype, data.shape(index))
         entries |= {f"image.{index}.{name}": (dtype, tuple(value.shape)) for name, value in data.image(index).items()}
-    contents = {"which": which[:-1], "unconditional": which[-1], "texts": texts}
 
     def each() -> Iterator[tuple[str, Tensor]]:
         for number, read in enumerate(sources):
             for name, value in _parts(read(), dtype)[0].items():
                 yield f"text.{number}.{name}", value
-        for index in range(len(data)):
+        for index in clips:
             yield f"latent.{index}", cast(f"latent.{index}", data.latent(index), dtype)
             for name, value in data.image(index).items():
                 yield f"image.{index}.{name}", cast(f"image.{index}.{name}", value, dtype)
@@ -97,7 +108,9 @@ def read_dataset(path: str | os.PathLike, progress: Progress = lambda done, tota
         raise DCMError(f"{path} is not a dataset file. Choose a file that DCM Save Dataset wrote.")
     try:
         contents = parse_json(file.metadata["facts"], "metadata entry 'facts'", MAX_HEADER)
-        which, unconditional = [_index(value) for value in contents["which"]], _index(contents["unconditional"])
+        which = [_indices(value) if isinstance(value, list) else _index(value) for value in contents["which"]]
+        unconditional, empty = _index(contents["unconditional"]), contents.get("empty")
+        samples = _indices(contents.get("sample_prompts", []))
         if not which:
             raise ValueError("it has no clips")
         file.verify(lambda *_: progress(0, len(which)))
@@ -109,7 +122,10 @@ def read_dataset(path: str | os.PathLike, progress: Progress = lambda done, tota
             if problem := _problem_of_latent(latent, latents[0]):
                 raise ValueError(f"latent.{done} {problem}")
             progress(done + 1, len(latents))
-        return TensorDataset(latents, texts, which, texts[unconditional], images)
+        nothing = None if empty is None else texts[_index(empty)]
+        return TensorDataset(
+            latents, texts, which, texts[unconditional], images, nothing, [texts[sample] for sample in samples]
+        )
     except CheckpointError:
         raise
     except ExpertError as error:
@@ -122,6 +138,12 @@ def _index(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is not the index of a text")
     return value
+
+
+def _indices(values: Any) -> list[int]:
+    if not isinstance(values, list):
+        raise ValueError(f"{values!r} is not a list of texts")
+    return [_index(value) for value in values]
 
 
 def _images(clips: int, tensors: dict[str, Tensor]) -> list[ImageConditioning]:

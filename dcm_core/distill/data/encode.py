@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +56,7 @@ def prepare(
     negative: str = "",
     progress: Progress | None = None,
     roots: Roots = None,
+    sample_prompts: Sequence[str] = (),
 ) -> CachedDataset:
     """Check the clips of `source`, encode what is not in the cache, and return the dataset.
 
@@ -71,13 +72,18 @@ def prepare(
         negative: the text of `CachedDataset.unconditional`.
         progress: called with (done, total) after every clip and text. It may raise to interrupt, which loses the current clip only.
         roots: folders that all clips have to be in; see `find_clips`.
+        sample_prompts: the texts of `CachedDataset.sample_prompts`.
 
     Raises:
-        DCMError: no clip can be used, or an encoder is not for a video model.
+        DCMError: no clip can be used, an encoder is not for a video model, or images are to be trained as image to video.
         CheckpointError: there is not enough room on the disk.
     """
     report = progress or (lambda done, total: None)
-    clips, others = find_clips(source, roots)
+    if settings.images and encoders.encode_image is not None:
+        raise DCMError(
+            "images is on, but the clips are for image to video, and an image has no further frames. Turn images off."
+        )
+    clips, others = find_clips(source, roots, settings.images)
     cache.mkdir(parents=True, exist_ok=True)
     good, problems = check_clips(clips, settings, _part(report, CHECKING, VIDEOS), cache)
     videos = [(checked, _files_of(checked, settings, encoders, cache)) for checked in good]
@@ -89,16 +95,18 @@ def prepare(
         raise no_clip_left(problems)
     texts = {
         text: cache / _name("text", text, encoders.text_id)
-        for text in [*(checked.clip.caption for checked, _ in left), negative]
+        for text in [*(text for checked, _ in left for text in checked.clip.captions), negative, "", *sample_prompts]
     }
     new_texts = {text: path for text, path in texts.items() if not _holds_conditioning(path)}
     _encode_texts(new_texts, encoders, _part(report, TEXTS, END))
     if new_videos or new_texts:
         encoders.free()
     report(END, END)
-    entries = (_entry(checked, files, texts[checked.clip.caption]) for checked, files in left)
-    notes = (Problem(checked.clip.path, note) for checked, _ in left for note in checked.notes)
-    return CachedDataset(tuple(entries), texts[negative], tuple(problems), tuple(notes), others)
+    entries = (_entry(checked, files, [texts[text] for text in checked.clip.captions]) for checked, files in left)
+    # a clip may have several windows
+    notes = dict.fromkeys(Problem(checked.clip.path, note) for checked, _ in left for note in checked.notes)
+    prompts = tuple(texts[text] for text in sample_prompts)
+    return CachedDataset(tuple(entries), texts[negative], texts[""], prompts, tuple(problems), tuple(notes), others)
 
 
 def _part(progress: Progress, begin: int, end: int) -> Progress:
@@ -124,8 +132,9 @@ class _Files(NamedTuple):
 
 def _files_of(checked: CheckedClip, settings: ClipSettings, encoders: Encoders, cache: Path) -> _Files:
     def path(kind: str, *encoders: str) -> Path:
-        read = checked.content, settings.frames, float(settings.fps), checked.bucket
-        return cache / _name(kind, *read, *encoders, *checked.changes)
+        read = checked.content, checked.frames, float(settings.fps), checked.bucket
+        window = [f"from frame {checked.begin}"] if checked.begin else []
+        return cache / _name(kind, *read, *encoders, *checked.changes, *window)
 
     image = path("image", encoders.video_id, encoders.image_id) if encoders.encode_image else None
     return _Files(path("video", encoders.video_id), image)
@@ -201,7 +210,7 @@ def _holds_conditioning(path: Path) -> bool:
     return True
 
 
-def _entry(checked: CheckedClip, files: _Files, conditioning: Path) -> Entry:
+def _entry(checked: CheckedClip, files: _Files, conditionings: Sequence[Path]) -> Entry:
     shape = TensorFile(files.latent).shapes[LATENT]
     clip = checked.clip
-    return Entry(clip.path, clip.caption, files.latent, conditioning, checked.bucket, shape, files.image)
+    return Entry(clip.path, clip.captions, files.latent, tuple(conditionings), checked.bucket, shape, files.image)

@@ -146,7 +146,9 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Datas
         )
     values = dict(given)
     source, negative = path_in(folder, "folder", values.pop("folder")), values.pop("negative", "")
-    image = values.pop("image_conditioning", NO_IMAGE)
+    image, prompts = values.pop("image_conditioning", NO_IMAGE), values.pop("sample_prompts", [])
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise TrainingError(f"`sample_prompts` of the dataset is {prompts!r}; expected a list of texts.")
     if image not in IMAGE_CONDITIONINGS:
         choices = ", ".join(IMAGE_CONDITIONINGS)
         raise TrainingError(f"`image_conditioning` of the dataset is {image!r}; choose one of {choices}.")
@@ -157,11 +159,12 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any) -> tuple[Datas
     except TypeError as error:
         raise TrainingError(
             f"Unknown or missing setting in `dataset` ({error}). Valid settings: folder, negative, frames, fps, width, height, buckets, "
-            "image_conditioning."
+            "window, window_seed, images, image_conditioning, sample_prompts."
         ) from error
     vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
     encoders = host_encoders(vae, clip, image, load_clip_vision(settings, folder))
-    return prepare(source, clip_settings, encoders, data_cache(), negative, logged_progress("dataset")), vae
+    report = logged_progress("dataset")
+    return prepare(source, clip_settings, encoders, data_cache(), negative, report, sample_prompts=prompts), vae
 
 
 def logged_progress(label: str) -> Progress:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ....dcm_core.distill.batches import ImageIn
 from ....dcm_core.distill.config import TrainingError
 from ....dcm_core.distill.data.dataset import ImageConditioning
+from ....dcm_core.errors import counted
 from ....dcm_core.families import WAN
 from ..experts.attach import diffusion_model, image_channels, require_family
 
@@ -84,8 +85,8 @@ def check_image(model: Any, parts: Collection[str]) -> None:
         raise TrainingError(f"Only Wan can be trained as image to video. Load a text-to-video model of {family.title}.")
     if extra and not parts:
         raise TrainingError(
-            f"The model makes videos from images (it takes {extra} more channels), but the clips were encoded for text to video. "
-            f"Set image_conditioning to {FIRST} in the dataset, or load a text-to-video model."
+            f"The model makes videos from images (it takes {counted(extra, 'channel')} more), but the clips were encoded for text to "
+            f"video. Set image_conditioning to {FIRST} in the dataset, or load a text-to-video model."
         )
     if parts and not extra:
         raise TrainingError(
@@ -111,13 +112,13 @@ def check_image_values(model: Any, image: ImageConditioning, shape: tuple[int, .
     concat, _ = image_inputs(model)(image, torch.zeros(1, *shape))
     if concat.shape[1] != image_channels(model):
         raise TrainingError(
-            f"The model takes {image_channels(model)} channels beside the video's, but images give {concat.shape[1]}. "
+            f"The model takes {counted(image_channels(model), 'channel')} besides the video's, but images give {concat.shape[1]}. "
             "Load an image-to-video model of Wan 2.1 or Wan 2.2 A14B."
         )
     width = vision_width(model)
     if width and image[VISION].shape[-1] != width:
         raise TrainingError(
-            f"The CLIP vision model gives {image[VISION].shape[-1]} values per token, but the model takes {width}. "
+            f"The CLIP vision model gives tokens of width {image[VISION].shape[-1]}, but the model takes {width}. "
             "Encode the clips with clip_vision_h.safetensors."
         )
 

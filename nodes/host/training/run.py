@@ -138,6 +138,11 @@ def train_expert(
     config = config.for_family(family, shared_boundary(config, start, semantic))
     check_form(model, config, family, start, semantic)
     check_data(model, data, vae)
+    if config.caption_dropout and data.empty() is None:
+        raise TrainingError(
+            f"caption_dropout is {config.caption_dropout:g}, but the dataset file has no empty text to replace captions with. "
+            "Save it again from DCM Video Dataset, or set caption_dropout to 0."
+        )
     # raises if held_out is too large
     data.split(config.held_out, config.seed)
     base = training_base(model)

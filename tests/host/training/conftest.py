@@ -20,7 +20,7 @@ def vae(pack):
 
 class Tokenizer:
     def tokenize_with_weights(self, text, return_word_ids=False, disable_weights=False):
-        return [ord(letter) for letter in text]
+        return [ord(letter) for letter in text] or [0]
 
 
 class TextEncoder(torch.nn.Module):

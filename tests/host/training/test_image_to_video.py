@@ -63,7 +63,7 @@ def clips(module, vae, vision):
             return data
         made = encoders.host_encoders(vae, Text(), kind, vision if seen else None)
         images = [made.encode_image(pixels_of(index)) for index in range(count)]
-        return dataset.TensorDataset(data._latents, data._conditionings, data._which, data.unconditional(), images)
+        return dataset.TensorDataset(data._latents, data._conditionings, data._texts, data.unconditional(), images)
 
     return make
 
@@ -247,7 +247,7 @@ REFUSED = [
         "wan 2.2",
         "none",
         True,
-        r"takes 20 more channels\), but the clips were encoded for text to video\. Set image_conditi",
+        r"takes 20 channels more\), but the clips were encoded for text to video\. Set image_conditi",
     ),
     ("text", FIRST, True, "encoded for image to video, but the model takes only text. Set image_conditioning to none"),
     (
@@ -256,7 +256,7 @@ REFUSED = [
         False,
         "sees its images through CLIP vision, but the clips were encoded without it. Connect clip",
     ),
-    ("control", FIRST, True, "takes 32 channels beside the video's, but images give 16. Load an image-to-video model"),
+    ("control", FIRST, True, "takes 32 channels besides the video's, but images give 16. Load an image-to-video model"),
 ]
 
 
@@ -271,12 +271,33 @@ def test_clips_of_another_kind_are_refused_before_anything(
         train(model, clips(kind, seen), config("semantic"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_conditioning": FIRST}, "the model takes only text. Set image_conditioning to none"),
+        ({"image_conditioning": "last frame"}, r"is 'last frame'; choose one of none, first frame, first and last"),
+        ({"sample_prompts": "a cat"}, r"`sample_prompts` of the dataset is 'a cat'; expected a list of texts"),
+    ],
+)
+def test_the_settings_file_is_refused_before_clips_are_encoded(values, message, module, tmp_path):
+    settings = {"dataset": {"folder": "clips", **values}}
+    with pytest.raises(module("dcm_core.errors").DCMError, match=message):
+        module("nodes.host.training.command").load_data(settings, tmp_path, make_wan(width=128, layers=1))
+
+
+def test_captions_cannot_be_dropped_without_an_empty_text(bases, clips, config, train, module, tmp_path):
+    with pytest.raises(
+        module("dcm_core.errors").DCMError, match=r"caption_dropout is 0\.1, but the dataset file has no empty"
+    ):
+        train(bases["wan 2.2"], clips(FIRST, seen=False), config("semantic", caption_dropout=0.1), tmp_path)
+
+
 def test_another_vision_model_is_refused(bases, clips, config, train, module, tmp_path):
     data = clips(FIRST)
     for image in data._images:
         image["clip_vision_output"] = image["clip_vision_output"][..., :1024]
     with pytest.raises(
-        module("dcm_core.errors").DCMError, match="gives 1024 values per token, but the model takes 1280"
+        module("dcm_core.errors").DCMError, match="gives tokens of width 1024, but the model takes 1280"
     ):
         train(bases["wan 2.1"], data, config("semantic"), tmp_path)
 
