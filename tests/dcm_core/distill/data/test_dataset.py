@@ -171,6 +171,9 @@ def test_images_are_videos_of_one_frame(clip, run, video, tmp_path):
     assert done == (1, ["a dog"], 1) and [data.shape(index) for index in range(2)] == [(3, 2, 6, 8), (3, 1, 6, 8)]
     assert round(data.latent(1).mean().item() * 255) == 100
     assert data.buckets == [[1], [0]] and data.example == 0
+    (tmp_path / "b.png").rename(tmp_path / "0.png")
+    (tmp_path / "b.txt").rename(tmp_path / "0.txt")
+    assert run(dataclasses.replace(SMALL, images=True))[0].example == 1, "an image is no example of a video"
     with pytest.raises(DCMError, match="images is on, but the clips are for image to video"):
         run(dataclasses.replace(SMALL, images=True), **IMAGES)
 
