@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dcm_core.distill.data.clips import ClipSettings
+from ..dcm_core.distill.data.clips import WINDOWS, ClipSettings
 from ..dcm_core.distill.data.dataset_file import read_dataset, write_dataset
 from ..dcm_core.distill.data.encode import prepare
 from ..dcm_core.distill.data.sources import check_source, source_state
@@ -15,6 +15,7 @@ from .host.progress import byte_progress
 from .host.reach import clip_source
 from .host.report import report
 from .host.training.encoders import host_encoders
+from .host.training.image import IMAGE_CONDITIONINGS, NO_IMAGE
 
 Dataset = io.Custom("DCM_DATASET")
 
@@ -76,6 +77,49 @@ class DCMVideoDataset(io.ComfyNode):
                     optional=True,
                     tooltip="Negative prompt, which guidance moves away from.",
                 ),
+                io.Combo.Input(
+                    "image_conditioning",
+                    options=list(IMAGE_CONDITIONINGS),
+                    default=NO_IMAGE,
+                    optional=True,
+                    tooltip="For image-to-video models of Wan: the frames of each clip that the model takes as images. none is text to "
+                    "video.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Only for image-to-video models of Wan 2.1, which also see their images through CLIP vision.",
+                ),
+                io.Combo.Input(
+                    "window",
+                    options=list(WINDOWS),
+                    default=ClipSettings.window,
+                    optional=True,
+                    tooltip="The part of a longer clip that is used. random chooses once for each clip. all cuts a clip into several "
+                    "training clips.",
+                ),
+                io.Int.Input(
+                    "window_seed",
+                    default=ClipSettings.window_seed,
+                    min=0,
+                    max=2**31,
+                    control_after_generate=False,
+                    optional=True,
+                    tooltip="Seed of the random windows. Only used with window = random.",
+                ),
+                io.Boolean.Input(
+                    "images",
+                    default=ClipSettings.images,
+                    optional=True,
+                    tooltip="Also uses images with captions, each as a video of one frame. Only for text to video.",
+                ),
+                io.String.Input(
+                    "sample_prompts",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Prompts of the sample videos, one per line. If it is empty, the caption of the first clip is used.",
+                ),
             ],
             outputs=[Dataset.Output(display_name="dataset", tooltip="Encoded clips for a training node.")],
             hidden=[io.Hidden.unique_id],
@@ -84,19 +128,19 @@ class DCMVideoDataset(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str | None) -> bool | str:
+    def validate_inputs(cls, folder: str | None, images: bool | None = ClipSettings.images) -> bool | str:
         # None: it comes from another node, whose text is not known yet
         try:
             if folder is not None:
-                check_source(*clip_source(folder))
+                check_source(*clip_source(folder), bool(images))
         except DCMError as error:
             return str(error)
         return True
 
     @classmethod
     @fingerprint
-    def fingerprint_inputs(cls, folder: str | None, **settings: Any) -> str:
-        return source_state(*clip_source(folder)) if folder is not None else ""
+    def fingerprint_inputs(cls, folder: str | None, images: bool | None = ClipSettings.images, **settings: Any) -> str:
+        return source_state(*clip_source(folder), bool(images)) if folder is not None else ""
 
     @classmethod
     def execute(
@@ -110,16 +154,23 @@ class DCMVideoDataset(io.ComfyNode):
         fps: float,
         buckets: bool,
         negative: str = "",
+        image_conditioning: str = NO_IMAGE,
+        clip_vision: Any = None,
+        window: str = ClipSettings.window,
+        window_seed: int = ClipSettings.window_seed,
+        images: bool = ClipSettings.images,
+        sample_prompts: str = "",
     ) -> io.NodeOutput:
         source, roots = clip_source(folder)
         dataset = prepare(
             source,
-            ClipSettings(frames, fps, width, height, buckets),
-            host_encoders(vae, clip),
+            ClipSettings(frames, fps, width, height, buckets, window, window_seed, images),
+            host_encoders(vae, clip, image_conditioning, clip_vision),
             data_cache(),
             negative,
             byte_progress(cls.hidden.unique_id),
             roots,
+            [line.strip() for line in sample_prompts.splitlines() if line.strip()],
         )
         return io.NodeOutput(dataset, ui=report(dataset.report(), cls.hidden.unique_id))
 

@@ -99,7 +99,7 @@ def last_inputs(side: Side) -> list[io.Input]:
 
 def further_inputs(side: Side) -> list[io.Input]:
     """Last, as saved graphs store values by position."""
-    names = ("guidance", "warmup_steps", "keep", "entry_share")
+    names = ("guidance", "warmup_steps", "keep", "entry_share", "caption_dropout")
     return [
         *(setting_input(side, name, seldom=True, optional=True) for name in names),
         io.Combo.Input(

@@ -24,18 +24,21 @@ Working = Sequence[tuple[RoutedExpert, float]]
 
 @dataclass(frozen=True)
 class Text:
-    """A batch of text conditionings.
+    """A batch of text conditionings. For an image-to-video model, the images are part of it.
 
     Attributes:
         context: embeddings, (batch, tokens, width).
-        extras: other arguments of the transformer, each (batch, ...) (HunyuanVideo: `y`, `guidance`).
+        extras: other arguments of the transformer, each (batch, ...) (HunyuanVideo: `y`, `guidance`; Wan: `clip_fea`).
+        concat: what the transformer's input has after the video's channels, (batch, channels, frames, height, width).
     """
 
     context: Tensor
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    concat: Tensor | None = None
 
     def to(self, device: torch.device) -> "Text":
-        return Text(self.context.to(device), {name: value.to(device) for name, value in self.extras.items()})
+        extras = {name: value.to(device) for name, value in self.extras.items()}
+        return Text(self.context.to(device), extras, None if self.concat is None else self.concat.to(device))
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Backbone:
 
     def _call(self, x: Tensor, sigma: Tensor, text: Text) -> Tensor:
         extras = {name: value.to(self.dtype) for name, value in text.extras.items()}
+        x = x if text.concat is None else torch.cat([x, text.concat], dim=1)
         out = self.module(
             x.to(self.dtype),
             TIMESTEPS * sigma,

@@ -1,7 +1,8 @@
-"""The videos, noise and noise levels of each step. They depend on seed and step alone."""
+"""The videos, captions, noise and noise levels of each step. They depend on seed and step alone."""
 
+import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,10 +11,13 @@ from ..families import Family
 from ..files.conditioning import Conditioning
 from .backbone import Text
 from .config import TrainingConfig, TrainingError
-from .data.dataset import BatchOrder, Dataset
+from .data.dataset import BatchOrder, Dataset, ImageConditioning
 from .method.consistency import Batch
 from .method.phases import Phases
 from .parallel import Processes
+
+# A clip's image conditioning and its x0 (1, ...) -> `Text.concat` and further `Text.extras`.
+ImageIn = Callable[[ImageConditioning, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 def generator_of(seed: int, step: int, element: int) -> torch.Generator:
@@ -40,6 +44,16 @@ class Video:
         """Videos of the same kind can be stacked."""
         texts = (self.text.context.shape, self.no_text.context.shape)
         return (tuple(self.x0.shape), *texts)
+
+    def emptied(self, shape: tuple[int, ...]) -> "Video":
+        """The same with zeros of `shape` (channels, frames, height, width) instead of its pictures."""
+
+        def empty(text: Text) -> Text:
+            if text.concat is None:
+                return text
+            return replace(text, concat=torch.zeros(1, text.concat.shape[1], *shape[1:]))
+
+        return replace(self, x0=torch.zeros(shape), text=empty(self.text), no_text=empty(self.no_text))
 
 
 def text_of(conditioning: Conditioning, family: Family, guidance: float | None) -> Text:
@@ -100,7 +114,8 @@ def make_batch(videos: Sequence[Video], phases: Phases, device: torch.device) ->
 
 def _join(texts: Sequence[Text]) -> Text:
     extras = {name: torch.cat([text.extras[name] for text in texts]) for name in texts[0].extras}
-    return Text(torch.cat([text.context for text in texts]), extras)
+    concats = [text.concat for text in texts if text.concat is not None]
+    return Text(torch.cat([text.context for text in texts]), extras, torch.cat(concats) if concats else None)
 
 
 class Batches:
@@ -110,6 +125,7 @@ class Batches:
         indices: the clips of the dataset to train on.
         guidance: embedded guidance, for a transformer that uses it.
         latent_in: the host's scaling from VAE latents to the transformer's input.
+        image_in: the host's conversion of an image conditioning. Text to video needs none.
     """
 
     def __init__(
@@ -124,9 +140,11 @@ class Batches:
         processes: Processes,
         device: torch.device,
         latent_in: Callable[[Tensor], Tensor],
+        image_in: ImageIn | None = None,
     ):
         self._dataset, self._config, self._phases = dataset, config, phases
-        self._family, self._guidance, self._latent_in = family, guidance, latent_in
+        self._family, self._guidance = family, guidance
+        self._latent_in, self._image_in = latent_in, image_in
         self._processes, self._device = processes, device
         self.order = BatchOrder(dataset.buckets_of(indices), config.batch_size, config.seed)
         self._no_text = text_of(dataset.unconditional(), family, guidance)
@@ -137,10 +155,7 @@ class Batches:
         # processes take turns, so several of them train like one with as many more accumulated batches
         for turn in range(self._processes.rank, parts * count, count):
             chosen = self.order.batch(step * parts * count + turn)
-            videos = [
-                self._video(index, generator_of(self._config.seed, step, turn * size + position))
-                for position, index in enumerate(chosen)
-            ]
+            videos = [self._drawn(index, step, turn * size + position) for position, index in enumerate(chosen)]
             yield from ((batch, share / parts) for batch, share in self._stacked(videos))
 
     def clips_of_step(self, step: int) -> list[int]:
@@ -159,13 +174,29 @@ class Batches:
         Args:
             shape: (videos, channels, frames, height, width).
         """
-        zeros = torch.zeros(shape[1:])
-        return self._stacked([self._video(index, generator_of(0, 0, element), zeros) for element in range(shape[0])])
+        videos = [self._video(index, generator_of(0, 0, element)) for element in range(shape[0])]
+        return self._stacked([video.emptied(shape[1:]) for video in videos])
 
-    def _video(self, index: int, generator: torch.Generator, x0: Tensor | None = None) -> Video:
-        text = text_of(self._dataset.conditioning(index), self._family, self._guidance)
-        x0 = self._latent_in(self._dataset.latent(index)[None].float())[0] if x0 is None else x0
-        return Video(x0, text, self._no_text, generator, index)
+    def _drawn(self, index: int, step: int, element: int) -> Video:
+        """A video with one of its captions, or the empty text."""
+        seed = self._config.seed
+        # noise does not depend on the captions; a string as seed gives the same numbers on every machine
+        draw = random.Random(f"caption {seed} {step} {element}")
+        dropped = draw.random() < self._config.caption_dropout
+        empty = self._dataset.empty() if dropped else None
+        text = empty or self._dataset.conditioning(index, draw.randrange(self._dataset.captions(index)))
+        return self._video(index, generator_of(seed, step, element), text)
+
+    def _video(self, index: int, generator: torch.Generator, conditioning: Conditioning | None = None) -> Video:
+        """A video with a conditioning, by default its first caption."""
+        text = text_of(conditioning or self._dataset.conditioning(index), self._family, self._guidance)
+        no_text = self._no_text
+        x0 = self._latent_in(self._dataset.latent(index)[None].float())
+        if self._image_in is not None and (image := self._dataset.image(index)):
+            # both see the image, as in the host: guidance is about the text
+            concat, extras = self._image_in(image, x0)
+            text, no_text = (replace(each, concat=concat, extras={**each.extras, **extras}) for each in (text, no_text))
+        return Video(x0[0], text, no_text, generator, index)
 
     def _stacked(self, videos: Sequence[Video]) -> Iterator[tuple[Batch, float]]:
         return stacked(videos, self._phases, self._device)

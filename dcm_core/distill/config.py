@@ -227,8 +227,9 @@ class TrainingConfig:
     )
     caption_dropout: float = setting(
         0.0,
-        "Share of training steps without a caption, with the negative prompt in its place (official Wan recipe: 0.1).",
+        "Share of captions that are replaced with the empty text, drawn for every step. 0 uses every caption.",
         limits=(0, 1),
+        widget=(0.0, 1.0, 0.01),
     )
     temporal_weight: float = setting(
         1.0,

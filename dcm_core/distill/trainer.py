@@ -14,7 +14,7 @@ from ..errors import name_some
 from ..experts.expert import Expert
 from ..text import LOGGER
 from .backbone import Backbone, Working
-from .batches import Batches
+from .batches import Batches, ImageIn
 from .checkpoint_file import EMA, LOSS_SCALE_NAME, Checkpoint, History
 from .checkpoints import check_folder, check_resumable, newest_checkpoint, save_checkpoint
 from .config import TrainingConfig
@@ -62,7 +62,7 @@ class Trainer:
     Attributes:
         start: the expert to start from. It is not kept.
         semantic: the finished semantic expert that a detail expert is trained on top of.
-        latent_in: the host's scaling from VAE latents to the transformer's input.
+        latent_in, image_in: see `Batches`.
         folder: folder of the checkpoints.
         identity: see `Checkpoint`.
     """
@@ -75,6 +75,7 @@ class Trainer:
     device: torch.device
     semantic: InitVar[Expert | None] = None
     latent_in: Callable[[Tensor], Tensor] = torch.Tensor.float
+    image_in: ImageIn | None = None
     identity: dict[str, str] = field(default_factory=dict)
     watcher: Watcher = field(default_factory=Quiet)
     processes: Processes = field(default_factory=Processes)
@@ -110,6 +111,7 @@ class Trainer:
             processes=self.processes,
             device=self.device,
             latent_in=self.latent_in,
+            image_in=self.image_in,
         )
         self.history: History = []
         # clips in batches of the current step whose losses are NaN or infinite

@@ -5,13 +5,20 @@ import json
 import torch
 
 from dcm_core.families import WAN
+from dcm_core.families.wan import IMAGE
 
 KINDS = ["bfloat16", "fp8", "scaled_fp8", "quantised"]
 FP8 = torch.float8_e4m3fn
 
 
-def native_wan(seed=0, width=256, layers=2, channels=16):
-    """The weights of a small Wan model in the host's layout, float32."""
+VISION = 1280  # values per token of CLIP vision that Wan's image layers take
+
+
+def native_wan(seed=0, width=256, layers=2, channels=16, vision=False, positions=0):
+    """The weights of a small Wan model in the host's layout, float32.
+
+    vision: with the image layers that see through CLIP vision. positions: of first and last frame in them, if they have any.
+    """
     generator = torch.Generator().manual_seed(seed)
     shapes = {"patch_embedding.weight": (width, channels, 1, 2, 2), "head.modulation": (1, 2, width)}
     special = {
@@ -21,15 +28,22 @@ def native_wan(seed=0, width=256, layers=2, channels=16):
         "ffn.0": (2 * width, width),
         "ffn.2": (width, 2 * width),
         "head.head": (64, width),
+        "img_emb.proj.0": (VISION, VISION),
+        "img_emb.proj.1": (VISION, VISION),
+        "img_emb.proj.3": (width, VISION),
+        "img_emb.emb_pos": (1, positions, VISION),
     }
+    wanted = {"", IMAGE} if vision else {""}
     for rule in WAN.DIFFUSERS_TO_NATIVE:
-        for index in [] if rule.optional else range(layers if "{n}" in rule.target else 1):
+        for index in range(layers if "{n}" in rule.target else 1) if rule.optional in wanted else []:
             name = rule.target.replace("{n}", str(index))
             shape = next((s for end, s in special.items() if name.endswith(end)), (width, width))
-            if name.endswith("modulation"):
+            if name.endswith("emb_pos"):
+                shapes |= {name: shape} if positions else {}
+            elif name.endswith("modulation"):
                 shapes.setdefault(name, (1, 6, width))
-            elif "norm" in name:
-                shapes |= {f"{name}.{param}": (width,) for param in rule.params}
+            elif "norm" in name or name in ("img_emb.proj.0", "img_emb.proj.4"):
+                shapes |= {f"{name}.{param}": shape[:1] for param in rule.params}
             else:
                 shapes.setdefault(f"{name}.weight", shape)
                 shapes.setdefault(f"{name}.bias", shape[:1])

@@ -75,6 +75,24 @@ def test_scripts_make_base_and_experts(environment, tmp_path):
     assert sum(path.stat().st_size for path in shipped) < 6.5e6
 
 
+def test_the_image_to_video_script(environment, tmp_path):
+    """Shortened: what its figures are is measured by hand."""
+    short = ["--base-steps", "1", "--steps", "1", "--clips", "2", "--held-out", "1"]
+    command = [str(environment.python), str(SMALL_WORLD / "image_to_video.py"), str(tmp_path), *short]
+    result = subprocess.run(command, env=environment.variables(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [line.rpartition(": ") for line in result.stdout.splitlines()[-5:]]
+    assert [name.strip() for name, _, _ in rows] == [
+        "the VAE alone",
+        "text-to-video base, 50 steps",
+        "image-to-video base, 50 steps",
+        "image-to-video base, 6 steps",
+        "experts, 6 steps",
+    ]
+    vae, *others = [float(value) for *_, value in rows]
+    assert vae < 0.05 < min(others)
+
+
 LIVE = """
 import sys
 sys.path.insert(0, sys.argv[1])

@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -30,6 +31,7 @@ MAX_ENLARGEMENT = 1.5
 STEADY = 0.2  # smaller differences between frame gaps, in medians, are rounding
 CHUNK = 1 << 20  # bytes read at once
 INFO_VERSION = "1"  # version of the cached video information; a change inspects all files again
+WINDOWS = ("start", "middle", "random", "all")
 MAX_NAME = 100  # characters of a name to show
 # A frame counts as shown this much of a gap early, because files round times, some to milliseconds.
 EARLY = 0.25
@@ -56,6 +58,9 @@ class ClipSettings:
         fps: frames per second.
         width, height: size in pixels, multiples of 16.
         buckets: whether to keep each clip near its own aspect ratio, in a size of about the same area.
+        window: the part of a longer clip that is used. `all` cuts it into as many clips as it has room for.
+        window_seed: seed of `random`, which also depends on the clip's content.
+        images: whether images are used too, each as a video of one frame.
 
     Raises:
         DCMError: a value is out of range.
@@ -66,6 +71,9 @@ class ClipSettings:
     width: int = 832
     height: int = 480
     buckets: bool = True
+    window: str = "start"
+    window_seed: int = 0
+    images: bool = False
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.frames % 4 != 1:
@@ -75,6 +83,8 @@ class ClipSettings:
             raise DCMError(
                 f"fps is {self.fps}; expected more than 0 and at most 1000. Use 16 for Wan 2.1, 24 for HunyuanVideo."
             )
+        if self.window not in WINDOWS:
+            raise DCMError(f"window is {self.window!r}; choose one of {', '.join(WINDOWS)}.")
         for name, size in (("width", self.width), ("height", self.height)):
             if size < SIZE_STEP or size % SIZE_STEP:
                 near = max(1, round(size / SIZE_STEP)) * SIZE_STEP
@@ -92,6 +102,8 @@ class CheckedClip:
         content: hash of the file.
         changes: conversions that change its pictures from the stored ones.
         notes: what the user should know, though it is not an error.
+        length: frames at the settings' frame rate.
+        begin, frames: the first of them to read, and how many.
     """
 
     clip: Clip
@@ -102,6 +114,9 @@ class CheckedClip:
     content: str
     changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    length: int = 1
+    begin: int = 0
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -192,7 +207,7 @@ def _inspect_video(path: Path) -> VideoInfo:
 
 
 def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) -> CheckedClip:
-    """Check one clip: its caption, its first frame, its length and its size.
+    """Check one clip: its captions, its first frame, its length and its size. It is to be read from its start.
 
     Args:
         cache: see `video_info`.
@@ -200,11 +215,14 @@ def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) 
     Raises:
         ClipError: the clip cannot be used.
     """
-    _check_caption(clip)
+    _check_captions(clip)
+    if clip.is_image and not settings.images:
+        raise ClipError(clip.path, "is an image, not a video. Turn images on, or leave it out.")
     info = video_info(clip.path, cache)
     width, height, gap = info.width, info.height, info.gap or 1 / settings.fps
     frames = math.ceil((info.duration + gap - EARLY * gap) * settings.fps)
-    if frames < settings.frames:
+    wanted = 1 if clip.is_image else settings.frames
+    if frames < wanted:
         raise ClipError(
             clip.path,
             f"lasts {info.duration + gap:.3g} s, which is {counted(frames, 'frame')} at {settings.fps:g} fps; expected {settings.frames}. "
@@ -223,7 +241,20 @@ def inspect_clip(clip: Clip, settings: ClipSettings, cache: Path | None = None) 
         f"{width}x{height} enlarged to {bucket[0]}x{bucket[1]}": enlargement > 1,
     }
     notes = (*clip.notes, *info.notes, *(note for note, true in possible.items() if true))
-    return CheckedClip(clip, width, height, gap, bucket, info.content, info.changes, notes)
+    return CheckedClip(clip, width, height, gap, bucket, info.content, info.changes, notes, frames, frames=wanted)
+
+
+def windows(checked: CheckedClip, settings: ClipSettings) -> list[CheckedClip]:
+    """The parts of a clip that are trained on."""
+    spare = checked.length - checked.frames
+    begins: dict[str, Callable[[], Iterable[int]]] = {
+        "start": lambda: [0],
+        "middle": lambda: [spare // 2],
+        # a string as seed gives the same numbers on every machine
+        "random": lambda: [random.Random(f"window {settings.window_seed} {checked.content}").randint(0, spare)],
+        "all": lambda: range(0, spare + 1, checked.frames),
+    }
+    return [replace(checked, begin=begin) for begin in begins[settings.window]()]
 
 
 def content_hash(path: Path) -> str:
@@ -242,17 +273,17 @@ def content_hash(path: Path) -> str:
         raise ClipError(path, f"cannot be read ({error.strerror}). Check its permissions.") from error
 
 
-def _check_caption(clip: Clip) -> None:
-    if fault := clip.fault or fault_of(clip.caption):
+def _check_captions(clip: Clip) -> None:
+    if fault := clip.fault or next(filter(None, map(fault_of, clip.captions)), None):
         raise ClipError(clip.path, fault)
-    if not clip.caption:
+    if not all(clip.captions):
         raise ClipError(clip.path, f"has no caption. Write one to {clip.path.stem}.txt beside it, or use a list.")
 
 
 def check_clips(
     clips: Sequence[Clip], settings: ClipSettings, progress: Progress | None = None, cache: Path | None = None
 ) -> tuple[list[CheckedClip], list[Problem]]:
-    """Inspect every clip. Returns the usable ones in order, and the problems of the others.
+    """Inspect every clip. Returns the windows of the usable ones in order, and the problems of the others.
 
     Args:
         cache: see `video_info`.
@@ -263,7 +294,7 @@ def check_clips(
     good, problems = [], []
     for done, clip in enumerate(clips, start=1):
         try:
-            good.append(inspect_clip(clip, settings, cache))
+            good += windows(inspect_clip(clip, settings, cache), settings)
         except ClipError as error:
             problems.append(Problem(error.path, error.reason))
         if progress is not None:
@@ -282,26 +313,26 @@ def no_clip_left(problems: Sequence[Problem]) -> DCMError:
 
 
 def read_clip(checked: CheckedClip, settings: ClipSettings) -> Tensor:
-    """The clip's pixels from its start, scaled to cover its bucket and cropped at the centre.
+    """The pixels of the clip's window, scaled to cover its bucket and cropped at the centre.
 
     Returns:
-        float32 (frames, height, width, 3) from 0 to 1. Frame i is the one that is displayed at i / fps.
+        float32 (frames, height, width, 3) from 0 to 1. Frame i is the one that is displayed at (begin + i) / fps.
 
     Raises:
         ClipError: the file is damaged after its first frame. Later frames are first decoded here.
     """
     width, height = checked.bucket
-    pixels, filled = torch.empty(settings.frames, height, width, 3), 0
+    pixels, filled = torch.empty(checked.frames, height, width, 3), 0
     for picture, until in shown_frames(checked.clip.path, checked.gap):
         image = None
-        while filled < settings.frames and filled / settings.fps + EARLY * checked.gap < until:
+        while filled < checked.frames and (checked.begin + filled) / settings.fps + EARLY * checked.gap < until:
             image = _fitted(picture, checked) if image is None else image
             pixels[filled] = image
             filled += 1
-        if filled == settings.frames:
+        if filled == checked.frames:
             return pixels
     raise ClipError(
-        checked.clip.path, f"ends after {filled} of {counted(settings.frames, 'frame')}. Encode or download it again."
+        checked.clip.path, f"ends after {filled} of {counted(checked.frames, 'frame')}. Encode or download it again."
     )
 
 

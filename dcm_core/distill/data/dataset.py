@@ -5,7 +5,7 @@ import itertools
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,9 @@ from .clips import Problem
 LATENT = "latent"
 # Characters of a clip's id. A checkpoint's header has those of all clips.
 ID_LENGTH = 12
+
+# What an image-to-video model takes besides the text, by the host's names.
+ImageConditioning = Mapping[str, Tensor]
 
 
 class Dataset(ABC):
@@ -45,12 +48,33 @@ class Dataset(ABC):
         """A latent in the VAE's own space, (channels, frames, height, width)."""
 
     @abstractmethod
-    def conditioning(self, index: int) -> Conditioning:
-        """The text of a clip."""
+    def captions(self, index: int) -> int:
+        """Number of captions of a clip."""
+
+    @abstractmethod
+    def conditioning(self, index: int, caption: int = 0) -> Conditioning:
+        """One of the texts of a clip."""
 
     @abstractmethod
     def unconditional(self) -> Conditioning:
         """The text of the negative prompt."""
+
+    @abstractmethod
+    def empty(self) -> Conditioning | None:
+        """The empty text, which replaces dropped captions; None in a file that an earlier version saved."""
+
+    @abstractmethod
+    def sample_prompts(self) -> list[Conditioning]:
+        """The texts of the sample videos; an empty list uses a caption."""
+
+    @abstractmethod
+    def image(self, index: int) -> ImageConditioning:
+        """The image conditioning of a clip; empty for text to video. All clips have the same names."""
+
+    @property
+    def example(self) -> int:
+        """The first clip that is not an image; the first image if there are only images."""
+        return next((index for index in range(len(self)) if self.shape(index)[1] > 1), 0)
 
     @property
     @abstractmethod
@@ -93,17 +117,24 @@ class Entry:
     """A clip in the cache.
 
     Attributes:
-        latent, conditioning: its files.
+        latent, image: its files; `image` only for image to video.
+        conditionings: files of its captions.
         size: width and height in pixels.
         shape: the latent's shape.
     """
 
     clip: Path
-    caption: str
+    captions: tuple[str, ...]
     latent: Path
-    conditioning: Path
+    conditionings: tuple[Path, ...]
     size: tuple[int, int]
     shape: tuple[int, ...]
+    image: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that training reads."""
+        return [self.latent, *self.conditionings, *([self.image] if self.image else [])]
 
 
 @dataclass(frozen=True)
@@ -111,7 +142,7 @@ class CachedDataset(Dataset):
     """Encoded clips on disk. Nothing is kept in memory.
 
     Attributes:
-        negative: file of the negative prompt's conditioning.
+        negative, nothing, prompts: files of the conditionings of negative prompt, empty text, and sample prompts.
         problems: the clips left out.
         notes: what the user should know about the other clips.
         others: ignored files, as lines of text.
@@ -119,6 +150,8 @@ class CachedDataset(Dataset):
 
     entries: tuple[Entry, ...]
     negative: Path
+    nothing: Path
+    prompts: tuple[Path, ...] = ()
     problems: tuple[Problem, ...] = ()
     notes: tuple[Problem, ...] = ()
     others: tuple[str, ...] = ()
@@ -137,17 +170,20 @@ class CachedDataset(Dataset):
         """
         path = self.entries[index].latent
         try:
-            return TensorFile(path).read_all()[LATENT]
-        except (CheckpointError, KeyError) as error:
+            return _read(path)[LATENT]
+        except KeyError as error:
             raise _lost(path, error) from error
 
-    def conditioning(self, index: int) -> Conditioning:
+    def captions(self, index: int) -> int:
+        return len(self.entries[index].conditionings)
+
+    def conditioning(self, index: int, caption: int = 0) -> Conditioning:
         """A text from its file.
 
         Raises:
             DCMError: the file is missing or damaged.
         """
-        return self._read_conditioning(self.entries[index].conditioning)
+        return _read_conditioning(self.entries[index].conditionings[caption])
 
     def unconditional(self) -> Conditioning:
         """The negative prompt from its file.
@@ -155,24 +191,43 @@ class CachedDataset(Dataset):
         Raises:
             DCMError: the file is missing or damaged.
         """
-        return self._read_conditioning(self.negative)
+        return _read_conditioning(self.negative)
 
-    def _read_conditioning(self, path: Path) -> Conditioning:
-        try:
-            return load_conditioning(path)
-        except DCMError as error:
-            raise _lost(path, error) from error
+    def empty(self) -> Conditioning:
+        """The empty text from its file.
+
+        Raises:
+            DCMError: the file is missing or damaged.
+        """
+        return _read_conditioning(self.nothing)
+
+    def sample_prompts(self) -> list[Conditioning]:
+        """The sample prompts from their files.
+
+        Raises:
+            DCMError: a file is missing or damaged.
+        """
+        return [_read_conditioning(path) for path in self.prompts]
+
+    def image(self, index: int) -> ImageConditioning:
+        """An image conditioning from its file.
+
+        Raises:
+            DCMError: the file is missing or damaged.
+        """
+        path = self.entries[index].image
+        return {} if path is None else _read(path)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the files' names, which are hashes of their content."""
-        names = [name for entry in self.entries for name in (entry.latent.name, entry.conditioning.name)]
-        return hashlib.sha256("\n".join([*names, self.negative.name]).encode()).hexdigest()
+        """A hash of the files' names, which are hashes of their content. Samples do not change a run."""
+        files = [path for entry in self.entries for path in entry.files]
+        return hashlib.sha256("\n".join(path.name for path in (*files, self.negative)).encode()).hexdigest()
 
     @cached_property
     def clip_ids(self) -> list[str]:
         return [
-            hashlib.sha256(f"{entry.latent.name} {entry.conditioning.name} {self.negative.name}".encode()).hexdigest()[
+            hashlib.sha256(" ".join(path.name for path in (*entry.files, self.negative)).encode()).hexdigest()[
                 :ID_LENGTH
             ]
             for entry in self.entries
@@ -196,6 +251,20 @@ class CachedDataset(Dataset):
         return "\n".join([str(self), *lines, *left_out, *notes, *self.others])
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return TensorFile(path).read_all()
+    except CheckpointError as error:
+        raise _lost(path, error) from error
+
+
+def _read_conditioning(path: Path) -> Conditioning:
+    try:
+        return load_conditioning(path)
+    except DCMError as error:
+        raise _lost(path, error) from error
+
+
 def _lost(path: Path, error: Exception) -> DCMError:
     return DCMError(
         f"{path.name} of the encoded data cannot be read ({error}). Restart the host and run DCM Video Dataset again."
@@ -208,29 +277,42 @@ class TensorDataset(Dataset):
     Args:
         latents: (channels, frames, height, width) each.
         conditionings: the texts.
-        which: for every latent, the index of its text.
+        which: for every latent, the indices of its texts.
         unconditional: the text of the negative prompt.
+        images: for every latent, its image conditioning; none for text to video.
+        empty, sample_prompts: see `Dataset`.
 
     Raises:
-        DCMError: there are no latents, or the texts do not fit them.
+        DCMError: there are no latents, or the texts or images do not fit them.
     """
 
     def __init__(
         self,
         latents: Sequence[Tensor],
         conditionings: Sequence[Conditioning],
-        which: Sequence[int],
+        which: Sequence[Sequence[int] | int],
         unconditional: Conditioning,
+        images: Sequence[ImageConditioning] = (),
+        empty: Conditioning | None = None,
+        sample_prompts: Sequence[Conditioning] = (),
     ):
-        if not latents or len(latents) != len(which):
-            found = f"{counted(len(latents), 'latent')} with {counted(len(which), 'text')}"
+        texts = [[of_latent] if isinstance(of_latent, int) else list(of_latent) for of_latent in which]
+        if not latents or len(latents) != len(texts) or not all(texts):
+            found = f"{counted(len(latents), 'latent')} with {counted(len(texts), 'text')}"
             raise DCMError(f"The dataset has {found}; expected at least one latent, and one text for each.")
-        if not all(0 <= index < len(conditionings) for index in which):
+        indices = [index for of_latent in texts for index in of_latent]
+        if not all(0 <= index < len(conditionings) for index in indices):
             raise DCMError(
-                f"`which` has indices from {min(which)} to {max(which)}; expected 0 to {len(conditionings) - 1}."
+                f"`which` has indices from {min(indices)} to {max(indices)}; expected 0 to {len(conditionings) - 1}."
+            )
+        if images and (len(images) != len(latents) or len({frozenset(image) for image in images}) > 1):
+            raise DCMError(
+                f"The dataset has {counted(len(latents), 'latent')} with {counted(len(images), 'image conditioning')}; expected one for "
+                "each latent, all with the same parts."
             )
         self._latents, self._conditionings = list(latents), list(conditionings)
-        self._which, self._unconditional = list(which), unconditional
+        self._texts, self._unconditional, self._images = texts, unconditional, list(images)
+        self._empty, self._sample_prompts = empty, list(sample_prompts)
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -241,25 +323,41 @@ class TensorDataset(Dataset):
     def latent(self, index: int) -> Tensor:
         return self._latents[index]
 
-    def conditioning(self, index: int) -> Conditioning:
-        return self._conditionings[self._which[index]]
+    def captions(self, index: int) -> int:
+        return len(self._texts[index])
+
+    def conditioning(self, index: int, caption: int = 0) -> Conditioning:
+        return self._conditionings[self._texts[index][caption]]
 
     def unconditional(self) -> Conditioning:
         return self._unconditional
 
+    def empty(self) -> Conditioning | None:
+        return self._empty
+
+    def sample_prompts(self) -> list[Conditioning]:
+        return self._sample_prompts
+
+    def image(self, index: int) -> ImageConditioning:
+        return self._images[index] if self._images else {}
+
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all tensors."""
-        texts = [*(self._conditionings[index] for index in self._which), self._unconditional]
-        return _hash_of([*self._latents, *(tensor for text in texts for tensor in _tensors_of(text))])
+        """A hash of all tensors. Samples do not change a run."""
+        captions = (self._conditionings[index] for texts in self._texts for index in texts)
+        texts = [*captions, self._unconditional, *([self._empty] if self._empty else [])]
+        images = (image[name] for image in self._images for name in sorted(image))
+        return _hash_of([*self._latents, *(tensor for text in texts for tensor in _tensors_of(text)), *images])
 
     @cached_property
     def clip_ids(self) -> list[str]:
-        negative = _tensors_of(self._unconditional)
-        return [
-            _hash_of([self.latent(index), *_tensors_of(self.conditioning(index)), *negative])[:ID_LENGTH]
-            for index in range(len(self))
-        ]
+        return [_hash_of(self._tensors_of_clip(index))[:ID_LENGTH] for index in range(len(self))]
+
+    def _tensors_of_clip(self, index: int) -> Iterator[Tensor]:
+        yield self._latents[index]
+        for text in (*(self._conditionings[caption] for caption in self._texts[index]), self._unconditional):
+            yield from _tensors_of(text)
+        yield from (tensor for _, tensor in sorted(self.image(index).items()))
 
 
 def _tensors_of(text: Conditioning) -> list[Tensor]:

@@ -9,11 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import DCMError, counted, name_some
+from ...errors import DCMError, name_some
 from .captions import TextError, read_text
 
 SUFFIXES = (".jsonl", ".json", ".csv")
-VIDEO_KEYS = ("video", "video_path", "file_name", "file_path", "media_path", "path", "filename")
+VIDEO_KEYS = ("video", "video_path", "file_name", "file_path", "media_path", "path", "filename", "image", "image_path")
 CAPTION_KEYS = ("caption", "text", "prompt", "cap", "captions")
 # One path per line. The captions are in the same order in one of the other files beside it.
 VIDEO_FILES, CAPTION_FILES = ("videos.txt", "video.txt"), ("captions.txt", "caption.txt", "prompts.txt", "prompt.txt")
@@ -34,13 +34,13 @@ class Listed(NamedTuple):
         video: the path as written in the list.
         caption: empty if there is none.
         fault: why it cannot be used, worded to follow the clip's name.
-        note: what the user should know about it.
+        more: further captions.
     """
 
     video: str
     caption: str
     fault: str | None = None
-    note: str | None = None
+    more: tuple[str, ...] = ()
 
 
 def is_list(path: Path) -> bool:
@@ -176,12 +176,10 @@ def _listed(where: str, entry: Any) -> Listed:
         raise DCMError(f"{where} does not name a video: {found}; expected one of {', '.join(VIDEO_KEYS)}.")
     texts = _captions(known)
     fault = None if texts else f"has no caption in the list: {found}; expected one of {', '.join(CAPTION_KEYS)}."
-    if known.get("type") == "image":
-        fault = "is listed as an image, not as a video."
     if len(video) > MAX_NAME or CONTROL.search(video):
         fault = "is not the name of a file. Check the list."
-    note = f"{counted(len(texts), 'caption')}, the first is used" if len(texts) > 1 else None
-    return Listed(video, texts[0] if texts else "", fault, note)
+    first, *more = texts or [""]
+    return Listed(video, first, fault, tuple(more))
 
 
 def _captions(entry: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Read one video file: its frames, their display times, and the pixels that a player shows."""
+"""Read one video or image file: its frames, their display times, and the pixels that a player shows."""
 
 import os
 import struct
@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
+import numpy as np
 import torch
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...errors import DCMError
+from .sources import IMAGE_SUFFIXES
 
 UNSPECIFIED = 2  # ffmpeg's number for an unspecified matrix or unspecified primaries
 NO_TIMES = "has frames without times, or with times that run backwards. Encode it again, for example as .mp4."
@@ -23,6 +26,7 @@ HDR = {16: "PQ", 18: "HLG"}  # transfer functions by ffmpeg's numbers
 CONTAINERS = "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,obu,ogg,yuv4mpegpipe"
 # ffmpeg's own decoders for these drop the transparency.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 MAX_SLANT = 0.1  # how far from a right angle a display matrix may be
 MAX_PIXELS = 8192 * 4320  # 8K; a damaged file may claim any size
 # Primaries by ffmpeg's numbers -> matrix to linear RGB in BT.709: BT.2020 (as in ITU-R BT.2087) and P3 with D65.
@@ -134,12 +138,33 @@ def _stamp(timed: Any) -> int | None:
     return timed.dts if timed.pts is None else timed.pts
 
 
+def _image(path: Path) -> Picture:
+    """The picture of an image file, turned as a viewer shows it."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ClipError(
+                    path, f"is {image.width}x{image.height}; expected at most 8K (8192x4320). Save it smaller."
+                )
+            if image.mode[0] in "IF":
+                raise ClipError(path, "has more than 8 bits per value. Save it with 8 bits.")
+            transparent = "A" in image.getbands() or "transparency" in image.info
+            pixels = ImageOps.exif_transpose(image).convert("RGBA" if transparent else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ClipError(path, f"cannot be read as an image ({error}). Save or download it again.") from error
+    return Picture(av.VideoFrame.from_ndarray(np.asarray(pixels), format="rgba" if transparent else "rgb24"))
+
+
 def probe(path: Path) -> Look:
     """Inspect a file. Only its first frame is decoded.
 
     Raises:
         ClipError: no frame can be decoded, or the pictures cannot be shown correctly.
     """
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        picture = _image(path)
+        size = picture.frame.width, picture.frame.height
+        return Look([0.0], size, _changes(picture, path), _notes(picture, path))
     times, first, size = [], None, (0, 0)
     with _opened(path) as video:
         for packet in video.packets():
@@ -185,6 +210,9 @@ def shown_frames(path: Path, gap: float) -> Iterator[tuple[Picture, float]]:
     Raises:
         ClipError: the file is damaged, or its frame times are unusable.
     """
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        yield _image(path), gap
+        return
     shown, start, time = None, 0, 0.0
     with _opened(path) as video:
         for picture in (picture for packet in video.packets() for picture in video.decode(packet)):

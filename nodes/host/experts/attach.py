@@ -52,6 +52,13 @@ def diffusion_model(model: Any) -> nn.Module:
     return inner_module(model.get_model_object("diffusion_model"))
 
 
+def image_channels(model: Any) -> int:
+    """Channels that the transformer takes besides those of the video: 20 for an image-to-video model of Wan, 0 for text to video."""
+    module = diffusion_model(model)
+    taken = getattr(module, "in_dim", getattr(module, "in_channels", 0))
+    return max(0, taken - model.get_model_object("latent_format").latent_channels)
+
+
 def model_family(model: Any) -> Family | None:
     """The family of a MODEL, by its tensor names; None for other models."""
     names = {unwrapped(name) for name, _ in diffusion_model(model).named_parameters()}

@@ -10,7 +10,7 @@ from ....dcm_core.errors import DCMError, counted
 from ....dcm_core.families import FAMILIES
 from ....dcm_core.routing import Plan, Setup
 from ....dcm_core.video_size import HUNYUAN_VIDEO, WAN, WAN_5B
-from ..experts.attach import attached_experts, diffusion_model, is_own, model_family
+from ..experts.attach import attached_experts, image_channels, is_own, model_family
 from .switch import KEY as SIDES_KEY
 
 # What a MODEL has in addition to its weights.
@@ -40,7 +40,7 @@ def setup_of(model: Any, detail_model: Any = None) -> Setup:
         seen=True,
         two_models=are_two(model, detail_model),
         two_sides=detail_model is not None and not are_alike(model, detail_model),
-        takes_image=takes_image(model),
+        takes_image=image_channels(model) > 0,
     )
     if facts is None:
         return setup
@@ -55,11 +55,6 @@ def setup_of(model: Any, detail_model: Any = None) -> Setup:
         timesteps=facts.timesteps,
         boundary=facts.boundary if facts.own_boundary else None,
     )
-
-
-def takes_image(model: Any) -> bool:
-    """Whether a MODEL takes an image: by its input channels."""
-    return getattr(diffusion_model(model), "in_dim", 0) > model.get_model_object("latent_format").latent_channels
 
 
 def video_format(model: Any) -> str:

@@ -31,6 +31,7 @@ from ..experts.attach import compute_dtype, detach_experts, diffusion_model, mod
 from ..report import tell
 from ..sampling.run import check_text
 from .encoders import unload
+from .image import check_image, check_image_values
 
 logger = logging.getLogger(LOGGER)
 
@@ -199,8 +200,8 @@ def _try(trainer: Trainer) -> Memory | None:
         if is_oom(error):
             return None
         raise TrainingError(
-            f"The model cannot be trained the way it is loaded ({error}). Load a text-to-video model with weight_dtype default or "
-            "fp8_e4m3fn. fp8_e4m3fn_fast cannot be trained."
+            f"The model cannot be trained the way it is loaded ({error}). Load the model with weight_dtype default or fp8_e4m3fn. "
+            "fp8_e4m3fn_fast cannot be trained."
         ) from error
 
 
@@ -225,7 +226,7 @@ def check_data(model: Any, data: Dataset, vae: Any = None) -> None:
     """Refuse data for another model, and a VAE that cannot decode the samples.
 
     Raises:
-        DCMError: latents or text embeddings that do not fit the model, or a VAE with other latents.
+        DCMError: latents, text embeddings or image conditionings that do not fit the model, or a VAE with other latents.
     """
     channels = model.model.latent_format.latent_channels
     decoded = getattr(vae, "latent_channels", channels)
@@ -240,6 +241,9 @@ def check_data(model: Any, data: Dataset, vae: Any = None) -> None:
                 f"The dataset's latents have {counted(shape[0], 'channel')}, but the model takes {channels}. "
                 "Encode the clips with the model's own VAE."
             )
+    check_image(model, image := data.image(0))
+    if image:
+        check_image_values(model, image, data.shape(0))
     family = require_family(model)
     for text in (data.conditioning(0), data.unconditional()):
         check_text(model, text, "dataset")

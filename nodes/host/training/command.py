@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import comfy.clip_vision
 import comfy.model_management
 import comfy.sd
 
@@ -32,6 +33,7 @@ from ..experts.expert_files import read_expert_file
 from ..experts.load import load_file
 from ..folders import data_cache
 from .encoders import host_encoders
+from .image import IMAGE_CONDITIONINGS, NO_IMAGE, VISION, check_image
 from .pair import pair_boundary
 from .parts import FORMER_SETTINGS, Bases, Part, bases_in, parts_of, path_in
 from .run import first_expert, plots_of, save_expert, train_expert
@@ -198,17 +200,34 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any, processes: Pro
         for name in values.keys() & kinds:
             check_type(f"{name} of `dataset`", values[name], kinds[name])
         source, negative = path_in(folder, "folder", values.pop("folder")), values.pop("negative", "")
+        image, prompts = values.pop("image_conditioning", NO_IMAGE), values.pop("sample_prompts", [])
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+            raise TrainingError(f"`sample_prompts` of the dataset is {prompts!r}; expected a list of texts.")
+        if image not in IMAGE_CONDITIONINGS:
+            choices = ", ".join(IMAGE_CONDITIONINGS)
+            raise TrainingError(f"`image_conditioning` of the dataset is {image!r}; choose one of {choices}.")
+        # before the clips are encoded, which may take hours
+        check_image(model, [] if image == NO_IMAGE else [image, *([VISION] if "clip_vision" in settings else [])])
         try:
             clip_settings = ClipSettings(**values)
         except TypeError as error:
             raise TrainingError(
                 f"Unknown or missing setting in `dataset` ({error}). Valid settings: folder, negative, frames, fps, width, height, "
-                "buckets."
+                "buckets, window, window_seed, images, image_conditioning, sample_prompts."
             ) from error
         vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
-    progress = logged_progress("dataset") if processes.first else None
-    encoders = host_encoders(vae, clip)
-    return prepare(source, clip_settings, encoders, data_cache(), negative, progress, processes=processes), vae
+        encoders = host_encoders(vae, clip, image, load_clip_vision(settings, folder))
+    data = prepare(
+        source,
+        clip_settings,
+        encoders,
+        data_cache(),
+        negative,
+        logged_progress("dataset") if processes.first else None,
+        processes=processes,
+        sample_prompts=prompts,
+    )
+    return data, vae
 
 
 def logged_progress(label: str) -> Progress:
@@ -234,6 +253,21 @@ def load_vae(path: Path) -> Any:
     if vae.first_stage_model is None:
         raise TrainingError(f"`vae` is {path}, which is not a VAE that this ComfyUI can load. Choose the model's VAE.")
     return vae
+
+
+def load_clip_vision(settings: dict[str, Any], folder: Path) -> Any:
+    """The host's CLIP vision model, if there is one in the settings.
+
+    Raises:
+        TrainingError: a file that is not a CLIP vision model.
+    """
+    if "clip_vision" not in settings:
+        return None
+    path = path_in(folder, "clip_vision", settings["clip_vision"])
+    loaded = comfy.clip_vision.load_clipvision_from_sd(TensorFile(path).read_all())
+    if loaded is None:
+        raise TrainingError(f"`clip_vision` is {path}, which is not a CLIP vision model that this ComfyUI can load.")
+    return loaded
 
 
 def load_clip(settings: dict[str, Any], folder: Path, model: Any) -> Any:

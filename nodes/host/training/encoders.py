@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -12,12 +13,21 @@ from ....dcm_core.distill.data.encode import Encoders
 from ....dcm_core.errors import DCMError, counted
 from ....dcm_core.files.conditioning import Conditioning
 from ..compat import key_patches
+from .image import FIRST, NO_IMAGE, image_encoder
 
 SAMPLED = 8  # values at each end of a tensor that represent it
 
 
-def host_encoders(vae: Any, clip: Any) -> Encoders:
-    """The host's VAE and CLIP objects as encoders; latents stay in the VAE's own space."""
+def host_encoders(vae: Any, clip: Any, image_conditioning: str = NO_IMAGE, clip_vision: Any = None) -> Encoders:
+    """The host's VAE, CLIP and CLIP vision objects as encoders; latents stay in the VAE's own space.
+
+    Raises:
+        DCMError: a CLIP vision model for text to video.
+    """
+    if clip_vision is not None and image_conditioning == NO_IMAGE:
+        raise DCMError(
+            f"clip_vision is set, but image_conditioning is {NO_IMAGE}. Choose {FIRST}, or remove clip_vision."
+        )
 
     # outside nodes the host leaves gradients on, and a VAE would keep all activations
     @torch.inference_mode()
@@ -31,10 +41,15 @@ def host_encoders(vae: Any, clip: Any) -> Encoders:
         return latent[0]
 
     def free() -> None:
-        unload([vae.patcher, clip.patcher])
+        unload([vae.patcher, clip.patcher, *([] if clip_vision is None else [clip_vision.patcher])])
 
     text_id = weights_id(clip.patcher, type(clip.tokenizer).__name__, clip.layer_idx, clip.tokenizer_options)
-    return Encoders(encode_video, caption_encoder(clip), weights_id(vae.patcher), text_id, free)
+    text = Encoders(encode_video, caption_encoder(clip), weights_id(vae.patcher), text_id, free)
+    if image_conditioning == NO_IMAGE:
+        return text
+    vision_id = "" if clip_vision is None else weights_id(clip_vision.patcher)
+    encode_image = image_encoder(image_conditioning, vae, clip_vision)
+    return replace(text, encode_image=encode_image, image_id=f"{image_conditioning} {vision_id}")
 
 
 def caption_encoder(clip: Any) -> Callable[[str], Conditioning]:

@@ -12,8 +12,8 @@ from ....dcm_core.files.checkpoint import recognise, without_prefix
 from ....dcm_core.files.tensor_file import TensorFile
 from ....dcm_core.pair import Fingerprint, Pair, fingerprint, make_pair, two_bases
 from ....dcm_core.routing import Setup, Side
+from ..experts.attach import image_channels
 from ..experts.halves import MODELS, model_fingerprint, name_of
-from ..sampling.setup import takes_image
 from ..sampling.switch import check_pair
 
 
@@ -51,7 +51,7 @@ def pair_boundary(model: Any, family: Family, config: TrainingConfig) -> float |
     Raises:
         TrainingError: the family has no default for two models.
     """
-    found = Setup(family, two_models=True, takes_image=takes_image(model)).boundary_for(config.boundary)
+    found = Setup(family, two_models=True, takes_image=image_channels(model) > 0).boundary_for(config.boundary)
     if not family.pair_boundary and not config.boundary:
         raise TrainingError(
             f"boundary is 0, but {family.title} has no default for two models. Set boundary to the sigma where the low-noise model "

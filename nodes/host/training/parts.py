@@ -34,6 +34,7 @@ SETTINGS = {
     "weight_dtype",
     "vae",
     "text_encoders",
+    "clip_vision",
     "dataset",
     "output",
     "checkpoints",
@@ -148,7 +149,7 @@ def check_inputs(settings: dict[str, Any], folder: Path, output: Path) -> None:
     Raises:
         TrainingError: names the setting.
     """
-    names = ("model", "detail_model", "vae", "dataset", "semantic", "continue_from")
+    names = ("model", "detail_model", "vae", "clip_vision", "dataset", "semantic", "continue_from")
     inputs = [(name, settings.get(name)) for name in names]
     texts = settings.get("text_encoders")
     inputs += [("text_encoders", file) for file in (texts if isinstance(texts, list) else ())]
@@ -159,7 +160,9 @@ def check_inputs(settings: dict[str, Any], folder: Path, output: Path) -> None:
 
 
 def config_of(side: Side, training: Any, two_files: bool, two_models: bool, recipe: Recipe | None) -> TrainingConfig:
-    """The settings of one part, over those of the recipe. With two files, those of the other expert are left out, and tables named by an expert are its own.
+    """The settings of one part, over those of the recipe. With two files, those of the other expert are left out.
+
+    A table named by an expert has that expert's own settings.
 
     Raises:
         TrainingError: a setting that is unknown or has a wrong value.

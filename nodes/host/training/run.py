@@ -50,6 +50,7 @@ from .base import (
     training_base,
 )
 from .encoders import weights_id
+from .image import image_inputs
 from .pair import bases_of, checked_pair, known_bases, pair_boundary
 from .show import Show, in_words, with_experts
 
@@ -177,6 +178,11 @@ def train_expert(
             # it works on the other model, above the boundary
             semantic = None
         check_data(model, data, vae)
+        if config.caption_dropout and data.empty() is None:
+            raise TrainingError(
+                f"caption_dropout is {config.caption_dropout:g}, but the dataset file has no empty text to replace captions with. "
+                "Save it again from DCM Video Dataset, or set caption_dropout to 0."
+            )
         # raises if held_out is too large
         data.split(config.held_out, config.seed)
         base = training_base(model)
@@ -219,6 +225,7 @@ def train_expert(
             semantic=semantic,
             # cloned: tensors from inference mode cannot take part in a backward pass
             latent_in=lambda latent: base.model.process_latent_in(latent.clone().float()),
+            image_in=image_inputs(base),
             identity=identity,
             watcher=show if processes.first else Quiet(),
             processes=processes,

@@ -34,6 +34,7 @@ from ..experts.attach import attach_experts
 from ..report import tell
 from ..sampling.run import make_guider
 from ..video import save_video
+from .image import host_values
 
 logger = logging.getLogger(LOGGER)
 
@@ -129,7 +130,7 @@ class Show:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def sample(self, done: int, expert: Expert) -> None:
-        """Sample a video of the first caption with the code of the sampler nodes. A failure does not end the run."""
+        """Sample a video of each prompt with the code of the sampler nodes. A failure does not end the run."""
         try:
             self._sample(done, expert)
         except comfy.model_management.InterruptProcessingException:
@@ -141,23 +142,41 @@ class Show:
     def _sample(self, done: int, expert: Expert) -> None:
         with torch.inference_mode():
             model = with_experts(self.model, expert, self.semantic)
-            extras = {"guidance": self.config.guidance}
-            conditioning = [[context.clone(), {**extras, **more}] for context, more in self.data.conditioning(0)]
-            latent = sample_latent(model, conditioning, self.data.latent(0), expert, self.config.seed, self.handover)
-            self.picture = preview_strip(model, latent)
-            if self.vae is not None:
-                latent = model.model.process_latent_out(latent)
-                save_video(self.vae, latent, FAMILIES[expert.family].fps, self.folder / f"sample_{done:08d}.mp4")
+            first, strips = self.data.example, []
+            prompts = self.data.sample_prompts() or [self.data.conditioning(first)]
+            for number, prompt in enumerate(prompts):
+                # one prompt needs no number
+                end = f"_{number + 1}" if len(prompts) > 1 else ""
+                handover = self.handover and self.handover.with_stem(f"{self.handover.stem}{end}")
+                # for image to video each prompt has the images of another clip
+                clip = (first + number) % len(self.data)
+                extras = {"guidance": self.config.guidance, **host_values(self.data.image(clip))}
+                conditioning = [[context.clone(), {**extras, **more}] for context, more in prompt]
+                latent = sample_latent(model, conditioning, self.data.latent(first), expert, self.config.seed, handover)
+                strips.append(preview_strip(model, latent))
+                if self.vae is not None:
+                    latent = model.model.process_latent_out(latent)
+                    save_video(
+                        self.vae, latent, FAMILIES[expert.family].fps, self.folder / f"sample_{done:08d}{end}.mp4"
+                    )
+            self.picture = stacked(strips)
 
     def _preview(self, history: History) -> Image.Image:
         plot = plot_losses(history, "loss")
         if self.picture is None:
             return plot
         strip = self.picture.resize((plot.width, max(1, self.picture.height * plot.width // self.picture.width)))
-        both = Image.new("RGB", (plot.width, plot.height + strip.height))
-        both.paste(plot, (0, 0))
-        both.paste(strip, (0, plot.height))
-        return both
+        return stacked([plot, strip])
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures below each other."""
+    both = Image.new("RGB", (max(picture.width for picture in pictures), sum(picture.height for picture in pictures)))
+    top = 0
+    for picture in pictures:
+        both.paste(picture, (0, top))
+        top += picture.height
+    return both
 
 
 def with_experts(model: Any, expert: Expert, other: Expert | None) -> Any:

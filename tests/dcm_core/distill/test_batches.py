@@ -1,5 +1,6 @@
 """A batch follows from seed, step and place alone, however its videos are put together."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -8,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcm_core.distill.backbone import Text
-from dcm_core.distill.batches import Video, generator_of, make_batch, stacked, text_of
-from dcm_core.distill.config import TrainingError
+from dcm_core.distill.batches import Batches, Video, generator_of, make_batch, stacked, text_of
+from dcm_core.distill.config import TrainingConfig, TrainingError
+from dcm_core.distill.data.dataset import TensorDataset
 from dcm_core.distill.method.phases import Phases
+from dcm_core.distill.parallel import Processes
 from dcm_core.families import HUNYUAN_VIDEO, WAN
 
 PHASES = Phases("semantic", 0.8, shift=5.0)
@@ -59,6 +62,71 @@ def test_videos_of_several_kinds_are_batches_with_their_shares():
         ((1, 2, 3, 2, 2), 5, 0.2),
         ((1, 2, 3, 4, 2), 3, 0.2),
     ]
+
+
+def test_images_are_batched_with_the_text():
+    videos = make_videos(3)
+    images = [torch.full((1, 5, 3, 2, 2), float(place)) for place in range(3)]
+    seen = [torch.full((1, 2, 8), float(place)) for place in range(3)]
+    videos = [
+        dataclasses.replace(video, text=dataclasses.replace(video.text, concat=image, extras={"clip_fea": clip_fea}))
+        for video, image, clip_fea in zip(videos, images, seen, strict=True)
+    ]
+    batch = make_batch(videos, PHASES, CPU)
+    assert torch.equal(batch.text.concat, torch.cat(images)) and torch.equal(
+        batch.text.extras["clip_fea"], torch.cat(seen)
+    )
+    assert batch.no_text.concat is None
+    emptied = videos[1].emptied((2, 7, 4, 6))
+    assert torch.equal(emptied.text.concat, torch.zeros(1, 5, 7, 4, 6)) and emptied.no_text.concat is None
+    assert torch.equal(emptied.x0, torch.zeros(2, 7, 4, 6)) and emptied.text.extras == videos[1].text.extras
+
+
+def batches(**settings):
+    """Batches of two clips in memory: one with three captions, the other with one; the embeddings are the captions' numbers."""
+
+    def text(value):
+        return [[torch.full((1, 3, 4), float(value)), {}]]
+
+    latents, texts = (
+        [torch.full((2, 3, 2, 2), float(index)) for index in range(2)],
+        [text(1), text(2), text(3), text(4)],
+    )
+    data = TensorDataset(latents, texts, [[0, 1, 2], 3], text(9), empty=text(0))
+    config = TrainingConfig("semantic", batch_size=2, boundary=0.8, shift=5.0, **settings)
+    rest = {"guidance": None, "processes": Processes(), "device": CPU, "latent_in": lambda latent: latent}
+    return Batches(data, range(2), config, PHASES, WAN, **rest)
+
+
+def drawn(batches, steps=200):
+    """(clip, caption) of every element of these steps."""
+    found = []
+    for step in range(steps):
+        for batch, _ in batches.of_step(step):
+            found += zip(batch.x0[:, 0, 0, 0, 0].tolist(), batch.text.context[:, 0, 0].tolist(), strict=True)
+    return found
+
+
+def test_a_caption_is_drawn_for_each_step():
+    found = drawn(batches())
+    assert found == drawn(batches()) != drawn(batches(seed=1))
+    assert {caption for clip, caption in found if clip == 1} == {4}
+    shares = [found.count((0, caption)) / 200 for caption in (1, 2, 3)]
+    assert sum(shares) == 1 and min(shares) > 0.25
+    assert batches().held_out(0, 0).text.context.unique().tolist() == [1], "always the first one"
+
+
+def test_captions_are_dropped_and_nothing_else_changes():
+    plain, some, all_ = batches(), batches(caption_dropout=0.25), batches(caption_dropout=1.0)
+    dropped = [caption == 0 for _, caption in drawn(some)]
+    assert 0.2 < sum(dropped) / len(dropped) < 0.3
+    assert {caption for _, caption in drawn(all_, 10)} == {0}
+    for step in range(10):
+        ((one, _),), ((other, _),) = plain.of_step(step), all_.of_step(step)
+        for name in ("x0", "noise", "index", "level", "level_noise"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+        assert torch.equal(one.no_text.context, other.no_text.context)
+    assert all_.held_out(0, 0).text.context.unique().tolist() == [1]
 
 
 def test_only_valid_tokens_of_a_text_are_taken():

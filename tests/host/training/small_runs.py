@@ -38,6 +38,7 @@ def make_trainer(module, model, data, config, folder):
         training.first_expert(model, family, config, None, None),
         folder,
         model.load_device,
+        image_in=module("nodes.host.training.image").image_inputs(model),
     )
 
 

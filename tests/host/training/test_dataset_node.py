@@ -1,7 +1,6 @@
-"""DCM Video Dataset in the host: a small Wan VAE of the real class, and a text encoder with the host's interface."""
+"""DCM Video Dataset in the host, with small encoders."""
 
 import json
-import sys
 import urllib.error
 from fractions import Fraction
 
@@ -11,57 +10,6 @@ import pytest
 import torch
 
 from ..server import start_server
-
-
-@pytest.fixture(scope="module")
-def vae(pack):
-    import comfy.sd
-
-    path, argv = sys.path.copy(), sys.argv
-    import tiny_models
-
-    weights = tiny_models.wan_vae()
-    sys.path[:], sys.argv = path, argv
-    return comfy.sd.VAE(sd=weights)
-
-
-class Tokenizer:
-    def tokenize_with_weights(self, text, return_word_ids=False, disable_weights=False):
-        return [ord(letter) for letter in text]
-
-
-class TextEncoder(torch.nn.Module):
-    dtypes = (torch.float32,)
-
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Embedding(256, 8)
-        torch.manual_seed(0)
-        torch.nn.init.normal_(self.table.weight)
-
-    def reset_clip_options(self):
-        pass
-
-    def set_clip_options(self, options):
-        pass
-
-    def encode_token_weights(self, tokens):
-        return self.table(torch.tensor([tokens], dtype=torch.int64)), None
-
-
-@pytest.fixture
-def clip(pack):
-    """The host's CLIP around a table of letters."""
-    import comfy.sd
-
-    class Target:
-        params, clip, tokenizer = (
-            {},
-            staticmethod(lambda **params: TextEncoder()),
-            staticmethod(lambda **options: Tokenizer()),
-        )
-
-    return comfy.sd.CLIP(Target)
 
 
 @pytest.fixture
@@ -126,7 +74,7 @@ def test_clips_are_encoded_by_the_hosts_own_models(dataset_node, vae, clip, data
     assert torch.equal(dataset.conditioning(0)[0][0], clip.encode_from_tokens_scheduled(tokens)[0][0])
     assert dataset.unconditional()[0][0].shape == (1, 3, 8)
     assert all(
-        path.parent.name == "dcm_cache" for entry in dataset.entries for path in (entry.latent, entry.conditioning)
+        path.parent.name == "dcm_cache" for entry in dataset.entries for path in (entry.latent, *entry.conditionings)
     )
 
 
@@ -182,6 +130,29 @@ def test_brackets_in_a_caption_are_brackets(module, pack, caption, read):
 
     encode = module("nodes.host.training.encoders").caption_encoder(Clip())
     assert encode(caption) == [(ord(letter), 1.0) for letter in read]
+
+
+def test_windows_images_and_prompts_of_the_node(dataset_node, vae, clip, data):
+    from PIL import Image
+
+    Image.new("RGB", (64, 48)).save(data / "d.png")
+    (data / "d.txt").write_text("an image")
+    plain = text(dataset_node(vae, clip, frames=1)).split("\n")
+    assert plain[0] == "3 clips, 2 sizes"
+    assert plain[-2:] == ["ignored 1 .png file: d.png", "ignored 1 .txt file: d.txt"]
+    out = dataset_node(vae, clip, frames=1, images=True, window="all", sample_prompts=" a fox \n\na cat")
+    assert text(out).split("\n")[0] == "21 clips, 2 sizes", "9, 9 and 2 frames, and an image"
+    tokens = clip.encode_from_tokens_scheduled(clip.tokenize("a fox"))
+    assert len(prompts := out.result[0].sample_prompts()) == 2 and torch.equal(prompts[0][0][0], tokens[0][0])
+    for path in data.glob("*.mp4"):
+        path.unlink()
+    assert "has no clips" in dataset_node.cls.validate_inputs(folder=str(data))
+    assert dataset_node.cls.validate_inputs(folder=str(data), images=True) is True
+
+
+def test_clip_vision_needs_an_image(module, dataset_node, vae, clip, data):
+    with pytest.raises(module("dcm_core.errors").DCMError, match="clip_vision is set, but image_conditioning is none"):
+        dataset_node(vae, clip, clip_vision=object())
 
 
 def test_a_second_run_calls_no_model(dataset_node, vae, clip, data, monkeypatch):

@@ -412,7 +412,7 @@ def test_a_base_without_a_gradient_is_refused(train, module, model, data, config
     monkeypatch.setitem(layer.__dict__, "forward", lambda x: x.int())
     with pytest.raises(
         errors.DCMError,
-        match=r"cannot be trained the way it is loaded \(.*Load a text-to-video model with weight_dtype",
+        match=r"cannot be trained the way it is loaded \(.*Load the model with weight_dtype",
     ):
         train(model, data, config("semantic"), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -47,6 +47,32 @@ def test_they_are_what_the_sampler_node_makes(train, module, node, model, data, 
     assert torch.equal(latent, model.model.process_latent_in(sampled))
 
 
+def test_each_sample_prompt_gives_a_sample(module, model, data, config, wan, tmp_path, monkeypatch):
+    show, dataset = module("nodes.host.training.show"), module("dcm_core.distill.data.dataset")
+    prompts, made, saved = [data.conditioning(1), data.conditioning(2)], [], []
+    # a first clip that is an image has no video to show
+    latents = [data.latent(0)[:, :1], *(data.latent(index) for index in range(1, 4))]
+    texts = [data.conditioning(index) for index in range(4)]
+    given = dataset.TensorDataset(latents, texts, range(4), data.unconditional(), sample_prompts=prompts)
+
+    def sample(model, conditioning, shape, expert, seed):
+        made.append((conditioning[0][0], shape, seed))
+        return torch.zeros(1, *shape)
+
+    monkeypatch.setattr(show, "with_experts", lambda *args: model)
+    monkeypatch.setattr(show, "sample_latent", sample)
+    monkeypatch.setattr(show, "save_video", lambda vae, latent, fps, path: saved.append(path.name))
+    expert = module("dcm_core.experts.expert").Expert("wan", "semantic")
+    for clips in (given, data):
+        shown = show.Show(model, None, config("semantic", seed=3), clips, tmp_path, None, lambda: None, Vae())
+        shown._sample(7, expert)
+    assert [shape for _, shape, _ in made] == [data.shape(1)] * 3 and {seed for *_, seed in made} == {3}
+    wanted = [*prompts, data.conditioning(0)]
+    assert all(torch.equal(context, text[0][0]) for (context, *_), text in zip(made, wanted, strict=True))
+    assert saved == ["sample_00000007_1.mp4", "sample_00000007_2.mp4", "sample_00000007.mp4"]
+    assert shown.picture.height * 2 == show.stacked([shown.picture, shown.picture]).height
+
+
 class Vae:
     """Decodes a latent to grey frames."""
 

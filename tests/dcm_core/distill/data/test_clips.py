@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from dcm_core.distill.data.clips import ClipSettings, bucket_of, check_clips, inspect_clip, read_clip
-from dcm_core.distill.data.sources import Clip, find_clips
+from dcm_core.distill.data.clips import ClipSettings, bucket_of, check_clips, inspect_clip, read_clip, windows
+from dcm_core.distill.data.sources import IMAGE_SUFFIXES, Clip, find_clips
 from dcm_core.distill.data.video_file import ClipError, Picture, shown_frames, upright
 from dcm_core.errors import DCMError
 
@@ -39,11 +40,88 @@ def values(path, settings=SMALL):
         ({"fps": math.nan}, "fps is nan"),
         ({"width": 833}, "width is 833; expected a multiple of 16. Choose 832"),
         ({"height": 8}, "height is 8; expected a multiple of 16. Choose 16"),
+        ({"window": "end"}, "window is 'end'; choose one of start, middle, random, all"),
     ],
 )
 def test_settings_outside_their_bounds_are_refused(wrong, message):
     with pytest.raises(DCMError, match=message):
         ClipSettings(**wrong)
+
+
+# Windows and images
+
+
+def windows_of(path, **settings):
+    settings = dataclasses.replace(SMALL, **settings)
+    return settings, windows(inspect_clip(Clip(path, "x"), settings), settings)
+
+
+@pytest.mark.parametrize(
+    ("window", "begins"), [("start", [0]), ("middle", [5]), ("all", [0, 9])], ids=lambda value: str(value)
+)
+def test_windows_of_a_long_clip(window, begins, video, tmp_path):
+    """Of 20 frames, 9 at a time."""
+    settings, found = windows_of(video(tmp_path / "a.mkv"), window=window)
+    assert [checked.begin for checked in found] == begins
+    for checked in found:
+        shown = (read_clip(checked, settings).mean(dim=(1, 2, 3)) * 255 / 4).round()
+        assert shown.tolist() == list(range(checked.begin, checked.begin + 9))
+
+
+def test_a_random_window_follows_from_content_and_seed(video, tmp_path):
+    paths = [video(tmp_path / f"{name}.mkv", paint=lambda i, add=add: 4 * i + add) for add, name in enumerate("ab")]
+
+    def begins(path):
+        return [windows_of(path, window="random", window_seed=seed)[1][0].begin for seed in range(20)]
+
+    assert begins(paths[0]) == begins(paths[0]) != begins(paths[1])
+    assert min(begins(paths[0])) < 3 and max(begins(paths[0])) > 8 and max(begins(paths[0])) <= 11
+
+
+@pytest.mark.parametrize("suffix", sorted(IMAGE_SUFFIXES))
+def test_every_kind_of_image_is_read(suffix, tmp_path):
+    path = tmp_path / f"a %d{suffix}"
+    colour = (200, 100, 50)
+    Image.new("RGB", (64, 48), colour).save(path, **({} if suffix in (".bmp", ".png") else {"quality": 100}))
+    with pytest.raises(ClipError, match=r"is an image, not a video\. Turn images on, or leave it out"):
+        inspect_clip(Clip(path, "x"), SMALL)
+    settings, (checked,) = windows_of(path, images=True, window="random")
+    pixels = read_clip(checked, settings)
+    assert pixels.shape == (1, 48, 64, 3)
+    assert (pixels.mean(dim=(0, 1, 2)) * 255 - torch.tensor(colour)).abs().max() < 3
+
+
+def test_images_that_cannot_be_read_are_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    Image.new("I;16", (64, 48)).save(tmp_path / "deep.png")
+    Image.new("L", (8192, 4321)).save(tmp_path / "large.png")
+    for name, reason in (
+        ("a", "cannot be read as an image"),
+        ("deep", "has more than 8 bits"),
+        ("large", "is 8192x4321"),
+    ):
+        with pytest.raises(ClipError, match=reason):
+            windows_of(tmp_path / f"{name}.png", images=True)
+
+
+def test_transparent_areas_of_an_image_are_black(tmp_path):
+    Image.new("RGBA", (64, 48), (255, 255, 255, 102)).save(tmp_path / "a.png")
+    settings, (checked,) = windows_of(tmp_path / "a.png", images=True)
+    assert checked.notes == ("transparent areas become black",)
+    torch.testing.assert_close(read_clip(checked, settings), torch.full((1, 48, 64, 3), 0.4), atol=1e-3, rtol=0)
+
+
+def test_a_photo_is_upright(tmp_path):
+    """Cameras store how they were held."""
+    path, exif = tmp_path / "a.jpg", Image.Exif()
+    exif[0x0112] = 6
+    photo = Image.new("RGB", (48, 64))
+    photo.paste((255, 255, 255), (0, 0, 48, 32))
+    photo.save(path, exif=exif, quality=100)
+    settings, (checked,) = windows_of(path, images=True)
+    assert (checked.width, checked.height) == (64, 48)
+    # its upper half is on the right when it is turned
+    assert read_clip(checked, settings)[0, 24, [8, 56], 0].round().tolist() == [0, 1]
 
 
 # Checking

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from dcm_core.distill.data import clips
 from dcm_core.distill.data.clips import ClipSettings, check_clips
@@ -80,7 +81,7 @@ def three(clip):
 
 def test_everything_is_encoded_once(three, run):
     data, done = run(negative="bad")
-    assert done == (3, ["a cat", "a big dog", "bad"], 1)
+    assert done == (3, ["a cat", "a big dog", "bad", ""], 1)
     assert str(data) == "3 clips, 2 sizes"
     again, done = run(negative="bad")
     assert done == (0, [], 0), "no encoder is called"
@@ -135,6 +136,106 @@ def test_another_encoder_encodes_its_part_again(three, run):
     assert run()[1] == (0, [], 0)
 
 
+def test_further_captions_empty_text_and_sample_prompts_are_encoded_with_the_rest(clip, run, tmp_path):
+    clip("a.mkv", "a cat")
+    (tmp_path / "a.2.txt").write_text("a small cat")
+    record = Recorder()
+    data = prepare(tmp_path, SMALL, record.encoders(), tmp_path / ".cache", "bad", sample_prompts=["a fox", "a cat"])
+    assert record.texts == ["a cat", "a small cat", "bad", "", "a fox"]
+    assert data.captions(0) == 2 and torch.equal(data.conditioning(0, 1)[0][0], embed("a small cat")[0][0])
+    assert data.empty()[0][0].unique().tolist() == [0.0]
+    assert [prompt[0][0].unique().item() for prompt in data.sample_prompts()] == [5.0, 5.0]
+    plain, done = run(negative="bad")
+    assert done == (0, [], 0) and plain.fingerprint == data.fingerprint, "samples do not change a run"
+    (tmp_path / "a.2.txt").unlink()
+    assert run(negative="bad")[0].fingerprint != data.fingerprint
+
+
+def test_each_window_is_encoded_once(clip, run):
+    clip("a.mkv", frames=20)
+    clip("b.mkv", frames=7, paint=lambda i: 100 + i)
+    starts, done = run()
+    assert done[0] == 2
+    data, done = run(dataclasses.replace(SMALL, window="all"))
+    assert done[0] == 3, "the windows at the start are there"
+    first_frames = [round(data.latent(index)[0, 0].mean().item() * 255) for index in range(len(data))]
+    assert first_frames == [0, 20, 40, 60, 100]
+    assert data.entries[0].latent == starts.entries[0].latent
+    assert run(dataclasses.replace(SMALL, window="all"))[1] == (0, [], 0)
+
+
+def test_images_are_videos_of_one_frame(clip, run, video, tmp_path):
+    clip("a.mkv")
+    save_image(tmp_path / "b.png", 100)
+    (tmp_path / "b.txt").write_text("a dog")
+    without, _ = run()
+    assert len(without) == 1 and "ignored 1 .png file: b.png" in without.report()
+    data, done = run(dataclasses.replace(SMALL, images=True))
+    assert done == (1, ["a dog"], 1) and [data.shape(index) for index in range(2)] == [(3, 2, 6, 8), (3, 1, 6, 8)]
+    assert round(data.latent(1).mean().item() * 255) == 100
+    assert data.buckets == [[1], [0]] and data.example == 0
+    (tmp_path / "b.png").rename(tmp_path / "0.png")
+    (tmp_path / "b.txt").rename(tmp_path / "0.txt")
+    assert run(dataclasses.replace(SMALL, images=True))[0].example == 1, "an image is no example of a video"
+    with pytest.raises(DCMError, match="images is on, but the clips are for image to video"):
+        run(dataclasses.replace(SMALL, images=True), **IMAGES)
+
+
+def save_image(path, value, size=(64, 48)):
+    Image.new("RGB", size, (value, value, value)).save(path)
+
+
+def first_frame(pixels):
+    return {"concat_latent_image": shrink(pixels[:1])[None], "concat_mask": torch.zeros(1, 1, 2, 6, 8)}
+
+
+IMAGES = {"encode_image": first_frame, "image_id": "first"}
+
+
+def test_image_conditionings_are_encoded_once_beside_the_latents(three, run):
+    plain, _ = run()
+    assert plain.image(0) == {}
+    data, done = run(**IMAGES)
+    assert done == (0, [], 1), "latents and texts are those of text to video"
+    assert [round(data.image(index)["concat_latent_image"].mean().item() * 255) for index in range(3)] == [0, 100, 200]
+    assert data.fingerprint != plain.fingerprint and run()[0].fingerprint == plain.fingerprint
+    again, done = run(encode_image=lambda pixels: pytest.fail("called"), image_id="first")
+    assert done == (0, [], 0) and again == data
+    other, _ = run(**IMAGES | {"image_id": "last"})
+    assert other.fingerprint != data.fingerprint
+
+
+def test_a_damaged_image_conditioning_is_made_again(three, run):
+    data, _ = run(**IMAGES)
+    image = data.image(1)
+    data.entries[1].image.write_bytes(b"")
+    with pytest.raises(DCMError, match="of the encoded data cannot be read"):
+        data.image(1)
+    after, done = run(**IMAGES)
+    assert done == (0, [], 1)
+    assert torch.equal(after.image(1)["concat_latent_image"], image["concat_latent_image"])
+
+
+def test_an_image_conditioning_without_numbers_leaves_its_clip_out(three, run):
+    def broken(pixels):
+        image = first_frame(pixels)
+        return image | {"concat_mask": image["concat_mask"] / (0 if pixels.mean() > 0.6 else 1)}
+
+    data, _ = run(encode_image=broken, image_id="broken")
+    assert len(data) == 2 and "left out c.mkv: has an image conditioning with NaN" in data.report()
+
+
+def test_images_in_memory_fit_the_latents():
+    latents, text = [torch.ones(2, 1, 2, 2)] * 2, embed("a")
+    for images in ([{"a": torch.ones(1)}], [{"a": torch.ones(1)}, {"b": torch.ones(1)}]):
+        with pytest.raises(
+            DCMError, match=r"2 latents with . image conditionings?; expected one for each latent, all with"
+        ):
+            TensorDataset(latents, [text], [0, 0], text, images)
+    made = [TensorDataset(latents, [text], [0, 0], text, [{"a": torch.full((1,), value)}] * 2) for value in (1.0, 2.0)]
+    assert made[0].fingerprint != made[1].fingerprint != TensorDataset(latents, [text], [0, 0], text).fingerprint
+
+
 def test_another_negative_prompt_is_encoded_alone(three, run):
     run()
     assert run(negative="worse")[1] == (0, ["worse"], 1)
@@ -143,7 +244,7 @@ def test_another_negative_prompt_is_encoded_alone(three, run):
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty", "of another kind", "flipped"])
 def test_damaged_files_of_the_cache_are_made_again(three, run, damage):
     data, _ = run()
-    for path in (data.entries[0].latent, data.entries[1].conditioning):
+    for path in (data.entries[0].latent, data.entries[1].conditionings[0]):
         if damage == "gone":
             path.unlink()
         elif damage == "of another kind":
@@ -211,12 +312,12 @@ def test_the_report_names_what_is_no_clip_and_what_the_list_says(three, run, tmp
     (tmp_path / "captions.json").write_text(json.dumps({"a.mkv": ["a cat", "a small cat"]}))
     data, _ = run()
     lines = data.report().split("\n")
-    assert lines[0] == "3 clips, 2 sizes" and [entry.caption for entry in data.entries] == [
-        "a cat",
-        "a big dog",
-        "a cat",
+    assert lines[0] == "3 clips, 2 sizes" and [entry.captions for entry in data.entries] == [
+        ("a cat", "a small cat"),
+        ("a big dog",),
+        ("a cat",),
     ]
-    assert lines[-2:] == ["note a.mkv: 2 captions, the first is used", "ignored 1 .jpg file: cover.jpg"]
+    assert lines[-1] == "ignored 1 .jpg file: cover.jpg"
 
 
 def test_pictures_that_were_read_in_another_way_are_encoded_again(three, run, monkeypatch):
@@ -397,7 +498,7 @@ def test_a_jsonl_gives_one_file_several_captions(clip, tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     record = Recorder()
     data = prepare(tmp_path / "data.jsonl", SMALL, record.encoders(), tmp_path / ".cache")
-    assert [entry.caption for entry in data.entries] == ["one", "two"] and len(record.videos) == 1
+    assert [entry.captions for entry in data.entries] == [("one",), ("two",)] and len(record.videos) == 1
 
 
 def test_latents_are_written_as_the_encoder_made_them(three, run):

@@ -43,6 +43,35 @@ def test_what_is_written_comes_back(data, tmp_path):
     assert torch.equal(back.unconditional()[0][0], data.unconditional()[0][0])
 
 
+def test_image_conditionings_come_back(data, tmp_path):
+    images = [
+        {"concat_latent_image": torch.full((1, 2, 1, 2, 2), float(index)), "mask": torch.ones(1)} for index in range(4)
+    ]
+    latents, texts = [data.latent(index) for index in range(4)], [text(0)]
+    write_dataset(tmp_path / "data.safetensors", TensorDataset(latents, texts, [0] * 4, text(9), images))
+    back = read_dataset(tmp_path / "data.safetensors")
+    assert all(set(back.image(index)) == set(images[index]) for index in range(4))
+    assert all(
+        torch.equal(back.image(index)["concat_latent_image"].float(), images[index]["concat_latent_image"])
+        for index in range(4)
+    )
+    write_dataset(tmp_path / "text.safetensors", data)
+    assert read_dataset(tmp_path / "text.safetensors").image(0) == {}
+
+
+def test_several_captions_empty_text_and_sample_prompts_come_back(data, tmp_path):
+    latents, texts = [data.latent(index) for index in range(2)], [text(0), text(1)]
+    given = TensorDataset(latents, texts, [[0, 1], 1], text(9), (), text(3), [text(1), text(4)])
+    write_dataset(tmp_path / "data.safetensors", given)
+    back = read_dataset(tmp_path / "data.safetensors")
+    assert [back.captions(index) for index in range(2)] == [2, 1]
+    pairs = [(back.conditioning(0, 0), text(0)), (back.conditioning(0, 1), text(1)), (back.empty(), text(3))]
+    pairs += [*zip(back.sample_prompts(), [text(1), text(4)], strict=True)]
+    assert all(torch.equal(ours[0][0], theirs[0][0]) for ours, theirs in pairs)
+    write_dataset(tmp_path / "old.safetensors", data)
+    assert read_dataset(tmp_path / "old.safetensors").empty() is None
+
+
 def test_texts_that_differ_in_a_number_alone_are_two(tmp_path):
     texts = [text(0, guidance=6.0), text(0, guidance=3.0)]
     write_dataset(tmp_path / "data.safetensors", TensorDataset([torch.ones(2, 1, 2, 2)] * 2, texts, [0, 1], text(9)))
@@ -150,6 +179,18 @@ WRONG = {
     ),
     "text": ({}, {"texts": ["a", "b"]}, "its texts are not a list of entries"),
     "texts": ({}, {"texts": 5}, "its texts are not a list of entries"),
+    "no empty text": ({}, {"empty": 2}, "list index out of range"),
+    "samples": ({}, {"sample_prompts": 1}, "1 is not a list of texts"),
+    "no captions": (
+        {},
+        {"which": [0, [], 1]},
+        "3 latents with 3 texts; expected at least one latent, and one text for each",
+    ),
+    "caption": ({}, {"which": [0, [1, -1], 1]}, "-1 is not the index of a text"),
+    "image nan": ({"image.0.mask": torch.full((1,), NAN)}, {}, r"image\.0\.mask is not made of finite numbers"),
+    "image of one": ({"image.0.mask": torch.ones(1)}, {}, "its clips have different parts of an image conditioning"),
+    "stray image": ({"image.3.mask": torch.ones(1)}, {}, r"image\.3\.mask does not belong to any clip"),
+    "no name": ({"image.0": torch.ones(1)}, {}, r"image\.0 does not belong to any clip"),
 }
 
 

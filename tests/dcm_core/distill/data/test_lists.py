@@ -96,10 +96,10 @@ def test_the_first_key_that_holds_something_counts(tmp_path):
     assert entries(tmp_path, "a.jsonl", json.dumps(row)) == [("v.mp4", "a cat")]
 
 
-def test_of_several_captions_the_first_is_used_and_that_is_said(tmp_path):
+def test_an_entry_may_have_several_captions(tmp_path):
     row = {"path": "a.mp4", "cap": ["", None, "a cat", "a small cat"]}
     assert read_list(written(tmp_path, "a.json", json.dumps([row]))) == [
-        Listed("a.mp4", "a cat", None, "2 captions, the first is used")
+        Listed("a.mp4", "a cat", None, ("a small cat",))
     ]
 
 
@@ -125,7 +125,6 @@ def test_which_files_are_lists(tmp_path):
         ({"path": "a.mp4", "caption": 3}, "has no caption in the list"),
         ({"path": "a.mp4", "caption": {"en": "x"}}, "has no caption in the list"),
         ({"path": "a.mp4", "caption": [[["x"]]]}, "has no caption in the list"),
-        ({"file_path": "a.jpg", "text": "x", "type": "image"}, "is listed as an image, not as a video."),
         ({"video": "a\0.mp4", "caption": "x"}, "is not the name of a file. Check the list."),
         ({"video": "a" * 1001, "caption": "x"}, "is not the name of a file"),
         ({"video": "\x1b]0;x\x07", "caption": "x"}, "is not the name of a file"),
@@ -173,9 +172,9 @@ def test_a_broken_line_is_named_by_its_number(tmp_path, line, message):
         ("a.json", "3", "is neither a JSON array nor an object"),
         ("a.json", '"a.mp4"', "is neither a JSON array nor an object"),
         ("a.json", '[{"video": "a.mp4", "caption": "a"}, 3]', "entry 2 is not an object"),
-        ("a.json", '[{"image": "a.png", "caption": "a"}]', "entry 1 does not name a video: it has caption, image; expected"),
+        ("a.json", '[{"photo": "a.png", "caption": "a"}]', "entry 1 does not name a video: it has caption, photo; expected"),
         ("a.json", "[" * 1000 + "]" * 1000, "is not valid JSON, or nested more than 20 deep"),
-        ("a.csv", "image,caption\na.png,a\n", "line 2 does not name a video: it has caption, image; expected"),
+        ("a.csv", "photo,caption\na.png,a\n", "line 2 does not name a video: it has caption, photo; expected"),
         ("a.csv", "a.mp4,a cat\nb.mp4,a dog\n", "line 2 does not name a video: it has a cat, a.mp4; expected"),
         ("a.csv", 'video,caption\n"' + "x" * 200_000, r"a\.csv, line \d is not CSV \(field larger than field limit"),
         ("a.json", "[" + ",".join(["{}"] * 300_000) + "]", "has more than 500,000 brackets and commas. Check that it is a list of clips"),

@@ -39,6 +39,36 @@ def test_a_folder_gives_its_videos_by_name_with_their_captions(tmp_path):
     ]
 
 
+def test_further_captions_are_numbered(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4", "b.2.mp4", "c.mp4")
+    for name in ("a", "a.2", "a.10", "b", "b.2", "b.3", "c.1", "d.2"):
+        (tmp_path / f"{name}.txt").write_text(f"text {name}")
+    clips = find_clips(tmp_path)
+    captions = {clip.path.name: clip.captions for clip in clips.clips}
+    assert captions == {
+        "a.mp4": ("text a", "text a.2", "text a.10"),
+        "b.mp4": ("text b", "text b.3"),
+        "b.2.mp4": ("text b.2",),
+        "c.mp4": ("text c.1",),
+    }
+    assert clips.others == ("ignored 1 .txt file: d.2.txt",)
+    before = source_state(tmp_path)
+    (tmp_path / "a.10.txt").write_text("another")
+    assert source_state(tmp_path) != before
+
+
+def test_images_are_clips_where_that_is_wanted(tmp_path):
+    touch(tmp_path, "a.mp4", "a.png", "b.JPG", "c.webp")
+    (tmp_path / "b.txt").write_text("a dog")
+    assert found(tmp_path) == [("a.mp4", "")]
+    assert found(tmp_path, images=True) == [("a.mp4", ""), ("b.JPG", "a dog"), ("c.webp", "")]
+    assert find_clips(tmp_path, images=True).others == ("ignored 1 .png file: a.png",), "a picture of a video"
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(DCMError, match="has no clips"):
+        check_source(tmp_path)
+    check_source(tmp_path, images=True)
+
+
 def test_every_common_kind_of_video_is_read(tmp_path):
     names = [
         f"a.{kind}"
