@@ -137,6 +137,10 @@ class Batches:
             ]
             yield from ((batch, share / parts) for batch, share in self._stacked(videos))
 
+    def text(self, index: int) -> Text:
+        """The caption of a clip."""
+        return text_of(self._dataset.conditioning(index), self._family, self._guidance).to(self._device)
+
     def held_out(self, position: int, index: int) -> Batch:
         """The batch of the `position`-th held-out clip. Its noise is the same each time."""
         batch, _ = next(self._stacked([self._video(index, generator_of(self._config.seed + 1, 0, position))]))

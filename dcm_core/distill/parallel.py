@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,15 @@ PATIENCE = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and the number of all processes."""
+    """This process and the number of all processes.
+
+    Attributes:
+        sharded: whether base and trained tensors are divided among them. Then all of them run the model equally often.
+    """
 
     rank: int = 0
     count: int = 1
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
@@ -45,11 +51,20 @@ class Processes:
         """The mean of all processes' values."""
         if self.count == 1:
             return values
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64)
-        if dist.get_backend() == "nccl":
-            tensor = tensor.cuda()
-        dist.all_reduce(tensor)
-        return dict(zip(values, (tensor / self.count).tolist(), strict=True))
+        sums = _summed(list(values.values()))
+        return {name: value / self.count for name, value in zip(values, sums, strict=True)}
+
+    def evenly(self, batches: Iterable[tuple[Any, float]]) -> Iterator[tuple[Any, float]]:
+        """Each batch with its share of the loss. Where all processes run the model equally often, a process whose batches are fewer
+        repeats its last one with a share of 0."""
+        if not self.sharded:
+            yield from batches
+            return
+        for batch, share in batches:
+            _summed([1.0])
+            yield batch, share
+        while _summed([0.0])[0]:
+            yield batch, 0.0
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -64,6 +79,18 @@ class Processes:
         yield
         if self.first:
             self.wait()
+
+
+ALONE = Processes()
+
+
+def _summed(values: list[float]) -> list[float]:
+    """The sums over all processes."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        tensor = tensor.cuda()
+    dist.all_reduce(tensor)
+    return tensor.tolist()
 
 
 def join(device: torch.device) -> Processes:

@@ -5,12 +5,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..experts.expert import Expert
+from ..routing import is_detail
+from ..schedule import sigmas_from_timesteps
 from ..text import LOGGER
 from .backbone import Backbone, Working
 from .batches import Batches
@@ -26,6 +29,7 @@ from .method.discriminator import make_discriminator
 from .method.losses import pseudo_huber
 from .method.stages import DetailStage, SemanticStage, Terms
 from .parallel import Processes
+from .sharding import collected, complete_shape, complete_size, fill
 from .signals import held_back
 from .student import Student, make_fixed
 from .watcher import Quiet, Watcher
@@ -77,9 +81,9 @@ class Trainer:
         config = self.config
         modules = dict(self.backbone.module.named_modules())
         self.phases = config.make_phases(self.backbone.family)
-        self.student = Student(start, modules, self.device)
+        self.student = Student(start, modules, self.device, self.processes)
         self.semantic_working: Working = (
-            () if semantic is None else make_fixed(semantic, modules, self.device, self.backbone.dtype)
+            () if semantic is None else make_fixed(semantic, modules, self.device, self.backbone.dtype, self.processes)
         )
         self.ema = self.student.make_ema() if config.ema_decay else None
         self.learner = make_learner(
@@ -134,7 +138,8 @@ class Trainer:
             raise
         except BaseException as error:
             # save what was learned, whatever ended the run; the other processes may be waiting elsewhere
-            if self.worth_saving and self.done > self.saved:
+            # a divided expert can only be saved by all of them together
+            if self.worth_saving and self.done > self.saved and not self.processes.sharded:
                 self._save()
             self.watcher.stopped(self.saved, self.config.steps, error)
             raise
@@ -165,9 +170,8 @@ class Trainer:
             self._zero_grad()
         semantic = sum(total(part.parameters()) for part, _ in self.semantic_working)
         present = trained * (2 if self.ema else 1) + judging + semantic
-        return Memory(
-            total(self.backbone.module.parameters()), present, 2 * (trained + judging), trained + judging + size
-        )
+        base = self.backbone.size
+        return Memory(base, present, 2 * (trained + judging), trained + judging + size)
 
     def networks(self) -> Networks:
         """Teacher, student and target network on the shared backbone."""
@@ -229,7 +233,7 @@ class Trainer:
     def _gradients(self, step: int) -> dict[str, float]:
         """Accumulate the gradients of a step. Returns the mean losses of all processes."""
         sums: dict[str, float] = {}
-        for batch, share in self.batches.of_step(step):
+        for batch, share in self.processes.evenly(self.batches.of_step(step)):
             for name, value in self._learn(batch, share).items():
                 sums[name] = sums.get(name, 0.0) + share * float(value)
         return self.processes.mean(sums)
@@ -259,9 +263,33 @@ class Trainer:
         if done % config.save_every == 0 or done == config.steps:
             self._save()
             self.processes.wait()
-        if config.sample_every and done % config.sample_every == 0 and self.processes.first:
-            self.watcher.sample(done, self.expert())
+        if config.sample_every and done % config.sample_every == 0:
+            self._sample()
         self.watcher.step(self.history, config.steps)
+
+    def _sample(self) -> None:
+        if not self.processes.sharded:
+            if self.processes.first:
+                self.watcher.sample(self.done, self.expert())
+            return
+        latent = self.sample_latent()
+        if self.processes.first:
+            self.watcher.sampled(self.done, latent)
+
+    @torch.no_grad()
+    def sample_latent(self) -> Tensor:
+        """A video of the first clip's caption, by Euler steps on the expert's own schedule. With a divided base, all processes call
+        it."""
+        config, working = self.config, (self.ema or self.student).working
+        generator = torch.Generator().manual_seed(config.seed)
+        sigmas = sigmas_from_timesteps(config.timesteps(self.backbone.family)).to(self.device)
+        x = sigmas[0] * torch.randn((1, *self.data.shape(0)), generator=generator).to(self.device)
+        for sigma, after in pairwise(sigmas):
+            # the semantic expert is on at all steps, as where the detail expert is trained
+            on = config.side == "semantic" or bool(is_detail(sigma, config.boundary))
+            experts = (*self.semantic_working, *(working if on else ()))
+            x = x + (after - sigma) * self.backbone.velocity(x, sigma[None], self.batches.text(0), experts)
+        return x.cpu()
 
     def _hold_out(self) -> None:
         """Measure the held-out loss if the last step needs it. An interrupt may have come before it was measured."""
@@ -293,15 +321,16 @@ class Trainer:
     def _check_room(self) -> None:
         """Check before the first step that the checkpoints can be written."""
         # each weight with its two AdamW moments
-        size = 3 * sum(total(learner.parameters.values()) for learner in self._learners)
-        size += total(self.learner.parameters.values()) if self.ema else 0
+        size = 3 * sum(complete_size(learner.parameters.values()) for learner in self._learners)
+        size += complete_size(self.learner.parameters.values()) if self.ema else 0
         saves = -(-(self.config.steps - self.done) // self.config.save_every)
         check_folder(self.folder, size, min(saves, self.config.keep + 1))
 
     @held_back()  # impatient users interrupt twice
     def _save(self) -> None:
+        tensors = collected(self._tensors(), self.processes) if self.processes.sharded else self._tensors()
         if self.processes.first:
-            checkpoint = Checkpoint(self.done, self.config, self.identity, self.history, self._tensors())
+            checkpoint = Checkpoint(self.done, self.config, self.identity, self.history, tensors)
             # a run that diverges can be resumed from there
             best = best_step(self.history) if self.config.divergence else 0
             save_checkpoint(self.folder, checkpoint, self.config.keep, best)
@@ -312,7 +341,7 @@ class Trainer:
         """Load the newest checkpoint, if there is one. Returns what that means, as text."""
         # first, so that other settings are not reported as damage
         check_resumable(self.folder, self.config, self.identity)
-        found = newest_checkpoint(self.folder, {name: tuple(value.shape) for name, value in self._tensors().items()})
+        found = newest_checkpoint(self.folder, {name: complete_shape(value) for name, value in self._tensors().items()})
         if found is None:
             return ""
         path, saved = found
@@ -320,7 +349,7 @@ class Trainer:
         for learner in self._learners:
             learner.load(saved.tensors)
         for name, value in self.ema.named_parameters() if self.ema else ():
-            value.copy_(saved.tensors[f"{EMA}.{name}"])
+            fill(value, saved.tensors[f"{EMA}.{name}"])
         self.loss_scale = float(saved.tensors.get(LOSS_SCALE_NAME, self.loss_scale))
         self.history, self.saved = saved.history, saved.steps
         logger.info("%s: %s", path, words := saved.in_words(self.config))

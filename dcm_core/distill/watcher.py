@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from torch import Tensor
+
 from ..experts.expert import Expert
 from .checkpoint_file import History
 
@@ -18,6 +20,9 @@ class Watcher(Protocol):
     def sample(self, done: int, expert: Expert) -> None:
         """It is time for a sample video of the current expert."""
 
+    def sampled(self, done: int, latent: Tensor) -> None:
+        """A sample video of the current expert was made: (1, channels, frames, height, width), as the transformer takes it."""
+
     def stopped(self, saved: int, steps: int, error: BaseException) -> None:
         """The run ends before its last step. Its newest checkpoint is of step `saved`; 0 means none."""
 
@@ -32,6 +37,9 @@ class Quiet:
         """Do nothing."""
 
     def sample(self, done: int, expert: Expert) -> None:
+        """Do nothing."""
+
+    def sampled(self, done: int, latent: Tensor) -> None:
         """Do nothing."""
 
     def stopped(self, saved: int, steps: int, error: BaseException) -> None:

@@ -39,6 +39,7 @@ SETTINGS = {
     "semantic",
     "continue_from",
     "training",
+    "shard",
 }
 # names of earlier versions -> those of today
 FORMER_SETTINGS = {"states": "checkpoints"}
@@ -66,6 +67,9 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
     training = settings.get("training", {})
     if not isinstance(training, dict):
         raise TrainingError(f"`training` is {training!r}; expected a table of settings.")
+    shard = settings.get("shard", True)
+    if not isinstance(shard, bool):
+        raise TrainingError(f"`shard` is {shard!r}; expected true or false.")
     config = TrainingConfig.from_dict({**renamed(training, FORMER), "side": side})
     output = path("output")
     if output.is_dir():
@@ -97,6 +101,7 @@ def train(side: Side, settings: dict[str, Any], folder: Path) -> str:
         checkpoints,
         semantic=semantic,
         vae=vae,
+        shard=shard,
         start=read_expert_file(start, side, model, f"continue_from is {start}") if start is not None else None,
     )
     if processes.first:

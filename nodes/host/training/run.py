@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ....dcm_core.distill.backbone import shard_base
 from ....dcm_core.distill.batches import generator_of
 from ....dcm_core.distill.checkpoints import check_resumable
 from ....dcm_core.distill.config import TrainingConfig, TrainingError
@@ -123,12 +124,14 @@ def train_expert(
     semantic: Expert | None = None,
     vae: Any = None,
     node_id: str | None = None,
+    shard: bool = True,
 ) -> Result:
-    """Train, or resume from the checkpoints in `folder`. MODEL is unchanged afterwards.
+    """Train, or resume from the checkpoints in `folder`. MODEL is unchanged afterwards, unless it was divided.
 
     Args:
         start: an expert to start from, instead of one that changes nothing.
         semantic: the semantic expert under a detail expert.
+        shard: whether several processes divide base, experts and optimiser among them, so that each keeps a part.
 
     Raises:
         DCMError: data, settings or a checkpoint that does not fit.
@@ -140,11 +143,15 @@ def train_expert(
     # raises if held_out is too large
     data.split(config.held_out, config.seed)
     base = training_base(model)
-    processes = join(base.load_device)
+    device, processes = base.load_device, join(base.load_device)
+    processes = replace(processes, sharded=processes.count > 1 and shard)
     identity = identity_of(base, data, start, semantic, processes.count)
     check_resumable(folder, config, identity)
     with torch.inference_mode(False), torch.enable_grad(), gradients(), differentiable(base):
         clear_device(base)
+        if processes.sharded:
+            # complete in system memory; each process keeps a part of it on its device
+            base.load_device = base.offload_device
         # first: removes what other clones have patched into the shared model
         hold(base, 0)
         backbone = make_backbone(base, family, config)
@@ -153,7 +160,11 @@ def train_expert(
             # as large as the model, so refused before it is made
             check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
         expert = first_expert(base, family, config, start, semantic)
-        hold(base, check_fits(base, config, FLOAT32 * size_of(expert), beside))
+        present = check_fits(base, config, FLOAT32 * size_of(expert), beside)
+        if processes.sharded:
+            shard_base(backbone.module, family, device)
+        else:
+            hold(base, present)
         show = Show(base, semantic, config, data, folder, node_id, lambda: hold(base, memory.step), vae)
         trainer = Trainer(
             backbone,
@@ -161,7 +172,7 @@ def train_expert(
             config,
             expert,
             folder,
-            base.load_device,
+            device,
             semantic=semantic,
             # cloned: tensors from inference mode cannot take part in a backward pass
             latent_in=lambda latent: base.model.process_latent_in(latent.clone().float()),

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,10 @@ from ....dcm_core.distill.config import TrainingConfig
 from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.errors import DCMError
 from ....dcm_core.experts.expert import Expert
-from ....dcm_core.families import FAMILIES
 from ....dcm_core.inspection.loss_plot import plot_losses
 from ....dcm_core.schedule import sigmas_from_timesteps
 from ....dcm_core.text import LOGGER
-from ..experts.attach import attach_experts
+from ..experts.attach import attach_experts, require_family
 from ..report import tell
 from ..sampling.run import make_guider
 from ..video import save_video
@@ -105,24 +105,36 @@ class Show:
 
     def sample(self, done: int, expert: Expert) -> None:
         """Sample a video of the first caption with the code of the sampler nodes. A failure does not end the run."""
+        with self._unless_it_fails(done):
+            self._show(done, self._sample(expert))
+        self.reload()
+
+    def sampled(self, done: int, latent: Tensor) -> None:
+        """Show a video that all processes sampled together. A failure does not end the run."""
+        with self._unless_it_fails(done):
+            self._show(done, latent)
+
+    @contextmanager
+    def _unless_it_fails(self, done: int) -> Iterator[None]:
         try:
-            self._sample(done, expert)
+            with torch.inference_mode():
+                yield
         except comfy.model_management.InterruptProcessingException:
             raise
         except Exception as error:
             logger.warning("Could not make the sample video at step %d: %s", done, error)
-        self.reload()
 
-    def _sample(self, done: int, expert: Expert) -> None:
-        with torch.inference_mode():
-            model = with_experts(self.model, expert, self.semantic)
-            extras = {"guidance": self.config.guidance}
-            conditioning = [[context.clone(), {**extras, **more}] for context, more in self.data.conditioning(0)]
-            latent = sample_latent(model, conditioning, self.data.shape(0), expert, self.config.seed)
-            self.picture = preview_strip(model, latent)
-            if self.vae is not None:
-                latent = model.model.process_latent_out(latent)
-                save_video(self.vae, latent, FAMILIES[expert.family].fps, self.folder / f"sample_{done:08d}.mp4")
+    def _sample(self, expert: Expert) -> Tensor:
+        model = with_experts(self.model, expert, self.semantic)
+        extras = {"guidance": self.config.guidance}
+        conditioning = [[context.clone(), {**extras, **more}] for context, more in self.data.conditioning(0)]
+        return sample_latent(model, conditioning, self.data.shape(0), expert, self.config.seed)
+
+    def _show(self, done: int, latent: Tensor) -> None:
+        self.picture = preview_strip(self.model, latent)
+        if self.vae is not None:
+            latent = self.model.model.process_latent_out(latent)
+            save_video(self.vae, latent, require_family(self.model).fps, self.folder / f"sample_{done:08d}.mp4")
 
     def _preview(self, history: History) -> Image.Image:
         plot = plot_losses(history, "loss")

@@ -17,12 +17,18 @@ SMALL = {
 }
 
 
-def random_data(dataset, count=4, channels=16, size=(2, 4, 6), words=3):
+def random_data(dataset, count=4, channels=16, size=(2, 4, 6), words=3, longest=3):
     """Training data for a small Wan model; `dataset` is the pack's module."""
     generator = torch.Generator().manual_seed(5)
     latents = [torch.randn(channels, *size, generator=generator) for _ in range(count)]
-    texts = [[[torch.randn(1, words, 4096, generator=generator), {}]] for _ in range(count)]
+    lengths = [words] * (count - 1) + [max(words, longest)]
+    texts = [[[torch.randn(1, length, 4096, generator=generator), {}]] for length in lengths]
     return dataset.TensorDataset(latents, texts, list(range(count)), [[torch.zeros(1, words, 4096), {}]])
+
+
+def uneven_data(dataset):
+    """The same with one longer caption, which cannot be in a batch with the others."""
+    return random_data(dataset, longest=5)
 
 
 def make_trainer(module, model, data, config, folder):
