@@ -117,6 +117,14 @@ class Backbone:
         weights = (getattr(weight, "_local_tensor", weight) for weight in self.module.parameters())
         return sum(weight.numel() * weight.element_size() for weight in weights)
 
+    @property
+    def completed(self) -> int:
+        """Bytes of a divided base's weights that are complete at the same time in a step: those outside of blocks, the block that
+        runs, and the next one."""
+        blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
+        sizes = sorted(_complete_size(block) for block in blocks)
+        return _complete_size(self.module) - sum(sizes) + sum(sizes[-2:])
+
     def feature_blocks(self) -> list[nn.Module]:
         """Every second block of the family's feature list."""
         return list(find_module(self.module, self.family.feature_blocks))[::2]
@@ -195,6 +203,10 @@ def _on_copies(block: nn.Module) -> Callable[..., Any]:
 def _own(value: Any) -> Any:
     """A copy of any tensor that may be overwritten."""
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _complete_size(module: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
 
 
 def _can_be_saved(weight: Tensor) -> bool:

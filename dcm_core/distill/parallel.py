@@ -35,6 +35,11 @@ class Processes:
         each = len(items) // self.count
         return list(enumerate(items))[self.rank * each : (self.rank + 1) * each]
 
+    @property
+    def parts(self) -> int:
+        """The number of parts that tensors are divided into."""
+        return self.count if self.sharded else 1
+
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replace the gradients with their mean over all processes."""
@@ -54,6 +59,10 @@ class Processes:
         sums = _summed(list(values.values()))
         return {name: value / self.count for name, value in zip(values, sums, strict=True)}
 
+    def any(self, value: bool) -> bool:
+        """Whether it is true in one of the processes."""
+        return value if self.count == 1 else bool(_summed([float(value)])[0])
+
     def evenly(self, batches: Iterable[tuple[Any, float]]) -> Iterator[tuple[Any, float]]:
         """Each batch with its share of the loss. Where all processes run the model equally often, a process whose batches are fewer
         repeats its last one with a share of 0."""
@@ -61,9 +70,9 @@ class Processes:
             yield from batches
             return
         for batch, share in batches:
-            _summed([1.0])
+            self.any(True)
             yield batch, share
-        while _summed([0.0])[0]:
+        while self.any(False):
             yield batch, 0.0
 
     def wait(self) -> None:

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +30,7 @@ from .method.discriminator import make_discriminator
 from .method.losses import pseudo_huber
 from .method.stages import DetailStage, SemanticStage, Terms
 from .parallel import Processes
-from .sharding import collected, complete_shape, complete_size, fill
+from .sharding import collected, complete_shape, complete_size, divide, fill
 from .signals import held_back
 from .student import Student, make_fixed
 from .watcher import Quiet, Watcher
@@ -93,7 +94,11 @@ class Trainer:
             config.clip_norm,
             weight_decay=config.weight_decay,
         )
-        self.discriminator = make_discriminator(self.backbone, config).to(self.device) if config.adversarial else None
+        self.discriminator = make_discriminator(self.backbone, config) if config.adversarial else None
+        if self.discriminator is not None and self.processes.sharded:
+            divide(self.discriminator, self.processes, self.device)
+        elif self.discriminator is not None:
+            self.discriminator.to(self.device)
         self.discriminator_learner = self._make_discriminator_learner() if config.adversarial else None
         self.loss_scale = LOSS_SCALE if self.backbone.dtype is torch.float16 else 1.0
         train, self.held_out = self.data.split(config.held_out, config.seed)
@@ -130,15 +135,19 @@ class Trainer:
         began = time.monotonic()
         try:
             self._hold_out()
-            while self.done < self.config.steps:
-                self._training_step()
-                check_losses(self.history, self.config)
-                self._after_step()
+            # a divided expert can only be saved by all processes, so they stop together between two steps
+            with held_back() if self.processes.sharded else nullcontext([]) as signals:
+                while self.done < self.config.steps:
+                    self._training_step()
+                    check_losses(self.history, self.config)
+                    self._after_step()
+                    if self.processes.sharded and self.processes.any(bool(signals)):
+                        self._save()
+                        raise KeyboardInterrupt
         except Diverged:
             raise
         except BaseException as error:
             # save what was learned, whatever ended the run; the other processes may be waiting elsewhere
-            # a divided expert can only be saved by all of them together
             if self.worth_saving and self.done > self.saved and not self.processes.sharded:
                 self._save()
             self.watcher.stopped(self.saved, self.config.steps, error)
@@ -161,6 +170,10 @@ class Trainer:
                 self._learn(batch, share)
 
         try:
+            if self.processes.sharded:
+                # FSDP makes buffers in its first step, and keeps them emptied; `completed` counts them
+                step((1, 1, 2, 2))
+                self._zero_grad()
             for learner in self._learners:
                 learner.allocate_gradients()
             size = max(
@@ -168,6 +181,7 @@ class Trainer:
             )
         finally:
             self._zero_grad()
+        size += self.backbone.completed if self.processes.sharded else 0
         semantic = sum(total(part.parameters()) for part, _ in self.semantic_working)
         present = trained * (2 if self.ema else 1) + judging + semantic
         base = self.backbone.size
@@ -328,6 +342,8 @@ class Trainer:
 
     @held_back()  # impatient users interrupt twice
     def _save(self) -> None:
+        if self.saved == self.done:
+            return
         tensors = collected(self._tensors(), self.processes) if self.processes.sharded else self._tensors()
         if self.processes.first:
             checkpoint = Checkpoint(self.done, self.config, self.identity, self.history, tensors)

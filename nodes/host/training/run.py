@@ -158,9 +158,10 @@ def train_expert(
         beside = discriminator_size(backbone, config) + (FLOAT32 * size_of(semantic) if semantic else 0)
         if config.rank == 0:
             # as large as the model, so refused before it is made
-            check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
+            model_size = FLOAT32 * sum(map(math.prod, module_shapes(base).values()))
+            check_fits(base, config, model_size, beside, device, processes)
         expert = first_expert(base, family, config, start, semantic)
-        present = check_fits(base, config, FLOAT32 * size_of(expert), beside)
+        present = check_fits(base, config, FLOAT32 * size_of(expert), beside, device, processes)
         if processes.sharded:
             shard_base(backbone.module, family, device)
         else:

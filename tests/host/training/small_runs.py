@@ -31,19 +31,30 @@ def uneven_data(dataset):
     return random_data(dataset, longest=5)
 
 
-def make_trainer(module, model, data, config, folder):
-    """A Trainer for a MODEL that has not begun."""
+def make_trainer(module, model, data, config, folder, sharded=False):
+    """A Trainer for a MODEL that has not begun.
+
+    Args:
+        sharded: divide everything among the processes of the current group.
+    """
     training, places = module("nodes.host.training.run"), module("nodes.host.training.base")
     family = module("nodes.host.experts.attach").require_family(model)
     config = config.for_family(family)
     places.hold(model, 0)
-    return module("dcm_core.distill.trainer").Trainer(
+    backbone, expert = (
         places.make_backbone(model, family, config),
+        training.first_expert(model, family, config, None, None),
+    )
+    if sharded:
+        module("dcm_core.distill.backbone").shard_base(backbone.module, family, model.load_device)
+    return module("dcm_core.distill.trainer").Trainer(
+        backbone,
         data,
         config,
-        training.first_expert(model, family, config, None, None),
+        expert,
         folder,
         model.load_device,
+        processes=module("dcm_core.distill.parallel").Processes(sharded=sharded),
     )
 
 

@@ -1,8 +1,13 @@
-"""Training on the host's own model classes: what it changes, resuming, errors, and models
+"""Training on the host's own model classes: what it changes, resuming, several processes, errors, and models
 that others have changed."""
 
 import dataclasses
+import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +15,25 @@ import torch
 from dcm_core.experts.expert import expert_tensor_list
 
 from ..small_models import native_wan
-from .small_runs import make_trainer, random_data, same, weights
+from .small_runs import SMALL, make_trainer, random_data, same, weights
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
 TERMS = {"semantic": {"huber", "temporal"}, "detail": {"huber", "gan", "feature_matching", "discriminator"}}
+LAUNCHERS = {
+    "torch.distributed.run": ["--standalone", "--nproc-per-node", "2"],
+    "accelerate.commands.launch": [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ],
+}
 
 
 @pytest.mark.parametrize("side", ["semantic", "detail"])
@@ -258,6 +277,41 @@ def test_too_little_memory_is_refused_with_advice(train, module, model, data, co
         module("dcm_core.errors").DCMError, match=r"needs about .* GiB besides the base model.*lower batch_size from 2"
     ):
         train(model, data, config("detail"), tmp_path)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_two_processes_train_as_one(side, launcher, train, module, model, data, config, tmp_path):
+    """Two CPU processes, against one with the same global batch."""
+    alone = train(model, data, config(side, steps=3, batch_size=4), tmp_path / "alone")
+    script = Path(__file__).with_name("train_in_parallel.py")
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            launcher,
+            *LAUNCHERS[launcher],
+            str(script),
+            side,
+            str(tmp_path / "together"),
+            json.dumps(SMALL),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"losses_{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    for name in TERMS[side] | {"loss"}:
+        assert [entry[name] for entry in first] == pytest.approx([entry[name] for entry in alone.history], rel=1e-4), (
+            name
+        )
+    with pytest.raises(
+        module("dcm_core.distill.config").TrainingError, match="with other settings: processes: 2 -> None"
+    ):
+        train(model, data, config(side, steps=4, batch_size=2), tmp_path / "together")
 
 
 # What the model is

@@ -1,9 +1,4 @@
-"""One of several processes that train together: makes every run of a list, and writes what came of each to files.
-
-    train_in_parallel.py <folder> <runs as JSON>
-
-A run is {"name", "folder", "side", "shard", "values"}: where its results and its checkpoints go, and what it trains.
-"""
+"""One of several processes of test_training: trains an expert, writes its losses to a file."""
 
 import importlib
 import json
@@ -27,43 +22,12 @@ def helper(name):
     return importlib.import_module(f"host_tests.{name}")
 
 
-def stored(tensors):
-    """Bytes of memory that tensors, or this process's parts of them, take."""
-    return sum(getattr(tensor, "_local_tensor", tensor).untyped_storage().nbytes() for tensor in tensors)
-
-
-def kept_by(trainer):
-    """What this process keeps of the base, of experts and EMA, and of the optimiser's moments, in bytes."""
-    moments = [value for state in trainer.learner.optimizer.state.values() for value in state.values() if value.ndim]
-    experts = [*trainer.student.parameters(), *trainer.ema.parameters()]
-    return [stored(trainer.backbone.module.parameters()), stored(experts), stored(moments)]
-
-
-def main(folder, runs):
-    from safetensors.torch import save_file
-
-    training, config = pack("nodes.host.training.run"), pack("dcm_core.distill.config").TrainingConfig
-    make_room, told = training.make_room, []
-
-    def listening(trainer, *args):
-        told.append((trainer, make_room(trainer, *args)))
-        return told[-1][1]
-
-    training.make_room = listening
-    data = helper("training.small_runs").uneven_data(pack("dcm_core.distill.data.dataset"))
-    for run in runs:
-        model = helper("small_models").make_wan(layers=2)
-        settings = config(run["side"], **run["values"])
-        result = training.train_expert(model, data, settings, folder / run["folder"], shard=run["shard"])
-        trainer, memory = told.pop()
-        said = [memory.base, memory.present, memory.moments]
-        # a file for each process: what they print may run into each other
-        name = f"{run['name']}_{os.environ['RANK']}"
-        (folder / f"{name}.json").write_text(json.dumps([result.history, kept_by(trainer), said]))
-        tensors = pack("dcm_core.experts.expert").expert_tensor_list(result.expert)
-        save_file({str(index): tensor for index, tensor in enumerate(tensors)}, folder / f"{name}.safetensors")
-
-
 if __name__ == "__main__":
+    side, folder, values = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    model = helper("small_models").make_wan(layers=2)
+    data = helper("training.small_runs").random_data(pack("dcm_core.distill.data.dataset"))
+    config = pack("dcm_core.distill.config").TrainingConfig(side, **values)
+    result = pack("nodes.host.training.run").train_expert(model, data, config, folder)
+    # beside the states; what two processes print may run into each other
+    folder.with_name(f"losses_{os.environ['RANK']}.json").write_text(json.dumps(result.history))
