@@ -32,7 +32,8 @@ SETTINGS = {
     "Comfy.Workflow.ShowMissingModelsWarning": True,
     "Comfy.Minimap.Visible": False,
 }
-SECONDS = 30
+# generous, as the machine may be busy
+SECONDS = 90
 # The front end's themes -> the colour of their texts.
 THEMES = {"dark": "#ddd", "light": "#222"}
 # Front ends of 2025 find no help page in a folder with a dot in its name.
@@ -184,10 +185,10 @@ class Page:
             self.dismiss()
             self.command("Comfy.BrowseTemplates")
             try:
-                dialog.get_by_text(FOLDER, exact=True).first.click(timeout=10_000)
+                dialog.get_by_text(FOLDER, exact=True).first.click(timeout=SECONDS * 1000 / 3)
                 for title in listed:
-                    dialog.get_by_text(title, exact=True).first.wait_for(timeout=10_000)
-                dialog.get_by_text(path.stem, exact=True).first.click(timeout=10_000)
+                    dialog.get_by_text(title, exact=True).first.wait_for(timeout=SECONDS * 1000 / 3)
+                dialog.get_by_text(path.stem, exact=True).first.click(timeout=SECONDS * 1000 / 3)
                 break
             except TimeoutError as error:
                 # the list is drawn anew when the host's own templates have come
