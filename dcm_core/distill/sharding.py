@@ -98,14 +98,15 @@ def fill(tensor: Tensor, values: Tensor) -> None:
     tensor.fill(values) if isinstance(tensor, Shard) else tensor.copy_(values)
 
 
-def divide(layers: nn.Module, processes: Processes, device: torch.device) -> None:
-    """Divide every matrix among the processes, and move the rest to the device: vectors are not worth the communication."""
-    for owner in layers.modules():
+def divide(root: nn.Module, processes: Processes, device: torch.device) -> None:
+    """Divide the matrices of all layers among the processes. The rest is copied to the device: it is not worth the communication."""
+    for owner in root.modules():
         for name, value in owner._parameters.items():
-            if value is not None and value.ndim > 1:
+            if name == "weight" and value.ndim > 1:
                 owner._parameters[name] = Shard.of(value, processes, device)
             elif value is not None:
-                owner._parameters[name] = nn.Parameter(value.to(device), value.requires_grad)
+                copied = value.detach().to(device, copy=True)
+                owner._parameters[name] = nn.Parameter(copied, value.requires_grad)
 
 
 @torch.no_grad()

@@ -55,10 +55,9 @@ class PreciseExpert(RoutedExpert):
         device: torch.device,
         processes: Processes,
     ):
-        super().__init__(expert, base, CASTING, dtype, torch.device("cpu") if processes.sharded else device)
+        super().__init__(expert, base, CASTING, dtype, torch.device("meta") if processes.sharded else device)
         if processes.sharded:
-            divide(self.sites, processes, device)
-            self.bare.to(device)
+            divide(self, processes, device)
 
     def bare_values(self, root: nn.Module, strength: float) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for name, replaced, tensor in zip(self.bare_names, self.bare_replaced, self.bare, strict=True):
