@@ -132,9 +132,9 @@ def _load_optimizer(
     for index, (name, parameter) in enumerate(parameters.items()):
         start = f"{prefix}.{name}."
         found = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
-        for key, value in found.items() if isinstance(parameter, Shard) else ():
-            if value.ndim:
-                found[key] = Shard.of(value, parameter.processes, parameter.device).data
+        for key, value in found.items():
+            parts = isinstance(parameter, Shard) and value.ndim
+            found[key] = parameter.part_of(value) if parts else value.clone()
         if found:
             state[index] = found
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

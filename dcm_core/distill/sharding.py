@@ -37,6 +37,10 @@ class Shard(nn.Parameter):
         shard.complete, shard.processes = self.complete, self.processes
         return shard
 
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """The same part of another complete tensor of this shape."""
+        return type(self).of(tensor, self.processes, self.device).data
+
     @torch.no_grad()
     def fill(self, tensor: Tensor) -> None:
         """Copy this process's part of a complete tensor."""
