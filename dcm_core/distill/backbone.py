@@ -119,8 +119,10 @@ class Backbone:
 
     @property
     def completed(self) -> int:
-        """Bytes of a divided base's weights that are complete at the same time in a step: those outside of blocks, the block that
-        runs, and the next one."""
+        """Bytes of a divided base's weights that are complete at the same time in a step.
+
+        These are the block that runs, the next one, and what is outside of blocks.
+        """
         blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
         sizes = sorted(_complete_size(block) for block in blocks)
         return _complete_size(self.module) - sum(sizes) + sum(sizes[-2:])

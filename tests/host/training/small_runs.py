@@ -1,6 +1,9 @@
 """What the tests of training share: small settings, random videos, a Trainer, comparisons."""
 
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 
 from dcm_core.experts.expert import expert_id
 
@@ -29,6 +32,16 @@ def random_data(dataset, count=4, channels=16, size=(2, 4, 6), words=3, longest=
 def uneven_data(dataset):
     """The same with one longer caption, which cannot be in a batch with the others."""
     return random_data(dataset, longest=5)
+
+
+@contextmanager
+def group_of_one():
+    """A group of processes with this one in it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def make_trainer(module, model, data, config, folder, sharded=False):

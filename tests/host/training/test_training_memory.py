@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._C._profiler import _EventType
 
 from ..small_models import FP8, native_wan
-from .small_runs import make_trainer, random_data, same, weights
+from .small_runs import group_of_one, make_trainer, random_data, same, weights
 
 # frames, height and width of latents; the second is more than is measured
 SIZES = ((2, 4, 6), (9, 36, 32))
@@ -45,14 +44,6 @@ def trainer(module, config, tmp_path):
     return make
 
 
-@pytest.fixture
-def group():
-    """A group of processes, of which there is one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("gradients")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
@@ -77,16 +68,17 @@ def test_a_step_takes_what_was_told(side, dtype, values, size, trainer):
     assert told.moments == 8 * trained
 
 
-@pytest.mark.usefixtures("gradients", "group")
+@pytest.mark.usefixtures("gradients")
 @pytest.mark.parametrize(
     ("side", "values"),
     [("semantic", {"rank": 0, "gradient_checkpointing": True}), ("detail", {"gradient_checkpointing": False})],
 )
 def test_a_step_of_a_divided_base_takes_what_was_told(side, values, trainer):
-    made = trainer(side, sharded=True, batch_size=1, **values)
-    told = made.memory()
-    made._training_step()
-    taken = peak(made._training_step)
+    with group_of_one():
+        made = trainer(side, sharded=True, batch_size=1, **values)
+        told = made.memory()
+        made._training_step()
+        taken = peak(made._training_step)
     gradients = sum(4 * value.numel() for value in made.learner.parameters.values())
     assert 0.95 * taken < told.step < 1.15 * (taken + gradients)
 
