@@ -11,7 +11,7 @@ Attention is the flash kernel's, which keeps no matrix of scores. A detail exper
 import argparse
 import gc
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,29 @@ from routing import DIM, FFN, HEADS, TEXT_DIM, TEXT_TOKENS, random_base, start_h
 from torch import Tensor, nn
 
 META = torch.device("meta")
-WAN, HUNYUAN_VIDEO = "Wan 2.1 1.3B, 832x480", "HunyuanVideo 13B, 832x480"
+WAN, WAN_14B, HUNYUAN_VIDEO = "Wan 2.1 1.3B, 832x480", "Wan 14B, 832x480", "HunyuanVideo 13B, 832x480"
 LATENT = (60, 104)
-# name, frames of the video, dtype of the base, settings
-ROWS: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
-    (WAN, 81, torch.bfloat16, {"side": "semantic"}),
-    (WAN, 81, torch.bfloat16, {"side": "semantic", "gradient_checkpointing": False}),
-    (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 32}),
-    (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 0}),
-    (WAN, 81, torch.bfloat16, {"side": "detail"}),
-    (WAN, 81, torch.bfloat16, {"side": "detail", "adversarial_weight": 0.0}),
-    (WAN, 49, torch.bfloat16, {"side": "semantic"}),
-    (WAN, 49, torch.bfloat16, {"side": "detail"}),
-    (WAN, 33, torch.float8_e4m3fn, {"side": "semantic", "rank": 32}),
-    (WAN, 33, torch.float8_e4m3fn, {"side": "detail", "rank": 32}),
-    (HUNYUAN_VIDEO, 29, torch.bfloat16, {"side": "semantic"}),
-    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"side": "semantic", "rank": 32}),
-    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"side": "detail", "rank": 32}),
+CARDS = (1, 2, 8)
+# name, frames of the video, dtype of the base, settings, numbers of GPUs
+ROWS: list[tuple[str, int, torch.dtype, dict[str, Any], Sequence[int]]] = [
+    (WAN, 81, torch.bfloat16, {"side": "semantic"}, (1,)),
+    (WAN, 81, torch.bfloat16, {"side": "semantic", "gradient_checkpointing": False}, (1,)),
+    (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 32}, (1,)),
+    (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 0}, (1,)),
+    (WAN, 81, torch.bfloat16, {"side": "detail"}, (1,)),
+    (WAN, 81, torch.bfloat16, {"side": "detail", "adversarial_weight": 0.0}, (1,)),
+    (WAN, 49, torch.bfloat16, {"side": "semantic"}, (1,)),
+    (WAN, 49, torch.bfloat16, {"side": "detail"}, (1,)),
+    (WAN, 33, torch.float8_e4m3fn, {"side": "semantic", "rank": 32}, (1,)),
+    (WAN, 33, torch.float8_e4m3fn, {"side": "detail", "rank": 32}, (1,)),
+    (HUNYUAN_VIDEO, 29, torch.bfloat16, {"side": "semantic"}, (1,)),
+    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"side": "semantic", "rank": 32}, (1,)),
+    (HUNYUAN_VIDEO, 29, torch.float8_e4m3fn, {"side": "detail", "rank": 32}, (1,)),
+    *(
+        (name, frames, torch.bfloat16, settings, CARDS)
+        for name, frames in ((WAN_14B, 81), (HUNYUAN_VIDEO, 29))
+        for settings in ({"side": "semantic"}, {"side": "semantic", "rank": 0}, {"side": "detail"})
+    ),
 ]
 
 
@@ -51,6 +57,8 @@ def transformer(name: str, dtype: torch.dtype) -> nn.Module:
     place = {"operations": comfy.ops.manual_cast, "device": META, "dtype": dtype}
     if name == WAN:
         return WanModel(dim=DIM, ffn_dim=FFN, num_heads=HEADS, num_layers=30, text_dim=TEXT_DIM, **place)
+    if name == WAN_14B:
+        return WanModel(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, text_dim=TEXT_DIM, **place)
     return HunyuanVideo(
         in_channels=16,
         out_channels=16,
@@ -93,23 +101,44 @@ def random_clip(pack: Callable[[str], Any], frames: int, extras: dict[str, Any])
     )
 
 
-def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
-    """What the run is said to need."""
+def without_values(expert: Any) -> Any:
+    """The expert with tensors on the meta device."""
+    low_rank = {
+        name: tuple(replace(update, down=update.down.to(META), up=update.up.to(META)) for update in updates)
+        for name, updates in expert.low_rank.items()
+    }
+    return replace(
+        expert, low_rank=low_rank, replaced={name: value.to(META) for name, value in expert.replaced.items()}
+    )
+
+
+def memory(
+    pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtype, settings: dict[str, Any], cards: int
+) -> Any:
+    """What the run is said to need on each of so many GPUs, which divide everything among them."""
     families, students = pack("dcm_core.families"), pack("dcm_core.distill.student")
-    family = families.WAN if name == WAN else families.HUNYUAN_VIDEO
+    family = families.HUNYUAN_VIDEO if name == HUNYUAN_VIDEO else families.WAN
     config = pack("dcm_core.distill.config").TrainingConfig(**settings).for_family(family)
     module = transformer(name, dtype).requires_grad_(False)
     modules, generator = dict(module.named_modules()), torch.Generator()
     shapes = {key: value.shape for key, value in module.state_dict().items()}
 
-    def new(make: Callable[..., Any]) -> Any:
-        return make(
-            family, modules, config.rank, config.alpha, generator, weight_of=lambda key: torch.empty(shapes[key])
-        )
+    def new(make: Callable[..., Any], **more: Any) -> Any:
+        with patch.object(students, "_free", Tensor.detach):
+            made = make(
+                family,
+                modules,
+                config.rank,
+                config.alpha,
+                generator,
+                weight_of=lambda key: torch.empty(shapes[key], device=META),
+                **more,
+            )
+        return without_values(made)
 
-    expert = new(students.new_semantic if config.side == "semantic" else students.new_detail)
     semantic = new(students.new_semantic) if config.side == "detail" else None
-    data = random_clip(pack, frames, {} if name == WAN else {"pooled_output": torch.zeros(1, 768)})
+    expert = new(students.new_semantic) if semantic is None else new(students.new_detail, semantic=semantic)
+    data = random_clip(pack, frames, {"pooled_output": torch.zeros(1, 768)} if name == HUNYUAN_VIDEO else {})
     backbone = pack("dcm_core.distill.backbone").Backbone(
         module,
         family,
@@ -117,13 +146,28 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
         lambda: {"optimized_attention_override": flash_attention},
         config.gradient_checkpointing,
     )
-    # nothing is made, so that the whole video can be
-    whole = patch.object(pack("dcm_core.distill.memory"), "PROBE", 10**9)
-    with tempfile.TemporaryDirectory() as folder, pack("nodes.host.compat").gradients(), whole:
+    sharding, processes = pack("dcm_core.distill.sharding"), pack("dcm_core.distill.parallel").Processes
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pack("nodes.host.compat").gradients(),
+        # nothing is made, so that the whole video can be
+        patch.object(pack("dcm_core.distill.memory"), "PROBE", 10**9),
+        patch.object(sharding, "_gathered", lambda part, count: part.new_empty(count * part.numel())),
+        patch.object(sharding, "_scattered_mean", lambda flat, count: flat.new_empty(flat.numel() // count)),
+    ):
         trainer = pack("dcm_core.distill.trainer").Trainer(
-            backbone, data, config, replace(expert, boundary=config.boundary), Path(folder), META, semantic
+            backbone,
+            data,
+            config,
+            replace(expert, boundary=config.boundary),
+            Path(folder),
+            META,
+            semantic,
+            processes=processes(0, cards, sharded=cards > 1),
         )
-        return trainer.memory()
+        estimate = trainer.memory()
+    # FSDP2 itself needs tensors with values
+    return replace(estimate, base=estimate.base // cards)
 
 
 def measure(
@@ -151,19 +195,25 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="make real steps of the Wan rows on the GPU")
-    parser.add_argument("--first", type=int, default=len(ROWS), help="so many rows of the table (default: all)")
+    parser.add_argument("--first", type=int, default=1000, help="so many rows of the table (default: all)")
     args = parser.parse_args()
     pack = start_host()
     measured = " measured | seconds a step |" if args.measure else ""
-    head = f"| model | frames | base | settings | base, GiB | experts and optimiser | a step | in all |{measured}"
+    head = (
+        f"| model | frames | base | settings | GPUs | base, GiB | experts and optimiser | a step | in all |{measured}"
+    )
     print(head, "|---" * (head.count("|") - 1) + "|", sep="\n")
-    for name, frames, dtype, settings in ROWS[: args.first]:
-        parts = memory(pack, name, frames, dtype, settings).parts.values()
+    rows = [(*row, count) for *row, cards in ROWS for count in cards]
+    for name, frames, dtype, settings, cards in rows[: args.first]:
+        parts = memory(pack, name, frames, dtype, settings, cards).parts.values()
         told = ", ".join(f"{key} {value}" for key, value in settings.items())
         sizes = [f"{size:.1f}" for size in (*parts, sum(parts))]
         if args.measure:
             sizes += [f"{value:.1f}" for value in measure(pack, frames, dtype, settings)] if name == WAN else ["", ""]
-        print(f"| {name} | {frames} | {str(dtype).removeprefix('torch.')} | {told} | {' | '.join(sizes)} |", flush=True)
+        print(
+            f"| {name} | {frames} | {str(dtype).removeprefix('torch.')} | {told} | {cards} | {' | '.join(sizes)} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -10,14 +10,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from ..experts.modules import RoutedExpert, find_module
+from ..experts.modules import LAYER_PARAMS, RoutedExpert, find_module
 from ..experts.placing import Placement, in_place, placed
 from ..families import Family
 from ..schedule import TIMESTEPS
+from .config import TrainingError
+from .sharding import whole
 
 Working = Sequence[tuple[RoutedExpert, float]]
 
@@ -116,6 +120,22 @@ class Backbone:
                 hook.remove()
         return Features(tuple(found), projected, (frames, height, width))
 
+    @property
+    def size(self) -> int:
+        """Bytes of the weights that this process keeps."""
+        weights = (getattr(weight, "_local_tensor", weight) for weight in self.module.parameters())
+        return sum(weight.numel() * weight.element_size() for weight in weights)
+
+    @property
+    def completed(self) -> int:
+        """Bytes of a divided base's weights that are complete at the same time in a step.
+
+        These are the block that runs, the next one, and what is outside of blocks.
+        """
+        blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
+        sizes = sorted(_complete_size(block) for block in blocks)
+        return _complete_size(self.module) - sum(sizes) + sum(sizes[-2:])
+
     def feature_blocks(self) -> list[nn.Module]:
         """Every second block of the family's feature list."""
         return list(find_module(self.module, self.family.feature_blocks))[::2]
@@ -138,7 +158,7 @@ class Backbone:
         module = find_module(self.module, part) if part else self.module
         # without gradients nothing is saved
         usable = usable_weights(module) if torch.is_grad_enabled() else nullcontext()
-        with usable, in_place(self.module, experts, part=part):
+        with usable, in_place(self.module, experts, _add_linear, part=part):
             yield
 
     @property
@@ -223,6 +243,11 @@ def _offloaded(
     return run
 
 
+def _add_linear(linear: nn.Linear, out: Tensor, x: Tensor, alpha: float) -> None:
+    """Add `alpha linear(x)` to `out`, in the dtype of `x`."""
+    out.addmm_(x, whole(linear.weight, x.dtype).t(), alpha=alpha)
+
+
 def _on_copies(block: nn.Module) -> Callable[..., Any]:
     """The forward of a block that overwrites its input after its norms have read it.
 
@@ -247,6 +272,10 @@ def _own(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+def _complete_size(module: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+
+
 def _can_be_saved(weight: Tensor) -> bool:
     """Whether a backward pass can save it. A weight from inference mode that was moved later looks like a normal tensor, but has
     no version counter."""
@@ -262,11 +291,12 @@ def usable_weights(module: nn.Module) -> Iterator[None]:
 
     Each is replaced by a plain tensor over the same memory. Nothing is copied or moved.
     """
-    with placed(_plain_weights(module)):
+    with placed(plain_weights(module)):
         yield
 
 
-def _plain_weights(module: nn.Module) -> Iterator[Placement]:
+def plain_weights(module: nn.Module) -> Iterator[Placement]:
+    """For each weight that a backward pass cannot save, a plain tensor over the same memory."""
     for parameters in (owner._parameters for owner in module.modules()):
         for name, weight in parameters.items():
             if weight is not None and not _can_be_saved(weight) and type(weight.data) is Tensor:
@@ -274,3 +304,45 @@ def _plain_weights(module: nn.Module) -> Iterator[Placement]:
                 plain.set_(weight.untyped_storage(), weight.storage_offset(), weight.shape, weight.stride())
                 # an attribute that hides the parameter would not work: it would also hide an expert's
                 yield parameters, name, plain
+
+
+KEEP_COMPLETE = 'Set "shard" to false in the settings file; each process then keeps the complete base.'
+
+
+def shard_base(module: nn.Module, family: Family, device: torch.device) -> None:
+    """Divide the transformer's weights among all processes: each keeps a part of every weight, on `device`.
+
+    A block is complete while it runs, and again in its backward pass.
+
+    Raises:
+        TrainingError: weights in a format that cannot be divided, or a PyTorch without FSDP2.
+    """
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError as error:
+        raise TrainingError(
+            f"Dividing the base among processes needs PyTorch 2.6, and this is {torch.__version__}. Update PyTorch. {KEEP_COMPLETE}"
+        ) from error
+    for name, weight in module.named_parameters():
+        kind = str(weight.dtype) if type(weight.data) is Tensor else type(weight.data).__name__
+        if type(weight.data) is not Tensor or weight.dtype.itemsize < 2:
+            raise TrainingError(
+                f"{name} is stored as {kind}, which cannot be divided among processes. Load the base in float32, float16 or bfloat16. "
+                f"{KEEP_COMPLETE}"
+            )
+    for parameters, name, plain in plain_weights(module):
+        parameters[name] = nn.Parameter(plain, requires_grad=False)
+    bare = [
+        (owner._parameters, name, None)
+        for owner in module.modules()
+        for name, weight in owner._parameters.items()
+        if weight is not None and name not in LAYER_PARAMS
+    ]
+    for parameters, name, _ in bare:
+        parameters[name] = nn.Parameter(parameters[name].to(device), requires_grad=False)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    blocks = [block for name in family.block_lists for block in find_module(module, name)]
+    # a bare parameter stays complete: FSDP would overwrite what an expert puts in its place
+    with placed(bare):
+        for part in (*blocks, module):
+            fully_shard(part, mesh=mesh)

@@ -163,6 +163,12 @@ class Batches:
         turns = self._config.gradient_accumulation_steps * self._processes.count
         return [index for turn in range(turns) for index in self.order.batch(step * turns + turn)]
 
+    def samples(self) -> Iterator[tuple[Text, Tensor]]:
+        """Text and latent of each sample video: see `Dataset.samples`."""
+        for prompt, clip in self._dataset.samples():
+            video = self._video(clip, generator_of(self._config.seed, 0, 0), prompt)
+            yield video.text.to(self._device), video.x0[None].to(self._device)
+
     def held_out(self, position: int, index: int) -> Batch:
         """The batch of the `position`-th held-out clip. Its noise is the same each time."""
         batch, _ = next(self._stacked([self._video(index, generator_of(self._config.seed + 1, 0, position))]))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ExpertError, counted, name_some
 from ..families.keymap import Shape
+from ..files.mapped import views
 from ..files.metadata import parse_json
 from ..files.tensor_file import MAX_HEADER, TensorFile
 from ..files.writing import write_tensors
@@ -179,7 +180,7 @@ def read_checkpoint(path: Path, shapes: Mapping[str, Shape] | None = None, weigh
 
     Args:
         shapes: name -> shape of the run's tensors, if known.
-        weights: whether to read the tensors too.
+        weights: whether to read the tensors too. They are views of the file, to be copied.
 
     Raises:
         CheckpointError: the file is damaged, incomplete, or not a training checkpoint.
@@ -187,7 +188,10 @@ def read_checkpoint(path: Path, shapes: Mapping[str, Shape] | None = None, weigh
     file = TensorFile(path)
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a training checkpoint. Choose the folder of a training run.")
-    tensors = file.read_all() if weights else {key: file.read(key) for key in file.shapes.keys() & {HISTORY}}
+    if weights:
+        file.verify()
+    # several processes on one machine read it at once, so it is mapped
+    tensors = views(file) if weights else {key: file.read(key) for key in file.shapes.keys() & {HISTORY}}
     try:
         settings = renamed(dict(parse_json(file.metadata["config"], "metadata entry 'config'")), FORMER)
         unknown = sorted(set(settings) - {field.name for field in dataclasses.fields(TrainingConfig)})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..families.keymap import Shape
 from .config import TrainingConfig, TrainingError
 from .parallel import Processes
+from .sharding import Shard, clip_gradients, fill
 
 # Loss scale for models that compute in float16: without it, gradients of a video underflow.
 # PyTorch's GradScaler is not used: it grows without limit, and its step count would have to be saved and resumed.
@@ -59,10 +60,11 @@ class Learner:
             Their norm before clipping.
         """
         parameters = list(self.parameters.values())
-        processes.average_gradients(parameters)
+        # a shard gets its mean gradient in the backward pass
+        processes.average_gradients(parameter for parameter in parameters if not isinstance(parameter, Shard))
         if scale != 1:
             torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], scale)
-        return float(nn.utils.clip_grad_norm_(parameters, self.clip))
+        return clip_gradients(parameters, self.clip)
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate for the next step."""
@@ -93,8 +95,8 @@ class Learner:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Load the tensors of a checkpoint."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"{self.name}.{name}"])
-        _load_optimizer(f"{self.name}_optimizer", list(self.parameters), self.optimizer, tensors)
+            fill(parameter, tensors[f"{self.name}.{name}"])
+        _load_optimizer(f"{self.name}_optimizer", self.parameters, self.optimizer, tensors)
 
 
 def make_learner(
@@ -173,18 +175,26 @@ def _optimizer_tensors(
             if parameter not in optimizer.state:
                 optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
             state = {**optimizer.state[parameter], "step": torch.tensor(float(optimizer.state[parameter]["step"]))}
-        found |= {f"{prefix}.{name}.{key}": value for key, value in state.items()}
+        found |= {f"{prefix}.{name}.{key}": _of(parameter, value) for key, value in state.items()}
     return found
 
 
+def _of(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """A value of AdamW's state, as a shard if the parameter is one and the value is not a number."""
+    return parameter.like(value) if isinstance(parameter, Shard) and value.ndim else value
+
+
 def _load_optimizer(
-    prefix: str, names: list[str], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    prefix: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
     """Restore the optimiser's state."""
     state: dict[int, dict[str, Any]] = {}
-    for index, name in enumerate(names):
+    for index, (name, parameter) in enumerate(parameters.items()):
         start = f"{prefix}.{name}."
         found = {key[len(start) :]: value for key, value in tensors.items() if key.startswith(start)}
+        for key, value in found.items():
+            parts = isinstance(parameter, Shard) and value.ndim
+            found[key] = parameter.part_of(value) if parts else value.clone()
         if found:
             if not isinstance(optimizer, torch.optim.AdamW):
                 found["step"] = int(found["step"])

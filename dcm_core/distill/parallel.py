@@ -23,14 +23,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and the number of all processes."""
+    """This process and the number of all processes.
+
+    Attributes:
+        sharded: whether base and trained tensors are divided among them. Then all of them run the model equally often.
+    """
 
     rank: int = 0
     count: int = 1
+    sharded: bool = False
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def parts(self) -> int:
+        """The number of parts that tensors are divided into."""
+        return self.count if self.sharded else 1
 
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -48,11 +58,24 @@ class Processes:
         """The mean of all processes' values."""
         if self.count == 1:
             return values
-        tensor = torch.tensor(list(values.values()), dtype=torch.float64)
-        if dist.get_backend() == "nccl":
-            tensor = tensor.cuda()
-        dist.all_reduce(tensor)
-        return dict(zip(values, (tensor / self.count).tolist(), strict=True))
+        sums = _summed(list(values.values()))
+        return {name: value / self.count for name, value in zip(values, sums, strict=True)}
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true in one of the processes."""
+        return value if self.count == 1 else bool(_summed([float(value)])[0])
+
+    def evenly(self, batches: Iterable[tuple[Any, float]]) -> Iterator[tuple[Any, float]]:
+        """Each batch with its share of the loss. Where all processes run the model equally often, a process whose batches are fewer
+        repeats its last one with a share of 0."""
+        if not self.sharded:
+            yield from batches
+            return
+        for batch, share in batches:
+            self.any(True)
+            yield batch, share
+        while self.any(False):
+            yield batch, 0.0
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -80,6 +103,8 @@ class Processes:
 
         def agree() -> None:
             nonlocal over
+            if over:
+                return
             over = True
             if failed := [words for words in self.gather("") if words]:
                 raise TrainingError(f"The run did not start: {'; '.join(failed)}")
@@ -154,6 +179,18 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+ALONE = Processes()
+
+
+def _summed(values: list[float]) -> list[float]:
+    """The sums over all processes."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        tensor = tensor.cuda()
+    dist.all_reduce(tensor)
+    return tensor.tolist()
 
 
 def join(device: torch.device) -> Processes:

@@ -16,6 +16,8 @@ from ..experts.expert import Expert, LowRank, merged
 from ..experts.modules import LAYER_PARAMS, RoutedExpert, find_module, is_linear
 from ..families import Family
 from .backbone import Working
+from .parallel import ALONE, Processes
+from .sharding import Shard, divide, whole
 
 # native tensor name -> its dequantised value
 WeightOf = Callable[[str], Tensor]
@@ -26,9 +28,9 @@ def _casting(kind: type[nn.Module]) -> type[nn.Module]:
 
     class Casting(kind):
         def forward(self, x: Tensor) -> Tensor:
-            if x.dtype == self.weight.dtype:
+            if x.dtype == self.weight.dtype and not isinstance(self.weight, Shard):
                 return super().forward(x)
-            return functional_call(self, {name: value.to(x.dtype) for name, value in self.named_parameters()}, (x,))
+            return functional_call(self, {name: whole(value, x.dtype) for name, value in self.named_parameters()}, (x,))
 
     return Casting
 
@@ -39,7 +41,23 @@ CASTING = SimpleNamespace(
 
 
 class PreciseExpert(RoutedExpert):
-    """Its bare parameters stay in its own dtype, since the base's may be too coarse to train in. `strength` is not used."""
+    """Its bare parameters stay in its own dtype, since the base's may be too coarse to train in. `strength` is not used.
+
+    Args:
+        processes: the processes that its layers are divided among, if they are.
+    """
+
+    def __init__(
+        self,
+        expert: Expert,
+        base: Mapping[str, nn.Module],
+        dtype: torch.dtype,
+        device: torch.device,
+        processes: Processes,
+    ):
+        super().__init__(expert, base, CASTING, dtype, torch.device("meta") if processes.sharded else device)
+        if processes.sharded:
+            divide(self, processes, device)
 
     def bare_values(
         self, root: nn.Module, strength: float, prefix: str = ""
@@ -65,7 +83,13 @@ class Student(nn.Module):
         ExpertError: the expert does not fit, its alpha / rank differs between layers, or it contains differences.
     """
 
-    def __init__(self, expert: Expert, base: Mapping[str, nn.Module], device: torch.device):
+    def __init__(
+        self,
+        expert: Expert,
+        base: Mapping[str, nn.Module],
+        device: torch.device,
+        processes: Processes = ALONE,
+    ):
         super().__init__()
         if expert.diff:
             raise ExpertError(
@@ -86,7 +110,7 @@ class Student(nn.Module):
 
         def build(**tensors: Any) -> PreciseExpert:
             part = Expert(expert.family, expert.role, **tensors)
-            return PreciseExpert(part, base, CASTING, torch.float32, device).requires_grad_()
+            return PreciseExpert(part, base, torch.float32, device, processes).requires_grad_()
 
         self.low_rank, self.replaced = build(low_rank=unscaled), build(replaced=expert.replaced)
 
@@ -110,7 +134,7 @@ class Student(nn.Module):
         """The trained expert, copied to the CPU."""
         low_rank: dict[str, tuple[LowRank, ...]] = {}
         for name, site in zip(self.low_rank.names, self.low_rank.sites, strict=True):
-            downs = site.branch.down.weight.split(site.branch.ranks)
+            downs = whole(site.branch.down.weight).split(site.branch.ranks)
             low_rank[name] = tuple(
                 LowRank(_free(down), _free(up.weight), self.scale, start)
                 for down, up, start in zip(downs, site.branch.ups, site.branch.starts, strict=True)
@@ -124,16 +148,22 @@ class Student(nn.Module):
 
 
 def _free(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return whole(tensor).detach().to("cpu", copy=True).contiguous()
 
 
-def make_fixed(expert: Expert, modules: Mapping[str, nn.Module], device: torch.device, dtype: torch.dtype) -> Working:
+def make_fixed(
+    expert: Expert,
+    modules: Mapping[str, nn.Module],
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: Processes = ALONE,
+) -> Working:
     """A finished expert that another is trained on top of. It may contain anything.
 
     Raises:
         ExpertError: it does not fit.
     """
-    return ((PreciseExpert(expert, modules, CASTING, dtype, device).requires_grad_(False), 1.0),)
+    return ((PreciseExpert(expert, modules, dtype, device, processes).requires_grad_(False), 1.0),)
 
 
 def new_semantic(

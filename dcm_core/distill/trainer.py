@@ -4,7 +4,9 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,10 +14,13 @@ from torch import Tensor
 
 from ..errors import name_some
 from ..experts.expert import Expert
+from ..files.tensor_file import TensorFile
+from ..routing import is_detail, split_sigmas
+from ..schedule import sigmas_from_timesteps
 from ..text import LOGGER
 from .backbone import Backbone, Working
 from .batches import Batches, ImageIn
-from .checkpoint_file import EMA, LOSS_SCALE_NAME, Checkpoint, History
+from .checkpoint_file import EMA, LOSS_SCALE_NAME, Checkpoint, History, read_checkpoint
 from .checkpoints import check_folder, check_resumable, newest_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .data.dataset import Dataset
@@ -27,6 +32,7 @@ from .method.discriminator import make_discriminator
 from .method.losses import pseudo_huber
 from .method.stages import DetailStage, SemanticStage, Terms
 from .parallel import Processes
+from .sharding import collected, complete_shape, complete_size, divide, fill
 from .signals import held_back
 from .student import Student, make_fixed
 from .watcher import Quiet, Watcher
@@ -84,9 +90,10 @@ class Trainer:
         config = self.config
         modules = dict(self.backbone.module.named_modules())
         self.phases = config.make_phases(self.backbone.family)
-        self.student = Student(start, modules, self.device)
+        self.of_pair = start.pair is not None
+        self.student = Student(start, modules, self.device, self.processes)
         self.semantic_working: Working = (
-            () if semantic is None else make_fixed(semantic, modules, self.device, self.backbone.dtype)
+            () if semantic is None else make_fixed(semantic, modules, self.device, self.backbone.dtype, self.processes)
         )
         self.ema = self.student.make_ema() if config.ema_decay else None
         self.learner = make_learner(
@@ -97,7 +104,11 @@ class Trainer:
             config.optimizer,
             weight_decay=config.weight_decay,
         )
-        self.discriminator = make_discriminator(self.backbone, config).to(self.device) if config.adversarial else None
+        self.discriminator = make_discriminator(self.backbone, config) if config.adversarial else None
+        if self.discriminator is not None and self.processes.sharded:
+            divide(self.discriminator, self.processes, self.device)
+        elif self.discriminator is not None:
+            self.discriminator.to(self.device)
         self.discriminator_learner = self._make_discriminator_learner() if config.adversarial else None
         self.loss_scale = LOSS_SCALE if self.backbone.dtype is torch.float16 else 1.0
         train, self.held_out = self.data.split(config.held_out, config.seed)
@@ -138,15 +149,20 @@ class Trainer:
         began = time.monotonic()
         try:
             self._hold_out()
-            while self.done < self.config.steps:
-                self._training_step()
-                check_losses(self.history, self.config)
-                self._after_step()
+            # a divided expert can only be saved by all processes, so they stop together between two steps
+            with held_back() if self.processes.sharded else nullcontext([]) as signals:
+                while self.done < self.config.steps:
+                    self._training_step()
+                    check_losses(self.history, self.config)
+                    self._after_step()
+                    if self.processes.sharded and self.processes.any(bool(signals)):
+                        self._save()
+                        raise KeyboardInterrupt
         except Diverged:
             raise
         except BaseException as error:
             # save what was learned, whatever ended the run; the other processes may be waiting elsewhere
-            if self.worth_saving and self.done > self.saved:
+            if self.worth_saving and self.done > self.saved and not self.processes.sharded:
                 self._save()
             self.watcher.stopped(self.saved, self.config.steps, error)
             raise
@@ -169,6 +185,10 @@ class Trainer:
                 self._learn(batch, share)
 
         try:
+            if self.processes.sharded:
+                # FSDP makes buffers in its first step, and keeps them emptied; `completed` counts them
+                step((1, 1, 2, 2))
+                self._zero_grad()
             for learner in self._learners:
                 learner.allocate_gradients()
             size = max(
@@ -177,10 +197,11 @@ class Trainer:
             )
         finally:
             self._zero_grad()
+        size += self.backbone.completed if self.processes.sharded else 0
         semantic = sum(total(part.parameters()) for part, _ in self.semantic_working)
         present = trained * (2 if self.ema else 1) + judging + semantic
         moments = sum(learner.moments for learner in self._learners)
-        return Memory(total(self.backbone.module.parameters()), present, moments, trained + judging + size)
+        return Memory(self.backbone.size, present, moments, trained + judging + size)
 
     def networks(self) -> Networks:
         """Teacher, student and target network on the shared backbone."""
@@ -263,7 +284,7 @@ class Trainer:
         """Accumulate the gradients of a step. Returns the mean losses of all processes."""
         sums: dict[str, float] = {}
         self.suspects = []
-        for batch, share in self.batches.of_step(step):
+        for batch, share in self.processes.evenly(self.batches.of_step(step)):
             terms = {name: float(value) for name, value in self._learn(batch, share).items()}
             if not all(map(math.isfinite, terms.values())):
                 self.suspects += batch.clips
@@ -296,9 +317,43 @@ class Trainer:
         if done % config.save_every == 0 or done == config.steps:
             self._save()
             self.processes.wait()
-        if config.sample_every and done % config.sample_every == 0 and self.processes.first:
-            self.watcher.sample(done, self.expert())
+        if config.sample_every and done % config.sample_every == 0:
+            self._sample()
         self.watcher.step(self.history, config.steps)
+
+    def _sample(self) -> None:
+        if not self.processes.sharded:
+            if self.processes.first:
+                self.watcher.sample(self.done, self.expert())
+            return
+        latents = self.sample_latents()
+        if self.processes.first:
+            self.watcher.sampled(self.done, latents)
+
+    @torch.no_grad()
+    def sample_latents(self) -> list[Tensor]:
+        """The sample videos, by Euler steps on the expert's own schedule. With a divided base, all processes call it.
+
+        Of two models, only this one's steps are made: the semantic expert's video is its last estimate, and the detail expert starts
+        from a clip with noise.
+        """
+        config, working = self.config, (self.ema or self.student).working
+        sigmas = sigmas_from_timesteps(config.timesteps(self.backbone.family))
+        if self.of_pair:
+            sigmas = split_sigmas(sigmas, config.boundary)[config.side == "detail"]
+        sigmas, latents = sigmas.to(self.device), []
+        for text, x0 in self.batches.samples():
+            noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed)).to(self.device)
+            x = sigmas[0] * noise + (1 - sigmas[0]) * x0
+            for sigma, after in pairwise(sigmas):
+                # the semantic expert is on at all steps, as where the detail expert is trained
+                on = config.side == "semantic" or bool(is_detail(sigma, config.boundary))
+                velocity = self.backbone.velocity(
+                    x, sigma[None], text, (*self.semantic_working, *(working if on else ()))
+                )
+                denoised, x = x - sigma * velocity, x + (after - sigma) * velocity
+            latents.append(denoised.cpu())
+        return latents
 
     def _hold_out(self) -> None:
         """Measure the held-out loss if the last step needs it. An interrupt may have come before it was measured."""
@@ -330,15 +385,19 @@ class Trainer:
     def _check_room(self) -> None:
         """Check before the first step that the checkpoints can be written."""
         # each weight with its two AdamW moments
-        size = sum(total(learner.parameters.values()) + learner.moments for learner in self._learners)
-        size += total(self.learner.parameters.values()) if self.ema else 0
+        parts = self.processes.parts
+        size = sum(complete_size(learner.parameters.values()) + parts * learner.moments for learner in self._learners)
+        size += complete_size(self.learner.parameters.values()) if self.ema else 0
         saves = -(-(self.config.steps - self.done) // self.config.save_every)
         check_folder(self.folder, size, min(saves, self.config.keep + 1))
 
     @held_back()  # impatient users interrupt twice
     def _save(self) -> None:
+        if self.saved == self.done:
+            return
+        tensors = collected(self._tensors(), self.processes) if self.processes.sharded else self._tensors()
         if self.processes.first:
-            checkpoint = Checkpoint(self.done, self.config, self.identity, self.history, self._tensors())
+            checkpoint = Checkpoint(self.done, self.config, self.identity, self.history, tensors)
             # a run that diverges can be resumed from there
             best = best_step(self.history) if self.config.divergence else 0
             save_checkpoint(self.folder, checkpoint, self.config.keep, best)
@@ -352,7 +411,7 @@ class Trainer:
         def newest() -> tuple[Path, Checkpoint] | None:
             # first, so that other settings are not reported as damage
             check_resumable(self.folder, self.config, self.identity)
-            shapes = {name: tuple(value.shape) for name, value in self._tensors().items()}
+            shapes = {name: complete_shape(value) for name, value in self._tensors().items()}
             if (found := newest_checkpoint(self.folder, shapes)) is None:
                 return None
             path, saved = found
@@ -360,15 +419,14 @@ class Trainer:
             loaded.update(saved.tensors)
             return path, replace(saved, tensors={})
 
-        # on several machines, the others may have no checkpoint, or an older one
         if (found := self.processes.from_first(newest)) is None:
             return ""
         path, saved = found
-        tensors = self.processes.tensors_from_first(loaded)
+        tensors = self._tensors_of(path, loaded)
         for learner in self._learners:
             learner.load(tensors)
         for name, value in self.ema.named_parameters() if self.ema else ():
-            value.copy_(tensors[f"{EMA}.{name}"])
+            fill(value, tensors[f"{EMA}.{name}"])
         self.loss_scale = float(tensors.get(LOSS_SCALE_NAME, self.loss_scale))
         self.history, self.saved = saved.history, saved.steps
         words = saved.in_words(self.config, self.identity)
@@ -376,3 +434,12 @@ class Trainer:
             logger.info("%s: %s", path, words)
         self.watcher.resumed(words)
         return words
+
+    def _tensors_of(self, path: Path, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the checkpoint that the first process has `loaded` from `path`. On several machines, the others may not have
+        it, or an older one; then it is sent."""
+        own, checksum = self.folder / path.name, self.processes.from_first(lambda: TensorFile(path).checksum)
+        same = own.is_file() and TensorFile(own).checksum == checksum
+        if not all(self.processes.gather(same)):
+            return self.processes.tensors_from_first(loaded)
+        return loaded or read_checkpoint(own).tensors

@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from torch import Tensor
+
 from ..experts.expert import Expert
 from .checkpoint_file import History
 
@@ -21,6 +23,9 @@ class Watcher(Protocol):
     def sample(self, done: int, expert: Expert) -> None:
         """It is time for a sample video of the current expert."""
 
+    def sampled(self, done: int, latents: list[Tensor]) -> None:
+        """Sample videos of the current expert were made: (1, channels, frames, height, width), as the transformer takes them."""
+
     def stopped(self, saved: int, steps: int, error: BaseException) -> None:
         """The run ends before its last step. Its newest checkpoint is of step `saved`; 0 means none."""
 
@@ -38,6 +43,9 @@ class Quiet:
         """Do nothing."""
 
     def sample(self, done: int, expert: Expert) -> None:
+        """Do nothing."""
+
+    def sampled(self, done: int, latents: list[Tensor]) -> None:
         """Do nothing."""
 
     def stopped(self, saved: int, steps: int, error: BaseException) -> None:

@@ -151,6 +151,7 @@ class RoutedExpert(nn.Module):
         base: native module name -> the base's module, for the types and sizes of the sites.
         operations: source of Linear, LayerNorm and so on (`torch.nn`, or the host's casting classes).
         dtype: dtype of the expert's weights, the one that the base computes in.
+        device: where copies of its tensors are put. `meta` leaves each tensor where it is, uncopied.
         sides: where it is active, if not only on the side of its role.
 
     Attributes:
@@ -328,6 +329,8 @@ def _parameter(value: Tensor, dtype: torch.dtype, device: torch.device, copy: bo
     Args:
         copy: False for a value that nothing else uses.
     """
+    if device.type == "meta":
+        return nn.Parameter(value.detach().to(dtype), requires_grad=False)
     return nn.Parameter(value.detach().to(device=device, dtype=dtype, copy=copy), requires_grad=False)
 
 

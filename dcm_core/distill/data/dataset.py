@@ -85,6 +85,15 @@ class Dataset(ABC):
         """What a message calls a clip."""
         return f"clip {index + 1}"
 
+    def samples(self) -> list[tuple[Conditioning, int]]:
+        """(text, clip) of each sample video: the sample prompts, else a caption. A video has the size of the clip and, for image to
+        video, its images."""
+        first = self.example
+        # each prompt has the images of another clip
+        step = 1 if self.image(first) else 0
+        prompts = self.sample_prompts() or [self.conditioning(first)]
+        return [(prompt, (first + number * step) % len(self)) for number, prompt in enumerate(prompts)]
+
     @property
     def buckets(self) -> list[list[int]]:
         """All indices, grouped by latent shape."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..backbone import Backbone
 from ..config import TrainingConfig
 from ..memory import total
+from ..student import CASTING
 
 HIDDEN = 1024
 GROUPS = 32
@@ -22,9 +23,9 @@ class Head(nn.Module):
 
     def __init__(self, width: int, hidden: int = HIDDEN):
         super().__init__()
-        self.conv1 = nn.Sequential(nn.Conv2d(width, hidden, 1), nn.GroupNorm(GROUPS, hidden))
-        self.conv2 = nn.Sequential(nn.Conv2d(hidden, hidden, 1), nn.GroupNorm(GROUPS, hidden))
-        self.conv_out = nn.Conv2d(hidden, 1, 1)
+        self.conv1 = nn.Sequential(CASTING.Conv2d(width, hidden, 1), nn.GroupNorm(GROUPS, hidden))
+        self.conv2 = nn.Sequential(CASTING.Conv2d(hidden, hidden, 1), nn.GroupNorm(GROUPS, hidden))
+        self.conv_out = CASTING.Conv2d(hidden, 1, 1)
 
     def forward(self, feature: Tensor) -> Tensor:
         """feature: (batch x frames, width, height, width) -> scores (batch x frames, 1, height, width)."""

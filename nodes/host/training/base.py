@@ -19,6 +19,7 @@ from ....dcm_core.distill.config import TrainingConfig, TrainingError
 from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.learner import moments_size
 from ....dcm_core.distill.memory import Memory
+from ....dcm_core.distill.parallel import ALONE, Processes
 from ....dcm_core.distill.signals import held_back
 from ....dcm_core.distill.student import WeightOf
 from ....dcm_core.distill.trainer import Trainer
@@ -140,12 +141,15 @@ def offloadable(base: Any) -> int:
     return base.loaded_size() if base.load_device != base.offload_device else 0
 
 
-def check_fits(base: Any, config: TrainingConfig, trained: int, beside: int) -> int:
+def check_fits(
+    base: Any, config: TrainingConfig, trained: int, beside: int, device: torch.device, processes: Processes = ALONE
+) -> int:
     """Refuse a run whose own tensors cannot fit, before they are on the device. What a step needs is not known yet.
 
     Args:
         trained: bytes of the trained tensors, in float32. EMA, two moments and a gradient of each are added.
         beside: bytes of what else stays on the device: the discriminator and the expert under the trained one.
+        processes: those that divide all of it among them, if they do.
 
     Returns:
         Bytes on the device before the first step.
@@ -153,8 +157,9 @@ def check_fits(base: Any, config: TrainingConfig, trained: int, beside: int) -> 
     Raises:
         TrainingError: says what to change.
     """
+    trained, beside = trained // processes.parts, beside // processes.parts
     present = (1 + (config.ema_decay > 0)) * trained + beside
-    available = comfy.model_management.get_free_memory(base.load_device) + offloadable(base)
+    available = comfy.model_management.get_free_memory(device) + offloadable(base)
     moments = moments_size(config.optimizer, [trained // 4])
     Memory(base=0, present=0, moments=moments, step=present + trained).check(available, config)
     return present
@@ -170,6 +175,9 @@ def make_room(trainer: Trainer, base: Any, config: TrainingConfig, node_id: str 
         memory = _measure(trainer, base)
         free, loaded = comfy.model_management.get_free_memory(trainer.device), offloadable(base)
         memory.check(free + loaded, config)
+        if trainer.processes.sharded:
+            # its parts are on the device, and the host knows nothing of them
+            break
         hold(base, memory.coming)
         # offloaded weights are copied back for each step, which may make it larger
         if offloadable(base) >= loaded:

@@ -62,6 +62,10 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
         if any(part.config.optimizer == "adamw8bit" for part in parts):
             import_adamw8bit()  # the error, before any clip is encoded
         recipe = recipe_of(settings.get("recipe", CUSTOM))
+        shard = settings.get("shard", True)
+        if not isinstance(shard, bool):
+            raise TrainingError(f"`shard` is {shard!r}; expected true or false.")
+        shard = shard and processes.count > 1
         if processes.first:
             for part in parts:
                 make_room_for(part.output)
@@ -90,13 +94,16 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
                 for path, saved in finished.values():
                     now = {DATA: data.fingerprint, CLIPS: " ".join(data.clip_ids)}
                     saved.check(saved.config, {**saved.identity, **now}, path)
-        if part is not parts[-1]:
+        # dividing the model would change it
+        if part is not parts[-1] and not shard:
             check_memory(part, parts[-1], model, data, bases)
         logger.info("Training the %s expert on %s", part.side, part.model.name)
         if recipe is not None:
             lines.append(recipe.in_words(part.config))
             logger.info(lines[-1])
-        lines.append(train_part(part, model, data, vae, semantic, start, bases, processes))
+        lines.append(train_part(part, model, data, vae, semantic, start, bases, processes, shard))
+        # a divided model is loaded again
+        loaded = None if shard else loaded
     return "\n".join(lines)
 
 
@@ -109,6 +116,7 @@ def train_part(
     start: list[Expert | None],
     bases: Bases,
     processes: Processes,
+    shard: bool,
 ) -> str:
     """Train one expert and save it. Returns what was done.
 
@@ -125,6 +133,7 @@ def train_part(
         bases=bases,
         vae=vae,
         handover=part.handover,
+        shard=shard,
         start=start.pop(),
     )
     if processes.first:

@@ -41,6 +41,7 @@ SETTINGS = {
     "semantic",
     "continue_from",
     "recipe",
+    "shard",
     "training",
 }
 # names of earlier versions -> those of today

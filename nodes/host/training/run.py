@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ....dcm_core.distill.backbone import shard_base
 from ....dcm_core.distill.batches import generator_of
 from ....dcm_core.distill.checkpoint_file import CLIPS, DATA, PROCESSES
 from ....dcm_core.distill.checkpoints import check_resumable, locked
@@ -19,7 +20,7 @@ from ....dcm_core.distill.config import TrainingConfig, TrainingError
 from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.learner import import_adamw8bit
 from ....dcm_core.distill.method.discriminator import discriminator_size
-from ....dcm_core.distill.parallel import join
+from ....dcm_core.distill.parallel import Processes, join
 from ....dcm_core.distill.student import new_detail, new_semantic
 from ....dcm_core.distill.trainer import Result, Trainer
 from ....dcm_core.distill.watcher import Quiet
@@ -150,24 +151,28 @@ def train_expert(
     vae: Any = None,
     node_id: str | None = None,
     handover: Path | None = None,
+    shard: bool = True,
     trial: bool = False,
 ) -> Result | None:
-    """Train, or resume from the checkpoints in `folder`. MODEL is unchanged afterwards.
+    """Train, or resume from the checkpoints in `folder`. MODEL is unchanged afterwards, unless it was divided.
 
     Args:
         start: an expert to start from, instead of one that changes nothing.
         semantic: the semantic expert under a detail expert, or that of the other one of two models.
         bases: the two models of which MODEL is one; None takes those of `semantic` or `start`.
         handover: see `Show`.
+        shard: whether several processes divide base, experts and optimiser among them, so that each keeps a part.
         trial: only find out whether the run fits into memory.
 
     Raises:
         DCMError: data, settings or a checkpoint that does not fit.
     """
     processes = join(model.load_device)
+    processes = replace(processes, sharded=processes.count > 1 and shard)
     with processes.agreed():
         if config.optimizer == "adamw8bit":
             import_adamw8bit()
+            check_not_divided(processes)
         family = require_family(model)
         bases = bases or known_bases(model, config.side, (semantic, start))
         boundary = shared_boundary(config, start, semantic)
@@ -186,6 +191,7 @@ def train_expert(
         # raises if held_out is too large
         data.split(config.held_out, config.seed)
         base = training_base(model)
+        device = base.load_device
         identity = identity_of(base, data, start, semantic, processes.count)
     processes.check_same({**identity, "settings": config.to_json()})
     notes = notes_on(config, semantic, pair)
@@ -203,15 +209,25 @@ def train_expert(
         if processes.first:
             check_resumable(folder, config, identity)
         clear_device(base)
+        if processes.sharded:
+            # complete in system memory; each process keeps a part of it on its device
+            base.load_device = base.offload_device
         # first: removes what other clones have patched into the shared model
         hold(base, 0)
         backbone = make_backbone(base, family, config)
         beside = discriminator_size(backbone, config) + (FLOAT32 * size_of(semantic) if semantic else 0)
         if config.rank == 0:
             # as large as the model, so refused before it is made
-            check_fits(base, config, FLOAT32 * sum(map(math.prod, module_shapes(base).values())), beside)
+            model_size = FLOAT32 * sum(map(math.prod, module_shapes(base).values()))
+            check_fits(base, config, model_size, beside, device, processes)
         expert = replace(first_expert(base, family, config, start, semantic), pair=pair)
-        hold(base, check_fits(base, config, FLOAT32 * size_of(expert), beside))
+        present = check_fits(base, config, FLOAT32 * size_of(expert), beside, device, processes)
+        if processes.sharded:
+            # from here on, all wait for each other
+            agree()
+            shard_base(backbone.module, family, device)
+        else:
+            hold(base, present)
         show = Show(
             base, semantic, config, data, folder, node_id, lambda: hold(base, memory.step), vae, notes, handover
         )
@@ -221,7 +237,7 @@ def train_expert(
             config,
             expert,
             folder,
-            base.load_device,
+            device,
             semantic=semantic,
             # cloned: tensors from inference mode cannot take part in a backward pass
             latent_in=lambda latent: base.model.process_latent_in(latent.clone().float()),
@@ -238,6 +254,19 @@ def train_expert(
             return None
         with interrupted_at_exit(), closing(show.log):
             return trainer.run()
+
+
+def check_not_divided(processes: Processes) -> None:
+    """Refuse 8-bit moments where the optimiser's tensors are divided: their blocks would not fit the parts.
+
+    Raises:
+        TrainingError: says what to change.
+    """
+    if processes.sharded:
+        raise TrainingError(
+            "optimizer is adamw8bit, which does not work with tensors that are divided among processes. Set optimizer to adamw, or "
+            '"shard" to false in the settings file.'
+        )
 
 
 def identity_of(

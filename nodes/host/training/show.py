@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,13 @@ from ....dcm_core.distill.divergence import skipped_in_words
 from ....dcm_core.distill.run_log import RunLog
 from ....dcm_core.errors import DCMError
 from ....dcm_core.experts.expert import Expert
-from ....dcm_core.families import FAMILIES
 from ....dcm_core.files.tensor_file import TensorFile
 from ....dcm_core.files.writing import write_tensors
 from ....dcm_core.inspection.loss_plot import plot_losses
 from ....dcm_core.routing import split_sigmas
 from ....dcm_core.schedule import sigmas_from_timesteps
 from ....dcm_core.text import LOGGER
-from ..experts.attach import attach_experts
+from ..experts.attach import attach_experts, require_family
 from ..report import tell
 from ..sampling.run import make_guider
 from ..video import save_video
@@ -131,35 +131,42 @@ class Show:
 
     def sample(self, done: int, expert: Expert) -> None:
         """Sample a video of each prompt with the code of the sampler nodes. A failure does not end the run."""
+        with self._unless_it_fails(done):
+            self._show(done, self._samples(expert))
+        self.reload()
+
+    def sampled(self, done: int, latents: list[Tensor]) -> None:
+        """Show videos that all processes sampled together. A failure does not end the run."""
+        with self._unless_it_fails(done):
+            self._show(done, latents)
+
+    @contextmanager
+    def _unless_it_fails(self, done: int) -> Iterator[None]:
         try:
-            self._sample(done, expert)
+            with torch.inference_mode():
+                yield
         except comfy.model_management.InterruptProcessingException:
             raise
         except Exception as error:
             logger.warning("Could not make the sample video at step %d: %s", done, error)
-        self.reload()
 
-    def _sample(self, done: int, expert: Expert) -> None:
-        with torch.inference_mode():
-            model = with_experts(self.model, expert, self.semantic)
-            first, strips = self.data.example, []
-            prompts = self.data.sample_prompts() or [self.data.conditioning(first)]
-            for number, prompt in enumerate(prompts):
-                # one prompt needs no number
-                end = f"_{number + 1}" if len(prompts) > 1 else ""
-                handover = self.handover and self.handover.with_stem(f"{self.handover.stem}{end}")
-                # for image to video each prompt has the images of another clip
-                clip = (first + number) % len(self.data)
-                extras = {"guidance": self.config.guidance, **host_values(self.data.image(clip))}
-                conditioning = [[context.clone(), {**extras, **more}] for context, more in prompt]
-                latent = sample_latent(model, conditioning, self.data.latent(first), expert, self.config.seed, handover)
-                strips.append(preview_strip(model, latent))
-                if self.vae is not None:
-                    latent = model.model.process_latent_out(latent)
-                    save_video(
-                        self.vae, latent, FAMILIES[expert.family].fps, self.folder / f"sample_{done:08d}{end}.mp4"
-                    )
-            self.picture = stacked(strips)
+    def _samples(self, expert: Expert) -> list[Tensor]:
+        model, samples = with_experts(self.model, expert, self.semantic), self.data.samples()
+        latents = []
+        for number, (prompt, clip) in enumerate(samples):
+            handover = self.handover and numbered(self.handover, number, len(samples))
+            extras = {"guidance": self.config.guidance, **host_values(self.data.image(clip))}
+            conditioning = [[context.clone(), {**extras, **more}] for context, more in prompt]
+            latents.append(
+                sample_latent(model, conditioning, self.data.latent(clip), expert, self.config.seed, handover)
+            )
+        return latents
+
+    def _show(self, done: int, latents: list[Tensor]) -> None:
+        self.picture = stacked([preview_strip(self.model, latent) for latent in latents])
+        for number, latent in enumerate(latents if self.vae is not None else ()):
+            file = numbered(self.folder / f"sample_{done:08d}.mp4", number, len(latents))
+            save_video(self.vae, self.model.model.process_latent_out(latent), require_family(self.model).fps, file)
 
     def _preview(self, history: History) -> Image.Image:
         plot = plot_losses(history, "loss")
@@ -167,6 +174,11 @@ class Show:
             return plot
         strip = self.picture.resize((plot.width, max(1, self.picture.height * plot.width // self.picture.width)))
         return stacked([plot, strip])
+
+
+def numbered(path: Path, number: int, count: int) -> Path:
+    """The file of one of `count` samples. One alone has no number."""
+    return path if count == 1 else path.with_stem(f"{path.stem}_{number + 1}")
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:

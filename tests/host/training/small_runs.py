@@ -1,6 +1,9 @@
 """What the tests of training share: small settings, random videos, a Trainer, comparisons."""
 
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 
 from dcm_core.experts.expert import expert_id
 
@@ -17,28 +20,55 @@ SMALL = {
 }
 
 
-def random_data(dataset, count=4, channels=16, size=(2, 4, 6), words=3):
+def random_data(dataset, count=4, channels=16, size=(2, 4, 6), words=3, longest=3):
     """Training data for a small Wan model; `dataset` is the pack's module."""
     generator = torch.Generator().manual_seed(5)
     latents = [torch.randn(channels, *size, generator=generator) for _ in range(count)]
-    texts = [[[torch.randn(1, words, 4096, generator=generator), {}]] for _ in range(count)]
+    lengths = [words] * (count - 1) + [max(words, longest)]
+    texts = [[[torch.randn(1, length, 4096, generator=generator), {}]] for length in lengths]
     return dataset.TensorDataset(latents, texts, list(range(count)), [[torch.zeros(1, words, 4096), {}]])
 
 
-def make_trainer(module, model, data, config, folder):
-    """A Trainer for a MODEL that has not begun."""
+def uneven_data(dataset):
+    """The same with one longer caption, which cannot be in a batch with the others."""
+    return random_data(dataset, longest=5)
+
+
+@contextmanager
+def group_of_one():
+    """A group of processes with this one in it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def make_trainer(module, model, data, config, folder, sharded=False):
+    """A Trainer for a MODEL that has not begun.
+
+    Args:
+        sharded: divide everything among the processes of the current group.
+    """
     training, places = module("nodes.host.training.run"), module("nodes.host.training.base")
     family = module("nodes.host.experts.attach").require_family(model)
     config = config.for_family(family)
     places.hold(model, 0)
-    return module("dcm_core.distill.trainer").Trainer(
+    backbone, expert = (
         places.make_backbone(model, family, config),
+        training.first_expert(model, family, config, None, None),
+    )
+    if sharded:
+        module("dcm_core.distill.backbone").shard_base(backbone.module, family, model.load_device)
+    return module("dcm_core.distill.trainer").Trainer(
+        backbone,
         data,
         config,
-        training.first_expert(model, family, config, None, None),
+        expert,
         folder,
         model.load_device,
         image_in=module("nodes.host.training.image").image_inputs(model),
+        processes=module("dcm_core.distill.parallel").Processes(sharded=sharded),
     )
 
 

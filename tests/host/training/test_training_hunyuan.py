@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
+from dcm_core.experts.expert import expert_tensor_list
+
 from ..compare import relative
-from .small_runs import make_trainer, same
+from .small_runs import group_of_one, make_trainer, same
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
@@ -16,6 +18,10 @@ BOUNDARY, GUIDANCE, CFG = 0.982, 6.0, 5.0
 
 @pytest.fixture(scope="module")
 def model(module, releases):
+    return load_base(module, releases)
+
+
+def load_base(module, releases):
     load = module("nodes.host.experts.load")
     load.WEIGHT_DTYPES["float32"] = {"dtype": torch.float32}
     loaded, _ = load.load_model(releases["hy_tiny"], "float32")
@@ -68,6 +74,23 @@ def trainer(module, model, data, config, tmp_path_factory):
         return made
 
     return make
+
+
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_a_divided_base_makes_the_same_steps(side, module, releases, model, data, config, tmp_path):
+    """In a group of one process: what FSDP2 does to blocks that overwrite their input, and return two tensors."""
+    with group_of_one():
+        plain, divided = (
+            make_trainer(module, base, data, config(side), tmp_path, sharded)
+            for base, sharded in ((model, False), (load_base(module, releases), True))
+        )
+        for made in (plain, divided):
+            for _ in range(2):
+                made._training_step()
+        for mine, theirs in zip(plain.history, divided.history, strict=True):
+            assert theirs == pytest.approx(mine, rel=1e-6)
+        tensors = [expert_tensor_list(made.expert()) for made in (plain, divided)]
+        torch.testing.assert_close(*tensors, rtol=0, atol=1e-7)
 
 
 def merged(network, student):

@@ -6,7 +6,7 @@ from torch._C._profiler import _EventType
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..small_models import FP8, native_wan
-from .small_runs import make_trainer, random_data, same, weights
+from .small_runs import group_of_one, make_trainer, random_data, same, weights
 
 # frames, height and width of latents; the second is more than is measured
 SIZES = ((2, 4, 6), (9, 36, 32))
@@ -35,12 +35,12 @@ def trainer(module, config, tmp_path):
     """trainer(side, dtype, size, ...) -> a Trainer on a base stored in that dtype, for videos of that size."""
     import comfy.sd
 
-    def make(side, dtype=torch.float32, size=SIZES[0], layers=4, **values):
+    def make(side, dtype=torch.float32, size=SIZES[0], layers=4, sharded=False, **values):
         model = comfy.sd.load_diffusion_model_state_dict(
             native_wan(width=128, layers=layers), model_options={"dtype": dtype}
         )
         data = random_data(module("dcm_core.distill.data.dataset"), size=size)
-        return make_trainer(module, model, data, config(side, **values), tmp_path)
+        return make_trainer(module, model, data, config(side, **values), tmp_path, sharded)
 
     return make
 
@@ -67,6 +67,21 @@ def test_a_step_takes_what_was_told(side, dtype, values, size, trainer):
     assert 0.95 * taken < told.step < 1.15 * (taken + gradients)
     trained = sum(value.numel() for learner in made._learners for value in learner.parameters.values())
     assert told.moments == 8 * trained
+
+
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize(
+    ("side", "values"),
+    [("semantic", {"rank": 0, "gradient_checkpointing": True}), ("detail", {"gradient_checkpointing": False})],
+)
+def test_a_step_of_a_divided_base_takes_what_was_told(side, values, trainer):
+    with group_of_one():
+        made = trainer(side, sharded=True, batch_size=1, **values)
+        told = made.memory()
+        made._training_step()
+        taken = peak(made._training_step)
+    gradients = sum(4 * value.numel() for value in made.learner.parameters.values())
+    assert 0.95 * taken < told.step < 1.15 * (taken + gradients)
 
 
 @pytest.mark.usefixtures("gradients")
@@ -265,7 +280,9 @@ def test_other_models_make_room(wan, run_on_card):
 
 def test_an_average_is_there_before_the_first_step_and_only_where_there_is_one(module, model, config):
     check_fits = module("nodes.host.training.base").check_fits
-    found = [check_fits(model, config("semantic", ema_decay=decay), trained=1000, beside=10) for decay in (0.0, 0.95)]
+    found = [
+        check_fits(model, config("semantic", ema_decay=decay), 1000, 10, model.load_device) for decay in (0.0, 0.95)
+    ]
     assert found == [1010, 2010]
 
 
