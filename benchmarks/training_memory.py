@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 from routing import DIM, FFN, HEADS, TEXT_DIM, TEXT_TOKENS, random_base, start_host
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 META = torch.device("meta")
 WAN, HUNYUAN_VIDEO = "Wan 2.1 1.3B, 832x480", "HunyuanVideo 13B, 832x480"
@@ -27,6 +28,7 @@ LATENT = (60, 104)
 # name, frames of the video, dtype of the base, settings
 ROWS: list[tuple[str, int, torch.dtype, dict[str, Any]]] = [
     (WAN, 81, torch.bfloat16, {"side": "semantic"}),
+    (WAN, 81, torch.bfloat16, {"side": "semantic", "offload_activations": True}),
     (WAN, 81, torch.bfloat16, {"side": "semantic", "gradient_checkpointing": False}),
     (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 32}),
     (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 0}),
@@ -85,6 +87,14 @@ def flash_attention(
     return out.transpose(1, 2).flatten(2)
 
 
+def out_of_sight(*, pin_memory: bool) -> saved_tensors_hooks:
+    """As `save_on_cpu`, for tensors without values: only their shapes wait for the backward pass."""
+    return saved_tensors_hooks(
+        lambda tensor: (tensor.shape, tensor.dtype, tensor.device),
+        lambda kept: torch.empty(kept[0], dtype=kept[1], device=kept[2]),
+    )
+
+
 def random_clip(pack: Callable[[str], Any], frames: int, extras: dict[str, Any]) -> Any:
     """One clip of so many frames with its text, as training data."""
     text = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM), extras]]
@@ -116,10 +126,12 @@ def memory(pack: Callable[[str], Any], name: str, frames: int, dtype: torch.dtyp
         torch.bfloat16,
         lambda: {"optimized_attention_override": flash_attention},
         config.gradient_checkpointing,
+        config.offload_activations,
     )
     # nothing is made, so that the whole video can be
     whole = patch.object(pack("dcm_core.distill.memory"), "PROBE", 10**9)
-    with tempfile.TemporaryDirectory() as folder, pack("nodes.host.compat").gradients(), whole:
+    elsewhere = patch.object(pack("dcm_core.distill.backbone"), "save_on_cpu", out_of_sight)
+    with tempfile.TemporaryDirectory() as folder, pack("nodes.host.compat").gradients(), whole, elsewhere:
         trainer = pack("dcm_core.distill.trainer").Trainer(
             backbone, data, config, replace(expert, boundary=config.boundary), Path(folder), META, semantic
         )
