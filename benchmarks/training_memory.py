@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 from routing import DIM, FFN, HEADS, TEXT_DIM, TEXT_TOKENS, random_base, start_host
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 META = torch.device("meta")
 WAN, WAN_14B, HUNYUAN_VIDEO = "Wan 2.1 1.3B, 832x480", "Wan 14B, 832x480", "HunyuanVideo 13B, 832x480"
@@ -28,6 +29,7 @@ CARDS = (1, 2, 8)
 # name, frames of the video, dtype of the base, settings, numbers of GPUs
 ROWS: list[tuple[str, int, torch.dtype, dict[str, Any], Sequence[int]]] = [
     (WAN, 81, torch.bfloat16, {"side": "semantic"}, (1,)),
+    (WAN, 81, torch.bfloat16, {"side": "semantic", "offload_activations": True}, (1,)),
     (WAN, 81, torch.bfloat16, {"side": "semantic", "gradient_checkpointing": False}, (1,)),
     (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 32}, (1,)),
     (WAN, 81, torch.bfloat16, {"side": "semantic", "rank": 0}, (1,)),
@@ -93,6 +95,14 @@ def flash_attention(
     return out.transpose(1, 2).flatten(2)
 
 
+def out_of_sight(*, pin_memory: bool) -> saved_tensors_hooks:
+    """As `save_on_cpu`, for tensors without values: only their shapes wait for the backward pass."""
+    return saved_tensors_hooks(
+        lambda tensor: (tensor.shape, tensor.dtype, tensor.device),
+        lambda kept: torch.empty(kept[0], dtype=kept[1], device=kept[2]),
+    )
+
+
 def random_clip(pack: Callable[[str], Any], frames: int, extras: dict[str, Any]) -> Any:
     """One clip of so many frames with its text, as training data."""
     text = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM), extras]]
@@ -145,6 +155,7 @@ def memory(
         torch.bfloat16,
         lambda: {"optimized_attention_override": flash_attention},
         config.gradient_checkpointing,
+        config.offload_activations,
     )
     sharding, processes = pack("dcm_core.distill.sharding"), pack("dcm_core.distill.parallel").Processes
     with (
@@ -152,6 +163,7 @@ def memory(
         pack("nodes.host.compat").gradients(),
         # nothing is made, so that the whole video can be
         patch.object(pack("dcm_core.distill.memory"), "PROBE", 10**9),
+        patch.object(pack("dcm_core.distill.backbone"), "save_on_cpu", out_of_sight),
         patch.object(sharding, "_gathered", lambda part, count: part.new_empty(count * part.numel())),
         patch.object(sharding, "_scattered_mean", lambda flat, count: flat.new_empty(flat.numel() // count)),
     ):

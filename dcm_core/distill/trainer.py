@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor
 from ..errors import name_some
 from ..experts.expert import Expert
 from ..files.tensor_file import TensorFile
-from ..routing import is_detail, split_sigmas
-from ..schedule import sigmas_from_timesteps
 from ..text import LOGGER
 from .backbone import Backbone, Working
 from .batches import Batches, ImageIn
@@ -32,6 +29,7 @@ from .method.discriminator import make_discriminator
 from .method.losses import pseudo_huber
 from .method.stages import DetailStage, SemanticStage, Terms
 from .parallel import Processes
+from .samples import sample_latents
 from .sharding import collected, complete_shape, complete_size, divide, fill
 from .signals import held_back
 from .student import Student, make_fixed
@@ -326,34 +324,12 @@ class Trainer:
             if self.processes.first:
                 self.watcher.sample(self.done, self.expert())
             return
-        latents = self.sample_latents()
+        working: Working = (self.ema or self.student).working
+        # the semantic expert is on at all steps, as where the detail expert is trained
+        all_steps, detail_steps = (working, ()) if self.config.side == "semantic" else (self.semantic_working, working)
+        latents = sample_latents(self.backbone, self.batches, self.config, all_steps, detail_steps, self.of_pair)
         if self.processes.first:
             self.watcher.sampled(self.done, latents)
-
-    @torch.no_grad()
-    def sample_latents(self) -> list[Tensor]:
-        """The sample videos, by Euler steps on the expert's own schedule. With a divided base, all processes call it.
-
-        Of two models, only this one's steps are made: the semantic expert's video is its last estimate, and the detail expert starts
-        from a clip with noise.
-        """
-        config, working = self.config, (self.ema or self.student).working
-        sigmas = sigmas_from_timesteps(config.timesteps(self.backbone.family))
-        if self.of_pair:
-            sigmas = split_sigmas(sigmas, config.boundary)[config.side == "detail"]
-        sigmas, latents = sigmas.to(self.device), []
-        for text, x0 in self.batches.samples():
-            noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed)).to(self.device)
-            x = sigmas[0] * noise + (1 - sigmas[0]) * x0
-            for sigma, after in pairwise(sigmas):
-                # the semantic expert is on at all steps, as where the detail expert is trained
-                on = config.side == "semantic" or bool(is_detail(sigma, config.boundary))
-                velocity = self.backbone.velocity(
-                    x, sigma[None], text, (*self.semantic_working, *(working if on else ()))
-                )
-                denoised, x = x - sigma * velocity, x + (after - sigma) * velocity
-            latents.append(denoised.cpu())
-        return latents
 
     def _hold_out(self) -> None:
         """Measure the held-out loss if the last step needs it. An interrupt may have come before it was measured."""
@@ -422,7 +398,7 @@ class Trainer:
         if (found := self.processes.from_first(newest)) is None:
             return ""
         path, saved = found
-        tensors = self._tensors_of(path, loaded)
+        tensors = self._everywhere(path, loaded)
         for learner in self._learners:
             learner.load(tensors)
         for name, value in self.ema.named_parameters() if self.ema else ():
@@ -435,9 +411,8 @@ class Trainer:
         self.watcher.resumed(words)
         return words
 
-    def _tensors_of(self, path: Path, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the checkpoint that the first process has `loaded` from `path`. On several machines, the others may not have
-        it, or an older one; then it is sent."""
+    def _everywhere(self, path: Path, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of the checkpoint in all processes. The first has `loaded` them; on other machines the file may be missing."""
         own, checksum = self.folder / path.name, self.processes.from_first(lambda: TensorFile(path).checksum)
         same = own.is_file() and TensorFile(own).checksum == checksum
         if not all(self.processes.gather(same)):
