@@ -19,7 +19,7 @@ class TrainingError(DCMError):
 
 
 SCHEDULERS = ("constant", "cosine")
-# The largest whole number: larger ones fit no tensor.
+# Larger integers do not fit into a tensor.
 LARGEST = 2**63 - 1
 OPTIMIZERS = ("adamw", "adamw8bit")
 # names of the types for readers

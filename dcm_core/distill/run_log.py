@@ -62,7 +62,7 @@ class RunLog:
         try:
             self._add_events(row, step)
         except Exception as error:
-            # of a package that is installed but broken, or of a full disk
+            # the package may be broken, or the disk full
             self._events, self._with_events = None, False
             logger.warning("TensorBoard's events cannot be written (%s). The losses are in %s alone.", error, TABLE)
 
