@@ -11,7 +11,8 @@ from ..families import Family
 from ..files.conditioning import Conditioning
 from .backbone import Text
 from .config import TrainingConfig, TrainingError
-from .data.dataset import BatchOrder, Dataset, ImageConditioning
+from .data.dataset import Dataset, ImageConditioning
+from .data.order import BatchOrder
 from .method.consistency import Batch
 from .method.phases import Phases
 from .parallel import Processes

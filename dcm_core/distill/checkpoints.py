@@ -12,12 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from torch import Tensor
+
 from ..errors import CheckpointError, NoRoomError, counted
 from ..families.keymap import Shape
+from ..files.tensor_file import TensorFile
 from ..files.unfinished import check_room, remove_left
 from ..text import LOGGER
 from .checkpoint_file import Checkpoint, read_checkpoint, write_checkpoint
 from .config import TrainingConfig, TrainingError
+from .parallel import Processes
 
 try:
     import fcntl
@@ -205,3 +209,16 @@ def newest_checkpoint(
             "them elsewhere to start over under this name, or choose another name."
         )
     return None
+
+
+def in_all_processes(path: Path, loaded: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, in all processes.
+
+    Args:
+        path: where this process would have it. On other machines the file may be missing, or another one; then it is sent.
+        loaded: the tensors in the first process.
+    """
+    own = (path.is_file(), TensorFile(path).checksum if path.is_file() else None)
+    if len(set(processes.gather(own))) > 1:
+        return processes.tensors_from_first(loaded)
+    return loaded or read_checkpoint(path).tensors

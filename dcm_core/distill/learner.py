@@ -124,6 +124,31 @@ def make_learner(
     return Learner(name, parameters, torch.optim.AdamW(parameters.values(), lr=rate, foreach=False, **settings), clip)
 
 
+def expert_learner(student: nn.Module, config: TrainingConfig) -> Learner:
+    """The learner of the trained expert."""
+    return make_learner(
+        "expert",
+        dict(student.named_parameters()),
+        config.learning_rate,
+        config.clip_norm,
+        config.optimizer,
+        weight_decay=config.weight_decay,
+    )
+
+
+def discriminator_learner(discriminator: nn.Module, config: TrainingConfig) -> Learner:
+    """The learner of the discriminator, with the official code's betas."""
+    return make_learner(
+        "discriminator",
+        dict(discriminator.named_parameters()),
+        config.discriminator_learning_rate,
+        config.discriminator_clip_norm or math.inf,
+        config.optimizer,
+        betas=(0.0, 0.999),
+        weight_decay=config.discriminator_weight_decay,
+    )
+
+
 def import_adamw8bit() -> type[torch.optim.Optimizer]:
     """The AdamW of bitsandbytes.
 

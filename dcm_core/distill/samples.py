@@ -23,7 +23,7 @@ def sample_latents(
 ) -> list[Tensor]:
     """The sample videos, by Euler steps on the expert's own schedule.
 
-    Of two models, only this one's steps are made. The semantic expert's video is then its last estimate. The detail expert starts
+    With two models, only the steps of this one are made. The semantic expert's video is then its last estimate. The detail expert starts
     from a clip with noise.
 
     Args:

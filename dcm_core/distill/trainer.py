@@ -13,16 +13,15 @@ from torch import Tensor
 
 from ..errors import name_some
 from ..experts.expert import Expert
-from ..files.tensor_file import TensorFile
 from ..text import LOGGER
 from .backbone import Backbone, Working
 from .batches import Batches, ImageIn
-from .checkpoint_file import EMA, LOSS_SCALE_NAME, Checkpoint, History, read_checkpoint
-from .checkpoints import check_folder, check_resumable, newest_checkpoint, save_checkpoint
+from .checkpoint_file import EMA, LOSS_SCALE_NAME, Checkpoint, History
+from .checkpoints import check_folder, check_resumable, in_all_processes, newest_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .data.dataset import Dataset
 from .divergence import Diverged, best_step, check_any_made, check_losses, is_skipped, skipped_in_words
-from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, learning_rate_at, make_learner
+from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, discriminator_learner, expert_learner, learning_rate_at
 from .memory import Memory, step_size, total
 from .method.consistency import Batch, Networks, predict
 from .method.discriminator import make_discriminator
@@ -94,20 +93,13 @@ class Trainer:
             () if semantic is None else make_fixed(semantic, modules, self.device, self.backbone.dtype, self.processes)
         )
         self.ema = self.student.make_ema() if config.ema_decay else None
-        self.learner = make_learner(
-            "expert",
-            dict(self.student.named_parameters()),
-            config.learning_rate,
-            config.clip_norm,
-            config.optimizer,
-            weight_decay=config.weight_decay,
-        )
+        self.learner = expert_learner(self.student, config)
         self.discriminator = make_discriminator(self.backbone, config) if config.adversarial else None
         if self.discriminator is not None and self.processes.sharded:
             divide(self.discriminator, self.processes, self.device)
         elif self.discriminator is not None:
             self.discriminator.to(self.device)
-        self.discriminator_learner = self._make_discriminator_learner() if config.adversarial else None
+        self.discriminator_learner = discriminator_learner(self.discriminator, config) if config.adversarial else None
         self.loss_scale = LOSS_SCALE if self.backbone.dtype is torch.float16 else 1.0
         train, self.held_out = self.data.split(config.held_out, config.seed)
         self.batches = Batches(
@@ -226,18 +218,6 @@ class Trainer:
     def _guidance(self) -> float | None:
         embedded = getattr(getattr(self.backbone.module, "params", None), "guidance_embed", False)
         return self.config.guidance if embedded else None
-
-    def _make_discriminator_learner(self) -> Learner:
-        config = self.config
-        return make_learner(
-            "discriminator",
-            dict(self.discriminator.named_parameters()),
-            config.discriminator_learning_rate,
-            config.discriminator_clip_norm or math.inf,
-            config.optimizer,
-            betas=(0.0, 0.999),
-            weight_decay=config.discriminator_weight_decay,
-        )
 
     def _training_step(self) -> None:
         """One step of the optimisers. Its losses are added to the history."""
@@ -398,7 +378,7 @@ class Trainer:
         if (found := self.processes.from_first(newest)) is None:
             return ""
         path, saved = found
-        tensors = self._everywhere(path, loaded)
+        tensors = in_all_processes(self.folder / path.name, loaded, self.processes)
         for learner in self._learners:
             learner.load(tensors)
         for name, value in self.ema.named_parameters() if self.ema else ():
@@ -410,11 +390,3 @@ class Trainer:
             logger.info("%s: %s", path, words)
         self.watcher.resumed(words)
         return words
-
-    def _everywhere(self, path: Path, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the checkpoint in all processes. The first has `loaded` them; on other machines the file may be missing."""
-        own, checksum = self.folder / path.name, self.processes.from_first(lambda: TensorFile(path).checksum)
-        same = own.is_file() and TensorFile(own).checksum == checksum
-        if not all(self.processes.gather(same)):
-            return self.processes.tensors_from_first(loaded)
-        return loaded or read_checkpoint(own).tensors

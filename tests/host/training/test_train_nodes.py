@@ -42,7 +42,6 @@ COMMAND_LINE_ALONE = {
     "divergence",
     "points",
     "shared",
-    "caption_dropout",
     "feature_weight",
     "held_out_every",
 }
