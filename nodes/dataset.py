@@ -170,7 +170,7 @@ class DCMVideoDataset(io.ComfyNode):
             negative,
             byte_progress(cls.hidden.unique_id),
             roots,
-            [line.strip() for line in sample_prompts.splitlines() if line.strip()],
+            sample_prompts=[line.strip() for line in sample_prompts.splitlines() if line.strip()],
         )
         return io.NodeOutput(dataset, ui=report(dataset.report(), cls.hidden.unique_id))
 

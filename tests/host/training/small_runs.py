@@ -26,7 +26,8 @@ def random_data(dataset, count=4, channels=16, size=(2, 4, 6), words=3, longest=
     latents = [torch.randn(channels, *size, generator=generator) for _ in range(count)]
     lengths = [words] * (count - 1) + [max(words, longest)]
     texts = [[[torch.randn(1, length, 4096, generator=generator), {}]] for length in lengths]
-    return dataset.TensorDataset(latents, texts, list(range(count)), [[torch.zeros(1, words, 4096), {}]])
+    nothing = [[torch.zeros(1, words, 4096), {}]]
+    return dataset.TensorDataset(latents, texts, list(range(count)), nothing, empty=nothing)
 
 
 def uneven_data(dataset):

@@ -282,7 +282,9 @@ def test_clips_of_another_kind_are_refused_before_anything(
 def test_the_settings_file_is_refused_before_clips_are_encoded(values, message, module, tmp_path):
     settings = {"dataset": {"folder": "clips", **values}}
     with pytest.raises(module("dcm_core.errors").DCMError, match=message):
-        module("nodes.host.training.command").load_data(settings, tmp_path, make_wan(width=128, layers=1))
+        module("nodes.host.training.command").load_data(
+            settings, tmp_path, make_wan(width=128, layers=1), module("dcm_core.distill.parallel").ALONE
+        )
 
 
 def test_captions_cannot_be_dropped_without_an_empty_text(bases, clips, config, train, module, tmp_path):

@@ -1,4 +1,4 @@
-"""Several processes that keep a part of base, expert and optimiser each, against one with the same full batch."""
+"""Several processes that keep a part of base, expert and optimiser each, against one that makes all their batches."""
 
 import json
 import os
@@ -16,17 +16,19 @@ from .small_runs import SMALL, uneven_data
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
-BATCH = 4
+# batches of all processes in a step
+TURNS = 4
 SCRIPT = Path(__file__).with_name("train_sharded.py")
 # name -> side, and how the settings differ from SMALL
 TRAINED = {"semantic": ("semantic", {}), "detail": ("detail", {}), "full": ("semantic", {"rank": 0})}
 
 
 def run(trained, processes, shard=True, about="", folder="", **values):
-    """A run for `train_sharded.py`, with the same full batch for any number of processes."""
+    """A run for `train_sharded.py`, with as many batches in a step for any number of processes."""
     side, differing = TRAINED[trained]
     name = f"{trained} {about}".strip()
-    values = {**SMALL, "steps": 2, "warmup_steps": 0, "batch_size": BATCH // processes, **differing, **values}
+    values = {**SMALL, "steps": 2, "warmup_steps": 0, **differing, **values}
+    values["gradient_accumulation_steps"] = TURNS // processes
     return {"name": name, "folder": folder or f"run {name}", "side": side, "shard": shard, "values": values}
 
 

@@ -463,11 +463,16 @@ def test_a_semantic_expert_under_a_semantic_one_is_refused(base_file, module):
 def test_settings_of_the_other_expert_are_told(base_file, module, caplog):
     """They may be there for both experts."""
     training = {"adversarial_weight": 0.2, "steps": 3, "accumulate": 2, "shared": False}
-    read, settings = module("nodes.host.training.command").read_settings, {"output": "e", "training": training}
-    assert read("semantic", settings, base_file.parent)[0].steps == 3
+    settings = {"model": base_file.name, "output": "e", "training": training}
+
+    def read(side):
+        (part,) = module("nodes.host.training.parts").parts_of(side, settings, base_file.parent)
+        return part.config
+
+    assert read("semantic").steps == 3
     assert caplog.messages == ["`adversarial_weight` has no effect: only a detail expert has this setting."]
     caplog.clear()
-    read("detail", settings, base_file.parent)
+    read("detail")
     assert caplog.messages == ["`shared` has no effect: only a semantic expert has this setting."]
 
 

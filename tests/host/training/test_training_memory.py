@@ -242,8 +242,8 @@ def measured_on_card(pack, module, monkeypatch):
     memory = module("dcm_core.distill.memory")
     measured = memory._measured
 
-    def on_card(step, shape):
-        size = measured(step, shape)
+    def on_card(step, shape, device):
+        size = measured(step, shape, device)
         if size > management.get_free_memory():
             raise management.OOM_EXCEPTION("out of memory")
         return size

@@ -55,9 +55,9 @@ def test_each_sample_prompt_gives_a_sample(module, model, data, config, wan, tmp
     texts = [data.conditioning(index) for index in range(4)]
     given = dataset.TensorDataset(latents, texts, range(4), data.unconditional(), sample_prompts=prompts)
 
-    def sample(model, conditioning, shape, expert, seed):
-        made.append((conditioning[0][0], shape, seed))
-        return torch.zeros(1, *shape)
+    def sample(model, conditioning, clip, expert, seed, handover):
+        made.append((conditioning[0][0], tuple(clip.shape), seed))
+        return torch.zeros(1, *clip.shape)
 
     monkeypatch.setattr(show, "with_experts", lambda *args: model)
     monkeypatch.setattr(show, "sample_latent", sample)
@@ -65,7 +65,7 @@ def test_each_sample_prompt_gives_a_sample(module, model, data, config, wan, tmp
     expert = module("dcm_core.experts.expert").Expert("wan", "semantic")
     for clips in (given, data):
         shown = show.Show(model, None, config("semantic", seed=3), clips, tmp_path, None, lambda: None, Vae())
-        shown._sample(7, expert)
+        shown.sample(7, expert)
     assert [shape for _, shape, _ in made] == [data.shape(1)] * 3 and {seed for *_, seed in made} == {3}
     wanted = [*prompts, data.conditioning(0)]
     assert all(torch.equal(context, text[0][0]) for (context, *_), text in zip(made, wanted, strict=True))
