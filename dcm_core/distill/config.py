@@ -28,7 +28,7 @@ WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or
 
 @dataclass(frozen=True)
 class Setting:
-    """The description of a setting. Checks, node widgets and the table in docs/training.md are made from it.
+    """The description of a setting. Checks, node widgets and the table in docs/training-reference.md are made from it.
 
     Attributes:
         help: what it does, then what to set, then what 0 or -1 means.

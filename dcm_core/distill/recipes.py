@@ -1,4 +1,4 @@
-"""What the official training scripts set, by name. `docs/training.md` lists what differs from them on purpose."""
+"""What the official training scripts set, by name. `docs/training-reference.md` lists what differs from them on purpose."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
