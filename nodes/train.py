@@ -41,7 +41,7 @@ def first_inputs(side: Side) -> list[io.Input]:
     return [
         io.Model.Input(
             "model",
-            tooltip="Base model without experts: Wan 2.1 or HunyuanVideo. It is the teacher and stays unchanged.",
+            tooltip="Base model without experts: Wan 2.1, Wan 2.2 A14B or HunyuanVideo. It is the teacher and stays unchanged.",
         ),
         Dataset.Input("dataset", tooltip="Encoded clips from DCM Video Dataset."),
         io.String.Input(

@@ -27,7 +27,7 @@ def check_losses(history: History, config: TrainingConfig) -> None:
     if skipped and skipped % PATIENCE == 0:
         raise TrainingError(
             f"The loss was NaN or infinite {PATIENCE} times in a row, up to step {len(history)}. The expert is saved as it was before "
-            "these steps. Lower learning_rate or check the dataset for broken clips, then queue again to resume."
+            "these steps. Lower learning_rate or check the dataset for broken clips, then start again to resume."
         )
     if config.divergence and len(history) % WINDOW == 0:
         _check_growth(history, config)

@@ -77,6 +77,10 @@ class Memory:
             fixes.append("set rank above 0 (a LoRA instead of a full fine-tune)")
         elif config.rank > 16:
             fixes.append(f"lower rank from {config.rank}, and alpha in proportion")
+        if config.optimizer == "adamw":
+            fixes.append("set optimizer to adamw8bit")
+        if config.adversarial:
+            fixes.append("set adversarial_weight to 0")
         raise TrainingError(
             f"Training needs about {(self.present + self.coming) / GIB:.2f} GiB besides the base model, but only "
             f"{(self.present + available) / GIB:.2f} GiB are available. To need less: {'; '.join(fixes)}."

@@ -101,11 +101,14 @@ def test_advice_names_what_would_help():
         "set rank above 0": {"rank": 0},
         "lower rank from 64, and alpha in proportion": {"rank": 64},
         "use fewer frames": {},
+        "set optimizer to adamw8bit": {},
     }
     for advice, settings in cases.items():
         needed = r"needs about 2\.00 GiB besides the base model, but only 1\.50 GiB are available\."
         with pytest.raises(TrainingError, match=f"{needed} To need less: .*{advice}"):
             memory.check(3 * 2**29, TrainingConfig("semantic", **settings))
+    with pytest.raises(TrainingError, match="set adversarial_weight to 0"):
+        memory.check(3 * 2**29, TrainingConfig("detail"))
 
 
 def test_memory_in_words():
