@@ -59,7 +59,7 @@ def alone(train, model, config, module, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The results of two and of four processes that keep a part of everything each."""
-    folder, forgetful = tmp_path_factory.mktemp("together"), {"gradient_checkpointing": True}
+    folder, forgetful = tmp_path_factory.mktemp("together"), {"gradient_checkpointing": True, "offload_activations": True}
     two = [
         run("semantic", 2, about="forgetful", sample_every=1, **forgetful),
         run("detail", 2),
