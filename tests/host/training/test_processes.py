@@ -124,10 +124,16 @@ def test_what_the_first_has_finished_none_trains_again(disk, module, tmp_path):
             "The run ends here: process 1 of 2 on {host} failed. ",
             "none.safetensors does not exist",
         ),
+        # before the clips are read
+        (
+            {"weight_dtype": "fp8_e4m3fn", "dataset": "none.safetensors"},
+            "The run ends here: process 1 of 2 on {host} failed. ",
+            "cannot be divided among processes. Load the base in float32, float16 or bfloat16.",
+        ),
     ],
 )
 def test_where_one_cannot_begin_none_does(more, message, own, disk, tmp_path):
-    more = {name: str(disk / file) for name, file in more.items()}
+    more = {name: str(disk / value) if value.endswith(".safetensors") else value for name, value in more.items()}
     nodes = [tmp_path / "first", tmp_path / "second"]
     codes, said = start(
         (nodes[0], settings_in(nodes[0], disk, {"steps": 1})),
