@@ -309,16 +309,14 @@ def plain_weights(module: nn.Module) -> Iterator[Placement]:
 KEEP_COMPLETE = 'Set "shard" to false in the settings file; each process then keeps the complete base.'
 
 
-def shard_base(module: nn.Module, family: Family, device: torch.device) -> None:
-    """Divide the transformer's weights among all processes: each keeps a part of every weight, on `device`.
-
-    A block is complete while it runs, and again in its backward pass.
+def check_can_be_divided(module: nn.Module) -> None:
+    """Refuse a transformer that `shard_base` cannot divide.
 
     Raises:
         TrainingError: weights in a format that cannot be divided, or a PyTorch without FSDP2.
     """
     try:
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard  # noqa: F401
     except ImportError as error:
         raise TrainingError(
             f"Dividing the base among processes needs PyTorch 2.6, and this is {torch.__version__}. Update PyTorch. {KEEP_COMPLETE}"
@@ -330,6 +328,19 @@ def shard_base(module: nn.Module, family: Family, device: torch.device) -> None:
                 f"{name} is stored as {kind}, which cannot be divided among processes. Load the base in float32, float16 or bfloat16. "
                 f"{KEEP_COMPLETE}"
             )
+
+
+def shard_base(module: nn.Module, family: Family, device: torch.device) -> None:
+    """Divide the transformer's weights among all processes: each keeps a part of every weight, on `device`.
+
+    A block is complete while it runs, and again in its backward pass.
+
+    Raises:
+        TrainingError: see `check_can_be_divided`.
+    """
+    check_can_be_divided(module)
+    from torch.distributed.fsdp import fully_shard
+
     for parameters, name, plain in plain_weights(module):
         parameters[name] = nn.Parameter(plain, requires_grad=False)
     bare = [

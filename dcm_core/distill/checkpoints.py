@@ -218,7 +218,10 @@ def in_all_processes(path: Path, loaded: dict[str, Tensor], processes: Processes
         path: where this process would have it. On other machines the file may be missing, or another one; then it is sent.
         loaded: the tensors in the first process.
     """
-    own = (path.is_file(), TensorFile(path).checksum if path.is_file() else None)
-    if len(set(processes.gather(own))) > 1:
-        return processes.tensors_from_first(loaded)
-    return loaded or read_checkpoint(path).tensors
+    try:
+        own = loaded or read_checkpoint(path).tensors
+        checksum = TensorFile(path).checksum
+    except CheckpointError:
+        own, checksum = {}, None
+    same = len(set(processes.gather((checksum, bool(own))))) == 1
+    return own if same else processes.tensors_from_first(loaded)

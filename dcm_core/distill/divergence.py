@@ -20,12 +20,12 @@ def check_losses(history: History, config: TrainingConfig) -> None:
     """Check the losses of a run after a step.
 
     Raises:
-        TrainingError: losses or gradients stay NaN or infinite.
+        Stuck: losses or gradients stay NaN or infinite.
         Diverged: the loss has grown `config.divergence`-fold.
     """
     skipped = sum(1 for _ in takewhile(is_skipped, reversed(history)))
     if skipped and skipped % PATIENCE == 0:
-        raise TrainingError(
+        raise Stuck(
             f"The loss was NaN or infinite {PATIENCE} times in a row, up to step {len(history)}. The expert is saved as it was before "
             "these steps. Lower learning_rate or check the dataset for broken clips, then start again to resume."
         )
@@ -58,6 +58,10 @@ def skipped_in_words(history: History) -> str:
         return ""
     listed = ", ".join(["...", *map(str, steps[-NAMED:])][len(steps) <= NAMED :])
     return f"{len(steps)} of {counted(len(history), 'step')} skipped, as the loss was NaN or infinite: {listed}."
+
+
+class Stuck(TrainingError):
+    """No step can be made. All processes have the same losses, so all of them raise it."""
 
 
 class Diverged(TrainingError):

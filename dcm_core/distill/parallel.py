@@ -107,7 +107,7 @@ class Processes:
                 return
             over = True
             if failed := [words for words in self.gather("") if words]:
-                raise TrainingError(f"The run did not start: {'; '.join(failed)}")
+                raise TrainingError(f"The run ends here: {'; '.join(failed)}")
 
         try:
             yield agree
@@ -176,9 +176,6 @@ class Processes:
         mark.unlink()
         group = [rank for rank in range(self.count) if seen[self.rank][rank] and seen[rank][self.rank]]
         return group.index(self.rank), len(group)
-
-
-ALONE = Processes()
 
 
 ALONE = Processes()

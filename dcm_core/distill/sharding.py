@@ -68,7 +68,8 @@ class _Whole(torch.autograd.Function):
 
 def _gathered(part: Tensor, count: int) -> Tensor:
     out = part.new_empty(part.numel() * count)
-    dist.all_gather_into_tensor(out, part)
+    # zeros that stand for moments before the first step are expanded, which NCCL refuses
+    dist.all_gather_into_tensor(out, part.contiguous())
     return out
 
 

@@ -20,7 +20,7 @@ from .checkpoint_file import EMA, LOSS_SCALE_NAME, Checkpoint, History
 from .checkpoints import check_folder, check_resumable, in_all_processes, newest_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .data.dataset import Dataset
-from .divergence import Diverged, best_step, check_any_made, check_losses, is_skipped, skipped_in_words
+from .divergence import Diverged, Stuck, best_step, check_any_made, check_losses, is_skipped, skipped_in_words
 from .learner import LOSS_SCALE, STEPS_TO_RESCALE, Learner, discriminator_learner, expert_learner, learning_rate_at
 from .memory import Memory, step_size, total
 from .method.consistency import Batch, Networks, predict
@@ -151,8 +151,9 @@ class Trainer:
         except Diverged:
             raise
         except BaseException as error:
-            # save what was learned, whatever ended the run; the other processes may be waiting elsewhere
-            if self.worth_saving and self.done > self.saved and not self.processes.sharded:
+            # save what was learned, whatever ended the run; other processes may be waiting elsewhere, but all are stuck together
+            together = not self.processes.sharded or isinstance(error, Stuck)
+            if self.worth_saving and self.done > self.saved and together:
                 self._save()
             self.watcher.stopped(self.saved, self.config.steps, error)
             raise

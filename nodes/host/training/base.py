@@ -4,7 +4,7 @@ import atexit
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import comfy.lora
@@ -174,7 +174,9 @@ def make_room(trainer: Trainer, base: Any, config: TrainingConfig, node_id: str 
     while True:
         memory = _measure(trainer, base)
         free, loaded = comfy.model_management.get_free_memory(trainer.device), offloadable(base)
-        memory.check(free + loaded, config)
+        # another program may use the GPU of one process alone
+        with trainer.processes.agreed() if trainer.processes.sharded else nullcontext():
+            memory.check(free + loaded, config)
         if trainer.processes.sharded:
             # its parts are on the device, and the host knows nothing of them
             break

@@ -13,6 +13,7 @@ import comfy.clip_vision
 import comfy.model_management
 import comfy.sd
 
+from ....dcm_core.distill.backbone import check_can_be_divided
 from ....dcm_core.distill.checkpoint_file import CLIPS, DATA
 from ....dcm_core.distill.config import TrainingError, check_type, renamed
 from ....dcm_core.distill.data.clips import ClipSettings
@@ -28,7 +29,7 @@ from ....dcm_core.files.tensor_file import Progress, TensorFile
 from ....dcm_core.files.unfinished import write_bytes
 from ....dcm_core.routing import Side
 from ....dcm_core.text import LOGGER
-from ..experts.attach import require_family
+from ..experts.attach import diffusion_model, require_family
 from ..experts.expert_files import read_expert_file
 from ..experts.load import load_file
 from ..folders import data_cache
@@ -36,7 +37,7 @@ from .encoders import host_encoders
 from .image import IMAGE_CONDITIONINGS, NO_IMAGE, VISION, check_image
 from .pair import pair_boundary
 from .parts import FORMER_SETTINGS, Bases, Part, bases_in, parts_of, path_in
-from .run import first_expert, plots_of, save_expert, train_expert
+from .run import check_not_divided, first_expert, plots_of, save_expert, train_expert
 
 logger = logging.getLogger(LOGGER)
 
@@ -59,18 +60,22 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
     with processes.agreed():
         settings = renamed(settings, FORMER_SETTINGS)
         parts = parts_of(which, settings, folder)
-        if any(part.config.optimizer == "adamw8bit" for part in parts):
-            import_adamw8bit()  # the error, before any clip is encoded
         recipe = recipe_of(settings.get("recipe", CUSTOM))
         shard = settings.get("shard", True)
         if not isinstance(shard, bool):
             raise TrainingError(f"`shard` is {shard!r}; expected true or false.")
         shard = shard and processes.count > 1
-        if processes.first:
-            for part in parts:
-                make_room_for(part.output)
+        if any(part.config.optimizer == "adamw8bit" for part in parts):
+            # the errors, before any clip is encoded
+            import_adamw8bit()
+            check_not_divided(shard)
+        for part in parts:
+            make_room_for(part.output)
         bases = bases_in(settings, folder)
-        finished = {part.side: found for part in parts if (found := part.finished(bases)) is not None}
+    # the first process has the checkpoints
+    finished = processes.from_first(
+        lambda: {part.side: found for part in parts if (found := part.finished(bases)) is not None}
+    )
     lines = []
     model = loaded = data = vae = None
     for part in parts:
@@ -83,6 +88,8 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
                 model = None
                 free_memory()
                 model, loaded = load_file(part.model, settings.get("weight_dtype", "default"))[0], part.model
+            if shard:
+                check_can_be_divided(diffusion_model(model))
             if recipe is not None:
                 recipe.check(require_family(model))
             semantic = read_expert(part.semantic, "semantic", "semantic", model)
@@ -96,7 +103,7 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
                     saved.check(saved.config, {**saved.identity, **now}, path)
         # dividing the model would change it
         if part is not parts[-1] and not shard:
-            check_memory(part, parts[-1], model, data, bases)
+            check_memory(part, parts[-1], model, data, bases, processes)
         logger.info("Training the %s expert on %s", part.side, part.model.name)
         if recipe is not None:
             lines.append(recipe.in_words(part.config))
@@ -136,13 +143,15 @@ def train_part(
         shard=shard,
         start=start.pop(),
     )
-    if processes.first:
-        save_expert(part.output, result.expert, model)
-        for term, plot in plots_of(result).items():
+    # every computer gets the expert, as the next part may read it
+    place, _ = processes.sharing(part.output.parent)
+    with processes.agreed():
+        if place == 0:
+            save_expert(part.output, result.expert, model)
+        for term, plot in plots_of(result).items() if processes.first else ():
             picture = io.BytesIO()
             plot.save(picture, "PNG")
             write_bytes(part.checkpoints / f"loss_{term}.png", picture.getvalue())
-    processes.wait()
     steps = f"{result.expert}, {counted(len(result.history), 'step')}."
     return "\n".join(filter(None, [steps, result.skipped, result.resumed, f"Saved to {part.output}"]))
 
@@ -168,13 +177,13 @@ def read_expert(path: Path | None, name: str, side: Side, model: Any) -> Expert 
     return None if path is None else read_expert_file(path, side, model, f"{name} is {path}")
 
 
-def check_memory(first: Part, last: Part, model: Any, data: Dataset, bases: Bases) -> None:
+def check_memory(first: Part, last: Part, model: Any, data: Dataset, bases: Bases, processes: Processes) -> None:
     """Refuse before the first part if the last part's training does not fit into memory. Its model is as large as this one.
 
     Raises:
         TrainingError: says what to change.
     """
-    if last.checkpoints.is_dir() or (bases is None and first.config.rank == 0):
+    if processes.from_first(last.checkpoints.is_dir) or (bases is None and first.config.rank == 0):
         # it was checked before, or the first part needs more
         return
     family = require_family(model)

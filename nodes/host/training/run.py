@@ -20,7 +20,7 @@ from ....dcm_core.distill.config import TrainingConfig, TrainingError
 from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.learner import import_adamw8bit
 from ....dcm_core.distill.method.discriminator import discriminator_size
-from ....dcm_core.distill.parallel import Processes, join
+from ....dcm_core.distill.parallel import join
 from ....dcm_core.distill.student import new_detail, new_semantic
 from ....dcm_core.distill.trainer import Result, Trainer
 from ....dcm_core.distill.watcher import Quiet
@@ -172,7 +172,7 @@ def train_expert(
     with processes.agreed():
         if config.optimizer == "adamw8bit":
             import_adamw8bit()
-            check_not_divided(processes)
+            check_not_divided(processes.sharded)
         family = require_family(model)
         bases = bases or known_bases(model, config.side, (semantic, start))
         boundary = shared_boundary(config, start, semantic)
@@ -256,13 +256,13 @@ def train_expert(
             return trainer.run()
 
 
-def check_not_divided(processes: Processes) -> None:
+def check_not_divided(sharded: bool) -> None:
     """Refuse 8-bit moments where the optimiser's tensors are divided: their blocks would not fit the parts.
 
     Raises:
         TrainingError: says what to change.
     """
-    if processes.sharded:
+    if sharded:
         raise TrainingError(
             "optimizer is adamw8bit, which does not work with tensors that are divided among processes. Set optimizer to adamw, or "
             '"shard" to false in the settings file.'

@@ -8,8 +8,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[3]))
 
+from dcm_core.distill.checkpoints import in_all_processes
 from dcm_core.distill.config import TrainingError
 from dcm_core.distill.parallel import Processes, join
+from dcm_core.files.writing import write_tensors
 
 
 def fails_in_second(processes: Processes) -> str:
@@ -48,6 +50,15 @@ def fails_to_make(processes: Processes) -> None:
     processes.from_first(make)
 
 
+def has_a_damaged_checkpoint(processes: Processes) -> list[float]:
+    path = Path(sys.argv[1], f"disk_{processes.rank}.safetensors")
+    loaded = {"x": torch.tensor([1.5])} if processes.first else {}
+    path.write_bytes(bytes(99))
+    if processes.first:
+        write_tensors(path, loaded, {})
+    return in_all_processes(path, loaded, processes)["x"].tolist()
+
+
 def same_values(processes: Processes) -> str:
     processes.check_same({"data": "a", "settings": "b"})
     return "began"
@@ -64,6 +75,7 @@ SCENES = (
     succeeds,
     makes_in_first,
     fails_to_make,
+    has_a_damaged_checkpoint,
     same_values,
     other_values,
 )

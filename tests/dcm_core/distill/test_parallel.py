@@ -35,7 +35,7 @@ def found(tmp_path_factory):
 
 def of_another(rank, words):
     host = socket.gethostname()
-    return f"TrainingError: The run did not start: process {rank} of 2 on {host} failed. {words}"
+    return f"TrainingError: The run ends here: process {rank} of 2 on {host} failed. {words}"
 
 
 def test_where_one_fails_all_end_and_say_why(found):
@@ -49,6 +49,10 @@ def test_where_one_fails_all_end_and_say_why(found):
 def test_what_the_first_has_is_sent_to_all(found):
     assert found["makes_in_first"] == [["of", 0, True]] * 2
     assert found["fails_to_make"] == ["ValueError: rank 0", of_another(0, "rank 0")]
+
+
+def test_a_checkpoint_that_is_damaged_on_one_disk_is_sent(found):
+    assert found["has_a_damaged_checkpoint"] == [[1.5]] * 2
 
 
 def test_processes_that_would_train_different_things_are_refused(found):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from .small_runs import random_data
 
@@ -48,7 +48,7 @@ def settings_in(folder, disk, training, **more):
     return {**values, "training": {**TRAINING, **training}}
 
 
-def start(*nodes):
+def start(*nodes, which="semantic"):
     """The command in a process for each (folder, settings): their return codes and what they say.
 
     No launcher, as it would end one process when another fails.
@@ -60,7 +60,7 @@ def start(*nodes):
     for rank, (folder, settings) in enumerate(nodes):
         folder.mkdir(exist_ok=True)
         (folder / "run.json").write_text(json.dumps(settings))
-        command = [sys.executable, "-m", "dcm_core", "train", "semantic", "--config", str(folder / "run.json")]
+        command = [sys.executable, "-m", "dcm_core", "train", which, "--config", str(folder / "run.json")]
         variables = {**os.environ, **address, "RANK": str(rank), "OMP_NUM_THREADS": "1"}
         running.append(
             subprocess.Popen(
@@ -90,7 +90,29 @@ def test_all_resume_what_the_first_has(disk, module, tmp_path):
     train("semantic", settings_in(alone, disk, {**turns, "steps": 3}), alone)
     assert losses_in(first) == pytest.approx(losses_in(alone), rel=1e-4) and len(losses_in(first)) == 3
     assert [path.name for path in (second / "run").iterdir()] == ["step_00000001.safetensors"]
-    assert (first / "expert.safetensors").is_file() and not (second / "expert.safetensors").exists()
+    assert all((node / "expert.safetensors").is_file() for node in (first, second))
+
+
+def test_both_experts_without_a_shared_disk(disk, tmp_path):
+    """The first has begun the detail expert before, so its memory needs no check."""
+    nodes = [tmp_path / "first", tmp_path / "second"]
+    (nodes[0] / "run" / "detail").mkdir(parents=True)
+    training = {"steps": 1, "discriminator_width": 64}
+    codes, said = start(*((node, settings_in(node, disk, training, shard=False)) for node in nodes), which="both")
+    assert codes == [0, 0], "\n".join(said)[-3000:]
+    experts = [(node / "expert_detail.safetensors").read_bytes() for node in nodes]
+    assert experts[0] == experts[1] and not (nodes[1] / "run").exists()
+
+
+def test_what_the_first_has_finished_none_trains_again(disk, module, tmp_path):
+    first, second = (tmp_path / name for name in ("first", "second"))
+    weights = load_file(disk / "base.safetensors")
+    save_file({name: value + 0.01 for name, value in weights.items()}, disk / "low.safetensors")
+    training, more = {"steps": 1, "discriminator_width": 64}, {"detail_model": str(disk / "low.safetensors")}
+    module("nodes.host.training.command").train("both", settings_in(first, disk, training, **more), first)
+    codes, said = start(*((node, settings_in(node, disk, training, **more)) for node in (first, second)), which="both")
+    assert codes == [0, 0], "\n".join(said)[-3000:]
+    assert all(words.count("expert is already trained: ") == 2 for words in said)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +121,19 @@ def test_all_resume_what_the_first_has(disk, module, tmp_path):
         ({"dataset": "other.safetensors"}, "differs from process 0 on {host} in: data, clips. Give all processes", ""),
         (
             {"model": "none.safetensors"},
-            "The run did not start: process 1 of 2 on {host} failed. ",
+            "The run ends here: process 1 of 2 on {host} failed. ",
             "none.safetensors does not exist",
+        ),
+        # before the clips are read
+        (
+            {"weight_dtype": "fp8_e4m3fn", "dataset": "none.safetensors"},
+            "The run ends here: process 1 of 2 on {host} failed. ",
+            "cannot be divided among processes. Load the base in float32, float16 or bfloat16.",
         ),
     ],
 )
 def test_where_one_cannot_begin_none_does(more, message, own, disk, tmp_path):
-    more = {name: str(disk / file) for name, file in more.items()}
+    more = {name: str(disk / value) if value.endswith(".safetensors") else value for name, value in more.items()}
     nodes = [tmp_path / "first", tmp_path / "second"]
     codes, said = start(
         (nodes[0], settings_in(nodes[0], disk, {"steps": 1})),

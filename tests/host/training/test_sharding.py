@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dcm_core.experts.expert import expert_tensor_list
 
-from .small_runs import SMALL, uneven_data
+from .small_runs import SMALL, group_of_one, make_trainer, uneven_data
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
@@ -59,7 +59,10 @@ def alone(train, model, config, module, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The results of two and of four processes that keep a part of everything each."""
-    folder, forgetful = tmp_path_factory.mktemp("together"), {"gradient_checkpointing": True}
+    folder, forgetful = (
+        tmp_path_factory.mktemp("together"),
+        {"gradient_checkpointing": True, "offload_activations": True},
+    )
     two = [
         run("semantic", 2, about="forgetful", sample_every=1, **forgetful),
         run("detail", 2),
@@ -107,3 +110,27 @@ def test_each_process_keeps_half_as_it_is_said_to(folder):
     # vectors are not divided
     shares = [size / all_of_it for size, all_of_it in zip(part, complete, strict=True)]
     assert shares == pytest.approx([0.5] * 3, rel=0.02)
+
+
+def test_a_divided_run_that_is_stuck_is_saved(wan, module, config, tmp_path, monkeypatch):
+    """No step was made, so its moments are zeros that share their memory; NCCL sends only contiguous tensors."""
+    sharding, dataset = module("dcm_core.distill.sharding"), module("dcm_core.distill.data.dataset")
+    send, contiguous = sharding.dist.all_gather_into_tensor, []
+
+    def sending(out, part):
+        contiguous.append(part.is_contiguous())
+        return send(out, part)
+
+    monkeypatch.setattr(sharding.dist, "all_gather_into_tensor", sending)
+    data = uneven_data(dataset)
+    for index in range(len(data)):
+        data.latent(index).fill_(float("nan"))
+    with group_of_one():
+        values = {**SMALL, "steps": 9, "rank": 0}
+        trainer = make_trainer(module, wan(layers=1), data, config("semantic", **values), tmp_path, sharded=True)
+        with pytest.raises(
+            module("dcm_core.distill.config").TrainingError, match="The expert is saved as it was before"
+        ):
+            trainer.run()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000005.safetensors"]
+    assert contiguous and all(contiguous)
