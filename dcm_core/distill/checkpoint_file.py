@@ -149,7 +149,8 @@ class Checkpoint:
             learning_rate_at(step, settings)
             for step, settings in ((self.steps - 1, self.config), (self.steps, self.config), (self.steps, config))
         )
-        if config.scheduler != "cosine" or config.steps == self.config.steps or now <= max(before, planned):
+        falling = planned < before
+        if config.scheduler != "cosine" or config.steps == self.config.steps or not falling or now <= before:
             return ""
         return (
             f"The learning rate goes back up from {before:.3g} to {now:.3g}, as the cosine schedule now has "
