@@ -104,8 +104,7 @@ def load_native(file: TensorFile, weight_dtype: str) -> Any:
     except (RuntimeError, KeyError, IndexError) as error:
         if "detect model type" in str(error):
             raise CheckpointError(
-                f"{name} is not a diffusion model that ComfyUI {host_version()} knows.{other_use(file.shapes)} Select a video model in "
-                "model_name."
+                f"{name} is not a diffusion model that ComfyUI {host_version()} knows.{other_use(file.shapes)} Select a video model."
             ) from error
         # other errors of this type (no memory, an interrupt) are not about the file
         if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):

@@ -71,6 +71,8 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
             check_not_divided(shard)
         for part in parts:
             make_room_for(part.output)
+        for part in parts if processes.first else ():
+            check_place(part.checkpoints)
         bases = bases_in(settings, folder)
     # the first process has the checkpoints
     finished = processes.from_first(
@@ -172,6 +174,24 @@ def make_room_for(output: Path) -> None:
         ) from error
 
 
+def check_place(checkpoints: Path) -> None:
+    """Check before any work that the folder of the checkpoints can be made. It is made later.
+
+    Raises:
+        TrainingError: it cannot.
+    """
+    place = checkpoints
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise TrainingError(
+            f"`checkpoints` is {checkpoints}, which cannot be written ({error.strerror}). Choose another."
+        ) from error
+
+
 def read_expert(path: Path | None, name: str, side: Side, model: Any) -> Expert | None:
     """The expert in a file, if there is one. `name` is its setting."""
     return None if path is None else read_expert_file(path, side, model, f"{name} is {path}")
@@ -215,6 +235,11 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any, processes: Pro
             )
         values = dict(given)
         kinds = {field.name: type(field.default) for field in fields(ClipSettings)} | {"negative": str}
+        valid = ["folder", *kinds, "image_conditioning", "sample_prompts"]
+        if unknown := sorted(values.keys() - set(valid)):
+            raise TrainingError(
+                f"Unknown setting {', '.join(unknown)} in `dataset`. Valid settings: {', '.join(valid)}."
+            )
         for name in values.keys() & kinds:
             check_type(f"{name} of `dataset`", values[name], kinds[name])
         source, negative = path_in(folder, "folder", values.pop("folder")), values.pop("negative", "")
@@ -226,13 +251,7 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any, processes: Pro
             raise TrainingError(f"`image_conditioning` of the dataset is {image!r}; choose one of {choices}.")
         # before the clips are encoded, which may take hours
         check_image(model, [] if image == NO_IMAGE else [image, *([VISION] if "clip_vision" in settings else [])])
-        try:
-            clip_settings = ClipSettings(**values)
-        except TypeError as error:
-            raise TrainingError(
-                f"Unknown or missing setting in `dataset` ({error}). Valid settings: folder, negative, frames, fps, width, height, "
-                "buckets, window, window_seed, images, image_conditioning, sample_prompts."
-            ) from error
+        clip_settings = ClipSettings(**values)
         vae, clip = load_vae(path_in(folder, "vae", settings.get("vae"))), load_clip(settings, folder, model)
         encoders = host_encoders(vae, clip, image, load_clip_vision(settings, folder))
     data = prepare(
@@ -245,6 +264,8 @@ def load_data(settings: dict[str, Any], folder: Path, model: Any, processes: Pro
         processes=processes,
         sample_prompts=prompts,
     )
+    if processes.first:
+        logger.info(data.report())
     return data, vae
 
 

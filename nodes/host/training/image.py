@@ -96,7 +96,7 @@ def check_image(model: Any, parts: Collection[str]) -> None:
     if parts and vision_width(model) and VISION not in parts:
         raise TrainingError(
             "The model sees its images through CLIP vision, but the clips were encoded without it. "
-            "Connect clip_vision to the dataset, or name its file: Wan 2.1 uses clip_vision_h.safetensors."
+            "Connect clip_vision to the dataset, or set `clip_vision` in the settings file. Wan 2.1 uses clip_vision_h.safetensors."
         )
 
 

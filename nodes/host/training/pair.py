@@ -8,6 +8,7 @@ from ....dcm_core.distill.config import TrainingConfig, TrainingError
 from ....dcm_core.errors import CheckpointError
 from ....dcm_core.experts.expert import Expert
 from ....dcm_core.families import Family
+from ....dcm_core.families.keymap import Shape
 from ....dcm_core.files.checkpoint import recognise, without_prefix
 from ....dcm_core.files.tensor_file import TensorFile
 from ....dcm_core.pair import Fingerprint, Pair, fingerprint, make_pair, two_bases
@@ -37,12 +38,19 @@ def file_fingerprint(path: Path) -> Fingerprint:
     file = TensorFile(path)
     contents = recognise(file)
     if contents.family is None:
-        raise CheckpointError(f"{path} is {contents.layout.value}; expected a Wan model file.")
+        raise CheckpointError(
+            f"{path} is not a Wan model file. Name the high-noise model as `model` and the low-noise model as `detail_model`."
+        )
     matched = contents.matched
     names = {without_prefix(key): key for key in file.shapes}
     if matched is not None:
         names = {name: pieces[0].source for name, pieces in matched.items() if len(pieces) == 1}
     return fingerprint(names, lambda name: file.read(names[name]))
+
+
+def patch_shape(path: Path) -> Shape | None:
+    """The shape of a model's patch embedding, in any layout: it tells width and input channels."""
+    return next((shape for shape in TensorFile(path).shapes.values() if len(shape) == 5), None)
 
 
 def pair_boundary(model: Any, family: Family, config: TrainingConfig) -> float | None:

@@ -21,7 +21,7 @@ from ....dcm_core.routing import SIDES, Side
 from ....dcm_core.text import LOGGER
 from ..experts.expert_files import other_side
 from ..experts.halves import INPUTS
-from .pair import file_fingerprint
+from .pair import file_fingerprint, patch_shape
 from .run import check_not_output
 
 logger = logging.getLogger(LOGGER)
@@ -145,7 +145,7 @@ def parts_of(which: str, settings: dict[str, Any], folder: Path) -> list[Part]:
 
 
 def check_inputs(settings: dict[str, Any], folder: Path, output: Path) -> None:
-    """Refuse a file among the inputs that the run would overwrite.
+    """Refuse a file among the inputs that the run would overwrite, or that is missing.
 
     Raises:
         TrainingError: names the setting.
@@ -158,6 +158,17 @@ def check_inputs(settings: dict[str, Any], folder: Path, output: Path) -> None:
         # anything else is reported where it is read
         if isinstance(given, str) and given:
             check_not_output(f"{name} is {given}", path_in(folder, name, given), output)
+    for name, given in inputs:
+        # the dataset may be a folder, and is reported where it is read
+        if (
+            name != "dataset"
+            and isinstance(given, str)
+            and given
+            and not (path := path_in(folder, name, given)).exists()
+        ):
+            raise TrainingError(
+                f"`{name}` is {given}, but {path} does not exist. Check the name. Relative paths start at the settings file."
+            )
 
 
 def config_of(side: Side, training: Any, two_files: bool, two_models: bool, recipe: Recipe | None) -> TrainingConfig:
@@ -194,8 +205,15 @@ def bases_in(settings: dict[str, Any], folder: Path) -> Bases:
     """The fingerprints of the two models in the settings; None for one model."""
     if "detail_model" not in settings:
         return None
-    paths = (path_in(folder, INPUTS[side], settings.get(INPUTS[side])) for side in SIDES)
-    return two_bases(*map(file_fingerprint, paths))
+    paths = [path_in(folder, INPUTS[side], settings.get(INPUTS[side])) for side in SIDES]
+    bases = two_bases(*map(file_fingerprint, paths))
+    first, second = map(patch_shape, paths)
+    if first != second:
+        raise TrainingError(
+            f"`model` and `detail_model` do not belong together: their patch embeddings have shapes {first} and {second}. "
+            "Name the high-noise and the low-noise half of the same model."
+        )
+    return bases
 
 
 def default_checkpoints(folder: Path, name: str) -> Path:

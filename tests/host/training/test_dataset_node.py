@@ -78,6 +78,17 @@ def test_clips_are_encoded_by_the_hosts_own_models(dataset_node, vae, clip, data
     )
 
 
+def test_the_command_names_the_clips_that_are_left_out(vae, clip, data, module, monkeypatch, wan, caplog):
+    command, alone = module("nodes.host.training.command"), module("dcm_core.distill.parallel").ALONE
+    monkeypatch.setattr(command, "load_vae", lambda path: vae)
+    monkeypatch.setattr(command, "load_clip", lambda *_: clip)
+    sizes = {"width": 64, "height": 48, "frames": 5, "fps": 16, "buckets": True}
+    settings = {"dataset": {"folder": str(data), **sizes}, "vae": "vae.safetensors"}
+    with caplog.at_level("INFO"):
+        command.load_data(settings, data, wan(layers=1), alone)
+    assert "2 clips, 2 sizes, 1 file left out" in caplog.text and "left out c.mp4: lasts" in caplog.text
+
+
 def test_nothing_is_kept_for_gradients_outside_of_a_node(module, vae, clip):
     """The command line has no inference mode around it."""
     encoders = module("nodes.host.training.encoders").host_encoders(vae, clip)

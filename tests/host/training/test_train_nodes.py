@@ -432,6 +432,16 @@ def base_file(wan, tmp_path_factory):
         ({"dataset": 3}, "`dataset` is 3"),
         ({"text_encoders": 3, "dataset": 4}, "`dataset` is 4"),
         ({"dataset": {"folder": "clips", "width": "832"}}, "width of `dataset` is '832'; expected a whole number"),
+        (
+            {"dataset": {"folder": "clips", "windows": 1}},
+            "Unknown setting windows in `dataset`. Valid settings: folder, ",
+        ),
+        (
+            {"model": "nix.safetensors"},
+            r"`model` is nix\.safetensors, but .*nix\.safetensors does not exist\. Check the",
+        ),
+        ({"clip_vision": "nix"}, "`clip_vision` is nix, but .* does not exist"),
+        ({"checkpoints": "base.safetensors/x"}, r"`checkpoints` is .*x, which cannot be written \(Not a directory\)"),
         ({"dataset": {"folder": "clips", "fps": None}}, "fps of `dataset` is None; expected a number"),
         ({"dataset": {"folder": "clips", "buckets": 1}}, "buckets of `dataset` is 1; expected true or false"),
         ({"dataset": {"folder": "clips", "negative": 5}}, "negative of `dataset` is 5; expected a text"),

@@ -259,11 +259,14 @@ def test_memory_of_both_parts_is_checked_before_the_first(folder, command, modul
         ("both", {"training": {"detail": {"stepz": 3}}}, "Unknown setting stepz"),
         ("both", {"training": {"shared": True}}, "shared is true, but with two models"),
         ("both", {"output": "x.safetensors", "dataset": "x_detail.safetensors"}, "dataset is x_detail.safetensors, which"),
-        ("both", {"detail_model": "data.safetensors"}, r"data\.safetensors is something else; expected a Wan model file"),
+        ("both", {"detail_model": "data.safetensors"}, r"data\.safetensors is not a Wan model file\. Name the"),
+        ("both", {"detail_model": "image.safetensors"}, r"do not belong together: .* \(256, 16, 1, 2, 2\) and \(256, 36, 1"),
+        ("both", {"checkpoints": "high.safetensors/x"}, "`checkpoints` is .*x/semantic, which cannot be written .*Choose"),
         ("both", {"detail_model": 5}, "`detail_model` is 5; expected a path"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_named(which, more, error, folder, command):
+    save_file(native_wan(3, layers=1, channels=36), folder / "image.safetensors")
     with pytest.raises(ValueError, match=error):
         command(folder, which, **more)
     assert not (folder / "x_checkpoints").exists()
