@@ -14,7 +14,7 @@ from .host.experts.attach import require_family
 from .host.experts.expert_files import expert_names, state_of_expert
 from .host.folders import NONE, fingerprint
 from .host.report import report
-from .host.training.run import train_and_save
+from .host.training.run import Run, train_and_save
 
 WIDGETS = {int: io.Int.Input, float: io.Float.Input, bool: io.Boolean.Input, str: io.Combo.Input}
 
@@ -152,6 +152,11 @@ SEMANTIC_MODEL_TIP = (
 )
 
 
+def output_of(run: Run, words: str, node_id: str | None) -> io.NodeOutput:
+    """The outputs of both nodes after a run. `words` go before its own text."""
+    return io.NodeOutput(run.model, run.expert, str(run.file), run.plots, ui=report(f"{words}{run}", node_id))
+
+
 class DCMTrainSemanticExpert(io.ComfyNode):
     """MODEL + clips -> the expert for layout and motion."""
 
@@ -209,9 +214,7 @@ class DCMTrainSemanticExpert(io.ComfyNode):
             vae=vae,
             node_id=cls.hidden.unique_id,
         )
-        return io.NodeOutput(
-            run.model, run.expert, str(run.file), run.plots, ui=report(f"{words}{run}", cls.hidden.unique_id)
-        )
+        return output_of(run, words, cls.hidden.unique_id)
 
 
 class DCMTrainDetailExpert(io.ComfyNode):
@@ -294,9 +297,7 @@ class DCMTrainDetailExpert(io.ComfyNode):
             vae=vae,
             node_id=cls.hidden.unique_id,
         )
-        return io.NodeOutput(
-            run.model, run.expert, str(run.file), run.plots, ui=report(f"{words}{run}", cls.hidden.unique_id)
-        )
+        return output_of(run, words, cls.hidden.unique_id)
 
 
 NODES = [DCMTrainSemanticExpert, DCMTrainDetailExpert]

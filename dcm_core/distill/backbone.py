@@ -21,6 +21,7 @@ from ..experts.placing import Placement, in_place, placed
 from ..families import Family
 from ..schedule import TIMESTEPS
 from .config import TrainingError
+from .memory import total
 from .sharding import whole
 
 Working = Sequence[tuple[RoutedExpert, float]]
@@ -123,8 +124,7 @@ class Backbone:
     @property
     def size(self) -> int:
         """Bytes of the weights that this process keeps."""
-        weights = (getattr(weight, "_local_tensor", weight) for weight in self.module.parameters())
-        return sum(weight.numel() * weight.element_size() for weight in weights)
+        return total(getattr(weight, "_local_tensor", weight) for weight in self.module.parameters())
 
     @property
     def completed(self) -> int:
@@ -133,8 +133,8 @@ class Backbone:
         These are the block that runs, the next one, and what is outside of blocks.
         """
         blocks = [block for name in self.family.block_lists for block in find_module(self.module, name)]
-        sizes = sorted(_complete_size(block) for block in blocks)
-        return _complete_size(self.module) - sum(sizes) + sum(sizes[-2:])
+        sizes = sorted(total(block.parameters()) for block in blocks)
+        return total(self.module.parameters()) - sum(sizes[:-2])
 
     def feature_blocks(self) -> list[nn.Module]:
         """Every second block of the family's feature list."""
@@ -270,10 +270,6 @@ def _on_copies(block: nn.Module) -> Callable[..., Any]:
 def _own(value: Any) -> Any:
     """A copy of any tensor that may be overwritten."""
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _complete_size(module: nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
 
 
 def _can_be_saved(weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Training data: latents with their texts, on disk or in memory, and the order of batches."""
+"""Training data: latents with their texts, on disk or in memory."""
 
 import hashlib
 import random

@@ -20,9 +20,7 @@ from ....dcm_core.distill.data.clips import ClipSettings
 from ....dcm_core.distill.data.dataset import Dataset
 from ....dcm_core.distill.data.dataset_file import read_dataset
 from ....dcm_core.distill.data.encode import prepare
-from ....dcm_core.distill.learner import import_adamw8bit
 from ....dcm_core.distill.parallel import Processes, join
-from ....dcm_core.distill.recipes import CUSTOM, recipe_of
 from ....dcm_core.errors import counted
 from ....dcm_core.experts.expert import Expert
 from ....dcm_core.files.tensor_file import Progress, TensorFile
@@ -37,7 +35,7 @@ from .encoders import host_encoders
 from .image import IMAGE_CONDITIONINGS, NO_IMAGE, VISION, check_image
 from .pair import pair_boundary
 from .parts import FORMER_SETTINGS, Bases, Part, bases_in, parts_of, path_in
-from .run import check_not_divided, first_expert, plots_of, save_expert, train_expert
+from .run import check_optimizer, first_expert, plots_of, save_expert, train_expert
 
 logger = logging.getLogger(LOGGER)
 
@@ -60,16 +58,13 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
     with processes.agreed():
         settings = renamed(settings, FORMER_SETTINGS)
         parts = parts_of(which, settings, folder)
-        recipe = recipe_of(settings.get("recipe", CUSTOM))
         shard = settings.get("shard", True)
         if not isinstance(shard, bool):
             raise TrainingError(f"`shard` is {shard!r}; expected true or false.")
         shard = shard and processes.count > 1
-        if any(part.config.optimizer == "adamw8bit" for part in parts):
-            # the errors, before any clip is encoded
-            import_adamw8bit()
-            check_not_divided(shard)
         for part in parts:
+            # before any clip is encoded
+            check_optimizer(part.config, shard)
             make_room_for(part.output)
         for part in parts if processes.first else ():
             check_place(part.checkpoints)
@@ -92,8 +87,8 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
                 model, loaded = load_file(part.model, settings.get("weight_dtype", "default"))[0], part.model
             if shard:
                 check_can_be_divided(diffusion_model(model))
-            if recipe is not None:
-                recipe.check(require_family(model))
+            if part.recipe is not None:
+                part.recipe.check(require_family(model))
             semantic = read_expert(part.semantic, "semantic", "semantic", model)
             # in a list, to be handed over: a full fine-tune is as large as the model
             start = [read_expert(part.start, "continue_from", part.side, model)]
@@ -107,8 +102,8 @@ def train(which: str, settings: dict[str, Any], folder: Path) -> str:
         if part is not parts[-1] and not shard:
             check_memory(part, parts[-1], model, data, bases, processes)
         logger.info("Training the %s expert on %s", part.side, part.model.name)
-        if recipe is not None:
-            lines.append(recipe.in_words(part.config))
+        if part.recipe is not None:
+            lines.append(part.recipe.in_words(part.config))
             logger.info(lines[-1])
         lines.append(train_part(part, model, data, vae, semantic, start, bases, processes, shard))
         # a divided model is loaded again

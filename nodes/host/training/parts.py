@@ -10,7 +10,6 @@ from typing import Any
 from ....dcm_core.distill.checkpoint_file import Checkpoint
 from ....dcm_core.distill.checkpoints import newest_checkpoint
 from ....dcm_core.distill.config import FORMER, TrainingConfig, TrainingError, renamed
-from ....dcm_core.distill.config import SETTINGS as DESCRIBED
 from ....dcm_core.distill.recipes import CUSTOM, Recipe, recipe_of
 from ....dcm_core.families.wan import PAIR_SHIFT
 from ....dcm_core.files.checkpoint import recognise
@@ -59,6 +58,7 @@ class Part:
         semantic: the file of the semantic expert under it.
         handover: with two models, the file between their samples.
         start: the file of an expert to start from.
+        recipe: the one that is applied in `config`.
     """
 
     side: Side
@@ -69,6 +69,7 @@ class Part:
     handover: Path | None
     semantic: Path | None = None
     start: Path | None = None
+    recipe: Recipe | None = None
 
     def finished(self, bases: Bases) -> tuple[Path, Checkpoint] | None:
         """Its last checkpoint, if its expert was trained on these two models with these settings. Neither of them is loaded."""
@@ -139,6 +140,7 @@ def parts_of(which: str, settings: dict[str, Any], folder: Path) -> list[Part]:
             if "semantic" in settings
             else None,
             path("continue_from") if "continue_from" in settings else None,
+            recipe,
         )
         for side in sides
     ]
@@ -190,8 +192,8 @@ def config_of(side: Side, training: Any, two_files: bool, two_models: bool, reci
         own = values.get(side, {})
         if not isinstance(own, dict):
             raise TrainingError(f"`{side}` in `training` is {own!r}; expected a table of settings.")
-        others = {name for name, about in DESCRIBED.items() if about.only not in (None, side)}
-        values = {name: value for name, value in values.items() if name not in {*SIDES, *others}}
+        others = {*SIDES, *TrainingConfig.unused(side, values)}
+        values = {name: value for name, value in values.items() if name not in others}
         values |= renamed(own, FORMER)
     if two_models:
         values = {"shift": PAIR_SHIFT} | values

@@ -170,9 +170,7 @@ def train_expert(
     processes = join(model.load_device)
     processes = replace(processes, sharded=processes.count > 1 and shard)
     with processes.agreed():
-        if config.optimizer == "adamw8bit":
-            import_adamw8bit()
-            check_not_divided(processes.sharded)
+        check_optimizer(config, processes.sharded)
         family = require_family(model)
         bases = bases or known_bases(model, config.side, (semantic, start))
         boundary = shared_boundary(config, start, semantic)
@@ -256,12 +254,15 @@ def train_expert(
             return trainer.run()
 
 
-def check_not_divided(sharded: bool) -> None:
-    """Refuse 8-bit moments where the optimiser's tensors are divided: their blocks would not fit the parts.
+def check_optimizer(config: TrainingConfig, sharded: bool) -> None:
+    """Refuse an optimiser that is not installed. Also 8-bit moments of divided tensors: their blocks would not fit the parts.
 
     Raises:
         TrainingError: says what to change.
     """
+    if config.optimizer != "adamw8bit":
+        return
+    import_adamw8bit()
     if sharded:
         raise TrainingError(
             "optimizer is adamw8bit, which does not work with tensors that are divided among processes. Set optimizer to adamw, or "

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -43,6 +44,34 @@ def group_of_one():
         yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def interrupted_after(module, monkeypatch, done):
+    """A block whose run is interrupted after so many steps."""
+    show = module("nodes.host.training.run").Show
+    step = show.step
+
+    def interrupted(self, history, steps):
+        step(self, history, steps)
+        if len(history) == done:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
+        patches.setattr(show, "step", interrupted)
+        yield
+
+
+def by_its_schedule(positive, shape):
+    """Inputs of DCM Sampler for a video of a latent's shape on the expert's own schedule."""
+    return {
+        "positive": positive,
+        "latent_image": {"samples": torch.zeros(1, *shape)},
+        "schedule": "auto",
+        "steps": 9,
+        "cfg": 1.0,
+        "denoise": 1.0,
+    }
 
 
 def make_trainer(module, model, data, config, folder, sharded=False):

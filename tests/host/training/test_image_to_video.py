@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ..small_models import VISION, make_wan
-from .small_runs import make_trainer, random_data, same, weights
+from .small_runs import by_its_schedule, interrupted_after, make_trainer, random_data, same, weights
 
 FIRST, BOTH = "first frame", "first and last frame"
 
@@ -150,18 +150,8 @@ def test_a_run_trains_and_resumes(side, base, bases, clips, config, train, modul
         side, steps=2, batch_size=1, warmup_steps=0, held_out=1, held_out_every=1, gradient_checkpointing=True
     )
     whole = train(model, data, settings, tmp_path / "whole")
-    show = module("nodes.host.training.run").Show
-    step = show.step
-
-    def interrupted(self, history, steps):
-        step(self, history, steps)
-        if len(history) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(show, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(module, monkeypatch, 1):
         train(model, data, settings, tmp_path / "parts")
-    monkeypatch.setattr(show, "step", step)
     assert same(whole.expert, train(model, data, settings, tmp_path / "parts").expert)
     after = weights(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -219,13 +209,8 @@ def test_samples_are_what_the_sampler_node_makes_of_the_hosts_prompt(
     sampled = node(
         "DCMSampler",
         model=show.with_experts(model, expert, None),
-        positive=prompt,
         seed=3,
-        latent_image={"samples": torch.zeros(1, *data.shape(0))},
-        schedule="auto",
-        steps=9,
-        cfg=1.0,
-        denoise=1.0,
+        **by_its_schedule(prompt, data.shape(0)),
     ).result[0]["samples"]
     assert torch.equal(latent, model.model.process_latent_in(sampled))
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from .small_runs import by_its_schedule
+
 ROOT = Path(__file__).parents[3]
 COMMON = {
     "steps": 2,
@@ -194,13 +196,8 @@ def test_sampler_takes_the_trained_schedule(trained, node):
     plan = node(
         "DCMSampler",
         model=detail.result[0],
-        positive=[[torch.zeros(1, 3, 4096), {}]],
-        latent_image={"samples": torch.zeros(1, 16, 2, 4, 6)},
         seed=0,
-        schedule="auto",
-        steps=9,
-        cfg=1.0,
-        denoise=1.0,
+        **by_its_schedule([[torch.zeros(1, 3, 4096), {}]], (16, 2, 4, 6)),
     ).ui.as_dict()["text"][0]
     assert plan.startswith("step 1-2 semantic, 3-4 detail, boundary 0.9")
 

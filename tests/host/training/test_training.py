@@ -15,7 +15,7 @@ import torch
 from dcm_core.experts.expert import expert_tensor_list
 
 from ..small_models import native_wan
-from .small_runs import SMALL, make_trainer, random_data, same, weights
+from .small_runs import SMALL, interrupted_after, make_trainer, random_data, same, weights
 
 pytestmark = pytest.mark.usefixtures("gradients")
 
@@ -80,18 +80,8 @@ def test_every_trained_tensor_gets_a_gradient(side, module, model, data, config,
 def test_resumed_equals_uninterrupted(side, train, module, model, data, config, tmp_path, monkeypatch):
     settings = config(side, steps=5, save_every=2, scheduler="cosine", gradient_accumulation_steps=2)
     whole = train(model, data, settings, tmp_path / "whole")
-    show = module("nodes.host.training.run").Show
-    step = show.step
-
-    def interrupted(self, history, steps):
-        step(self, history, steps)
-        if len(history) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(show, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(module, monkeypatch, 3):
         train(model, data, settings, tmp_path / "parts")
-    monkeypatch.setattr(show, "step", step)
     resumed = train(model, data, settings, tmp_path / "parts")
     assert same(whole.expert, resumed.expert)
     assert whole.history == resumed.history

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .small_runs import same, weights
+from .small_runs import by_its_schedule, same, weights
 
 
 @pytest.fixture
@@ -36,13 +36,8 @@ def test_they_are_what_the_sampler_node_makes(train, module, node, model, data, 
     sampled = node(
         "DCMSampler",
         model=show.with_experts(model, expert, None),
-        positive=data.conditioning(0),
         seed=3,
-        latent_image={"samples": torch.zeros(1, *data.shape(0))},
-        schedule="auto",
-        steps=9,
-        cfg=1.0,
-        denoise=1.0,
+        **by_its_schedule(data.conditioning(0), data.shape(0)),
     ).result[0]["samples"]
     assert torch.equal(latent, model.model.process_latent_in(sampled))
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..small_models import native_wan
-from .small_runs import random_data, same
+from .small_runs import by_its_schedule, random_data, same
 from .test_train_nodes import DETAIL, ROOT, SEMANTIC
 
 TRAINING = {
@@ -369,13 +369,8 @@ def plan(node, model, detail_model=None, **more):
         "DCMSampler",
         model=model,
         detail_model=detail_model,
-        positive=[[torch.zeros(1, 3, 4096), {}]],
-        latent_image={"samples": torch.zeros(1, 16, 2, 4, 6)},
         seed=0,
-        schedule="auto",
-        steps=9,
-        cfg=1.0,
-        denoise=1.0,
+        **by_its_schedule([[torch.zeros(1, 3, 4096), {}]], (16, 2, 4, 6)),
         **more,
     ).ui.as_dict()["text"][0]
 

@@ -6,30 +6,15 @@ A run is {"name", "folder", "side", "shard", "values"}: where its results and it
 are copies of this one, which is quicker than a launcher: they share what was imported.
 """
 
-import importlib
 import json
 import os
 import socket
 import sys
 import traceback
-import types
 from pathlib import Path
 
 from safetensors.torch import save_file
-
-ROOT = Path(__file__).parents[3]
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT] + [str(ROOT)]
-
-from cli.launch import find_comfyui, load_pack  # noqa: E402
-
-pack = load_pack(find_comfyui())
-
-
-def helper(name):
-    """A module of tests/host, which as a package lets its modules import each other."""
-    package = sys.modules.setdefault("host_tests", types.ModuleType("host_tests"))
-    package.__path__ = [str(Path(__file__).parents[1])]
-    return importlib.import_module(f"host_tests.{name}")
+from train_in_parallel import helper, pack
 
 
 def stored(tensors):
