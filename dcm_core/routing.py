@@ -6,6 +6,7 @@ The semantic expert runs at sigma >= boundary, the detail expert below the bound
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
@@ -15,9 +16,11 @@ from .families import PRESETS, Family
 from .schedule import AUTO, DCM_GRID, EVEN, GENERIC, check_sigmas
 
 Side = Literal["semantic", "detail"]
-# What runs a step: an active expert, or a model without one.
-Owner = Literal["semantic", "detail", "base"]
-SIDES: tuple[Owner, Owner] = ("semantic", "detail")
+# What runs a step: an active expert or rows of an expert table, by name, or a model without any.
+Owner = str
+SIDES: tuple[Side, Side] = ("semantic", "detail")
+BASE: Owner = "base"
+SIDE_TITLES = {"semantic": "semantic (high-noise) side", "detail": "detail (low-noise) side"}
 
 # In float32, timestep / 1000 may be one float smaller than the boundary it equals.
 SIGMA_TOLERANCE = 1e-6
@@ -101,10 +104,10 @@ class Setup:
         if self.two_sides:
             return SIDES
         # with a detail expert alone, the base itself is the semantic expert
-        high: Owner = "semantic" if self.semantic or (self.semantic is None and self.detail) else "base"
+        high: Owner = "semantic" if self.semantic or (self.semantic is None and self.detail) else BASE
         if self.detail:
             return high, "detail"
-        return high, high if self.stacked else "base"
+        return high, high if self.stacked else BASE
 
     def boundary_for(self, chosen: float | None) -> float | None:
         """The sigma where the detail side begins: `chosen`, else the experts' own, else the family's default, else None."""
@@ -160,32 +163,42 @@ class Setup:
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs each step: first `semantic` steps, then `detail` steps.
+    """What runs each step.
 
     Attributes:
-        boundary: None if the same model runs every step.
-        owners: what runs the steps of each side.
+        stretches: (owner, number of steps) in the order of the steps. An owner without steps has 0.
+        boundary: None if nothing changes at one.
     """
 
-    semantic: int
-    detail: int
-    boundary: float | None
-    owners: tuple[Owner, Owner] = SIDES
+    stretches: tuple[tuple[Owner, int], ...]
+    boundary: float | None = None
 
     @property
     def steps(self) -> int:
-        return self.semantic + self.detail
+        return sum(count for _, count in self.stretches)
+
+    @property
+    def by_step(self) -> list[Owner]:
+        """What runs each step."""
+        return [owner for owner, count in self.stretches for _ in range(count)]
+
+    @property
+    def idle(self) -> list[Owner]:
+        """The owners without a step."""
+        return [owner for owner, count in self.stretches if not count]
 
     def side(self, step: int) -> Owner:
         """What runs a step, counted from 0."""
-        return self.owners[step >= self.semantic]
+        return self.by_step[step]
 
     @property
     def parts(self) -> list[tuple[str, Owner]]:
-        """The sides that have steps, as text and owner: [("step 1-3 semantic", "semantic"), ("4-6 detail", "detail")]."""
-        found = []
-        for owner, first, last in zip(self.owners, (1, self.semantic + 1), (self.semantic, self.steps), strict=True):
-            if last >= first:
+        """The stretches that have steps, as text and owner: [("step 1-3 semantic", "semantic"), ("4-6 detail", "detail")]."""
+        found: list[tuple[str, Owner]] = []
+        last = 0
+        for owner, count in self.stretches:
+            if count:
+                first, last = last + 1, last + count
                 steps = f"{first}-{last}" if last > first else f"{first}"
                 found.append((f"{steps} {owner}" if found else f"step {steps} {owner}", owner))
         return found
@@ -202,21 +215,32 @@ def plan_steps(sigmas: Tensor, boundary: float | None, owners: tuple[Owner, Owne
         ScheduleError: the sigmas cannot be sampled, or the boundary is outside (0, 1).
     """
     steps = check_sigmas(sigmas)[:-1]
-    detail = 0 if boundary is None else int(is_detail(steps, check_boundary(boundary)).sum())
-    return Plan(len(steps) - detail, detail, boundary, owners)
+    if boundary is None:
+        return Plan(((owners[0], len(steps)),))
+    low = int(is_detail(steps, check_boundary(boundary)).sum())
+    return Plan(((owners[0], len(steps) - low), (owners[1], low)), boundary)
 
 
-def split_sigmas(sigmas: Tensor, boundary: float) -> tuple[Tensor, Tensor]:
-    """Split one trajectory into (high, low). `high` ends where `low` begins.
+def split_sigmas(sigmas: Tensor, *boundaries: float) -> tuple[Tensor, ...]:
+    """Split one trajectory at falling boundaries into parts, highest noise first. Each part ends where the next begins.
 
     Raises:
-        ScheduleError: as for `plan_steps`, or one side would have no steps.
+        ScheduleError: as for `plan_steps`, boundaries that do not fall, or a part without steps.
     """
-    plan = plan_steps(sigmas, boundary)
-    if not plan.semantic or not plan.detail:
-        empty = "semantic (high-noise)" if not plan.semantic else "detail (low-noise)"
-        raise ScheduleError(
-            f"The {empty} side has no steps: they start at sigma {sigmas[0]:.4g} to {sigmas[-2]:.4g}, and the boundary is "
-            f"{boundary:g}. Choose a boundary between them, or sample without splitting."
-        )
-    return sigmas[: plan.semantic + 1], sigmas[plan.semantic :]
+    starts = check_sigmas(sigmas)[:-1]
+    if any(low >= high for high, low in pairwise(map(check_boundary, boundaries))):
+        raise ScheduleError(f"The boundaries are {_listed(boundaries)}; expected values that fall, such as 0.9, 0.5.")
+    cuts = [0, *(int((~is_detail(starts, boundary)).sum()) for boundary in boundaries), len(starts)]
+    for number, (first, last) in enumerate(pairwise(cuts)):
+        if first == last:
+            part = f"part {number + 1} of {len(cuts) - 1}" if len(boundaries) > 1 else SIDE_TITLES[SIDES[number]]
+            raise ScheduleError(
+                f"The {part} has no steps: they start at sigma {sigmas[0]:.4g} to {sigmas[-2]:.4g}, and the "
+                f"{'boundary is' if len(boundaries) == 1 else 'boundaries are'} {_listed(boundaries)}. "
+                "Choose boundaries between them, or sample without splitting."
+            )
+    return tuple(sigmas[first : last + 1] for first, last in pairwise(cuts))
+
+
+def _listed(boundaries: Iterable[float]) -> str:
+    return ", ".join(f"{boundary:g}" for boundary in boundaries)

@@ -75,7 +75,7 @@ class DCMSchedulePlot(io.ComfyNode):
         else:
             prepared, boundary = prepare_model(model, boundary, detail_model)
             plan = plan_run(prepared, sigmas, boundary)
-        return io.NodeOutput(as_image(plot_schedule(sigmas, plan.boundary, width, height, plan.owners, theme)))
+        return io.NodeOutput(as_image(plot_schedule(sigmas, plan, width, height, theme)))
 
 
 class DCMInspectModel(io.ComfyNode):

@@ -3,7 +3,7 @@
 The modules contain the expert's tensors only. The base weights are neither read nor written.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..errors import ExpertError, name_some
 from ..families.lora_names import COMPILED
-from ..routing import Side
 from .expert import Expert, LowRank
 
 # (linear, out (rows, features), x (rows, in), alpha): out += alpha linear(x), in place
@@ -152,12 +151,12 @@ class RoutedExpert(nn.Module):
         operations: source of Linear, LayerNorm and so on (`torch.nn`, or the host's casting classes).
         dtype: dtype of the expert's weights, the one that the base computes in.
         device: where copies of its tensors are put. `meta` leaves each tensor where it is, uncopied.
-        sides: where it is active, if not only on the side of its role.
+        name: its name among the experts of a MODEL; its role if not given.
 
     Attributes:
-        places: module name -> what `in_place` made for a base.
+        places: module name -> what `in_place` made for it lately.
         called: names that `in_place` saw in use during a watched call.
-        checked: the sides on which all names were in use, in the current run.
+        checked: the combinations of experts in which all names were in use, in the current run.
 
     Raises:
         ExpertError: the expert does not fit the base's modules.
@@ -170,11 +169,10 @@ class RoutedExpert(nn.Module):
         operations: Any,
         dtype: torch.dtype,
         device: torch.device,
-        sides: tuple[Side, ...] = (),
+        name: str = "",
     ):
         super().__init__()
-        self.role: Side = expert.role
-        self.sides: tuple[Side, ...] = sides or (expert.role,)
+        self.name = name or expert.role
         _check_fits(expert, base)
         bare = bare_parameters(expert)
         self.bare_names = list(bare)
@@ -183,9 +181,9 @@ class RoutedExpert(nn.Module):
         self.names: list[str] = sorted(_touched(expert))
         factory = SimpleNamespace(operations=operations, dtype=dtype, device=device)
         self.sites = nn.ModuleList(_make_site(name, expert, base[name], factory) for name in self.names)
-        self.places: dict[str, Any] = {}
+        self.places: dict[str, list[Any]] = {}
         self.called: set[str] = set()
-        self.checked: set[Side] = set()
+        self.checked: set[Hashable] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is for another base, so it starts without what was made for this one."""

@@ -26,6 +26,9 @@ from .modules import (
 # (an object's attributes or a module's parameters, a name in it, its value during the call)
 Placement = tuple[dict[str, Any], str, Any]
 
+# How many places of a site are kept: for the strengths and the experts below it that alternate in a run.
+MOST_PLACES = 8
+
 # Keys of the sites inside compiled code.
 COMPILED: set[str] = set()
 
@@ -128,7 +131,12 @@ def unanswered(
     """
     expected = {name for expert in experts for name in (*expert.names, *(expert.bare_names if bare else ()))}
     answered = set().union(*(expert.called for expert in experts))
-    answered |= {name for expert in experts for name, place in expert.places.items() if place.key in COMPILED}
+    answered |= {
+        name
+        for expert in experts
+        for name, places in expert.places.items()
+        if any(place.key in COMPILED for place in places)
+    }
     working = {_part(root, name) for name in answered}
     lists = {part[0] for part in working if len(part) > 1}
     lost, resting = set(), set()
@@ -165,12 +173,13 @@ def _forwards(
             continue
         holder, attribute = _innermost(find_module(root, name))
         base = getattr(holder, attribute)
-        place = expert.places.get(name)
-        if place is None or not place.is_of(holder, base, strength):
+        places = expert.places.setdefault(name, [])
+        place = next((place for place in places if place.is_of(holder, base, strength)), None)
+        if place is None:
             forward, key = _make_forward(site, base, strength, add, activations), f"{name} {uuid4()}"
             noting = _make_noting(forward, name, expert.called, key)
             place = Place(holder, attribute, base, strength, forward, noting, key, _plain_container(root, name))
-            expert.places[name] = place
+            expert.places[name] = [*places[1 - MOST_PLACES :], place]
         yield holder.__dict__, attribute, place.noting if watch or place.key in COMPILED else place.forward
         if place.container is not None and "forward" not in place.container[0].__dict__:
             yield place.container[0].__dict__, "forward", place.container[1]

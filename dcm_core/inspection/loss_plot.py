@@ -56,7 +56,9 @@ def loss_figure(
         label=f"each step, last {values[-1]:.3g}",
         **look,
     )
-    axes.plot(steps, means, color=colours.of("semantic"), lw=2, label=f"running mean, last {means[-1]:.3g}", **look)
+    axes.plot(
+        steps, means, color=colours.experts["semantic"], lw=2, label=f"running mean, last {means[-1]:.3g}", **look
+    )
     if len(entries) == 1:
         axes.set_xlim(steps[0] - 1, steps[0] + 1)
     axes.set_ylim(*_with_margin(low, high, axes.get_yscale() == "log"))

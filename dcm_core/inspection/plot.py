@@ -6,7 +6,7 @@ Each plot is a matplotlib figure, and an image of it. matplotlib is imported whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DCMError, check_choice
-from ..routing import SIDES, Owner, plan_steps
+from ..routing import BASE, Owner, Plan
 from .magnitude import AFTER, BEFORE, Profile
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Theme:
     Attributes:
         experts: role -> colour.
         neutral: colour of a model without an expert.
+        others: colours of the rows of an expert table, in their order.
     """
 
     background: str
@@ -42,14 +43,27 @@ class Theme:
     grid: str
     experts: Mapping[str, str]
     neutral: str
+    others: tuple[str, ...]
 
-    def of(self, expert: str) -> str:
-        return self.experts.get(expert, self.neutral)
+    def palette(self, owners: Iterable[Owner]) -> dict[Owner, str]:
+        """A colour for each owner: its expert's, the base's, or the next of the others."""
+        others = [owner for owner in dict.fromkeys(owners) if owner not in self.experts and owner != BASE]
+        spare = {owner: self.others[index % len(self.others)] for index, owner in enumerate(others)}
+        return {**self.experts, BASE: self.neutral, **spare}
 
 
+# Told apart by hue and by lightness; web/step_bar.js has the first ones.
+OTHERS = {
+    "dark": ("#5fd38d", "#ff7a90", "#c9a6ff", "#f5e05c", "#7fe3e0", "#ff9e64", "#b5d56a", "#e58fd9"),
+    "light": ("#157a43", "#c2234a", "#7242c9", "#7d6b00", "#007c85", "#a64b00", "#4f7300", "#9b2f8f"),
+}
 THEMES = {
-    "dark": Theme("#1e1f26", "#d7d9e0", "#3a3c48", {"semantic": "#f2a33c", "detail": "#4cb3ff"}, "#8a8d99"),
-    "light": Theme("#ffffff", "#22242b", "#d5d7de", {"semantic": "#b56a00", "detail": "#0b6fc0"}, "#6d7080"),
+    "dark": Theme(
+        "#1e1f26", "#d7d9e0", "#3a3c48", {"semantic": "#f2a33c", "detail": "#4cb3ff"}, "#8a8d99", OTHERS["dark"]
+    ),
+    "light": Theme(
+        "#ffffff", "#22242b", "#d5d7de", {"semantic": "#b56a00", "detail": "#0b6fc0"}, "#6d7080", OTHERS["light"]
+    ),
 }
 DARK = "dark"
 
@@ -107,38 +121,32 @@ def pictured(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Image.Ima
     return lambda *args, **kwargs: as_picture(draw(*args, **kwargs))
 
 
-def schedule_figure(
-    sigmas: Tensor,
-    boundary: float | None,
-    width: int = 768,
-    height: int = 432,
-    owners: tuple[Owner, Owner] = SIDES,
-    theme: str = DARK,
-) -> Figure:
-    """The noise levels over the steps, coloured by who runs which step as in `routing.plan_steps`.
+def schedule_figure(sigmas: Tensor, plan: Plan, width: int = 768, height: int = 432, theme: str = DARK) -> Figure:
+    """The noise levels over the steps, coloured by who runs which step.
 
-    Raises:
-        ScheduleError: sigmas that cannot be sampled, or a boundary outside (0, 1).
+    Args:
+        plan: the plan of these sigmas.
     """
-    plan = plan_steps(sigmas, boundary, owners)
     axes, colours = new_axes(width, height, theme, "Noise schedule")
     levels = sigmas.tolist()
-    steps = {"semantic": plan.semantic, "detail": plan.detail}
+    colour_of = colours.palette(plan.by_step)
     first = 0
-    for (words, owner), count in zip(plan.parts, filter(None, steps.values()), strict=True):
+    for (words, owner), count in zip(plan.parts, (count for _, count in plan.stretches if count), strict=True):
         last = first + count
         axes.plot(
             range(first, last + 1),
             levels[first : last + 1],
-            color=colours.of(owner),
+            color=colour_of[owner],
             marker="o",
             # the level where it ends is the next one's, or none's
             markevery=range(count),
             label=words,
         )
         first = last
-    if boundary is not None:
-        axes.axhline(boundary, color=colours.text, linestyle="--", linewidth=1, label=f"boundary {boundary:g}")
+    if plan.boundary is not None:
+        axes.axhline(
+            plan.boundary, color=colours.text, linestyle="--", linewidth=1, label=f"boundary {plan.boundary:g}"
+        )
     axes.set(
         xlabel="steps done", ylabel="noise level σ", xlim=(-0.02 * plan.steps, 1.02 * plan.steps), ylim=(-0.02, 1.04)
     )
@@ -162,9 +170,10 @@ def profile_figure(
         return axes.figure
     places = columns(profile.groups)
     bar = 0.8 / len(profile.experts)
+    colour_of = colours.palette(profile.experts)
     for number, (expert, sizes) in enumerate(profile.experts.items()):
         across = [places[column] + (number + 0.5) * bar - 0.4 for column in sizes]
-        axes.bar(across, list(sizes.values()), bar, color=colours.of(expert), label=expert)
+        axes.bar(across, list(sizes.values()), bar, color=colour_of[expert], label=expert)
     for column in profile.unmeasured.values():
         axes.annotate("?", (places[column], 0), color=colours.text, ha="center", va="bottom")
     size = "size of the change / size of the weights" if profile.relative else "size of the change (Frobenius norm)"

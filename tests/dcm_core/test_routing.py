@@ -70,7 +70,7 @@ def test_a_float_either_side_of_the_boundary_is_the_boundary(boundary):
 )
 def test_plan_of_the_released_schedules(family, semantic, detail, text):
     plan = plan_steps(family.preset.sigmas, family.preset.boundary)
-    assert (plan.semantic, plan.detail, plan.steps) == (semantic, detail, semantic + detail)
+    assert plan.stretches == (("semantic", semantic), ("detail", detail)) and plan.steps == semantic + detail
     assert str(plan) == text
     assert [plan.side(step) for step in range(plan.steps)] == ["semantic"] * semantic + ["detail"] * detail
 
@@ -105,7 +105,7 @@ def test_every_step_has_one_owner_and_the_sides_do_not_mix(values, boundary):
 def test_split_is_one_trajectory_in_two_stretches(values, boundary):
     sigmas = torch.tensor(values)
     plan = plan_steps(sigmas, boundary)
-    if not (plan.semantic and plan.detail):
+    if plan.idle:
         with pytest.raises(ScheduleError, match="side has no steps"):
             split_sigmas(sigmas, boundary)
         return

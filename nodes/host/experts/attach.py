@@ -7,7 +7,7 @@ and counts them. `route` runs them. The base weights are neither read nor writte
 import copy
 import dataclasses
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,9 @@ from ....dcm_core.experts.expert import FILE_PREFIX, Expert, expert_to_state_dic
 from ....dcm_core.experts.modules import RoutedExpert, bare_parameters, inner_module, is_linear
 from ....dcm_core.families import FAMILIES, Family
 from ....dcm_core.families.lora_names import unwrapped
-from ....dcm_core.routing import Setup, Side, check_boundary, own_boundary, own_timesteps
+from ....dcm_core.routing import Setup, check_boundary, own_boundary, own_timesteps
+from ....dcm_core.table import Use, pair_rows
+from ..sampling.switch import remove_sides
 from ..saving import allow_saving, refuse_saving
 from .halves import check_halves, name_of
 from .prepare import is_own, prepare_run
@@ -113,41 +115,50 @@ def attach_experts(
     """
     family = require_family(model)
     check_halves(model, semantic, detail)
-    experts = [expert for expert in (detail, semantic) if expert is not None]
-    own = own_boundary((expert.boundary for expert in experts), boundary)
+    given = {side: expert for side, expert in (("semantic", semantic), ("detail", detail)) if expert is not None}
+    own = own_boundary((expert.boundary for expert in given.values()), boundary)
     clone = detach_experts(model)
     own_patches: dict[str, tuple[Any, ...]] = {}
-    routed: list[tuple[Expert, float, tuple[Side, ...]]] = []
-    if semantic is not None and not stacked:
-        routed.append((dataclasses.replace(semantic, role="semantic"), semantic_strength, ("semantic",)))
-    elif semantic is not None:
-        patched, routed_part = _split_routed(semantic, semantic_strength)
-        own_patches = _patch_base(clone, patched, semantic_strength)
-        if routed_part is not None:
-            routed.append((routed_part, semantic_strength, ("semantic", "detail")))
-    if detail is not None:
-        routed.append((dataclasses.replace(detail, role="detail"), detail_strength, ("detail",)))
-    routed = [entry for entry in routed if entry[1] != 0]
-    clone.set_additional_models(KEY, [_expert_patcher(clone, expert, sides) for expert, _, sides in routed])
-    clone.set_attachments(
-        KEY,
-        AttachedExperts(
-            family=family.name,
-            boundary=Setup(family).boundary_for(own),
-            own_boundary=own is not None,
-            timesteps=own_timesteps(expert.timesteps for expert in experts),
-            stacked=stacked,
-            semantic=str(semantic) if semantic else None,
-            detail=str(detail) if detail else None,
-            strengths={expert.role: strength for expert, strength, _ in routed},
-            own_patches=own_patches,
-            halves={
-                side: (name_of(expert), expert.pair)
-                for side, expert in (("semantic", semantic), ("detail", detail))
-                if expert is not None and expert.pair is not None
-            },
-        ),
+    routed: dict[str, Expert] = {}
+    high, low = [], []  # what works above and below the boundary
+    if semantic is not None:
+        part = semantic
+        if stacked:
+            patched, part = _split_routed(semantic, semantic_strength)
+            own_patches = _patch_base(clone, patched, semantic_strength)
+        if part is not None and semantic_strength:
+            routed["semantic"] = part
+            high.append(Use("semantic", (semantic_strength,)))
+            low += high if stacked else []
+    if detail is not None and detail_strength:
+        routed["detail"] = detail
+        low.append(Use("detail", (detail_strength,)))
+    level = Setup(family).boundary_for(own)
+    facts = AttachedExperts(
+        family=family.name,
+        rows=pair_rows(level, high, low),
+        experts={side: str(dataclasses.replace(expert, role=side)) for side, expert in given.items()},
+        boundary=level,
+        own_boundary=own is not None,
+        timesteps=own_timesteps(expert.timesteps for expert in reversed(given.values())),
+        stacked=stacked,
+        own_patches=own_patches,
+        halves={side: (name_of(expert), expert.pair) for side, expert in given.items() if expert.pair is not None},
     )
+    return route_experts(clone, routed, facts)
+
+
+def route_experts(clone: Any, routed: Mapping[str, Expert], facts: AttachedExperts) -> Any:
+    """Put experts beside the weights of a MODEL's own clone, and route its calls to them. Returns the clone.
+
+    Args:
+        routed: name -> each expert of `facts.rows`.
+
+    Raises:
+        ExpertError: an expert that does not fit the model's layers.
+    """
+    clone.set_additional_models(KEY, [_expert_patcher(clone, expert, name) for name, expert in routed.items()])
+    clone.set_attachments(KEY, facts)
     if routed:
         refuse_saving(clone)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, route_call)
@@ -156,7 +167,10 @@ def attach_experts(
 
 
 def detach_experts(model: Any) -> Any:
-    """A clone of MODEL without experts. Removes the patches of a stacked semantic expert and keeps the user's."""
+    """A clone of MODEL without experts, and without a table's models and cfgs.
+
+    The patches of a stacked semantic expert are removed, the user's are kept.
+    """
     clone = model.clone()
     facts = attached_experts(model)
     if facts is not None:
@@ -169,18 +183,20 @@ def detach_experts(model: Any) -> Any:
     allow_saving(clone)
     clone.remove_additional_models(KEY)
     clone.remove_attachments(KEY)
+    remove_sides(clone)
     for kind in (WrappersMP.APPLY_MODEL, WrappersMP.PREPARE_SAMPLING):
         clone.remove_wrappers_with_key(kind, KEY)
     return clone
 
 
 def with_boundary(model: Any, boundary: float | None) -> Any:
-    """A clone of MODEL whose experts change at this sigma; MODEL itself if it has none or already uses it."""
+    """A clone of MODEL whose pair of experts changes at this sigma; MODEL itself if it has none or already uses it."""
     facts = attached_experts(model)
-    if facts is None or facts.boundary == boundary:
+    if facts is None or facts.boundary in (None, boundary):
         return model
-    clone = model.clone()
-    clone.set_attachments(KEY, dataclasses.replace(facts, boundary=check_boundary(boundary), own_boundary=True))
+    clone, (high, low) = model.clone(), facts.rows
+    rows = pair_rows(check_boundary(boundary), high.uses, low.uses)
+    clone.set_attachments(KEY, dataclasses.replace(facts, rows=rows, boundary=boundary, own_boundary=True))
     return clone
 
 
@@ -195,9 +211,7 @@ def _split_routed(expert: Expert, strength: float) -> tuple[Expert, Expert | Non
         return {name: tensor for name, tensor in tensors.items() if (name in routed) is chosen}
 
     patched = dataclasses.replace(expert, replaced=part(False, expert.replaced), diff=part(False, expert.diff))
-    rest = dataclasses.replace(
-        expert, role="semantic", low_rank={}, replaced=part(True, expert.replaced), diff=part(True, expert.diff)
-    )
+    rest = dataclasses.replace(expert, low_rank={}, replaced=part(True, expert.replaced), diff=part(True, expert.diff))
     return patched, rest if routed else None
 
 
@@ -248,10 +262,10 @@ def compute_dtype(model: Any) -> torch.dtype:
     return model.model.model_config.supported_inference_dtypes[0]
 
 
-def _expert_patcher(model: Any, expert: Expert, sides: tuple[Side, ...]) -> Any:
+def _expert_patcher(model: Any, expert: Expert, name: str) -> Any:
     """The expert as a separate model on the base's devices."""
     base = {unwrapped(name): inner_module(module) for name, module in diffusion_model(model).named_modules()}
-    module = RoutedExpert(expert, base, comfy.ops.manual_cast, compute_dtype(model), model.offload_device, sides)
+    module = RoutedExpert(expert, base, comfy.ops.manual_cast, compute_dtype(model), model.offload_device, name)
     return make_patcher(module, model.load_device, model.offload_device)
 
 

@@ -48,10 +48,22 @@ def read_expert_file(path: Path, role: Side, model: Any, given: str | None = Non
     """
     given = given or f"The {role} expert is {path.name!r}"
     try:
-        file = TensorFile(path)
-        expert = read_expert(file.read_all(), file.metadata, role, require_family(model), module_shapes(model), path)
+        return read_file(path, role, model, given)
     except WrongSideError as error:
         raise ExpertError(f"{given}, which is a {error.side} expert. {fix}") from error
+
+
+def read_file(path: Path, role: Side, model: Any, given: str) -> Expert:
+    """The same, for callers that know what to do with an expert of the other side.
+
+    Raises:
+        WrongSideError: an expert of the other side.
+    """
+    try:
+        file = TensorFile(path)
+        expert = read_expert(file.read_all(), file.metadata, role, require_family(model), module_shapes(model), path)
+    except WrongSideError:
+        raise
     except DCMError as error:
         raise type(error)(f"{given}. {error}") from error
     for note in expert.notes:

@@ -106,8 +106,8 @@ def _look_at_model(model: Any, node_id: str | None) -> tuple[str, str, Profile |
             "dtypes": ", ".join(f"{kind} x {count}" for kind, count in weights.most_common())
             + f", computes in {_short(compute_dtype(model))}",
             "experts": _experts_in_words(facts),
-            **{side: f"{line}, strength {strengths.get(side, 0):g}" for side, line in _lines(facts)},
-            "boundary": f"{facts.boundary:g}" if facts else None,
+            **(_lines(facts, strengths) if facts else {}),
+            "boundary": f"{facts.boundary:g}" if facts and facts.boundary else None,
             "timesteps": json.dumps(facts.timesteps) if facts and facts.timesteps else None,
             "LoRAs": _patches_in_words(others) if others else "none",
         }
@@ -126,9 +126,11 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _lines(facts: AttachedExperts | None) -> list[tuple[str, str]]:
-    """(side, line about its expert)."""
-    return [(side, line) for side in ("semantic", "detail") if facts and (line := getattr(facts, side))]
+def _lines(facts: AttachedExperts, strengths: Mapping[str, float]) -> dict[str, str]:
+    """A line for each expert of a pair, or for each row of a table."""
+    if facts.boundary is not None:
+        return {side: f"{line}, strength {strengths.get(side, 0):g}" for side, line in facts.experts.items()}
+    return {f"row {number}": line for number, line in enumerate(facts.lines, 1)}
 
 
 def _patches_in_words(patches: Mapping[str, int]) -> str:
@@ -138,12 +140,14 @@ def _patches_in_words(patches: Mapping[str, int]) -> str:
 def _experts_in_words(facts: AttachedExperts | None) -> str:
     if facts is None:
         return "none attached"
+    if facts.boundary is None:
+        return f"table of {counted(len(facts.rows), 'row')}"
     how = "stacked, detail on top of semantic" if facts.stacked else "independent, each on its side"
-    return f"{' and '.join(side for side, _ in _lines(facts))} ({how})"
+    return f"{' and '.join(facts.experts)} ({how})"
 
 
 def _strengths(model: Any, facts: AttachedExperts) -> dict[str, float]:
-    """Side -> strength. For a stacked semantic expert it is in its patches."""
+    """Expert -> strength. For a stacked semantic expert it is in its patches."""
     stacked = [strength for _, strength in _stacked_patches(model, facts)]
     return ({"semantic": stacked[0]} if stacked else {}) | dict(facts.strengths)
 
@@ -165,12 +169,12 @@ def model_changes(
         if strength:
             updates += (("semantic", strength, update) for update in _patch_updates(name, patch, family))
     for patcher in model.get_additional_models_with_key(KEY):
-        role = patcher.model.role
+        name = patcher.model.name
         updates += (
-            (role, facts.strengths[role], u) for u in routed_updates(patcher.model, originals(patcher, patcher.model))
+            (name, facts.strengths[name], u) for u in routed_updates(patcher.model, originals(patcher, patcher.model))
         )
     progress, base = byte_progress(node_id), model_base(model)
-    changes: dict[str, list[Change]] = {side: [] for side, _ in _lines(facts)}
+    changes: dict[str, list[Change]] = {name: [] for name in facts.experts}
     for done, (side, strength, update) in enumerate(updates):
         progress(done, len(updates))
         changes[side].append(measure(update, base, strength))

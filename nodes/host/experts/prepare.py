@@ -64,7 +64,7 @@ def _hand_over(model: Any, patcher: Any, facts: AttachedExperts) -> None:
     if identity != now:
         patcher.patches = wanted
         patcher.patches_uuid = uuid.uuid4()
-        logger.debug("handed %d LoRA patches to the %s expert", len(wanted), patcher.model.role)
+        logger.debug("handed %d LoRA patches to the %s expert", len(wanted), patcher.model.name)
 
 
 def is_own(patch: tuple, own: tuple[Any, ...]) -> bool:

@@ -15,6 +15,7 @@ from ....dcm_core.files.checkpoint import Layout, recognise, release_metadata, w
 from ....dcm_core.files.metadata import read_metadata
 from ....dcm_core.files.tensor_file import TensorFile
 from ....dcm_core.routing import Plan, Setup, own_boundary, own_timesteps
+from ....dcm_core.table import letters_of
 from ..folders import LORAS, MODELS, SUFFIX, path_of
 from ..report import server
 from .run import other_cfg
@@ -24,8 +25,10 @@ EVENT = "dcm.plan"
 
 
 def as_message(sigmas: Tensor, plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """A plan in the form of the step bar: {"boundary", "steps": [{"sigma", "expert"}, ...], "notes"}; expert is a `routing.Owner`."""
-    steps = [{"sigma": sigma, "expert": plan.side(step)} for step, sigma in enumerate(sigmas[:-1].tolist())]
+    """A plan in the form of the step bar: {"boundary", "steps": [{"sigma", "expert", "letter"}, ...], "notes"}."""
+    letters = letters_of(plan.by_step)
+    levels = zip(plan.by_step, sigmas[:-1].tolist(), strict=True)
+    steps = [{"sigma": sigma, "expert": owner, "letter": letters[owner]} for owner, sigma in levels]
     return {"boundary": plan.boundary, "steps": steps, "notes": list(notes)}
 
 

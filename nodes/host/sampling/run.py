@@ -17,12 +17,14 @@ from torch import Tensor
 
 from ....dcm_core.errors import DCMError, ScheduleError, check_choice, counted
 from ....dcm_core.experts.modules import find_module
+from ....dcm_core.text import given
 from ..experts.attach import diffusion_model, model_family, with_boundary
 from ..experts.halves import check_together
 from ..report import server
 from .schedules import sampler_names
-from .setup import setup_of
-from .switch import Sides, SidesGuider, with_sides
+from .setup import is_table, setup_of
+from .switch import KEY as SIDES_KEY
+from .switch import SidesGuider, two_sides, with_sides
 
 # The animated preview of web/preview.js, and the most frames it has.
 PREVIEW_EVENT, PREVIEW_FRAMES = "dcm.preview", 16
@@ -40,6 +42,13 @@ def prepare_model(
     Raises:
         DCMError: two models or experts that do not belong together, or two sides for a model without a boundary.
     """
+    if is_table(model):
+        if boundary or detail_model is not None or detail_cfg:
+            raise DCMError(
+                "The model has an expert table, whose rows have models, cfgs and intervals of their own. Disconnect detail_model, and "
+                "set detail_cfg and boundary to 0."
+            )
+        return model, None
     check_together(model, detail_model)
     setup = setup_of(model, detail_model)
     if not setup.two_sides:
@@ -53,7 +62,7 @@ def prepare_model(
                 "boundary is 0, but this model has no default boundary. Set boundary to the sigma where the detail side begins."
             )
         low = None if detail_model is None else with_boundary(detail_model, boundary)
-        model = with_sides(model, Sides(boundary, low, low_cfg))
+        model = with_sides(model, two_sides(boundary, low, low_cfg))
     return model, boundary
 
 
@@ -68,9 +77,13 @@ def make_guider(model: Any, positive: list, negative: list | None, cfg: float, d
     Raises:
         DCMError: a cfg other than 1 without a negative, or text embeddings of another model.
     """
-    if negative is None and (cfg != 1 or (detail_cfg or 1) != 1):
+    sides = model.get_attachment(SIDES_KEY)
+    rows = {f"cfg of row {given(part.name)}": part.cfg for part in sides.parts} if sides and is_table(model) else {}
+    cfgs = {"cfg": cfg, "detail_cfg": detail_cfg or None, **rows}
+    guided = [f"{name} is {value:g}" for name, value in cfgs.items() if value not in (None, 1)]
+    if negative is None and guided:
         raise DCMError(
-            f"cfg is {cfg:g}{f' and detail_cfg {detail_cfg:g}' if detail_cfg else ''}, but no negative is connected. "
+            f"{', '.join(guided)}, but no negative is connected. "
             "Connect a negative prompt, or set cfg to 1, which DCM experts are distilled for."
         )
     check_text(model, positive, "positive")

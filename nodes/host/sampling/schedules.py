@@ -1,7 +1,6 @@
 """Schedules by name, ours and the host's own, and the flow shift of a MODEL."""
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -126,15 +125,12 @@ def with_shift(model: Any, chosen: str, shift: float) -> Any:
         The MODEL itself for the schedules of DCM experts.
     """
     schedule = setup_of(model).schedule(chosen)
-    return model if not isinstance(schedule, str) or schedule == DCM_GRID else _shift_both(model, shift)
+    return model if not isinstance(schedule, str) or schedule == DCM_GRID else _shift_all(model, shift)
 
 
-def _shift_both(model: Any, shift: float) -> Any:
+def _shift_all(model: Any, shift: float) -> Any:
     clone = model.clone()
     clone.add_object_patch("model_sampling", shifted(model, shift))
-    sides = clone.get_attachment(SIDES_KEY)
-    if sides is not None and sides.detail_model is not None:
-        clone.set_attachments(
-            SIDES_KEY, dataclasses.replace(sides, detail_model=_shift_both(sides.detail_model, shift))
-        )
+    if sides := clone.get_attachment(SIDES_KEY):
+        clone.set_attachments(SIDES_KEY, sides.with_models(lambda other: _shift_all(other, shift)))
     return clone

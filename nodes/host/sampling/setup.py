@@ -8,10 +8,12 @@ from torch import Tensor
 
 from ....dcm_core.errors import DCMError, counted
 from ....dcm_core.families import FAMILIES
-from ....dcm_core.routing import Plan, Setup
+from ....dcm_core.routing import BASE, Plan, Setup
+from ....dcm_core.table import plan_rows
 from ....dcm_core.video_size import HUNYUAN_VIDEO, WAN, WAN_5B
 from ..experts.attach import attached_experts, image_channels, is_own, model_family
 from .switch import KEY as SIDES_KEY
+from .switch import Sides
 
 # What a MODEL has in addition to its weights.
 EXTRAS = (
@@ -28,10 +30,19 @@ EXTRAS = (
 
 def setup_of(model: Any, detail_model: Any = None) -> Setup:
     """The setup of a run of a prepared MODEL, or of a MODEL and the detail_model it will be prepared with."""
-    sides = model.get_attachment(SIDES_KEY)
+    sides, facts = model.get_attachment(SIDES_KEY), attached_experts(model)
+    if is_table(model):
+        active = any(any(strengths) for row in facts.rows for _, strengths in row.uses)
+        return Setup(
+            family=model_family(model),
+            seen=True,
+            two_models=any(are_two(model, other) for other in sides.models) if sides else False,
+            takes_image=image_channels(model) > 0,
+            semantic=active,
+            timesteps=facts.timesteps,
+        )
     if detail_model is None and sides is not None:
-        detail_model = sides.detail_model
-    facts = attached_experts(model)
+        detail_model = next(iter(sides.models), None)
     if facts is None and detail_model is not None:
         facts = attached_experts(detail_model)
     family = model_family(model)
@@ -49,8 +60,8 @@ def setup_of(model: Any, detail_model: Any = None) -> Setup:
     )
     return dataclasses.replace(
         setup,
-        semantic=None if facts.semantic is None else patched or "semantic" in facts.strengths,
-        detail=None if facts.detail is None else "detail" in facts.strengths,
+        semantic=None if "semantic" not in facts.experts else patched or "semantic" in facts.strengths,
+        detail=None if "detail" not in facts.experts else "detail" in facts.strengths,
         stacked=facts.stacked,
         timesteps=facts.timesteps,
         boundary=facts.boundary if facts.own_boundary else None,
@@ -99,19 +110,32 @@ def is_same(first: Any, second: Any) -> bool:
     return first is second or (isinstance(first, str | float | int | uuid.UUID) and first == second)
 
 
+def is_table(model: Any) -> bool:
+    """Whether a MODEL has an expert table with rows of any number, and not a pair of experts."""
+    facts = attached_experts(model)
+    return facts is not None and facts.boundary is None
+
+
 def plan_run(model: Any, sigmas: Tensor, boundary: float | None) -> Plan:
-    """Which expert runs which step of a prepared MODEL."""
+    """Which expert or row runs which step of a prepared MODEL."""
+    if is_table(model):
+        to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+        return plan_rows(attached_experts(model).rows, sigmas.cpu(), to_sigma)
     sides = model.get_attachment(SIDES_KEY)
-    return setup_of(model).plan(sigmas, boundary, two_cfgs=sides is not None and sides.detail_cfg is not None)
+    return setup_of(model).plan(sigmas, boundary, two_cfgs=sides is not None and bool(_cfgs(sides)))
+
+
+def _cfgs(sides: Sides) -> list[tuple[str, float]]:
+    """(name, cfg) of the parts with a cfg of their own."""
+    return [(part.name, part.cfg) for part in sides.parts if part.cfg is not None]
 
 
 def describe_run(model: Any, plan: Plan) -> str:
     """The plan in words: `step 1-3 semantic, 4-6 detail, boundary 0.979`."""
     sides, facts = model.get_attachment(SIDES_KEY), attached_experts(model)
-    if plan.boundary is None:
-        if plan.owners[0] != "base":
-            return str(plan)
+    if len(plan.stretches) == 1 and plan.by_step[0] == BASE:
         return f"{counted(plan.steps, 'step')}, {'no experts attached' if facts is None else 'experts at strength 0'}"
-    words = str(plan) if sides is None or sides.detail_cfg is None else f"{plan}, detail cfg {sides.detail_cfg:g}"
-    empty = None if plan.semantic and plan.detail else plan.owners[bool(plan.semantic)]
-    return f"{words} (the {empty} side has no step)" if empty else words
+    cfgs = _cfgs(sides) if sides is not None and (plan.boundary is not None or is_table(model)) else []
+    words = ", ".join([str(plan), *(f"{name} cfg {cfg:g}" for name, cfg in cfgs)])
+    kind = "row" if is_table(model) else "side"
+    return words + "".join(f" (the {name} {kind} has no step)" for name in plan.idle)

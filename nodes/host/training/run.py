@@ -328,7 +328,11 @@ def check_form(
                 f"The expert is for {given.family}, but the model is {family.title}. Choose an expert made for this model."
             )
     attached = attached_experts(model)
-    if attached is not None and attached.semantic and config.side == "detail" and semantic is None:
+    if attached is not None and attached.boundary is None:
+        raise TrainingError(
+            "model has an expert table attached, and training would remove it. Connect the model from before DCM Attach Table."
+        )
+    if attached is not None and "semantic" in attached.experts and config.side == "detail" and semantic is None:
         raise TrainingError(
             "model has a semantic expert attached. Training removes it, so the detail expert would be trained for the base alone. "
             "Connect that expert to semantic_expert or choose its file as semantic_lora, and connect the base to model."

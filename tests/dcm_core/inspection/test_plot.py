@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import ImageColor
 
-from dcm_core.errors import DCMError, ScheduleError
+from dcm_core.errors import DCMError
 from dcm_core.families import WAN
 from dcm_core.inspection.magnitude import Profile
 from dcm_core.inspection.plot import (
@@ -19,6 +19,7 @@ from dcm_core.inspection.plot import (
     profile_figure,
     schedule_figure,
 )
+from dcm_core.routing import Plan, plan_steps
 from dcm_core.schedule import generic_sigmas
 
 ROOT = Path(__file__).parents[3]
@@ -63,12 +64,15 @@ def contrast(first, second):
     return (bright + 0.05) / (dark + 0.05)
 
 
+RELEASED = plan_steps(WAN.preset.sigmas, WAN.preset.boundary)
+
+
 @pytest.mark.parametrize("theme", THEMES)
 def test_colours_are_seen_on_their_background(theme):
     """Lines of 3:1, words of 4.5:1."""
     theme = THEMES[theme]
     assert contrast(theme.text, theme.background) >= 4.5
-    for colour in (*theme.experts.values(), theme.neutral):
+    for colour in (*theme.experts.values(), theme.neutral, *theme.others):
         assert contrast(colour, theme.background) >= 3
 
 
@@ -80,7 +84,7 @@ def test_drawing_is_loaded_when_something_is_drawn():
 
 def test_no_window_is_opened():
     """pyplot would keep every figure, and ask for a screen."""
-    plot_schedule(WAN.preset.sigmas, WAN.preset.boundary)
+    plot_schedule(WAN.preset.sigmas, RELEASED)
     assert "matplotlib.pyplot" not in sys.modules
 
 
@@ -88,7 +92,8 @@ def test_no_window_is_opened():
 @pytest.mark.parametrize(("width", "height"), [(256, 144), (256, 512), (1024, 144), (768, 432), (4096, 2160)])
 @pytest.mark.parametrize("steps", [1, 6, 50])
 def test_nothing_is_cut_off(width, height, steps, theme):
-    image = plot_schedule(generic_sigmas(steps), 0.979, width, height, theme=theme)
+    sigmas = generic_sigmas(steps)
+    image = plot_schedule(sigmas, plan_steps(sigmas, 0.979), width, height, theme=theme)
     assert (image.size, image.mode) == ((width, height), "RGB")
     assert not cut_off(image, THEMES[theme].background)
 
@@ -96,7 +101,7 @@ def test_nothing_is_cut_off(width, height, steps, theme):
 @pytest.mark.parametrize("theme", THEMES)
 def test_a_schedule_s_lines_are_its_noise_levels_in_the_colours_of_their_owners(theme):
     sigmas = WAN.preset.sigmas
-    figure = schedule_figure(sigmas, WAN.preset.boundary, theme=theme)
+    figure = schedule_figure(sigmas, RELEASED, theme=theme)
     (axes,) = figure.axes
     semantic, detail, boundary = axes.get_lines()
     # each side ends where the next begins
@@ -115,7 +120,8 @@ def test_a_schedule_s_lines_are_its_noise_levels_in_the_colours_of_their_owners(
 
 @pytest.mark.parametrize("steps", [1, 2, 6, 50])
 def test_steps_are_counted_in_whole_numbers(steps):
-    figure = schedule_figure(generic_sigmas(steps), 0.9)
+    sigmas = generic_sigmas(steps)
+    figure = schedule_figure(sigmas, plan_steps(sigmas, 0.9))
     (axes,) = figure.axes
     low, high = axes.get_xlim()
     assert all(tick == round(tick) for tick in axes.get_xticks() if low <= tick <= high)
@@ -132,7 +138,8 @@ def test_steps_are_counted_in_whole_numbers(steps):
     ],
 )
 def test_only_what_runs_is_drawn(boundary, owners, seen):
-    figure = schedule_figure(torch.tensor([0.999, 0.9, 0.8, 0.0]), boundary, owners=owners)
+    sigmas = torch.tensor([0.999, 0.9, 0.8, 0.0])
+    figure = schedule_figure(sigmas, plan_steps(sigmas, boundary, owners))
     shown = legend(figure)
     if boundary is not None:
         assert shown.pop(f"boundary {boundary:g}") == DARK.text
@@ -141,13 +148,21 @@ def test_only_what_runs_is_drawn(boundary, owners, seen):
         assert colour == DARK.experts.get(label.split()[-1], DARK.neutral)
 
 
-def test_refuses_what_has_no_plan():
-    with pytest.raises(ScheduleError, match="expected values that fall"):
-        plot_schedule(torch.tensor([0.1, 0.5]), 0.979)
-    with pytest.raises(ScheduleError, match="boundary"):
-        plot_schedule(WAN.preset.sigmas, 1.0)
+def test_an_unknown_theme_is_refused():
     with pytest.raises(DCMError, match="theme is 'pink'; choose one of dark, light"):
-        plot_schedule(WAN.preset.sigmas, 0.979, theme="pink")
+        plot_schedule(WAN.preset.sigmas, RELEASED, theme="pink")
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_rows_of_a_table_have_colours_of_their_own(theme):
+    names = ["high", "base", "mid", "detail", "mid + style", "low"]
+    sigmas = torch.linspace(1, 0, len(names) + 1)
+    figure = schedule_figure(sigmas, Plan(tuple((name, 1) for name in names)), theme=theme)
+    shown = {label.partition(" ")[2].removeprefix("1 "): colour for label, colour in legend(figure).items()}
+    assert len(set(shown.values())) == len(names) == len(shown)
+    colours = THEMES[theme]
+    assert shown["detail"] == colours.experts["detail"] and shown["base"] == colours.neutral
+    assert [shown[name] for name in ("high", "mid", "mid + style", "low")] == list(colours.others[:4])
 
 
 GROUPS = {"in": 1, "blocks": 4, "out": 1}

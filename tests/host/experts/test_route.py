@@ -68,9 +68,7 @@ def test_a_layer_that_the_host_passes_by_stops_the_run(attach, base, random_expe
     sample(routed, SIGMAS)
     past(base.model.diffusion_model.blocks[1].cross_attn.o)
     steps = []
-    message = (
-        r"ComfyUI 9\.8\.7 did not use 1 of the layers that the detail side's experts change: blocks\.1\.cross_attn\.o\."
-    )
+    message = r"ComfyUI 9\.8\.7 did not use 1 of the layers that the detail expert changes: blocks\.1\.cross_attn\.o\."
     with pytest.raises(ValueError, match=message):
         sample(routed, SIGMAS, callback=lambda step, *_: steps.append(step))
     assert steps == [0, 1] and untouched(base)
@@ -80,7 +78,7 @@ def test_a_layer_of_an_independent_semantic_expert_stops_the_run_at_its_first_ca
     independent = attach.attach_experts(base, random_expert(base, "semantic", 1), random_expert(base), stacked=False)
     past(base.model.diffusion_model.blocks[0].self_attn.q)
     steps = []
-    with pytest.raises(ValueError, match=r"the semantic side's experts change: blocks\.0\.self_attn\.q\."):
+    with pytest.raises(ValueError, match=r"the semantic expert changes: blocks\.0\.self_attn\.q\."):
         sample(independent, SIGMAS, callback=lambda step, *_: steps.append(step))
     assert steps == []
 
@@ -104,7 +102,7 @@ def test_a_block_that_does_not_read_its_modulation_stops_the_run(attach, base, o
     routed = attach.attach_experts(base, detail=detail)
     sample(routed, DETAIL_SIGMAS)
     block.__class__ = Past
-    with pytest.raises(ValueError, match=r"detail side's experts change: blocks\.1\.modulation\."):
+    with pytest.raises(ValueError, match=r"the detail expert changes: blocks\.1\.modulation\."):
         sample(routed, DETAIL_SIGMAS)
     assert untouched(base)
 
@@ -116,7 +114,7 @@ def test_only_the_first_call_of_a_side_in_a_run_is_watched(attach, route, base, 
     monkeypatch.setattr(
         route,
         "check_answers",
-        lambda patcher, facts, side, *rest: (seen.append(side), check(patcher, facts, side, *rest)),
+        lambda patcher, facts, names, *rest: (seen.append(*names), check(patcher, facts, names, *rest)),
     )
     for _ in range(2):
         sample(routed, SIGMAS, cfg=3.0)
@@ -136,7 +134,7 @@ def test_a_block_that_a_node_skips_is_said_in_the_log(attach, base, random_exper
     (line,) = [message for message in caplog.messages if "did not use" in message]
     assert (
         "blocks.1.cross_attn.o, blocks.1.cross_attn.q, blocks.1.cross_attn.v and 3 more" in line
-        and "detail side" in line
+        and "the detail expert" in line
     )
     assert "torch.compile" not in caplog.text
 
@@ -186,7 +184,7 @@ def test_compiled_blocks_are_checked_but_for_their_bare_parameters(attach, base,
     assert len(compiled) == made > 0
     torch.compiler.reset()
     past(blocks[1]._orig_mod.self_attn.q)
-    with pytest.raises(ValueError, match=r"experts change: blocks\.1\.self_attn\.q\."):
+    with pytest.raises(ValueError, match=r"expert changes: blocks\.1\.self_attn\.q\."):
         sample(attach.attach_experts(base, detail=detail), SIGMAS)
 
 
@@ -201,7 +199,7 @@ def test_a_model_compiled_by_the_host_s_node_is_checked(attach, base, random_exp
     past(base.model.diffusion_model.blocks[1].self_attn.q)
     again = attach.attach_experts(base, detail=detail)
     set_torch_compile_wrapper(again, backend="eager")
-    with pytest.raises(ValueError, match=r"experts change: blocks\.1\.self_attn\.q\."):
+    with pytest.raises(ValueError, match=r"expert changes: blocks\.1\.self_attn\.q\."):
         sample(again, SIGMAS)
 
 
@@ -326,7 +324,7 @@ def test_two_bases_do_not_wait_for_each_other(attach, route, wan, random_expert)
     for base in bases:
         routed = attach.attach_experts(base, detail=random_expert(base))
         clone = attach.attach_experts(base, detail=random_expert(base, seed=1))
-        with route.expert_in_place(routed, attach.attached_experts(routed), "semantic"):
+        with route.experts_in_place(routed, attach.attached_experts(routed), ()):
             locks.append(route.LOCKS[base.model])
         assert route.LOCKS[clone.model] is locks[-1]
     assert locks[0] is not locks[1]
@@ -337,5 +335,5 @@ def test_an_expert_with_another_strength_is_watched_too(attach, base, random_exp
         base, detail=dataclasses.replace(random_expert(base), boundary=0.99), detail_strength=0.5
     )
     past(base.model.diffusion_model.head.head)
-    with pytest.raises(ValueError, match=r"experts change: head\.head\."):
+    with pytest.raises(ValueError, match=r"expert changes: head\.head\."):
         sample(routed, SIGMAS)

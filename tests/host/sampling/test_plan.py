@@ -191,7 +191,7 @@ def test_what_is_foreseen_is_what_runs_and_what_is_drawn(strengths, second, sche
     drawn = node(
         "DCMSchedulePlot", sigmas=sigmas, boundary=0.0, width=320, height=200, model=model, detail_model=detail
     ).result[0]
-    expected = module("dcm_core.inspection.plot").plot_schedule(sigmas, runs.boundary, 320, 200, runs.owners)
+    expected = module("dcm_core.inspection.plot").plot_schedule(sigmas, runs, 320, 200)
     assert torch.equal(drawn, sampling.as_image(expected))
     words = setup.describe_run(prepared, runs)
     for expert in ("semantic", "detail"):

@@ -320,7 +320,7 @@ def test_two_models_in_the_sampler_node(run, base, wan, module, schedule):
     assert text(out) == "step 1-2 semantic, 3-4 detail, boundary 0.875"
     switch = module("nodes.host.sampling.switch")
     sigmas = torch.tensor([1.0, 0.9375, 5 / 6, 0.625, 0.0])
-    pair = switch.with_sides(base, switch.Sides(0.875, low))
+    pair = switch.with_sides(base, switch.two_sides(0.875, low))
     assert torch.equal(out.result[0]["samples"], core_sample(pair, sigmas, 3, latent()["samples"], negative=COND))
 
 
@@ -386,7 +386,7 @@ def test_a_clone_with_a_copy_of_the_weights_is_the_same_model(module, base, wan)
     ("settings", "message"),
     [
         ({"cfg": 3.0}, "cfg is 3, but no negative is connected"),
-        ({"detail_cfg": 3.0}, "detail_cfg 3, but no negative is connected"),
+        ({"detail_cfg": 3.0}, "detail_cfg is 3, but no negative is connected"),
         (
             {"positive": [[torch.zeros(1, 5, 768), {}]]},
             "width 768 .* takes 4096. Load the text encoder with type `wan`",

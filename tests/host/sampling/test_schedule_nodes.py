@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dcm_core.families import HUNYUAN_VIDEO, WAN
+from dcm_core.routing import plan_steps
 from dcm_core.schedule import even_sigmas, generic_sigmas
 
 SETTINGS = {"preset": "auto", "steps": 5, "shift": 9.0, "denoise": 1.0}
@@ -293,5 +294,5 @@ def test_plot_takes_the_models_boundary_and_gives_the_picture(node, module, rout
     assert image.shape == (1, 200, 320, 3)
     assert image.dtype == torch.float32
     red, green, blue = (image[0] * 255).round().int().unbind(-1)
-    drawn = plot(sigmas, 0.7, 320, 200).getpixel((160, 100))
+    drawn = plot(sigmas, plan_steps(sigmas, 0.7), 320, 200).getpixel((160, 100))
     assert (red[100, 160], green[100, 160], blue[100, 160]) == drawn

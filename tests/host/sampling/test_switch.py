@@ -28,7 +28,7 @@ def low(wan):
 
 
 def pair(switch, high, low, **kwargs):
-    return switch.with_sides(high, switch.Sides(BOUNDARY, low, **kwargs))
+    return switch.with_sides(high, switch.two_sides(BOUNDARY, low, **kwargs))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -175,17 +175,17 @@ def test_models_of_two_devices_are_refused(switch, high, low):
     elsewhere.load_device = torch.device("meta")
     refused = f"model runs on {high.load_device} and detail_model on meta, but both must run on the same device"
     with pytest.raises(ValueError, match=refused):
-        switch.with_sides(high, switch.Sides(BOUNDARY, elsewhere))
+        switch.with_sides(high, switch.two_sides(BOUNDARY, elsewhere))
 
 
 def test_models_that_do_not_fit(switch, module, high, releases):
     hunyuan, _ = module("nodes.host.experts.load").load_model(releases["hy_tiny"], "default")
     with pytest.raises(ValueError, match="cannot share one trajectory: their latent format is Wan21 and HunyuanVideo"):
         pair(switch, high, hunyuan)
-    with pytest.raises(ValueError, match="a detail model of its own"):
+    with pytest.raises(ValueError, match="detail_model already switches to a model of its own"):
         pair(switch, high, pair(switch, high, high))
     with pytest.raises(ValueError, match=r"boundary is 1\.5"):
-        switch.with_sides(high, switch.Sides(1.5, high))
+        switch.with_sides(high, switch.two_sides(1.5, high))
 
 
 def test_hooks_on_models_whose_weights_are_streamed(switch, high, low):

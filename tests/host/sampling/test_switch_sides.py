@@ -28,7 +28,7 @@ def low(wan):
 
 @pytest.fixture
 def pair(switch, high, low):
-    return switch.with_sides(high, switch.Sides(BOUNDARY, low))
+    return switch.with_sides(high, switch.two_sides(BOUNDARY, low))
 
 
 def visits(sigmas):
@@ -142,7 +142,7 @@ def test_a_first_model_without_a_step_is_not_loaded(switch, high, low, monkeypat
     before = [state(high), state(low)]
     plain = comfy.samplers.CFGGuider(low)
     plain.set_cfg(detail_cfg or 3.0)
-    guider = switch.SidesGuider(switch.with_sides(high, switch.Sides(BOUNDARY, low, detail_cfg)))
+    guider = switch.SidesGuider(switch.with_sides(high, switch.two_sides(BOUNDARY, low, detail_cfg)))
     guider.set_cfg(3.0)
     expected = run(plain, SIGMAS[3:])
     loads = record_loads(monkeypatch, high, low)
@@ -184,7 +184,7 @@ def test_host_evicts_the_first_model_when_memory_is_short(switch, high, low, sam
             return load(*args, **kwargs)
 
     monkeypatch.setattr(management, "load_models_gpu", load_without_room)
-    pair = switch.with_sides(on_a_small_card(high), switch.Sides(BOUNDARY, on_a_small_card(low)))
+    pair = switch.with_sides(on_a_small_card(high), switch.two_sides(BOUNDARY, on_a_small_card(low)))
     out = sample(
         pair,
         SIGMAS,
@@ -209,7 +209,7 @@ def test_each_side_has_its_own_options(switch, high, low, sample):
     first, second = high.clone(), low.clone()
     first.set_model_sampler_post_cfg_function(watch("first"))
     second.set_model_sampler_post_cfg_function(watch("second"))
-    sample(switch.with_sides(first, switch.Sides(BOUNDARY, second)), SIGMAS)
+    sample(switch.with_sides(first, switch.two_sides(BOUNDARY, second)), SIGMAS)
     assert seen == [("first", 1.0), ("first", 0.96), ("first", 0.9), ("second", 0.8), ("second", 0.6), ("second", 0.3)]
 
 
@@ -223,7 +223,7 @@ def test_a_function_both_models_share_runs_once_a_step(switch, high, low, sample
     first, second = high.clone(), low.clone()
     for model in (first, second):
         model.set_model_sampler_post_cfg_function(post)
-    sample(switch.with_sides(first, switch.Sides(BOUNDARY, second)), SIGMAS)
+    sample(switch.with_sides(first, switch.two_sides(BOUNDARY, second)), SIGMAS)
     assert seen == pytest.approx(SIGMAS[:-1])
 
 
@@ -232,8 +232,8 @@ def test_one_base_with_a_lora_for_each_side(switch, wan, sample):
     one, other = wan(seed=1, layers=1), wan(seed=1, layers=1)
     before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
     first, second = with_patch(one, 1), with_patch(one, 2)
-    out = sample(switch.with_sides(first, switch.Sides(BOUNDARY, second)), SIGMAS)
-    assert torch.equal(out, sample(switch.with_sides(first, switch.Sides(BOUNDARY, with_patch(other, 2))), SIGMAS))
+    out = sample(switch.with_sides(first, switch.two_sides(BOUNDARY, second)), SIGMAS)
+    assert torch.equal(out, sample(switch.with_sides(first, switch.two_sides(BOUNDARY, with_patch(other, 2))), SIGMAS))
     assert not torch.equal(out, sample(first, SIGMAS))
     sample(one, SIGMAS[-2:])
     assert all(torch.equal(before[name], tensor) for name, tensor in one.model.state_dict().items())
@@ -290,7 +290,7 @@ def test_what_belongs_to_the_second_model_is_moved_as_the_hosts_own_sampling_mov
     from comfy.patcher_extension import WrappersMP
 
     moves = []
-    for run in (lambda model: model, lambda model: switch.with_sides(high, switch.Sides(BOUNDARY, model))):
+    for run in (lambda model: model, lambda model: switch.with_sides(high, switch.two_sides(BOUNDARY, model))):
         movable, model = Movable(), low.clone()
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "movable", movable)
         guide(run(model), visits([0.5]))
@@ -373,7 +373,7 @@ def test_error_in_any_step_leaves_guider_and_models_as_they_were(pair, high, low
     import comfy.samplers
 
     before = [state(high), state(low), state(pair)]
-    model = switch.with_sides(pair, switch.Sides(BOUNDARY, low, detail_cfg=1.0))
+    model = switch.with_sides(pair, switch.two_sides(BOUNDARY, low, detail_cfg=1.0))
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": [[torch.ones(1, 4, 4096), {}]], "negative": [[torch.zeros(1, 4, 4096), {}]]})
     guider.set_cfg(3.0)
@@ -407,13 +407,13 @@ def test_error_in_any_step_leaves_guider_and_models_as_they_were(pair, high, low
 
 def test_pair_can_be_cloned_and_given_a_lora(pair, switch, high, low, sample):
     """What users put after it (LoRA, model sampling) goes to the first model and keeps the switch."""
-    before_the_switch = switch.with_sides(with_patch(high, 3), switch.Sides(BOUNDARY, low))
+    before_the_switch = switch.with_sides(with_patch(high, 3), switch.two_sides(BOUNDARY, low))
     assert torch.equal(sample(with_patch(pair, 3), SIGMAS), sample(before_the_switch, SIGMAS))
 
 
 def test_sides_put_on_twice_count_once(pair, switch, high, low, sample):
-    again = switch.with_sides(pair, switch.Sides(0.5, low))
-    assert torch.equal(sample(again, SIGMAS), sample(switch.with_sides(high, switch.Sides(0.5, low)), SIGMAS))
+    again = switch.with_sides(pair, switch.two_sides(0.5, low))
+    assert torch.equal(sample(again, SIGMAS), sample(switch.with_sides(high, switch.two_sides(0.5, low)), SIGMAS))
     assert not torch.equal(sample(again, SIGMAS), sample(pair, SIGMAS))
 
 
@@ -431,10 +431,10 @@ def test_sides_may_have_shifts_of_their_own_but_one_prediction(switch, high, low
     import comfy_extras.nodes_model_advanced as nodes
 
     shifted = nodes.ModelSamplingSD3().patch(low, shift=8.0)[0]
-    assert switch.with_sides(high, switch.Sides(BOUNDARY, shifted)) is not None
+    assert switch.with_sides(high, switch.two_sides(BOUNDARY, shifted)) is not None
     for base, kind in (("ModelSamplingContinuousEDM", "V_PREDICTION"), ("ModelSamplingDiscreteFlow", "X0")):
         with pytest.raises(ValueError, match="cannot share one trajectory: their prediction is"):
-            switch.with_sides(high, switch.Sides(BOUNDARY, with_prediction(low, base, kind)))
+            switch.with_sides(high, switch.two_sides(BOUNDARY, with_prediction(low, base, kind)))
 
 
 def test_a_prediction_outside_a_sampling_run_is_a_clear_error(pair):
@@ -445,5 +445,5 @@ def test_a_prediction_outside_a_sampling_run_is_a_clear_error(pair):
     guider = comfy.samplers.CFGGuider(pair)
     guider.model_options = comfy.model_patcher.create_model_options_clone(pair.model_options)
     comfy.sampler_helpers.prepare_model_patcher(pair, {}, guider.model_options)
-    with pytest.raises(ValueError, match=r"detail_model .* SamplerCustomAdvanced"):
+    with pytest.raises(ValueError, match=r"cannot switch models or cfg .* SamplerCustomAdvanced"):
         guider(torch.zeros(1, 16, 1, 4, 4), torch.ones(1))
