@@ -1,6 +1,6 @@
 """The expert table: which experts, model and cfg each part of a run uses.
 
-A row is active in an interval of noise levels. Semantic and detail are the two rows of a pair. Where rows overlap, their
+A row is active in an interval of noise levels. Two experts with one boundary are two rows, semantic and detail. Where rows overlap, their
 experts stack in the order of the rows; where there is none, the base works alone.
 """
 
@@ -50,11 +50,11 @@ class Span:
     """The part of a run in which a row is active.
 
     Attributes:
-        unit: of `start` and `end`:
-            sigma: noise levels from `start` down to `end`. `end` itself belongs to this row, and `start` to the row above it, as at a
-                boundary. 1 and 0 are open ends.
-            steps: the first and the last step, counted from 1. A step's intermediate levels belong to it.
-            percent: the part of the model's noise schedule, from 0 to 1, as in the host's nodes.
+        unit: what `start` and `end` are. With "sigma", noise levels from `start` down to `end`. The level `end` belongs to this row,
+            and `start` to the row above it, as at a boundary. 1 and 0 are open ends. With "steps", the first and the last step,
+            counted from 1. A step's intermediate levels belong to it. With "percent", a part of the model's noise schedule, as in
+            the host's nodes.
+        start, end: its bounds.
 
     Raises:
         ScheduleError: values that no run has, or in the wrong order.
@@ -131,7 +131,7 @@ class Use(NamedTuple):
 
     Attributes:
         expert: its name in the MODEL.
-        strengths: of the row's first step, its second and so on. The last one is kept for further steps.
+        strengths: one for each step of the row, from the first. The last one is kept for further steps.
     """
 
     expert: str
@@ -157,8 +157,8 @@ class Row:
         return in_steps or any(len(strengths) > 1 for _, strengths in self.uses)
 
 
-def pair_rows(boundary: float, semantic: Sequence[Use], detail: Sequence[Use]) -> tuple[Row, Row]:
-    """The rows of a pair of experts: semantic at sigma >= boundary, detail below."""
+def two_rows(boundary: float, semantic: Sequence[Use], detail: Sequence[Use]) -> tuple[Row, Row]:
+    """The rows of two experts with one boundary: semantic at sigma >= boundary, detail under it."""
     return (
         Row("semantic", Interval(math.inf, boundary), tuple(semantic)),
         Row("detail", Interval(boundary, -math.inf), tuple(detail)),
@@ -254,7 +254,7 @@ def strengths_in_words(strengths: Sequence[float]) -> str:
 
 
 def check_rows(rows: Sequence[tuple[Row, bool]]) -> None:
-    """Refuse rows that contradict each other, as far as it is known before a run.
+    """Refuse rows that clearly contradict each other. The rest is checked when a run starts.
 
     Args:
         rows: each row, and whether it has a full model of its own.

@@ -46,8 +46,8 @@ class DCMExpert(io.ComfyNode):
                     "unit",
                     options=list(UNITS),
                     default="steps",
-                    tooltip="Unit of start and end. steps: counted from 1, the last one included. sigma: noise levels from 1 down to 0. "
-                    "percent: parts of the run from 0 to 1, as in ComfyUI's own nodes.",
+                    tooltip="Unit of start and end. With steps, they count from 1. With sigma, they are noise levels from 1 down to 0. "
+                    "With percent, they are parts of the run from 0 to 1.",
                 ),
                 io.Float.Input(
                     "start",

@@ -151,7 +151,7 @@ class RoutedExpert(nn.Module):
         operations: source of Linear, LayerNorm and so on (`torch.nn`, or the host's casting classes).
         dtype: dtype of the expert's weights, the one that the base computes in.
         device: where copies of its tensors are put. `meta` leaves each tensor where it is, uncopied.
-        name: its name among the experts of a MODEL; its role if not given.
+        name: its name among the experts of a MODEL. The default is its role.
 
     Attributes:
         places: module name -> what `in_place` made for it lately.

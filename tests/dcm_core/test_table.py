@@ -19,10 +19,10 @@ from dcm_core.table import (
     active_experts,
     check_rows,
     letters_of,
-    pair_rows,
     parse_strengths,
     plan_rows,
     step_in,
+    two_rows,
 )
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.2, 0.0])
@@ -81,7 +81,7 @@ def test_every_step_of_a_run_is_in_exactly_one_of_its_stretches(count, data):
 
 @given(st.floats(0.001, 0.999), st.floats(0, 1, width=32))
 def test_a_pair_changes_where_its_boundary_says(boundary, sigma):
-    rows = pair_rows(boundary, [Use("s", (1.0,))], [Use("s", (1.0,)), Use("d", (0.5,))])
+    rows = two_rows(boundary, [Use("s", (1.0,))], [Use("s", (1.0,)), Use("d", (0.5,))])
     sigma = torch.tensor([sigma])
     low = bool(is_detail(sigma, boundary))
     assert active_experts(rows, sigma, None, linear) == [(("s", 1.0), ("d", 0.5)) if low else (("s", 1.0),)]

@@ -25,7 +25,7 @@ from ....dcm_core.experts.modules import RoutedExpert, bare_parameters, inner_mo
 from ....dcm_core.families import FAMILIES, Family
 from ....dcm_core.families.lora_names import unwrapped
 from ....dcm_core.routing import Setup, check_boundary, own_boundary, own_timesteps
-from ....dcm_core.table import Use, pair_rows
+from ....dcm_core.table import Use, two_rows
 from ..sampling.switch import remove_sides
 from ..saving import allow_saving, refuse_saving
 from .halves import check_halves, name_of
@@ -136,7 +136,7 @@ def attach_experts(
     level = Setup(family).boundary_for(own)
     facts = AttachedExperts(
         family=family.name,
-        rows=pair_rows(level, high, low),
+        rows=two_rows(level, high, low),
         experts={side: str(dataclasses.replace(expert, role=side)) for side, expert in given.items()},
         boundary=level,
         own_boundary=own is not None,
@@ -190,12 +190,12 @@ def detach_experts(model: Any) -> Any:
 
 
 def with_boundary(model: Any, boundary: float | None) -> Any:
-    """A clone of MODEL whose pair of experts changes at this sigma; MODEL itself if it has none or already uses it."""
+    """A clone of MODEL whose two experts change at this sigma; MODEL itself if it has none or already uses it."""
     facts = attached_experts(model)
     if facts is None or facts.boundary in (None, boundary):
         return model
     clone, (high, low) = model.clone(), facts.rows
-    rows = pair_rows(check_boundary(boundary), high.uses, low.uses)
+    rows = two_rows(check_boundary(boundary), high.uses, low.uses)
     clone.set_attachments(KEY, dataclasses.replace(facts, rows=rows, boundary=boundary, own_boundary=True))
     return clone
 

@@ -127,7 +127,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _lines(facts: AttachedExperts, strengths: Mapping[str, float]) -> dict[str, str]:
-    """A line for each expert of a pair, or for each row of a table."""
+    """A line for each of the two experts, or for each row of a table."""
     if facts.boundary is not None:
         return {side: f"{line}, strength {strengths.get(side, 0):g}" for side, line in facts.experts.items()}
     return {f"row {number}": line for number, line in enumerate(facts.lines, 1)}

@@ -46,10 +46,10 @@ class AttachedExperts:
     """The experts attached to a MODEL.
 
     Attributes:
-        rows: which of them work where. The rows of a pair are "semantic" and "detail".
+        rows: which of them work where. Two experts with one boundary have the rows "semantic" and "detail".
         experts: name -> a line about each expert.
         lines: a line about each row of a table.
-        boundary: sigma between the two rows of a pair; None for an expert table.
+        boundary: sigma between semantic and detail; None for an expert table.
         own_boundary: whether the boundary is the experts' or the user's, not the family's default.
         stacked: the detail expert works on top of the semantic one (as released), not independently.
         own_patches: base tensor -> the semantic expert's patches on it, to tell them from the user's.

@@ -111,7 +111,7 @@ def is_same(first: Any, second: Any) -> bool:
 
 
 def is_table(model: Any) -> bool:
-    """Whether a MODEL has an expert table with rows of any number, and not a pair of experts."""
+    """Whether a MODEL has an expert table, and not just two experts with one boundary."""
     facts = attached_experts(model)
     return facts is not None and facts.boundary is None
 

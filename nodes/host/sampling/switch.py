@@ -31,7 +31,7 @@ class Part:
     """What is different in a part of a run.
 
     Attributes:
-        name: of the row or side, for messages.
+        name: the row or side, for messages.
         model: the MODEL that runs it; None for the guider's.
         cfg: None to keep the guider's.
     """
