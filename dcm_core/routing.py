@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors import ExpertError, ScheduleError, counted
 from .families import PRESETS, Family
 from .schedule import AUTO, DCM_GRID, EVEN, GENERIC, check_sigmas
+from .text import given
 
 Side = Literal["semantic", "detail"]
 # What runs a step: an active expert or rows of an expert table, by name, or a model without any.
@@ -240,6 +241,20 @@ def split_sigmas(sigmas: Tensor, *boundaries: float) -> tuple[Tensor, ...]:
                 "Choose boundaries between them, or sample without splitting."
             )
     return tuple(sigmas[first : last + 1] for first, last in pairwise(cuts))
+
+
+def parse_boundaries(text: str) -> tuple[float, ...]:
+    """Boundaries from a widget: "", "0.7" or "0.7, 0.4".
+
+    Raises:
+        ScheduleError: something else than numbers.
+    """
+    try:
+        return tuple(map(float, text.replace(",", " ").split()))
+    except (AttributeError, ValueError) as error:
+        raise ScheduleError(
+            f"more_boundaries is {given(text)}; expected falling sigmas, such as 0.7, 0.4, or nothing."
+        ) from error
 
 
 def _listed(boundaries: Iterable[float]) -> str:

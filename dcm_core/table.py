@@ -106,7 +106,7 @@ class Span:
             return Interval(_up_to(self.start, to_sigma), _up_to(self.end, to_sigma))
         if sigmas is None:
             raise ScheduleError(
-                "A row of the expert table is given in steps, but this sampler node does not tell the model its noise levels. "
+                "A row of the expert table uses steps, but this sampler node does not tell the model its noise levels. "
                 "Set unit to sigma, or use DCM Sampler, KSampler or SamplerCustomAdvanced."
             )
         last = len(sigmas) - 1

@@ -4,9 +4,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..dcm_core.routing import split_sigmas
+from ..dcm_core.errors import ScheduleError, counted
+from ..dcm_core.routing import parse_boundaries, split_sigmas
 from ..dcm_core.schedule import AUTO
-from .host.compat import newer
+from .host.compat import advanced, newer
 from .host.report import report
 from .host.sampling.schedules import choose_sigmas, schedule_names
 
@@ -21,6 +22,9 @@ DENOISE_TIP = (
     "even and KSampler's schedulers run `steps` steps from a lower noise level, as in KSampler. The others run only the last part of "
     "their steps."
 )
+
+
+MOST_PARTS = 5
 
 
 class DCMScheduler(io.ComfyNode):
@@ -82,7 +86,9 @@ class DCMSplitSigmas(io.ComfyNode):
             node_id="DCMSplitSigmas",
             display_name="DCM Split Sigmas (two samplers)",
             category="DCM/sampling",
-            description="Splits a schedule where the detail expert takes over. The first part ends where the second begins.",
+            description=(
+                "Splits a schedule where the detail expert takes over, or into up to five parts. Each part ends where the next begins."
+            ),
             inputs=[
                 io.Sigmas.Input("sigmas", tooltip="The schedule to split."),
                 io.Float.Input(
@@ -94,17 +100,40 @@ class DCMSplitSigmas(io.ComfyNode):
                     round=False,
                     tooltip="Sigma below which the detail expert works (Wan 2.1: 0.979, HunyuanVideo: 0.982, Wan 2.2: 0.875 or 0.9).",
                 ),
+                io.String.Input(
+                    "more_boundaries",
+                    default="",
+                    optional=True,
+                    tooltip="Up to three more boundaries, falling, such as 0.7, 0.4. Empty for none.",
+                    **advanced(io.String.Input),
+                ),
             ],
             outputs=[
-                io.Sigmas.Output(display_name="high", tooltip="The semantic expert's steps."),
-                io.Sigmas.Output(display_name="low", tooltip="The detail expert's steps."),
+                io.Sigmas.Output(display_name="high", tooltip="The first part: the semantic expert's steps."),
+                io.Sigmas.Output(display_name="low", tooltip="The second part: the detail expert's steps."),
+                *(
+                    io.Sigmas.Output(
+                        id=f"part_{number}",
+                        display_name=f"part {number}",
+                        tooltip=f"Part {number}. Only used with more_boundaries.",
+                    )
+                    for number in range(3, MOST_PARTS + 1)
+                ),
             ],
             **newer(search_aliases=["two samplers", "split at boundary", "high low sigmas"]),
         )
 
     @classmethod
-    def execute(cls, sigmas: Any, boundary: float) -> io.NodeOutput:
-        return io.NodeOutput(*split_sigmas(sigmas, boundary))
+    def execute(cls, sigmas: Any, boundary: float, more_boundaries: str = "") -> io.NodeOutput:
+        more = parse_boundaries(more_boundaries)
+        if len(more) > MOST_PARTS - 2:
+            raise ScheduleError(
+                f"more_boundaries has {counted(len(more), 'value')}; expected at most {MOST_PARTS - 2}. Split the last part with another "
+                "DCM Split Sigmas node."
+            )
+        parts = split_sigmas(sigmas, boundary, *more)
+        # ComfyUI's samplers return the latent unchanged for an unused part
+        return io.NodeOutput(*parts, *[sigmas[:0]] * (MOST_PARTS - len(parts)))
 
 
 NODES = [DCMScheduler, DCMSplitSigmas]

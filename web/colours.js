@@ -4,6 +4,8 @@ import { app } from "../../scripts/app.js";
 
 export const COLOURS = { semantic: "#f2a33c", detail: "#4cb3ff" };
 export const NEUTRAL = "#8a8d99";
+// The rows of an expert table, in the order in which they run.
+export const OTHERS = ["#5fd38d", "#ff7a90", "#c9a6ff", "#f5e05c", "#7fe3e0", "#ff9e64", "#b5d56a", "#e58fd9"];
 export const WARNING = "#ff9a6b";
 
 const NODES = {

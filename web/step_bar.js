@@ -4,7 +4,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { COLOURS, NEUTRAL, WARNING } from "./colours.js";
+import { COLOURS, NEUTRAL, OTHERS, WARNING } from "./colours.js";
 import { nodeOf } from "./preview.js";
 
 const SETTLE_MS = 50; // changes come in bursts
@@ -12,9 +12,12 @@ const POINTED_MS = 4000; // how long a tapped field stays described
 const PADDING = 6;
 const MARGIN = 2;
 const BYPASSED = 4;
+const BASE = "base"; // the owner of a step without an expert
 const MOST_LETTERS = 24; // fields become narrower than a letter
 const INK = "var(--input-text, #ddd)"; // on a node, in any theme
 const DARK = "#16171c"; // on an expert's colour
+const ROW = ["name", "unit", "start", "end", "lora", "strength", "cfg"]; // the widgets of DCM Expert
+const MOST_ROWS = 32;
 const bars = new Map(); // node -> Bar
 
 class Bar {
@@ -78,6 +81,7 @@ class Bar {
     this.done = 0;
     this.pointed = null;
     this.said = [];
+    this.colours = coloursOf(plan?.steps ?? []);
     const count = plan?.steps.length;
     this.fields.style.display = plan ? "flex" : "none";
     this.fields.replaceChildren(...(plan?.steps ?? []).map((step, index) => {
@@ -87,7 +91,7 @@ class Bar {
         font: "bold 10px/16px sans-serif", textAlign: "center", overflow: "hidden", cursor: "default",
       });
       field.dataset.expert = step.expert ?? "";
-      field.textContent = count <= MOST_LETTERS ? (step.expert ?? "").charAt(0).toUpperCase() : "";
+      field.textContent = count <= MOST_LETTERS ? step.letter ?? "" : "";
       field.title = describe(step, index, count);
       field.setAttribute("aria-hidden", "true");
       return field;
@@ -121,7 +125,7 @@ class Bar {
   paint() {
     this.element.style.display = this.plan || this.said.length ? "block" : "none";
     [...this.fields.children].forEach((field, index) => {
-      const colour = COLOURS[field.dataset.expert] ?? NEUTRAL;
+      const colour = this.colours.get(field.dataset.expert) ?? NEUTRAL;
       const done = index < this.done;
       const current = this.running && index === this.done;
       field.style.background = done ? colour : `color-mix(in srgb, ${colour} ${current ? 45 : 20}%, transparent)`;
@@ -180,11 +184,32 @@ function describe(step, index, count) {
   return [`${index + 1} / ${count}`, step.expert, `σ ${shorten(step.sigma)}`].filter(Boolean).join("  ");
 }
 
+// A colour for each expert or row of a plan: see Theme.palette in dcm_core/inspection/plot.py.
+function coloursOf(steps) {
+  const colours = new Map([...Object.entries(COLOURS), [BASE, NEUTRAL]]);
+  let others = 0;
+  for (const { expert } of steps) {
+    if (!colours.has(expert)) colours.set(expert, OTHERS[others++ % OTHERS.length]);
+  }
+  return colours;
+}
+
 function planInWords({ steps, boundary }) {
   const owners = [...new Set(steps.map((step) => step.expert))];
-  const sides = owners.map((owner) => `${steps.filter((step) => step.expert === owner).length} ${owner}`).join(" + ");
-  const words = owners.some((owner) => owner in COLOURS) ? sides : `${steps.length} step${steps.length === 1 ? "" : "s"}, no active expert`;
+  if (owners.every((owner) => owner === BASE)) return `${steps.length} step${steps.length === 1 ? "" : "s"}, no active expert`;
+  const isPair = owners.every((owner) => owner in COLOURS || owner === BASE);
+  const words = isPair ? owners.map((owner) => `${steps.filter((step) => step.expert === owner).length} ${owner}`).join(" + ") : stretches(steps);
   return boundary === null ? words : `${words}, boundary σ ${shorten(boundary)}`;
+}
+
+// The rows of an expert table and their steps: "step 1-2 high, 3 base, 4-6 low".
+function stretches(steps) {
+  const found = [];
+  steps.forEach(({ expert }, index) => {
+    if (found.at(-1)?.expert === expert) found.at(-1).last = index + 1;
+    else found.push({ expert, first: index + 1, last: index + 1 });
+  });
+  return `step ${found.map(({ expert, first, last }) => `${first}${last > first ? `-${last}` : ""} ${expert}`).join(", ")}`;
 }
 
 function shorten(value) {
@@ -229,7 +254,9 @@ function ask(node) {
   if (same && !(others.length === nodes.length && others.every((at, place) => at === nodes[place]))) return null;
   asked.two_models = others.length > 0 && !same;
   for (const at of nodes) {
-    if (at.comfyClass === "DCMAttachExperts" && !("semantic" in asked)) {
+    const isFirst = !("semantic" in asked) && !("rows" in asked);
+    if (at.comfyClass === "DCMAttachTable" && isFirst) asked.rows = rowsOf(at, nodes.at(-1));
+    if (at.comfyClass === "DCMAttachExperts" && isFirst) {
       asked.semantic = widgetValue(at, "semantic_lora");
       asked.detail = widgetValue(at, "detail_lora");
       asked.semantic_strength = widgetValue(at, "semantic_strength");
@@ -239,7 +266,19 @@ function ask(node) {
     }
     asked.model = widgetValue(at, "model_name") ?? widgetValue(at, "unet_name") ?? asked.model;
   }
-  return asked;
+  return asked.rows === null ? null : asked;
+}
+
+// The rows of DCM Attach Table, first row first; null if only the run knows them. `loader` is the last node of the model's chain.
+function rowsOf(table, loader) {
+  const rows = [];
+  for (let at = before(table, "rows"); at && rows.length < MOST_ROWS; at = before(at, "rows")) {
+    if (at.mode === BYPASSED) continue;
+    if (at.comfyClass !== "DCMExpert" || isFed(at, ...ROW, "expert")) return null;
+    const own = chain(at, "model");
+    rows.unshift({ ...Object.fromEntries(ROW.map((name) => [name, widgetValue(at, name)])), own_model: own.length > 0 && own.at(-1) !== loader });
+  }
+  return rows;
 }
 
 // Whether another node gives the value of one of these inputs or widgets.

@@ -52,7 +52,7 @@ class Theme:
         return {**self.experts, BASE: self.neutral, **spare}
 
 
-# Told apart by hue and by lightness; web/step_bar.js has the first ones.
+# Told apart by hue and by lightness.
 OTHERS = {
     "dark": ("#5fd38d", "#ff7a90", "#c9a6ff", "#f5e05c", "#7fe3e0", "#ff9e64", "#b5d56a", "#e58fd9"),
     "light": ("#157a43", "#c2234a", "#7242c9", "#7d6b00", "#007c85", "#a64b00", "#4f7300", "#9b2f8f"),

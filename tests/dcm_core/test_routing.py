@@ -1,6 +1,7 @@
 """Which expert owns a noise level, at the boundary to the last bit."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dcm_core.routing import (
     is_detail,
     own_boundary,
     own_timesteps,
+    parse_boundaries,
     plan_steps,
     split_sigmas,
 )
@@ -113,6 +115,30 @@ def test_split_is_one_trajectory_in_two_stretches(values, boundary):
     assert high[-1] == low[0]
     assert torch.equal(torch.cat([high, low[1:]]), sigmas)
     assert not is_detail(high[:-1], boundary).any() and is_detail(low[:-1], boundary).all()
+
+
+@given(falling, st.lists(st.floats(0.001, 0.999), min_size=1, max_size=5, unique=True))
+def test_parts_of_several_boundaries_follow_each_other(values, boundaries):
+    sigmas, boundaries = torch.tensor(values), sorted(boundaries, reverse=True)
+    starts = sigmas[:-1]
+    owners = sum(is_detail(starts, boundary).int() for boundary in boundaries)
+    if len(set(owners.tolist())) <= len(boundaries):
+        with pytest.raises(ScheduleError, match="has no steps"):
+            split_sigmas(sigmas, *boundaries)
+        return
+    parts = split_sigmas(sigmas, *boundaries)
+    assert [len(part) - 1 for part in parts] == owners.bincount().tolist()
+    assert all(torch.equal(first[-1], second[0]) for first, second in pairwise(parts))
+    assert torch.equal(torch.cat([parts[0], *(part[1:] for part in parts[1:])]), sigmas)
+
+
+def test_boundaries_have_to_fall():
+    with pytest.raises(ScheduleError, match=r"The boundaries are 0\.5, 0\.7; expected values that fall"):
+        split_sigmas(WAN.preset.sigmas, 0.5, 0.7)
+    assert parse_boundaries("0.7, 0.4 0.2") == (0.7, 0.4, 0.2) and parse_boundaries(" ") == ()
+    for text in ("high", "0.5; 0.2", None):
+        with pytest.raises(ScheduleError, match=r"more_boundaries is .*; expected falling sigmas"):
+            parse_boundaries(text)
 
 
 @pytest.mark.parametrize("sigmas, side", [([0.9, 0.5, 0.0], "semantic"), ([1.0, 0.99, 0.0], "detail")])

@@ -361,6 +361,59 @@ def test_the_fields_of_the_bar_are_seen_in_every_theme(page, theme):
         page.use_theme("dark")
 
 
+TABLE = """rows => { const find = kind => app.graph._nodes.find(node => node.type === kind);
+    const attach = find("DCMAttachExperts"), sampler = find("DCMSampler");
+    const loader = attach.getInputNode(attach.findInputSlot("model"));
+    const make = (kind, place) => { const node = LiteGraph.createNode(kind); app.graph.add(node);
+      node.pos = [attach.pos[0] + 460 * place, attach.pos[1] - 500]; return node };
+    let last = null;
+    rows.forEach((row, place) => { const node = make("DCMExpert", place);
+      for (const [name, value] of Object.entries(row)) node.widgets.find(widget => widget.name === name).value = value;
+      if (last) last.connect(0, node, node.findInputSlot("rows"));
+      last = node });
+    const table = make("DCMAttachTable", rows.length);
+    last.connect(0, table, table.findInputSlot("rows"));
+    loader.connect(0, table, table.findInputSlot("model"));
+    table.connect(0, sampler, sampler.findInputSlot("model"));
+    app.graph.remove(attach) }"""
+
+
+def test_the_bar_shows_the_rows_of_an_expert_table(page):
+    """Before the run from the nodes' widgets, then from the run: a letter and a colour for each row."""
+    page.open(SMALL_WORLD)
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")
+    semantic, detail = (f"zz_dcm_small_world_{side}.safetensors" for side in ("semantic", "detail"))
+    # the host says nothing again of a node whose values it has seen
+    strength = f"1, 0.{time.time_ns() % 9000 + 1000}"
+    rows = [
+        {"name": "layout", "start": 1, "end": 2, "lora": semantic},
+        {"name": "texture", "start": 4, "end": 6, "lora": detail, "strength": strength},
+        {"name": "<b>last</b>", "start": 6, "end": 6, "lora": semantic, "strength": "0.25"},
+    ]
+    page.run(TABLE, rows)
+    page.changed()
+    owners = ["layout", "layout", "base", "texture", "texture", "texture + <b>last</b>"]
+    expected = [[owner, letter] for owner, letter in zip(owners, "LLBTTE", strict=True)]
+    shown = "() => [...document.querySelectorAll('.dcm-step-bar [data-expert]')].map(f => [f.dataset.expert, f.textContent])"
+    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert=layout]').length === 2")
+    assert page.run(shown) == expected
+    plan = "step 1-2 layout, 3 base, 4-5 texture, 6 texture + <b>last</b>"
+    assert page.caption() == plan
+    page.set_widget("DCMSampler", "seed", time.time_ns() % 2**31)
+    page.queue()
+    page.finish()
+    page.wait_until_said("DCMAttachTable", r"texture: step 4 to 6; zz_dcm_small_world_detail, strength 1, 0\.\d")
+    assert page.run(shown) == expected and page.caption() == plan
+    colours = page.run("() => [...document.querySelectorAll('.dcm-step-bar [data-done]')].map(f => f.style.background)")
+    assert len(set(colours)) == 4 and colours[0] == colours[1] and colours[3] == colours[4]
+    assert page.run("() => document.querySelectorAll('.dcm-step-bar b').length") == 0
+    page.show("DCMSampler")
+    assert_bar_is_whole(page)
+    page.shoot("bar of an expert table")
+    page.show("DCMAttachTable")
+    page.shoot("expert table")
+
+
 def test_the_bar_is_told_without_a_mouse_and_without_colours(page):
     page.open(SMALL_WORLD)
     page.wait("() => document.querySelectorAll('.dcm-step-bar [data-expert]').length === 6")

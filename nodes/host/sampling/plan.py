@@ -15,11 +15,12 @@ from ....dcm_core.files.checkpoint import Layout, recognise, release_metadata, w
 from ....dcm_core.files.metadata import read_metadata
 from ....dcm_core.files.tensor_file import TensorFile
 from ....dcm_core.routing import Plan, Setup, own_boundary, own_timesteps
-from ....dcm_core.table import letters_of
-from ..folders import LORAS, MODELS, SUFFIX, path_of
+from ....dcm_core.table import Row, Span, Use, letters_of, parse_strengths, plan_rows
+from ..experts.table import ChosenExpert, ChosenRow, with_row
+from ..folders import LORAS, MODELS, NONE, SUFFIX, path_of
 from ..report import server
 from .run import other_cfg
-from .schedules import EULER, flow_sampling, sampler_names, schedule_names, sigmas_of
+from .schedules import EULER, flow_sampling, sampler_names, schedule_names, sets_shift, sigmas_of
 
 EVENT = "dcm.plan"
 
@@ -44,26 +45,56 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
     Args:
         asked: the sampler's `schedule`, `steps`, `shift`, `denoise`, `boundary`, `two_models` (bool), `sampler_name`, `cfg` and
             `detail_cfg`. From the nodes before it: the files `model`, `semantic` and `detail`, and `attached_boundary`,
-            `semantic_strength`, `detail_strength` and `stacked` (bool). Only safetensors files are read.
+            `semantic_strength`, `detail_strength` and `stacked` (bool). Instead of these two files, `rows` of an expert table, each
+            with `name`, `unit`, `start`, `end`, `lora`, `strength`, `cfg` and `own_model` (bool). Only safetensors files are read.
 
     Raises:
         DCMError: settings or files that give no plan.
     """
     chosen = check_choice("schedule", asked["schedule"], schedule_names(), ScheduleError)
-    setup = _setup(asked)
+    rows = _rows(asked)
+    setup = _setup_of_rows(asked, rows) if rows else _setup(asked)
     if setup is None:
         return None
     schedule = setup.schedule(chosen)
     if schedule is None or (setup.family is None and schedule in comfy.samplers.SCHEDULER_NAMES):
         return None  # it depends on the model, which no file identifies
+    shift = asked["shift"]
+    sampler = check_choice("sampler_name", asked.get("sampler_name", EULER), sampler_names(), ScheduleError)
+    sigmas = sigmas_of(schedule, asked["steps"], shift, asked["denoise"], lambda: flow_sampling(shift), sampler)
+    if rows:
+        if any(row.span.unit == "percent" for row in rows) and not sets_shift(schedule):
+            return None  # it depends on the model's own shift
+        plan = plan_rows(rows, sigmas, flow_sampling(shift).percent_to_sigma)
+        return as_message(sigmas, plan, setup.notes(chosen))
     two_cfgs = other_cfg(asked.get("cfg", 1.0), asked.get("detail_cfg", 0.0)) is not None
     boundary = setup.boundary_for(asked["boundary"])
     if boundary is None and setup.changes(two_cfgs):
         return None
-    shift = asked["shift"]
-    sampler = check_choice("sampler_name", asked.get("sampler_name", EULER), sampler_names(), ScheduleError)
-    sigmas = sigmas_of(schedule, asked["steps"], shift, asked["denoise"], lambda: flow_sampling(shift), sampler)
     return as_message(sigmas, setup.plan(sigmas, boundary, two_cfgs), setup.notes(chosen))
+
+
+def _rows(asked: Mapping[str, Any]) -> list[Row]:
+    """The rows of an expert table."""
+    chosen: tuple[ChosenRow, ...] = ()
+    for row in asked.get("rows", ()):
+        experts = () if row["lora"] == NONE else (ChosenExpert(parse_strengths(row["strength"]), row["lora"]),)
+        chosen = with_row(chosen, ChosenRow(row["name"], Span(row["unit"], row["start"], row["end"]), experts))
+    return [
+        Row(row.name, row.span, tuple(Use(expert.lora, expert.strengths) for expert in row.experts)) for row in chosen
+    ]
+
+
+def _setup_of_rows(asked: Mapping[str, Any], rows: Sequence[Row]) -> Setup:
+    base = _look(MODELS, asked.get("model"))
+    experts = [found for row in rows for use in row.uses if (found := _look(LORAS, use.expert))]
+    return Setup(
+        family=next((found["family"] for found in (*experts, base) if found and found["family"]), None),
+        two_models=any(row["own_model"] for row in asked["rows"]),
+        takes_image=base and base["takes_image"],
+        semantic=any(any(use.strengths) for row in rows for use in row.uses),
+        timesteps=own_timesteps(found["timesteps"] for found in experts),
+    )
 
 
 def _setup(asked: Mapping[str, Any]) -> Setup | None:

@@ -33,9 +33,22 @@ OPTIONAL: dict[str, type] = {
     "detail_strength": float,
     "stacked": bool,
     "attached_boundary": float,
+    "rows": list,
 }
+# A row of an expert table: the widgets of DCM Expert, and whether it has a model of its own.
+ROW: dict[str, type] = {
+    "name": str,
+    "unit": str,
+    "start": float,
+    "end": float,
+    "lora": str,
+    "strength": str,
+    "cfg": float,
+    "own_model": bool,
+}
+MOST_ROWS = 32
 FIELDS = {**REQUIRED, **OPTIONAL}
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
 # No widget allows larger numbers; millions of steps would fill the memory.
 LARGEST = 10_000
 MAX_BODY = 32 * 1024
@@ -56,7 +69,18 @@ def parse(body: bytes) -> dict[str, Any]:
     if unknown := asked.keys() - FIELDS.keys():
         raise DCMError(f"Unknown names: {name_some(unknown)}. Expected: {', '.join(FIELDS)}.")
     left_out = {name for name in OPTIONAL if asked.get(name) is None}
-    return {name: _typed(name, asked.get(name), kind) for name, kind in FIELDS.items() if name not in left_out}
+    found = {name: _typed(name, asked.get(name), kind) for name, kind in FIELDS.items() if name not in left_out}
+    if "rows" in found:
+        found["rows"] = [_row(row) for row in found["rows"]]
+        if not 0 < len(found["rows"]) <= MOST_ROWS:
+            raise DCMError(f"There are {len(found['rows'])} rows; expected 1 to {MOST_ROWS}.")
+    return found
+
+
+def _row(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict) or row.keys() != ROW.keys():
+        raise DCMError(f"A row is {given(row)}; expected an object with {', '.join(ROW)}.")
+    return {name: _typed(name, row[name], kind) for name, kind in ROW.items()}
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:

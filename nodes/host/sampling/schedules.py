@@ -124,8 +124,12 @@ def with_shift(model: Any, chosen: str, shift: float) -> Any:
     Returns:
         The MODEL itself for the schedules of DCM experts.
     """
-    schedule = setup_of(model).schedule(chosen)
-    return model if not isinstance(schedule, str) or schedule == DCM_GRID else _shift_all(model, shift)
+    return _shift_all(model, shift) if sets_shift(setup_of(model).schedule(chosen)) else model
+
+
+def sets_shift(schedule: str | tuple[float, ...] | None) -> bool:
+    """Whether a resolved schedule (`Setup.schedule`) also sets the model's own shift. Those of DCM experts do not."""
+    return isinstance(schedule, str) and schedule != DCM_GRID
 
 
 def _shift_all(model: Any, shift: float) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import urllib.error
 
 import pytest
 import torch
@@ -198,6 +199,73 @@ def test_what_is_foreseen_is_what_runs_and_what_is_drawn(strengths, second, sche
         assert (expert in words.partition(" (the ")[0]) == (expert in sides(foreseen))
 
 
+ROW = {"name": "a", "unit": "steps", "start": 1.0, "end": 2.0, "lora": "none", "strength": "1", "cfg": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "second"),
+    [
+        (
+            [{"lora": SMALL["semantic"]}, {"name": "b", "start": 3, "end": 6, "lora": SMALL["detail"], "cfg": 2.0}],
+            False,
+        ),
+        ([{"end": 1}, {"name": "b", "unit": "sigma", "start": 0.95, "end": 0.0, "lora": SMALL["detail"]}], False),
+        ([{"name": "b", "unit": "percent", "start": 0.0, "end": 0.4, "lora": SMALL["detail"], "strength": "0"}], False),
+        ([{"lora": SMALL["semantic"]}, {"lora": SMALL["detail"], "strength": "1, 0.5"}], False),
+        ([{"lora": SMALL["detail"], "end": 9}, {"name": "late", "start": 30, "end": 40}], False),
+        ([{}, {"name": "low", "start": 3, "end": 6}], True),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["auto", "generic", "even", "beta"])
+def test_rows_that_are_foreseen_are_what_runs(rows, second, schedule, module, node, small_world):
+    plan, schedules, setup = (module(f"nodes.host.sampling.{name}") for name in ("plan", "schedules", "setup"))
+    model, chain = small_world(), None
+    other = small_world() if second else None
+    asked = [{**ROW, **row, "own_model": second and number == len(rows) - 1} for number, row in enumerate(rows)]
+    for row in asked:
+        values = {name: value for name, value in row.items() if name != "own_model"}
+        chain = node("DCMExpert", rows=chain, model=other if row["own_model"] else None, **values).result[0]
+    attached = node("DCMAttachTable", model=model, rows=chain).result[0]
+    sigmas, notes = schedules.choose_sigmas(schedule, 6, 9.0, 0.7, attached)
+    prepared = schedules.with_shift(attached, schedule, 9.0)
+    runs = setup.plan_run(prepared, sigmas, None)
+    foreseen = plan.foresee(
+        {**SETTINGS, "schedule": schedule, "shift": 9.0, "denoise": 0.7, "model": SMALL["model"], "rows": asked}
+    )
+    if foreseen is None:  # the levels of percents depend on the model's own shift
+        assert rows[0].get("unit") == "percent" and not schedules.sets_shift(
+            setup.setup_of(attached).schedule(schedule)
+        )
+    else:
+        assert foreseen == plan.as_message(sigmas, runs, notes)
+    drawn = node("DCMSchedulePlot", sigmas=sigmas, boundary=0.0, width=320, height=200, model=prepared).result[0]
+    expected = module("dcm_core.inspection.plot").plot_schedule(sigmas, runs, 320, 200)
+    assert torch.equal(drawn, module("nodes.host.sampling.run").as_image(expected))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{}],
+        [{**ROW}],
+        [{**ROW, "own_model": 1}],
+        [{**ROW, "own_model": False, "start": 0.0}],
+        [{**ROW, "own_model": False, "strength": "x", "lora": SMALL["detail"]}],
+        [{**ROW, "own_model": False, "lora": "../x.safetensors"}],
+        [{**ROW, "own_model": False}, {**ROW, "own_model": False, "end": 3.0}],
+        [{**ROW, "own_model": False}] * 33,
+        "rows",
+        [None],
+    ],
+)
+def test_rows_that_cannot_be_foreseen_are_nothing(server, rows):
+    try:
+        assert ask(server, model=SMALL["model"], rows=rows) is None
+    except urllib.error.HTTPError as error:
+        assert error.code == 400
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -243,4 +311,6 @@ def test_the_front_end_wears_the_plot_s_colours():
     text = (ROOT / "web" / "colours.js").read_text(encoding="utf-8")
     found = dict(re.findall(r'(\w+): "(#\w+)"', text.split("COLOURS = {")[1].split("}")[0]))
     assert found == THEMES["dark"].experts
+    (others,) = re.findall(r"OTHERS = \[(.*)\]", text)
+    assert tuple(re.findall(r"#\w+", others)) == THEMES["dark"].others
     assert f'NEUTRAL = "{THEMES["dark"].neutral}"' in text

@@ -168,6 +168,8 @@ def test_what_is_taken_is_typed(module, data):
         assert str(error).encode()
         return
     assert set(route.REQUIRED) <= set(asked) <= set(route.FIELDS)
+    for row in asked.pop("rows", ()):
+        assert row.keys() == route.ROW.keys()
     for name, value in asked.items():
         kind = route.FIELDS[name]
         assert type(value) in ((int, float) if kind is float else (kind,))

@@ -277,11 +277,17 @@ def test_other_models_have_to_be_given_a_boundary_for_two_sides(sampling, setup,
 
 
 def test_split_is_at_the_boundary_of_the_release(node):
-    high, low = node("DCMSplitSigmas", sigmas=WAN.preset.sigmas, boundary=0.979).result
+    high, low, *unused = node("DCMSplitSigmas", sigmas=WAN.preset.sigmas, boundary=0.979).result
+    assert [len(part) for part in unused] == [0, 0, 0]
     assert high.tolist() == pytest.approx([1, 0.992, 0.982, 0.949])
     assert low.tolist() == pytest.approx([0.949, 0.905, 0.81, 0])
     with pytest.raises(ValueError, match=r"boundary is 1\.0"):
         node("DCMSplitSigmas", sigmas=WAN.preset.sigmas, boundary=1.0)
+    sigmas = torch.linspace(1, 0, 11)
+    parts = node("DCMSplitSigmas", sigmas=sigmas, boundary=0.85, more_boundaries="0.55, 0.25, 0.15").result
+    assert [len(part) - 1 for part in parts] == [2, 3, 3, 1, 1]
+    with pytest.raises(ValueError, match="more_boundaries has 4 values; expected at most 3"):
+        node("DCMSplitSigmas", sigmas=sigmas, boundary=0.85, more_boundaries="0.5 0.4 0.3 0.2")
 
 
 def test_plot_takes_the_models_boundary_and_gives_the_picture(node, module, routed):
