@@ -20,6 +20,8 @@ from .text import given
 
 Unit = Literal["steps", "sigma", "percent"]
 UNITS: tuple[Unit, ...] = ("steps", "sigma", "percent")
+# Between the names of rows that overlap.
+STACKED = " + "
 # The largest step number and the most strengths that are read.
 MOST_STEPS = 1000
 
@@ -213,7 +215,7 @@ def plan_rows(rows: Sequence[Row], sigmas: Tensor, to_sigma: PercentToSigma) -> 
     starts = check_sigmas(sigmas)[:-1]
     covered = [row.span.interval(sigmas, to_sigma).covers(starts).tolist() for row in rows]
     names = [
-        " + ".join(row.name for row, steps in zip(rows, covered, strict=True) if steps[step]) or BASE
+        STACKED.join(row.name for row, steps in zip(rows, covered, strict=True) if steps[step]) or BASE
         for step in range(len(starts))
     ]
     idle = [(row.name, 0) for row, steps in zip(rows, covered, strict=True) if not any(steps)]
@@ -222,12 +224,12 @@ def plan_rows(rows: Sequence[Row], sigmas: Tensor, to_sigma: PercentToSigma) -> 
 
 
 def letters_of(owners: Iterable[Owner]) -> dict[Owner, str]:
-    """A letter of its own for each: the first one of its name that is free, else a digit."""
-    found: dict[Owner, str] = {}
-    for owner in dict.fromkeys(owners):
-        free = (letter.upper() for letter in (*owner, *"123456789") if letter.isalnum())
-        found[owner] = next((letter for letter in free if letter not in found.values()), "")
-    return found
+    """A letter of its own for each row: the first one of its name that is free, else a digit. Rows that overlap show all of theirs."""
+    owners, found = list(dict.fromkeys(owners)), {}
+    for name in dict.fromkeys(name for owner in owners for name in owner.split(STACKED)):
+        free = (letter.upper() for letter in (*name, *"123456789") if letter.isalnum())
+        found[name] = next((letter for letter in free if letter not in found.values()), "")
+    return {owner: "+".join(found[name] for name in owner.split(STACKED)) for owner in owners}
 
 
 def parse_strengths(text: str, name: str = "strength") -> tuple[float, ...]:

@@ -10,6 +10,7 @@ const WORDS = {
   DCMSampler: SIDES,
   DCMGuider: SIDES,
   DCMAttachExperts: BOUNDARY,
+  DCMExpert: { cfg: "sampler's" },
   DCMSchedulePlot: BOUNDARY,
   DCMTrainSemanticExpert: TRAINING,
   DCMTrainDetailExpert: TRAINING,
