@@ -259,6 +259,32 @@ def test_a_gguf_file_of_the_same_weights_gives_the_same(beside, graph, need, exp
     assert torch.equal(latent(beside, prompt), expected)
 
 
+def test_the_rows_of_a_table_over_a_gguf_file(alone, beside, graph, need):
+    need("UnetLoaderGGUF")
+
+    def with_rows(prompt):
+        experts, sampler = (id_of(prompt, kind) for kind in ("DCMAttachExperts", "DCMSampler"))
+        model, rows = prompt[experts]["inputs"]["model"], None
+        for name, lora, start, end in (("a", SEMANTIC, 1, 2), ("b", DETAIL, 4, 6), ("c", SEMANTIC, 6, 6)):
+            row = {
+                "name": name,
+                "unit": "steps",
+                "start": start,
+                "end": end,
+                "lora": lora,
+                "strength": "0.75",
+                "cfg": 0.0,
+            }
+            prompt[name] = {"class_type": "DCMExpert", "inputs": row | ({"rows": rows} if rows else {})}
+            rows = [name, 0]
+        prompt[experts] = {"class_type": "DCMAttachTable", "inputs": {"model": model, "rows": rows}}
+        return prompt
+
+    plain, prompt = latent(alone, with_rows(graph())), with_rows(graph())
+    prompt[id_of(prompt, "DCMLoadModel")] = {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": GGUF_MODEL}}
+    assert torch.equal(latent(beside, prompt), plain)
+
+
 def test_nothing_stays_behind(beside, graph, expected):
     """After all of the above, in the same server."""
     other = latent(beside, graph(DCMSampler={"seed": 1}))

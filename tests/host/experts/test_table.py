@@ -123,6 +123,48 @@ def test_gaps_are_the_base_and_overlaps_stack(wan, attach, table, base, experts,
     assert relative(out, wanted) < 1e-6
 
 
+def test_batches_with_a_mask_and_an_image(wan, attach, table, base, experts, rows_of, sample):
+    mask = torch.zeros(1, 1, 2, 6, 8)
+    mask[..., 4:] = 1
+    latent = torch.randn(2, 16, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    kwargs = {"mask": mask, "latent": latent, "cfg": 2.0, "batch": 2}
+    rows = rows_of(
+        ("high", ("sigma", 1, 0.8), [(experts[0], 1.0)]),
+        ("mid", ("sigma", 0.8, 0.4), [(experts[2], 1.0)]),
+        ("low", ("sigma", 0.4, 0), [(experts[1], 0.5)]),
+    )
+    pieces = [
+        (low, merged(wan, attach, [expert], [strength]))
+        for low, expert, strength in ((0.8, experts[0], 1.0), (0.4, experts[2], 1.0), (0.0, experts[1], 0.5))
+    ]
+    out = sample(table.attach_table(base, rows), SIGMAS[1:], **kwargs)
+    assert relative(out, sample(by_level(base, pieces), SIGMAS[1:], **kwargs)) < 1e-6
+    torch.testing.assert_close(out[..., :4], latent[..., :4], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_over_fp8_weights(module, attach, table, releases, random_expert, rows_of, sample):
+    """The same as a pair over them, which is routed everywhere on its semantic side."""
+    model, _ = module("nodes.host.experts.load").load_model(releases["wan_tiny"], "fp8_e4m3fn")
+    base = attach.detach_experts(model)
+    assert base.model.get_dtype() is torch.float8_e4m3fn
+    first, second = (random_expert(base, "semantic", seed, replaced=bool(seed)) for seed in range(2))
+    rows = rows_of(("high", ("steps", 1, 3), [(first, 1.0)]), ("low", ("steps", 4, 6), [(second, 1.0)]))
+    alone = [attach.attach_experts(base, expert, boundary=0.001, stacked=False) for expert in (first, second)]
+    seen = [[], [], []]
+
+    def sampled(model, found):
+        return sample(model, SIGMAS, callback=lambda step, denoised, x, total: found.append(denoised.clone()))
+
+    for model, found in zip((table.attach_table(base, rows), *alone), seen, strict=True):
+        sampled(model, found)
+    mixed, high, low = seen
+    assert all(torch.equal(a, b) for a, b in zip(mixed[:3], high, strict=False))
+    assert relative(mixed[3], low[3]) > 1e-6  # its input is another
+    # the low row alone, from what the high row left
+    again = rows_of(("low", ("sigma", 0.75, 0), [(second, 1.0)]), ("high", ("sigma", 1, 0.75), [(first, 1.0)]))
+    assert torch.equal(sample(table.attach_table(base, again), SIGMAS), sample(table.attach_table(base, rows), SIGMAS))
+
+
 def test_an_expert_that_replaces_layers_works_under_another(wan, attach, table, base, experts, rows_of, sample):
     """The later row adds to what the earlier one has replaced."""
     plain, replacing = experts[0], experts[2]
@@ -277,7 +319,7 @@ def test_only_one_full_model_is_loaded_when_memory_is_short(table, base, halves,
     management.unload_all_models()
     monkeypatch.setattr(management, "load_models_gpu", load_without_room)
     loaded = []
-    sample(
+    out = sample(
         table.attach_table(on_a_small_card(base), rows),
         SIGMAS,
         callback=lambda *_: loaded.append(
@@ -285,6 +327,7 @@ def test_only_one_full_model_is_loaded_when_memory_is_short(table, base, halves,
         ),
     )
     assert loaded == [["base"]] * 2 + [["mid"]] * 2 + [["low"]] * 2
+    assert relative(out, sample(by_level(base, [(0.851, base), (0.501, halves[0]), (0, halves[1])]), SIGMAS)) < 1e-6
 
 
 def test_a_run_that_fails_leaves_nothing(table, base, halves, experts, rows_of, sample):
