@@ -146,11 +146,13 @@ class Row:
 
     Attributes:
         uses: its experts, in the order in which they stack.
+        changes_more: whether it has a model or a cfg of its own.
     """
 
     name: str
     span: Span | Interval
     uses: tuple[Use, ...] = ()
+    changes_more: bool = False
 
     @property
     def is_stepwise(self) -> bool:
@@ -180,14 +182,24 @@ def active_experts(
             continue
         interval = row.span.interval(sigmas, to_sigma)
         for place in interval.covers(sigma).nonzero().flatten().tolist():
-            for expert, strengths in row.uses:
-                strength = strengths[0]
-                if len(strengths) > 1:
-                    step = step_in(interval, sigma[place], sigmas)
-                    strength = strengths[min(step, len(strengths) - 1)]
-                if strength:
-                    found[place].append((expert, strength))
+            found[place] += active_uses(row, interval, sigma[place], sigmas)
     return [tuple(experts) for experts in found]
+
+
+def active_uses(row: Row, interval: Interval, sigma: Tensor, sigmas: Tensor | None) -> list[tuple[str, float]]:
+    """The experts of a row at one of its noise levels, with their strengths; strength 0 leaves one out.
+
+    Args:
+        interval: the row's in this run.
+        sigma: ().
+    """
+    found = []
+    for expert, strengths in row.uses:
+        # with one strength, the step does not matter
+        step = step_in(interval, sigma, sigmas) if len(strengths) > 1 else 0
+        if strength := strengths[min(step, len(strengths) - 1)]:
+            found.append((expert, strength))
+    return found
 
 
 def step_in(interval: Interval, sigma: Tensor, sigmas: Tensor | None) -> int:
@@ -207,18 +219,23 @@ def step_in(interval: Interval, sigma: Tensor, sigmas: Tensor | None) -> int:
 
 
 def plan_rows(rows: Sequence[Row], sigmas: Tensor, to_sigma: PercentToSigma) -> Plan:
-    """Which rows run each step; several names are joined by " + ", and no row is the base.
+    """Which rows run each step; several names are joined by " + ". A step in which no row changes anything is the base's.
 
     Raises:
         ScheduleError: the sigmas cannot be sampled.
     """
     starts = check_sigmas(sigmas)[:-1]
-    covered = [row.span.interval(sigmas, to_sigma).covers(starts).tolist() for row in rows]
+    intervals = [(row, row.span.interval(sigmas, to_sigma)) for row in rows]
     names = [
-        STACKED.join(row.name for row, steps in zip(rows, covered, strict=True) if steps[step]) or BASE
-        for step in range(len(starts))
+        STACKED.join(
+            row.name
+            for row, interval in intervals
+            if interval.covers(sigma) and (row.changes_more or active_uses(row, interval, sigma, sigmas))
+        )
+        or BASE
+        for sigma in starts
     ]
-    idle = [(row.name, 0) for row, steps in zip(rows, covered, strict=True) if not any(steps)]
+    idle = [(row.name, 0) for row, interval in intervals if not interval.covers(starts).any()]
     stretches: list[tuple[Owner, int]] = [(name, len(list(steps))) for name, steps in groupby(names)]
     return Plan((*stretches, *idle), None)
 

@@ -255,7 +255,11 @@ function ask(node) {
   asked.two_models = others.length > 0 && !same;
   for (const at of nodes) {
     const isFirst = !("semantic" in asked) && !("rows" in asked);
-    if (at.comfyClass === "DCMAttachTable" && isFirst) asked.rows = rowsOf(at, nodes.at(-1));
+    if (at.comfyClass === "DCMAttachTable" && isFirst) {
+      const table = rowsOf(at, nodes.at(-1));
+      if (!table) return null;
+      Object.assign(asked, table);
+    }
     if (at.comfyClass === "DCMAttachExperts" && isFirst) {
       asked.semantic = widgetValue(at, "semantic_lora");
       asked.detail = widgetValue(at, "detail_lora");
@@ -266,19 +270,23 @@ function ask(node) {
     }
     asked.model = widgetValue(at, "model_name") ?? widgetValue(at, "unet_name") ?? asked.model;
   }
-  return asked.rows === null ? null : asked;
+  return asked;
 }
 
-// The rows of DCM Attach Table, first row first; null if only the run knows them. `loader` is the last node of the model's chain.
+// The rows of DCM Attach Table, first row first, and whether one has a model with other weights than `loader`, the last node of the
+// model's chain. Null if only the run knows them.
 function rowsOf(table, loader) {
   const rows = [];
+  let others = false;
   for (let at = before(table, "rows"); at && rows.length < MOST_ROWS; at = before(at, "rows")) {
     if (at.mode === BYPASSED) continue;
     if (at.comfyClass !== "DCMExpert" || isFed(at, ...ROW, "expert")) return null;
     const own = chain(at, "model");
-    rows.unshift({ ...Object.fromEntries(ROW.map((name) => [name, widgetValue(at, name)])), own_model: own.length > 0 && own.at(-1) !== loader });
+    if (own.some(makesExperts)) return null;
+    others ||= own.length > 0 && own.at(-1) !== loader;
+    rows.unshift({ ...Object.fromEntries(ROW.map((name) => [name, widgetValue(at, name)])), own_model: own.length > 0 });
   }
-  return rows;
+  return { rows, two_models: others };
 }
 
 // Whether another node gives the value of one of these inputs or widgets.

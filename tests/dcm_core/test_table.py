@@ -119,11 +119,13 @@ def test_steps_need_a_run():
 
 
 def test_the_plan_names_rows_gaps_overlaps_and_rows_without_steps():
+    one = (Use("x", (1.0,)),)
     rows = [
-        Row("high", Span("steps", 1, 2)),
-        Row("style", Span("steps", 2, 3)),
-        Row("low", Span("sigma", 0.3, 0)),
-        Row("late", Span("steps", 8, 9)),
+        Row("high", Span("steps", 1, 2), one),
+        Row("style", Span("steps", 2, 4), (Use("x", (1.0, 1.0, 0.0)),)),
+        Row("low", Span("sigma", 0.3, 0), changes_more=True),
+        Row("late", Span("steps", 8, 9), one),
+        Row("nothing", Span(), (Use("x", (0.0,)),)),
     ]
     plan = plan_rows(rows, SIGMAS, linear)
     assert plan.by_step == ["high", "high + style", "style", "base", "low"] and plan.idle == ["late"]

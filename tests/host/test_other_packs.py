@@ -263,7 +263,7 @@ def test_the_rows_of_a_table_over_a_gguf_file(alone, beside, graph, need):
     need("UnetLoaderGGUF")
 
     def with_rows(prompt):
-        experts, sampler = (id_of(prompt, kind) for kind in ("DCMAttachExperts", "DCMSampler"))
+        experts = id_of(prompt, "DCMAttachExperts")
         model, rows = prompt[experts]["inputs"]["model"], None
         for name, lora, start, end in (("a", SEMANTIC, 1, 2), ("b", DETAIL, 4, 6), ("c", SEMANTIC, 6, 6)):
             row = {

@@ -50,6 +50,11 @@ class ChosenRow:
     model: Any = None
     cfg: float | None = None
 
+    @property
+    def changes_more(self) -> bool:
+        """Whether it changes the model or the cfg."""
+        return self.model is not None or self.cfg is not None
+
     def __str__(self) -> str:
         words = [f"{expert.name}, strength {strengths_in_words(expert.strengths)}" for expert in self.experts]
         if self.model is not None:
@@ -107,7 +112,7 @@ def attach_table(model: Any, rows: Sequence[ChosenRow]) -> Any:
     parts = [
         Part(row.name, row.span, None if row.model is None else others[id(row.model)], row.cfg)
         for row in rows
-        if row.model is not None or row.cfg is not None
+        if row.changes_more
     ]
     return with_sides(clone, Sides(tuple(parts))) if parts else clone
 
@@ -142,7 +147,7 @@ def _attach(model: Any, rows: Sequence[ChosenRow], works: Callable[[ChosenRow], 
                 names[source] = f"{chosen.name} #{taken + 1}" if taken else chosen.name
                 routed[names[source]] = _read(chosen, row, model)
             uses.append(Use(names[source], chosen.strengths))
-        attached.append(Row(row.name, row.span, tuple(uses)))
+        attached.append(Row(row.name, row.span, tuple(uses), row.changes_more))
     used = {name for row in attached for name, strengths in row.uses if any(strengths)}
     facts = AttachedExperts(
         family=require_family(model).name,

@@ -45,8 +45,9 @@ def foresee(asked: Mapping[str, Any]) -> dict[str, Any] | None:
     Args:
         asked: the sampler's `schedule`, `steps`, `shift`, `denoise`, `boundary`, `two_models` (bool), `sampler_name`, `cfg` and
             `detail_cfg`. From the nodes before it: the files `model`, `semantic` and `detail`, and `attached_boundary`,
-            `semantic_strength`, `detail_strength` and `stacked` (bool). Instead of these two files, `rows` of an expert table, each
-            with `name`, `unit`, `start`, `end`, `lora`, `strength`, `cfg` and `own_model` (bool). Only safetensors files are read.
+            `semantic_strength`, `detail_strength` and `stacked` (bool). Only safetensors files are read. Instead of the two expert
+            files, `rows` of an expert table: `name`, `unit`, `start`, `end`, `lora`, `strength`, `cfg` and `own_model` (bool).
+            `two_models` is then true if a row's model has other weights.
 
     Raises:
         DCMError: settings or files that give no plan.
@@ -79,9 +80,13 @@ def _rows(asked: Mapping[str, Any]) -> list[Row]:
     chosen: tuple[ChosenRow, ...] = ()
     for row in asked.get("rows", ()):
         experts = () if row["lora"] == NONE else (ChosenExpert(parse_strengths(row["strength"]), row["lora"]),)
-        chosen = with_row(chosen, ChosenRow(row["name"], Span(row["unit"], row["start"], row["end"]), experts))
+        span = Span(row["unit"], row["start"], row["end"])
+        chosen = with_row(
+            chosen, ChosenRow(row["name"], span, experts, model=row["own_model"] or None, cfg=row["cfg"] or None)
+        )
     return [
-        Row(row.name, row.span, tuple(Use(expert.lora, expert.strengths) for expert in row.experts)) for row in chosen
+        Row(row.name, row.span, tuple(Use(expert.lora, expert.strengths) for expert in row.experts), row.changes_more)
+        for row in chosen
     ]
 
 
@@ -90,7 +95,7 @@ def _setup_of_rows(asked: Mapping[str, Any], rows: Sequence[Row]) -> Setup:
     experts = [found for row in rows for use in row.uses if (found := _look(LORAS, use.expert))]
     return Setup(
         family=next((found["family"] for found in (*experts, base) if found and found["family"]), None),
-        two_models=any(row["own_model"] for row in asked["rows"]),
+        two_models=asked["two_models"],
         takes_image=base and base["takes_image"],
         semantic=any(any(use.strengths) for row in rows for use in row.uses),
         timesteps=own_timesteps(found["timesteps"] for found in experts),

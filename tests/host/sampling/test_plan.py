@@ -231,6 +231,7 @@ def test_rows_that_are_foreseen_are_what_runs(rows, second, schedule, module, no
     runs = setup.plan_run(prepared, sigmas, None)
     foreseen = plan.foresee(
         {**SETTINGS, "schedule": schedule, "shift": 9.0, "denoise": 0.7, "model": SMALL["model"], "rows": asked}
+        | {"two_models": second}
     )
     if foreseen is None:  # the levels of percents depend on the model's own shift
         assert rows[0].get("unit") == "percent" and not schedules.sets_shift(
