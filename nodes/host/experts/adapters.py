@@ -25,11 +25,14 @@ from ....dcm_core.families.keymap import Piece
 from ....dcm_core.families.lora_names import ModuleNames, Shapes, split_key
 from ....dcm_core.text import one_line
 from ..compat import is_oom, key_patches
+from ..progress import byte_progress
 from .attach import compute_dtype, module_shapes, require_family
 
 TITLES = {"lora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}
 # What the host's classes raise for tensors that do not fit together.
 MISFITS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NameError, ArithmeticError)
+# Tensors of a layer's size, in float32, that the host's classes have at once.
+COPIES = 6
 
 # Native tensor name -> the model's own value in float32.
 WeightOf = Callable[[str], Tensor]
@@ -77,42 +80,23 @@ def plain_tensors(
     Raises:
         ExpertError: adapters that are incomplete, broken or for another model; too little memory. Names the tensors.
     """
-    family, shapes = require_family(model), module_shapes(model)
-    names = ModuleNames(family, shapes)
+    shapes, names = module_shapes(model), ModuleNames(require_family(model), module_shapes(model))
     modules = {name.module: None for key in tensors if (name := split_key(key)) and name.kind == "computed"}
     adapters = [adapter for module in modules if (adapter := _adapter(module, tensors, names))]
     if not adapters:
         return tensors, ()
-    used = frozenset().union(*(adapter.keys for adapter in adapters))
-    check_values({key: tensors[key] for key in tensors if key in used})
     # the host patches a weight with either one of them
     whole = {adapter.name for adapter in adapters if adapter.low_rank is None}
-    planned: dict[str, Sequence[int]] = {}
-    for adapter in adapters:
-        planned |= (
-            {f"{adapter.module}.diff": adapter.shape}
-            if adapter.name in whole
-            else {key: tuple(tensor.shape) for key, tensor in adapter.low_rank.items()}
-        )
+    used = frozenset().union(*(adapter.keys for adapter in adapters))
     rest = {key: tensor for key, tensor in tensors.items() if key not in used}
-    if twice := planned.keys() & rest.keys():
-        raise ExpertError(f"{name_some(twice)} and an adapter are for the same layer; expected one. Merge them first.")
-    # whatever else does not fit is refused before the work
-    find_places({key: tuple(tensor.shape) for key, tensor in rest.items()} | planned, family, shapes)
-    dtype = compute_dtype(model)
-    size = sum(prod(shapes[name]) for name in whole) * dtype.itemsize
+    check_values({key: tensor for key, tensor in tensors.items() if key in used})
+    _check_places(rest, adapters, whole, names)
     differences = [adapter for adapter in adapters if adapter.name in whole]
+    size = sum(prod(shapes[name]) for name in whole) * compute_dtype(model).itemsize
     _check_memory(size, differences, model.offload_device)
-    weight_of = _own_weights(model, shapes)
-    made: dict[str, Tensor] = {}
-    for adapter in adapters:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if adapter.name in whole:
-            difference = _difference(adapter, weight_of, strength or 1.0, model.load_device)
-            made[f"{adapter.module}.diff"] = difference.to(device="cpu", dtype=dtype)
-        else:
-            made |= _low_rank(adapter.module, tensors)
-    return rest | made, _notes(adapters, whole, size)
+    low_rank = [_low_rank(adapter.module, tensors) for adapter in adapters if adapter.name not in whole]
+    made = [*low_rank, _differences(differences, model, strength or 1.0)]
+    return {key: tensor for part in (rest, *made) for key, tensor in part.items()}, _notes(adapters, whole, size)
 
 
 def _adapter(module: str, tensors: Mapping[str, Tensor], names: ModuleNames) -> Adapter | None:
@@ -201,6 +185,33 @@ def _low_rank(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         f"{module}.lora_down.weight": down,
         f"{module}.alpha": alpha.float().reshape(()) * down.shape[0] / rank,
     }
+
+
+def _check_places(rest: Mapping[str, Tensor], adapters: Sequence[Adapter], whole: set[str], names: ModuleNames) -> None:
+    """Refuse whatever does not fit the model, and whatever else is in the file, before the work."""
+    planned: dict[str, Sequence[int]] = {}
+    for adapter in adapters:
+        if adapter.name in whole:
+            planned[f"{adapter.module}.diff"] = adapter.shape
+        else:
+            planned |= {key: tuple(tensor.shape) for key, tensor in adapter.low_rank.items()}
+    if twice := planned.keys() & rest.keys():
+        raise ExpertError(f"{name_some(twice)} and an adapter are for the same layer; expected one. Merge them first.")
+    find_places({key: tuple(tensor.shape) for key, tensor in rest.items()} | planned, names.family, names.shapes)
+
+
+def _differences(adapters: Sequence[Adapter], model: Any, strength: float) -> dict[str, Tensor]:
+    """The adapters as full differences in the dtype that the model computes in."""
+    progress, device, dtype = byte_progress(None), model.load_device, compute_dtype(model)
+    largest = max((prod(adapter.shape) for adapter in adapters), default=0)
+    comfy.model_management.free_memory(COPIES * largest * torch.float32.itemsize, device)
+    weight_of = _own_weights(model, module_shapes(model))
+    found = {}
+    for done, adapter in enumerate(adapters):
+        progress(done, len(adapters))
+        difference = _difference(adapter, weight_of, strength, device)
+        found[f"{adapter.module}.diff"] = difference.to(device="cpu", dtype=dtype)
+    return found
 
 
 def _difference(adapter: Adapter, weight_of: WeightOf, strength: float, device: torch.device) -> Tensor:
