@@ -45,7 +45,7 @@ class Adapter:
     Attributes:
         module: its name in the file.
         keys: its tensors in the file.
-        host: the host's adapter.
+        host, empty: the host's adapter, and the same without values.
         piece, name: its module in the model, and the native name of the weight.
         shape: shape of the weight, or of the rows that belong to the module.
         needs_base: what it adds to a weight depends on the weight.
@@ -55,6 +55,7 @@ class Adapter:
     module: str
     keys: frozenset[str]
     host: Any
+    empty: Any
     piece: Piece
     name: str
     shape: tuple[int, ...]
@@ -80,7 +81,8 @@ def plain_tensors(
     Raises:
         ExpertError: adapters that are incomplete, broken or for another model; too little memory. Names the tensors.
     """
-    shapes, names = module_shapes(model), ModuleNames(require_family(model), module_shapes(model))
+    shapes = module_shapes(model)
+    names = ModuleNames(require_family(model), shapes)
     modules = {name.module: None for key in tensors if (name := split_key(key)) and name.kind == "computed"}
     adapters = [adapter for module in modules if (adapter := _adapter(module, tensors, names))]
     if not adapters:
@@ -94,7 +96,11 @@ def plain_tensors(
     differences = [adapter for adapter in adapters if adapter.name in whole]
     size = sum(prod(shapes[name]) for name in whole) * compute_dtype(model).itemsize
     _check_memory(size, differences, model.offload_device)
-    low_rank = [_low_rank(adapter.module, tensors) for adapter in adapters if adapter.name not in whole]
+    low_rank = [
+        _low_rank(adapter.module, {key: tensors[key] for key in adapter.keys})
+        for adapter in adapters
+        if adapter.name not in whole
+    ]
     made = [*low_rank, _differences(differences, model, strength or 1.0)]
     return {key: tensor for part in (rest, *made) for key, tensor in part.items()}, _notes(adapters, whole, size)
 
@@ -125,12 +131,13 @@ def _adapter(module: str, tensors: Mapping[str, Tensor], names: ModuleNames) -> 
     if not hosts:
         return None
     needs_base = scale is not None or hosts[0].name not in ("loha", "lokr")
+    without_values = {key: tensors[key].to("meta") for key in keys}
+    empty = type(hosts[0]).load(module, without_values, number, without_values.get(f"{module}.dora_scale"), set())
     low_rank = None
     if not needs_base and len(shape) == 2:
-        without_values = _low_rank(module, {key: tensors[key].to("meta") for key in keys})
-        smaller = sum(tensor.numel() for tensor in without_values.values()) < prod(shape)
-        low_rank = without_values if without_values and smaller else None
-    return Adapter(module, frozenset(keys), hosts[0], piece, name, shape, needs_base, low_rank)
+        found = _low_rank(module, without_values)
+        low_rank = found if found and sum(tensor.numel() for tensor in found.values()) < prod(shape) else None
+    return Adapter(module, frozenset(keys), hosts[0], empty, piece, name, shape, needs_base, low_rank)
 
 
 def _check_small(module: str, alpha: Tensor | None, scale: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -193,6 +200,9 @@ def _check_places(rest: Mapping[str, Tensor], adapters: Sequence[Adapter], whole
     for adapter in adapters:
         if adapter.name in whole:
             planned[f"{adapter.module}.diff"] = adapter.shape
+            # rotations look at values
+            if "oft" not in adapter.empty.name:
+                _applied(adapter, adapter.empty, torch.empty(adapter.shape, device="meta"), 1.0)
         else:
             planned |= {key: tuple(tensor.shape) for key, tensor in adapter.low_rank.items()}
     if twice := planned.keys() & rest.keys():
@@ -222,13 +232,18 @@ def _difference(adapter: Adapter, weight_of: WeightOf, strength: float, device: 
         rows = weight_of(adapter.name)[start : start + adapter.shape[0]]
         # halves that change places do so in both directions
         weight = adapter.piece.in_native_order(rows).to(device)
+    return (_applied(adapter, adapter.host, weight.clone(), strength) - weight) / strength
+
+
+def _applied(adapter: Adapter, host: Any, weight: Tensor, strength: float) -> Tensor:
+    """The weight with the host's adapter in it. It may be computed in place."""
     with _errors_raised(adapter):
-        result = adapter.host.calculate_weight(
-            weight.clone(), adapter.name, strength, 1.0, None, lambda change: change, torch.float32, None
+        result = host.calculate_weight(
+            weight, adapter.name, strength, 1.0, None, lambda change: change, torch.float32, None
         )
-        if result is None or result.shape != weight.shape:
-            raise ValueError("another shape")
-    return (result - weight) / strength
+        if result is None or tuple(result.shape) != adapter.shape:
+            raise ValueError("the result has another shape")
+    return result
 
 
 @contextmanager
@@ -247,7 +262,8 @@ def _errors_raised(adapter: Adapter) -> Iterator[None]:
         yield
     except MISFITS as error:
         if is_oom(error):
-            raise
+            # `stop` hides the host's own error
+            raise (error.__context__ or error) from None
         raise ExpertError(
             f"ComfyUI cannot apply the {adapter.title} of {adapter.module} to {adapter.name} {adapter.shape} ({one_line(error)}). "
             "The file is incomplete, or made for a model of another size."

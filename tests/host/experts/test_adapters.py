@@ -288,14 +288,44 @@ def named(kind, rows=256, columns=256, module=Q):
     return {joined(module, end): tensor for end, tensor in KINDS[kind](rows, columns).items()}
 
 
-def test_what_was_done_is_said(node, bases, models, caplog):
+SETTINGS = {
+    "semantic_lora": "none",
+    "semantic_strength": 1.0,
+    "detail_lora": "none",
+    "detail_strength": 1.0,
+    "boundary": 0.0,
+}
+
+
+@pytest.fixture
+def save(models):
+    """save(tensors) -> the name of a LoRA."""
+    path = models / "loras" / "adapters.safetensors"
+
+    def write(tensors):
+        save_file(tensors, path)
+        return path.name
+
+    yield write
+    path.unlink()
+
+
+@pytest.mark.parametrize("side", ["semantic", "detail"])
+def test_the_node_s_strength_counts(node, bases, save, side):
+    """What OFT changes is not proportional to it."""
+    model, noise, cond = bases["wan_tiny"]
+    tensors = make_file(model, "diffusion_model.", ["oft"])
+    inputs = SETTINGS | {f"{side}_lora": save(tensors), f"{side}_strength": 0.5}
+    (routed,) = node("DCMAttachExperts", model=model, **inputs).result
+    expected = host_velocity(model, merge(model, tensors, 0.5), noise, cond)
+    assert relative(velocity(routed, noise, SIGMA, cond), expected) < TOLERANCE
+
+
+def test_what_was_done_is_said(node, bases, save, caplog):
     tensors = named("loha") | named("dora alpha", module=Q[:-1] + "k") | named("oft", module=Q[:-1] + "v")
     tensors |= {f"{Q[:-1]}v.rescale": torch.ones(256, 1)} | named("lokr", module="diffusion_model.blocks.0.ffn.0")
-    save_file(tensors, models / "loras" / "adapters.safetensors")
-    inputs = {"semantic_lora": "none", "semantic_strength": 1.0, "detail_strength": 1.0, "boundary": 0.0}
     with caplog.at_level(logging.WARNING):
-        shown = node("DCMAttachExperts", model=bases["wan_tiny"][0], detail_lora="adapters.safetensors", **inputs)
-    (models / "loras" / "adapters.safetensors").unlink()
+        shown = node("DCMAttachExperts", model=bases["wan_tiny"][0], **SETTINGS | {"detail_lora": save(tensors)})
     text = shown.ui.as_dict()["text"][0] if hasattr(shown.ui, "as_dict") else shown.ui["text"][0]
     assert text.splitlines() == [
         "detail expert: LoRA rank 9, 4 layers matched, strength 1",
@@ -398,6 +428,8 @@ def test_other_mistakes_are_found_before_the_work(module, read, bases, monkeypat
     monkeypatch.setattr(adapters, "_difference", lambda *_: pytest.fail("computed"))
     for extra, metadata, message in (
         ({"stranger.lora_A": torch.ones(2, 2)}, None, "1 of 2 tensors do not fit"),
+        (named("lokr", 512, module=Q[:-1] + "v"), None, "ComfyUI cannot apply the LoKr of .*self_attn.v"),
+        (named("dora alpha", 256, 128, Q[:-1] + "v"), None, "ComfyUI cannot apply the DoRA of .*self_attn.v"),
         ({}, {"dcm.family": "hunyuan_video"}, "is for HunyuanVideo"),
         ({}, {"dcm.expert": "semantic"}, "is a semantic expert"),
     ):
@@ -423,6 +455,23 @@ def test_too_little_memory_is_named(read, bases, monkeypatch):
     ):
         read(tensors, model)
     assert len(read(named("loha"), model).low_rank) == 1, "a LoRA is no difference"
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_too_little_device_memory_is_the_host_s_own_error(module, read, bases, monkeypatch, logged):
+    import comfy.weight_adapter
+
+    def full(*args, **kwargs):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except RuntimeError as error:
+            if not logged:
+                raise
+            logging.error("ERROR oft %s", error)
+
+    monkeypatch.setattr(comfy.weight_adapter.OFTAdapter, "calculate_weight", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        read(named("oft"), bases["wan_tiny"][0])
 
 
 def test_the_host_s_errors_go_where_they_went(read, bases, caplog):
