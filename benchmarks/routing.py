@@ -10,6 +10,9 @@ attentions, its own condition embedder and head), in the real ComfyUI. The workf
 - two samplers: sigmas split at the boundary, the second sampler's MODEL with the expert as core's LoRA
 - hook LoRA: the expert as core's LoRA hook on the conditioning, with keyframes 0 and 1 at the boundary
 
+The last lines count what a detail step launches (matrix products, copies; kernels on a GPU), plain and routed, and give the routed
+step over its arithmetic: the operations of a plain step and of the expert's products.
+
 A run begins and ends with its first MODEL in place, as when it is queued again and again. Few layers weigh the embedders more than the
 model's 30 do, in time and even more in weights; `--layers 30` is the whole model. `--cpu-time` counts the CPU seconds of one
 thread, which stay comparable on a machine that others use too.
@@ -24,6 +27,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -32,11 +36,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 DIM, FFN, HEADS, TEXT_DIM, TEXT_TOKENS = 1536, 8960, 12, 4096, 512  # Wan 2.1 1.3B
 RANK, SCALE, BOUNDARY = 128, 2.0, 0.979  # the release
 REPLACED = ("time_embedding.", "time_projection.", "text_embedding.", "head.head.")
-BASE = "plain"
+BASE, ROUTED = "plain", "routed"
+# operation -> what it is counted as
+COUNTED = {
+    **dict.fromkeys(("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"), "matrix products"),
+    **dict.fromkeys(("aten::copy_", "aten::cat"), "copies"),
+    **dict.fromkeys(("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx"), "kernels"),
+}
 
 Clock = Callable[[], float]
 Stage = tuple[Any, list, str]  # MODEL, positive conditioning, part of the sigmas: "all", "semantic" or "detail"
@@ -131,7 +142,7 @@ def make_workflows(pack: Callable[[str], Any], base: Any, dtype: torch.dtype) ->
     text = [[torch.randn(1, TEXT_TOKENS, TEXT_DIM), {}]]
     return {
         BASE: [(base, text, "all")],
-        "routed": [(attach.attach_experts(base, detail=expert), text, "all")],
+        ROUTED: [(attach.attach_experts(base, detail=expert), text, "all")],
         "two samplers": [(base, text, "semantic"), (lora, text, "detail")],
         "hook LoRA": [(base, comfy.hooks.set_hooks_for_conditioning(text, hooks), "all")],
     }
@@ -219,6 +230,14 @@ def arithmetic(tokens: int, layers: int) -> float:
     return 1 + layers * 2 * DIM * RANK * (6 * tokens + 2 * TEXT_TOKENS) / (linears + attention + embedders)
 
 
+def launches(stages: list[Stage], sigmas: Tensor, noise: Tensor) -> Counter[str]:
+    """What one detail step launches, by kind."""
+    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    with profile(activities=[ProfilerActivity.CPU, *cuda]) as recorded:
+        run(stages, sigmas[-2:], noise, time.perf_counter)
+    return Counter(COUNTED[event.name] for event in recorded.events() if event.name in COUNTED)
+
+
 def noise_of(tokens: int) -> Tensor:
     """Noise of one latent frame with that many tokens (patches of 2 x 2), as near to a square as goes."""
     height = max(n for n in range(1, int(tokens**0.5) + 1) if tokens % n == 0)
@@ -249,12 +268,18 @@ def measure(
     return found
 
 
-def report(found: dict[str, tuple[int, list, Tensor]], sigmas: Tensor, tokens: int, layers: int) -> None:
+def report(
+    found: dict[str, tuple[int, list, Tensor]],
+    counts: dict[str, Counter[str]],
+    sigmas: Tensor,
+    tokens: int,
+    layers: int,
+) -> None:
     """Print the table of one number of tokens."""
     first, steps = semantic_steps(sigmas), len(sigmas) - 1
     ideal = arithmetic(tokens, layers)
     base_bytes, base_runs, _ = found[BASE]
-    reference = found["routed"][2]
+    reference = found[ROUTED][2]
     print(
         f"\n{tokens} tokens, {layers} layers, {first} + {steps - first} steps; median [least, most] of {len(base_runs)} repeats"
     )
@@ -278,6 +303,11 @@ def report(found: dict[str, tuple[int, list, Tensor]], sigmas: Tensor, tokens: i
             f"{name:14}{median(s for s, _ in runs):7.2f}{cells[0]:>23}{cells[1]:>23}{switch:10.2f}{size / 1e6:12.1f}"
             f"{size / base_bytes:8.3f}{error:>11}"
         )
+        if name == ROUTED:
+            over = [ratio / ideal for ratio in details]
+    print(f"routed detail step / its arithmetic: {median(over):.3f} [{min(over):.3f}, {max(over):.3f}]")
+    for name, count in counts.items():
+        print(f"a detail step, {name}: {', '.join(f'{number} {kind}' for kind, number in sorted(count.items()))}")
 
 
 def main() -> None:
@@ -313,7 +343,9 @@ def main() -> None:
     with torch.inference_mode():
         workflows = make_workflows(pack, random_base(options.layers, dtype), dtype)
         for tokens in options.tokens:
-            report(measure(workflows, sigmas, tokens, options.repeats, clock), sigmas, tokens, options.layers)
+            found = measure(workflows, sigmas, tokens, options.repeats, clock)
+            counts = {name: launches(workflows[name], sigmas, noise_of(tokens)) for name in (BASE, ROUTED)}
+            report(found, counts, sigmas, tokens, options.layers)
     cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     print(

@@ -125,8 +125,12 @@ class DCMAttachExperts(io.ComfyNode):
             if not math.isfinite(strength):
                 raise ExpertError(f"{name} is {strength}; expected a number from -10 to 10.")
         check_choice("experts", experts, (STACKED, INDEPENDENT), ExpertError)
-        semantic = trained_expert(semantic_expert, "semantic", model) or load_expert(semantic_lora, "semantic", model)
-        detail = trained_expert(detail_expert, "detail", model) or load_expert(detail_lora, "detail", model)
+        semantic = trained_expert(semantic_expert, "semantic", model) or load_expert(
+            semantic_lora, "semantic", model, strength=semantic_strength
+        )
+        detail = trained_expert(detail_expert, "detail", model) or load_expert(
+            detail_lora, "detail", model, strength=detail_strength
+        )
         if semantic is None and detail is None:
             raise ExpertError(
                 "semantic_lora and detail_lora are both none. Choose at least one expert file, or remove this node."

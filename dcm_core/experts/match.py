@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ..errors import name_some
 from ..families import FAMILIES, Family
 from ..families.keymap import Piece, Shape
-from ..families.lora_names import LOW_RANK, Kind, ModuleNames, Shapes, count_known, is_text_encoder, name_of
+from ..families.lora_names import COMPUTED, LOW_RANK, Kind, ModuleNames, Shapes, count_known, is_text_encoder, name_of
 from ..files.checkpoint import Contents, Layout
 from ..files.metadata import said_family
 from ..files.tensor_file import TensorFile
@@ -22,6 +22,8 @@ NO_LAYER, OTHER_SIZE, HALF, TWICE, ROWS = (
 )
 # Why a tensor can be left out: the rest of the file works without it.
 TEXT_ENCODER, LACKING = "text encoder LoRA", "{}, which this model does not have"
+# What is said of methods that only the host can compute.
+ON_ATTACHING = {method: f"{method}, computed by DCM Attach Experts" for _, method in COMPUTED}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,12 @@ class Match:
     def __str__(self) -> str:
         reasons = [*self.left_out.items(), *self.misfits.items()]
         total = self.fitting + sum(len(keys) for _, keys in reasons)
-        return "; ".join([f"{self.fitting} of {total}", *(f"{why}: {name_some(keys)}" for why, keys in reasons)])
+        return "; ".join(
+            [
+                f"{self.fitting} of {total}",
+                *(f"{ON_ATTACHING.get(why, why)}: {name_some(keys)}" for why, keys in reasons),
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -163,12 +170,12 @@ def find_sites(keys: Iterable[str], family: Family, shapes: Shapes) -> tuple[lis
         piece = names.find(name.module) if name else None
         if piece is None and is_text_encoder(key):
             left_out.setdefault(TEXT_ENCODER, []).append(key)
-        elif name is not None and name.kind == "unroutable":
-            misfits.setdefault(name.method, []).append(key)
         elif name is not None and piece is None and (part := names.lacks(name.module)):
             left_out.setdefault(LACKING.format(part), []).append(key)
         elif piece is None or tensor_name(piece, name.kind, shapes) not in shapes:
             misfits.setdefault(NO_LAYER, []).append(key)
+        elif name.kind in ("computed", "unroutable"):
+            misfits.setdefault(name.method, []).append(key)
         elif name.kind in (site := sites.setdefault((piece.target, piece.part), Site(piece))).keys:
             site.again.append((name.kind, key))
         else:

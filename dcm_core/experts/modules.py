@@ -50,7 +50,8 @@ class LowRankBranch(nn.Module):
     def add(self, out: Tensor, projected: Tensor, strength: float, add: AddLinear) -> None:
         """Add `strength * up(projected)` to `out` (..., rows) in place."""
         rows, hidden = out.view(-1, out.shape[-1]), projected.view(-1, projected.shape[-1])
-        for start, up, part in zip(self.starts, self.ups, hidden.split(self.ranks, dim=-1), strict=True):
+        parts = hidden.split(self.ranks, dim=-1) if len(self.ranks) > 1 else (hidden,)
+        for start, up, part in zip(self.starts, self.ups, parts, strict=True):
             add(up, rows[:, start : start + up.out_features], part, strength)
 
 
@@ -104,6 +105,8 @@ class RoutedSite(nn.Module):
         Raises:
             ExpertError: an unknown activation.
         """
+        if not kwargs:  # the usual call, in every step of every site
+            return self._routed(x, base, strength, add, *args)
         fused = {name: kwargs.pop(name, None) for name in FUSED}
         out = self._routed(_activated(x, fused, activations), base, strength, add, *args, **kwargs)
         residual, scale = fused["residual"], fused["residual_scale"]
@@ -116,12 +119,13 @@ class RoutedSite(nn.Module):
             out = self._replacement(x, base, add, *args, **kwargs)
             return out if strength == 1 else torch.lerp(base(x, *args, **kwargs), out, strength)
         # computed before the base runs, as an fp8 linear may clamp its input in place
-        projected = self.branch.down(x) if self.branch is not None else None
-        difference = self.diff(x) if self.diff is not None else None
+        branch, diff = self.branch, self.diff
+        projected = branch.down(x) if branch is not None else None
+        difference = diff(x) if diff is not None else None
         out = base(x, *args, **kwargs)
         if projected is not None:
             out = out.contiguous()
-            self.branch.add(out, projected, strength, add)
+            branch.add(out, projected, strength, add)
         if difference is not None:
             out = out.add_(difference, alpha=strength)
         return out

@@ -54,7 +54,7 @@ def read_expert(
 
     Raises:
         ExpertError: wrong family or role, or unreadable settings or metadata. Also for tensors that do not fit: unknown keys, half
-            a low-rank update, unsupported methods (DoRA, LoHa, LoKr ...), wrong shapes, NaN or infinite values. In our own
+            a low-rank update, other methods (DoRA, LoHa, LoKr ...), wrong shapes, NaN or infinite values. In our own
             files, also for missing keys.
     """
     parsed = read_metadata(metadata)
@@ -205,8 +205,8 @@ def _unroutable_message(strangers: Reasons) -> str:
         f"{counted(len(keys), f'{method} tensor')} ({name_some(keys)})" for method, keys in sorted(strangers.items())
     )
     return (
-        f"The file has {kinds}. Experts use plain LoRA, .diff, .diff_b and .set_weight; {', '.join(sorted(strangers))} "
-        "cannot be switched during sampling. Convert the file to plain LoRA, or load it with LoraLoaderModelOnly for all steps."
+        f"The file has {kinds}, which cannot be used here. Expected plain LoRA, .diff, .diff_b and .set_weight. "
+        "Convert the file to plain LoRA, or load it with LoraLoaderModelOnly for all steps."
     )
 
 

@@ -23,6 +23,7 @@ Kind = Literal[
     "diff_m",
     "set_weight",
     "set_bias",
+    "computed",
     "unroutable",
 ]
 # The kinds that make up one low-rank update.
@@ -48,14 +49,21 @@ ENDINGS: tuple[tuple[str, Kind], ...] = (
     (rf"\.modules_to_save{ADAPTER}\.weight", "set_weight"),
     (rf"\.modules_to_save{ADAPTER}\.bias", "set_bias"),
 )
-# (suffix, common name) of methods that do not add to a layer's output, or that need the base's weights.
-UNROUTABLE: tuple[tuple[str, str], ...] = (
-    (r"\.(dora_scale|lora_magnitude_vector.*)", "DoRA"),
-    (r"\.hada_.+", "LoHa"),
-    (r"\.lokr_.+", "LoKr"),
-    (r"\.(oft_.+|rescale)", "OFT or BOFT"),
-    (r"\.boft_.+", "BOFT"),
+# (suffix, common name) of methods that the host's adapter classes compute when an expert is attached.
+COMPUTED: tuple[tuple[str, str], ...] = (
+    (r"\.dora_scale", "DoRA"),
+    (r"\.hada_(w[12]_[ab]|t[12])", "LoHa"),
+    (r"\.lokr_(w[12](_[ab])?|t2)", "LoKr"),
+    (r"\.(oft_blocks|rescale)", "OFT or BOFT"),
     (r"\.[ab][12]\.weight", "GLoRA"),
+)
+# The same for methods that nothing here can read: they do not add to a layer's output, or need the base's weights.
+UNROUTABLE: tuple[tuple[str, str], ...] = (
+    (r"\.lora_magnitude_vector.*", "PEFT DoRA"),
+    (r"\.hada_.+", "PEFT LoHa"),
+    (r"\.lokr_.+", "PEFT LoKr"),
+    (r"\.oft_.+", "PEFT OFT"),
+    (r"\.boft_.+", "PEFT BOFT"),
     (r"\.(on_input|ia3_l.*)", "IA3"),
     (r"\.vera_lambda_.+", "VeRA"),
     (r"\.(lora_E|ranknum).*", "AdaLoRA"),
@@ -67,6 +75,7 @@ PATTERNS = tuple(
     (re.compile(rf"(?P<module>{start}.+?){ending}"), kind, method)
     for start, ending, kind, method in (
         *(("", ending, kind, "") for ending, kind in ENDINGS),
+        *(("", ending, "computed", method) for ending, method in COMPUTED),
         *(("", ending, "unroutable", method) for ending, method in UNROUTABLE),
         *((re.escape(PEFT_PREFIX), ending, kind, "") for ending, kind in SAVED),
     )
@@ -107,7 +116,7 @@ class LoraKey:
         module: the module it belongs to, as the file names it.
         kind: which tensor of the module it is.
         adapter: its PEFT adapter name.
-        method: common name of its method, if that is not supported.
+        method: common name of its method, if that is not plain LoRA.
     """
 
     module: str

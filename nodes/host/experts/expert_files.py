@@ -1,5 +1,6 @@
 """Read expert files from the host's `loras` folders."""
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 from ....dcm_core.errors import DCMError, ExpertError
 from ....dcm_core.experts.expert import Expert
 from ....dcm_core.experts.reader import WrongSideError, check_metadata, check_sizes, read_expert
-from ....dcm_core.files.metadata import ExpertMetadata, settings_beside
+from ....dcm_core.files.metadata import ExpertMetadata, read_metadata, settings_beside
 from ....dcm_core.files.tensor_file import TensorFile
 from ....dcm_core.routing import Side
 from ....dcm_core.text import LOGGER
 from ..folders import LORAS, NONE, files, path_of
+from .adapters import plain_tensors
 from .attach import module_shapes, require_family
 
 logger = logging.getLogger(LOGGER)
@@ -24,11 +26,12 @@ def expert_names() -> list[str]:
     return [NONE, *files(LORAS)]
 
 
-def load_expert(name: str, role: Side, model: Any, widget: str | None = None) -> Expert | None:
+def load_expert(name: str, role: Side, model: Any, widget: str | None = None, strength: float = 1.0) -> Expert | None:
     """Read an expert for MODEL; None for "none".
 
     Args:
         widget: the widget where the user chose it, if not the side's LoRA.
+        strength: the strength at which it will be used.
 
     Raises:
         DCMError: a file that cannot be read, or an expert that does not fit; names the widget and the file.
@@ -36,10 +39,13 @@ def load_expert(name: str, role: Side, model: Any, widget: str | None = None) ->
     if name == NONE:
         return None
     fix = f"Select it under {other_side(role)}_lora instead." if widget is None else ANOTHER
-    return read_expert_file(path_of(LORAS, name), role, model, f"{widget or f'{role}_lora'} is {name!r}", fix)
+    given = f"{widget or f'{role}_lora'} is {name!r}"
+    return read_expert_file(path_of(LORAS, name), role, model, given, fix, strength)
 
 
-def read_expert_file(path: Path, role: Side, model: Any, given: str | None = None, fix: str = ANOTHER) -> Expert:
+def read_expert_file(
+    path: Path, role: Side, model: Any, given: str | None = None, fix: str = ANOTHER, strength: float = 1.0
+) -> Expert:
     """The same for a file anywhere.
 
     Args:
@@ -48,24 +54,28 @@ def read_expert_file(path: Path, role: Side, model: Any, given: str | None = Non
     """
     given = given or f"The {role} expert is {path.name!r}"
     try:
-        return read_file(path, role, model, given)
+        return read_file(path, role, model, given, strength)
     except WrongSideError as error:
         raise ExpertError(f"{given}, which is a {error.side} expert. {fix}") from error
 
 
-def read_file(path: Path, role: Side, model: Any, given: str) -> Expert:
+def read_file(path: Path, role: Side, model: Any, given: str, strength: float = 1.0) -> Expert:
     """The same, for callers that know what to do with an expert of the other side.
 
     Raises:
         WrongSideError: an expert of the other side.
     """
+    family = require_family(model)
     try:
         file = TensorFile(path)
-        expert = read_expert(file.read_all(), file.metadata, role, require_family(model), module_shapes(model), path)
+        check_metadata(read_metadata(file.metadata), role, family)
+        tensors, done = plain_tensors(file.read_all(), model, strength)
+        expert = read_expert(tensors, file.metadata, role, family, module_shapes(model), path)
     except WrongSideError:
         raise
     except DCMError as error:
         raise type(error)(f"{given}. {error}") from error
+    expert = dataclasses.replace(expert, notes=(*done, *expert.notes))
     for note in expert.notes:
         logger.warning("%s: %s", path.name, note)
     return expert

@@ -9,11 +9,13 @@ from typing import Any
 from ....dcm_core.errors import DCMError, ExpertError
 from ....dcm_core.experts.expert import Expert
 from ....dcm_core.experts.reader import WrongSideError, check_sizes
+from ....dcm_core.files.tensor_file import TensorFile
 from ....dcm_core.routing import own_timesteps
 from ....dcm_core.table import Row, Span, Use, check_rows, overlap, strengths_in_words
 from ....dcm_core.text import LOGGER, given, one_line
 from ..folders import LORAS, path_of
 from ..sampling.switch import Part, Sides, with_sides
+from .adapters import is_proportional
 from .attach import detach_experts, module_shapes, require_family, route_experts
 from .expert_files import read_file
 from .halves import MODELS, model_fingerprint
@@ -33,6 +35,15 @@ class ChosenExpert:
     @property
     def name(self) -> str:
         return "trained" if self.trained is not None else one_line(PurePath(self.lora).stem)
+
+    def by_file(self) -> list[tuple[float, tuple[float, ...]]]:
+        """(strength to read the file at, strengths of its steps). One, or one for each strength if it is not proportional."""
+        if self.trained is not None or is_proportional(TensorFile(path_of(LORAS, self.lora, "lora")).shapes):
+            return [(1.0, self.strengths)]
+        apart = [
+            (at, tuple(each if each == at else 0.0 for each in self.strengths)) for at in dict.fromkeys(self.strengths)
+        ]
+        return [(at, strengths) for at, strengths in apart if at] or [(1.0, self.strengths)]
 
 
 @dataclass(frozen=True)
@@ -141,12 +152,13 @@ def _attach(model: Any, rows: Sequence[ChosenRow], works: Callable[[ChosenRow], 
     for row in rows:
         uses = []
         for chosen in row.experts if works(row) else ():
-            source = chosen.lora or id(chosen.trained)
-            if source not in names:
-                taken = sum(name == chosen.name or name.startswith(f"{chosen.name} #") for name in routed)
-                names[source] = f"{chosen.name} #{taken + 1}" if taken else chosen.name
-                routed[names[source]] = _read(chosen, row, model)
-            uses.append(Use(names[source], chosen.strengths))
+            for strength, strengths in chosen.by_file():
+                source = chosen.lora or id(chosen.trained), strength
+                if source not in names:
+                    taken = sum(name == chosen.name or name.startswith(f"{chosen.name} #") for name in routed)
+                    names[source] = f"{chosen.name} #{taken + 1}" if taken else chosen.name
+                    routed[names[source]] = _read(chosen, row, model, strength)
+                uses.append(Use(names[source], strengths))
         attached.append(Row(row.name, row.span, tuple(uses), row.changes_more))
     used = {name for row in attached for name, strengths in row.uses if any(strengths)}
     facts = AttachedExperts(
@@ -161,7 +173,7 @@ def _attach(model: Any, rows: Sequence[ChosenRow], works: Callable[[ChosenRow], 
     )
 
 
-def _read(chosen: ChosenExpert, row: ChosenRow, model: Any) -> Expert:
+def _read(chosen: ChosenExpert, row: ChosenRow, model: Any, strength: float) -> Expert:
     what = f"lora of row {given(row.name)} is {given(chosen.lora)}"
     if chosen.trained is not None:
         what, expert = f"expert of row {given(row.name)} does not fit", chosen.trained
@@ -175,9 +187,9 @@ def _read(chosen: ChosenExpert, row: ChosenRow, model: Any) -> Expert:
         path = path_of(LORAS, chosen.lora, "lora")
         try:
             # a plain LoRA has no side; an expert says its own
-            expert = read_file(path, "semantic", model, what)
+            expert = read_file(path, "semantic", model, what, strength)
         except WrongSideError as error:
-            expert = read_file(path, error.side, model, what)
+            expert = read_file(path, error.side, model, what, strength)
     if expert.pair is not None:
         _check_half(expert, what, model)
     return expert

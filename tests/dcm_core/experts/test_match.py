@@ -7,7 +7,7 @@ import torch
 
 from dcm_core.convert import convert_release
 from dcm_core.errors import ExpertError
-from dcm_core.experts.match import AnyModel, Target, expert_part, guess_family, match_expert
+from dcm_core.experts.match import ON_ATTACHING, AnyModel, Target, expert_part, guess_family, match_expert
 from dcm_core.experts.reader import read_expert
 from dcm_core.families import FAMILIES, HUNYUAN_VIDEO, WAN
 from dcm_core.files.checkpoint import recognise
@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_named_with_its_reason(changes, reason, count):
     match = match_expert(keys, WAN, SHAPES)
     assert {why: len(found) for why, found in match.misfits.items()} == {reason: count}
     assert match.fitting == len(keys) - count
-    assert str(match).startswith(f"{len(keys) - count} of {len(keys)}; {reason}: ")
+    assert str(match).startswith(f"{len(keys) - count} of {len(keys)}; {ON_ATTACHING.get(reason, reason)}: ")
     with pytest.raises(ExpertError, match=re.escape(next(iter(changes)).partition(".lora_")[0])):
         read_expert({key: torch.ones(shape) for key, shape in keys.items()}, {}, "detail", WAN, SHAPES)
 

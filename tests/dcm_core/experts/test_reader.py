@@ -381,9 +381,12 @@ def test_a_released_part_says_its_scale():
     [
         (
             {f"{Q}.hada_w1_a": randn(2, 2)},
-            r"has 1 LoHa tensor \(blocks.*\)\. .*LoHa cannot be switched .*LoraLoaderModelOnly",
+            r"has 1 LoHa tensor \(blocks.*\), which cannot be used here\. Expected plain LoRA.*LoraLoaderModelOnly",
         ),
-        ({f"{Q}.lokr_w1": randn(2, 2), f"{Q}.lora_magnitude_vector": randn(2)}, "1 DoRA tensor .* and 1 LoKr tensor"),
+        (
+            {f"{Q}.lokr_w1": randn(2, 2), f"{Q}.lora_magnitude_vector": randn(2)},
+            "1 LoKr tensor .* and 1 PEFT DoRA tensor",
+        ),
         ({f"{Q}.diff": randn(4, 4), "blocks.0.attn1.to_q.diff": randn(4, 4)}, "are for the same tensor"),
         ({f"{Q}.diff_b": randn(4), f"{Q}.bias.diff": randn(4)}, "are for the same tensor"),
         (

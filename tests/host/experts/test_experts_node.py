@@ -125,7 +125,8 @@ def test_settings_beside_a_file_count_as_its_own(node, save):
             {"lora_adapter_metadata": "[" * 99_999},
             "Its metadata lora_adapter_metadata is nested more than 32 levels deep",
         ),
-        ({f"{Q}.lokr_w1": torch.ones(2, 2)}, None, r"The file has 1 LoKr tensor \(.*lokr_w1\)"),
+        ({f"{Q}.ia3_l": torch.ones(256)}, None, r"The file has 1 IA3 tensor \(.*ia3_l\)"),
+        ({f"{Q}.lokr_w1": torch.ones(2, 2)}, None, "ComfyUI cannot apply the LoKr of .* The file is incomplete, or"),
         (
             pair(Q, 32),
             None,

@@ -27,7 +27,8 @@ STYLES = {
 }
 EXTRAS = ["alpha", "lora_mid.weight", "reshape_weight"]
 WHOLE = ["diff", "diff_b", "set_weight", "w_norm", "b_norm"]
-UNROUTABLE = {
+# what only the host computes: see test_adapters.py
+ADAPTERS = {
     "dora_scale": "DoRA",
     "oft_blocks": "OFT or BOFT",
     "rescale": "OFT or BOFT",
@@ -50,22 +51,6 @@ CASES += [
     for naming in namings
     for shift in (0, 5, 9)
 ]
-
-
-@pytest.fixture(scope="module")
-def bases(module, releases):
-    """name -> (plain MODEL in float32, noise, conditioning)."""
-    load, attach = module("nodes.host.experts.load"), module("nodes.host.experts.attach")
-    load.WEIGHT_DTYPES["float32"] = {"dtype": torch.float32}
-    generator = torch.Generator().manual_seed(5)
-    noise, text = torch.randn(1, 16, 2, 4, 4, generator=generator), torch.randn(1, 6, 4096, generator=generator)
-    extras = {"pooled_output": torch.randn(1, 768, generator=generator), "guidance": 6.0}
-    made = {
-        name: (attach.detach_experts(load.load_model(file, "float32")[0]), noise, [[text, extras]])
-        for name, file in releases.items()
-    }
-    del load.WEIGHT_DTYPES["float32"]
-    return made
 
 
 def host_sources():
@@ -95,11 +80,11 @@ def test_every_naming_and_ending_of_the_host_is_tried(bases):
     for name, namings in NAMES.items():
         assert set().union(*names_of(bases[name][0]).values()) == set(namings)
     found = {ending for source in host_sources() for ending in re.findall(r'"\{\}([^"]+)"\.format\(x\)', source)}
-    tried = {*STYLES, *STYLES.values(), *(f".{ending}" for ending in (*EXTRAS, *WHOLE, *UNROUTABLE))}
+    tried = {*STYLES, *STYLES.values(), *(f".{ending}" for ending in (*EXTRAS, *WHOLE, *ADAPTERS))}
     assert len(found) > 30 and found == tried
 
 
-def merge(model, lora):
+def merge(model, lora, strength=1.0):
     """Base tensor -> its value with a LoRA in it, as the host's loader computes it."""
     import comfy.lora
     import comfy.lora_convert
@@ -112,7 +97,7 @@ def merge(model, lora):
     )
     state = model.model.state_dict()
     return {
-        key: comfy.lora.calculate_weight([(1.0, patch, 1.0, None, None)], state[key].clone(), key)
+        key: comfy.lora.calculate_weight([(strength, patch, 1.0, None, None)], state[key].clone(), key)
         for key, patch in patches.items()
     }
 
@@ -209,12 +194,12 @@ def test_every_dtype(module, bases, caplog, dtype):
     compare(module, bases["wan_tiny"], make_file(bases["wan_tiny"][0], "diffusion_model.", kinds, dtype), caplog)
 
 
-@pytest.mark.parametrize("ending", UNROUTABLE)
-def test_what_cannot_be_routed_is_refused_by_its_name(module, bases, ending):
+@pytest.mark.parametrize("ending", ADAPTERS)
+def test_what_only_the_host_computes_is_refused_by_its_name(module, bases, ending):
     model = bases["wan_tiny"][0]
     attach, read = module("nodes.host.experts.attach"), module("dcm_core.experts.reader").read_expert
     lora = {f"diffusion_model.blocks.0.self_attn.q.{ending}": torch.ones(4, 4)}
-    with pytest.raises(ValueError, match=rf"1 {UNROUTABLE[ending]} tensor .* cannot be switched during sampling"):
+    with pytest.raises(ValueError, match=rf"1 {ADAPTERS[ending]} tensor .* cannot be used here"):
         read(lora, {}, "detail", attach.require_family(model), attach.module_shapes(model))
 
 

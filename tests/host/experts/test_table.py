@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from ..compare import relative
 from ..sampling.test_switch_sides import on_a_small_card
 from .test_attach import copy_of, merged, untouched
+from .test_lora_parity import merge
 
 SIGMAS = [1.0, 0.95, 0.85, 0.7, 0.5, 0.25, 0.0]
 SAMPLERS = [
@@ -500,6 +501,25 @@ def test_the_nodes_make_what_the_library_makes(node, table, base, files, experts
     ]
     again = node("DCMAttachTable", model=out.result[0], rows=rows)
     assert "Replaces the experts" in again.ui.as_dict()["text"][0]
+
+
+def test_a_file_that_turns_weights_is_read_at_each_of_its_strengths(node, wan, base, models, sample):
+    """What OFT changes is not proportional to its strength. The host's own loader computes the reference."""
+    torch.manual_seed(0)
+    tensors = {"diffusion_model.blocks.0.self_attn.q.oft_blocks": 0.3 * torch.randn(64, 4, 4)}
+    save_file(tensors, models / "loras" / "turning.safetensors")
+    rows = expert_row(node, start=2.0, end=5.0, lora="turning.safetensors", strength="1, 0.4, 0, 0.4")
+
+    def whole(strength):
+        model = wan()
+        changed = merge(model, tensors, strength)
+        model.model.state_dict()["diffusion_model.blocks.0.self_attn.q.weight"].copy_(*changed.values())
+        return model
+
+    strong, weak = whole(1.0), whole(0.4)
+    levels = [(0.951, base), (0.851, strong), (0.701, weak), (0.501, base), (0.251, weak), (0.0, base)]
+    out = sample(node("DCMAttachTable", model=base, rows=rows).result[0], SIGMAS)
+    assert relative(out, sample(by_level(base, levels), SIGMAS)) < 1e-6
 
 
 @pytest.mark.parametrize(
