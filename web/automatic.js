@@ -11,6 +11,7 @@ const WORDS = {
   DCMGuider: SIDES,
   DCMAttachExperts: BOUNDARY,
   DCMSchedulePlot: BOUNDARY,
+  DCMExpert: { cfg: "as sampler" },
   DCMTrainSemanticExpert: TRAINING,
   DCMTrainDetailExpert: TRAINING,
 };

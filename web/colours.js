@@ -4,6 +4,9 @@ import { app } from "../../scripts/app.js";
 
 export const COLOURS = { semantic: "#f2a33c", detail: "#4cb3ff" };
 export const NEUTRAL = "#8a8d99";
+export const BASE = "base";
+// The rows of an expert table, in the order in which they run.
+const ROWS = ["#5fd38d", "#ff7a90", "#c9a6ff", "#f5e05c", "#7fe3e0", "#ff9e64", "#b5d56a", "#e58fd9"];
 export const WARNING = "#ff9a6b";
 
 const NODES = {
@@ -14,6 +17,8 @@ const NODES = {
 const SIZES = {
   DCMSampler: [360, 560],
   DCMAttachExperts: [420, 300],
+  DCMExpert: [460, 260],
+  DCMAttachTable: [400, 160],
   DCMConvertCheckpoint: [420, 0],
   DCMExtractLoRA: [420, 0],
   DCMExportExpert: [420, 0],
@@ -28,6 +33,14 @@ const SIZES = {
   DCMSchedulePlot: [420, 420],
   DCMVideoSize: [340, 240],
 };
+
+// What runs each step -> a Map of their colours.
+export function palette(owners) {
+  const colours = new Map([...Object.entries(COLOURS), [BASE, NEUTRAL]]);
+  const rows = new Set(owners.filter((owner) => !colours.has(owner)));
+  [...rows].forEach((row, place) => colours.set(row, ROWS[place % ROWS.length]));
+  return colours;
+}
 
 app.registerExtension({
   name: "DCM.Colours",
