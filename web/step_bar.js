@@ -1,10 +1,10 @@
-// Shows on DCM Sampler which expert runs which step: one field per step, with the expert's colour and letter, filled as it runs.
+// Shows on DCM Sampler which expert or row runs which step: one field per step, with its colour and letter, filled as it runs.
 // The line under the fields is the plan, then the running step and the time left, then the result. Notes and warnings follow.
 // Before a run, the server works out the plan from widgets and files (nodes/host/sampling/plan.py). A run sends its own.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { COLOURS, NEUTRAL, WARNING } from "./colours.js";
+import { BASE, palette, WARNING } from "./colours.js";
 import { nodeOf } from "./preview.js";
 
 const SETTLE_MS = 50; // changes come in bursts
@@ -86,8 +86,8 @@ class Bar {
         flex: "1 1 0", minWidth: "0", boxSizing: "border-box", borderRadius: "3px", border: `1px solid ${INK}`,
         font: "bold 10px/16px sans-serif", textAlign: "center", overflow: "hidden", cursor: "default",
       });
-      field.dataset.expert = step.expert ?? "";
-      field.textContent = count <= MOST_LETTERS ? (step.expert ?? "").charAt(0).toUpperCase() : "";
+      field.dataset.expert = step.expert;
+      field.textContent = count <= MOST_LETTERS ? step.letter : "";
       field.title = describe(step, index, count);
       field.setAttribute("aria-hidden", "true");
       return field;
@@ -120,8 +120,9 @@ class Bar {
 
   paint() {
     this.element.style.display = this.plan || this.said.length ? "block" : "none";
+    const colours = palette((this.plan?.steps ?? []).map((step) => step.expert));
     [...this.fields.children].forEach((field, index) => {
-      const colour = COLOURS[field.dataset.expert] ?? NEUTRAL;
+      const colour = colours.get(field.dataset.expert);
       const done = index < this.done;
       const current = this.running && index === this.done;
       field.style.background = done ? colour : `color-mix(in srgb, ${colour} ${current ? 45 : 20}%, transparent)`;
@@ -183,7 +184,7 @@ function describe(step, index, count) {
 function planInWords({ steps, boundary }) {
   const owners = [...new Set(steps.map((step) => step.expert))];
   const sides = owners.map((owner) => `${steps.filter((step) => step.expert === owner).length} ${owner}`).join(" + ");
-  const words = owners.some((owner) => owner in COLOURS) ? sides : `${steps.length} step${steps.length === 1 ? "" : "s"}, no active expert`;
+  const words = owners.some((owner) => owner !== BASE) ? sides : `${steps.length} step${steps.length === 1 ? "" : "s"}, no active expert`;
   return boundary === null ? words : `${words}, boundary σ ${shorten(boundary)}`;
 }
 
@@ -247,8 +248,9 @@ function isFed(node, ...names) {
   return names.some((name) => before(node, name));
 }
 
-// Whether a node's experts are known only when it runs: it trains them, or gets them or their names from other nodes.
+// Whether a node's experts are known only when it runs: it trains them, has rows of them, or gets them or their names from other nodes.
 function makesExperts(node) {
+  if (node.comfyClass === "DCMAttachTable") return true;
   const inputs = node.inputs?.map(({ name }) => name).filter((name) => name !== "model") ?? [];
   if (node.comfyClass === "DCMAttachExperts") return isFed(node, ...inputs);
   return /^DCMTrain/.test(node.comfyClass) || isFed(node, "model_name", "unet_name");
