@@ -13,7 +13,7 @@ from .host.compat import advanced, newer
 from .host.experts.expert_files import expert_names, state_of_expert
 from .host.experts.route import attached_experts
 from .host.experts.table import ChosenExpert, ChosenRow, attach_table, with_row
-from .host.folders import NONE, fingerprint
+from .host.folders import LORAS, NONE, fingerprint, path_of
 from .host.report import report
 
 Rows = io.Custom("DCM_ROWS")
@@ -134,6 +134,9 @@ class DCMExpert(io.ComfyNode):
         if not (math.isfinite(cfg) and 0 <= cfg <= 100):
             raise DCMError(f"cfg is {cfg}; expected a number from 0 to 100. 0 uses the sampler's cfg.")
         strengths = parse_strengths(strength)
+        if expert is None and lora != NONE:
+            # said on this node, not on the one that reads the file
+            path_of(LORAS, lora, "lora")
         chosen = () if expert is None and lora == NONE else (ChosenExpert(strengths, lora, expert),)
         row = ChosenRow(name, Span(unit, start, end), chosen, model, cfg or None)
         return io.NodeOutput(with_row(rows or (), row))
