@@ -13,7 +13,7 @@ from .host.compat import advanced, newer
 from .host.experts.expert_files import expert_names, state_of_expert
 from .host.experts.route import attached_experts
 from .host.experts.table import ChosenExpert, ChosenRow, attach_table, with_row
-from .host.folders import NONE, fingerprint
+from .host.folders import LORAS, NONE, fingerprint, path_of
 from .host.report import report
 
 Rows = io.Custom("DCM_ROWS")
@@ -34,7 +34,7 @@ class DCMExpert(io.ComfyNode):
             category="DCM/loaders",
             description=(
                 "One row of an expert table: which LoRA, model or cfg works in which steps. Chain several of these nodes, then "
-                "connect the last one to DCM Attach Table. Where rows overlap, their LoRAs add up."
+                "connect the last one to DCM Attach Table. Where rows overlap, all their LoRAs work."
             ),
             inputs=[
                 io.String.Input(
@@ -46,8 +46,9 @@ class DCMExpert(io.ComfyNode):
                     "unit",
                     options=list(UNITS),
                     default="steps",
-                    tooltip="Unit of start and end. With steps, they count from 1. With sigma, they are noise levels from 1 down to 0. "
-                    "With percent, they are parts of the run from 0 to 1.",
+                    tooltip="Unit of start and end. With steps, they are the first and the last step of the row, counted from 1. With "
+                    "sigma, they are noise levels from 1 down to 0. With percent, they are parts of the run from 0 to 1, as in "
+                    "ComfyUI's own nodes.",
                 ),
                 io.Float.Input(
                     "start",
@@ -70,7 +71,7 @@ class DCMExpert(io.ComfyNode):
                 io.String.Input(
                     "strength",
                     default="1",
-                    tooltip="Strength of the LoRA. For one strength per step of the row, write a list such as 1, 1, 0.5; the last one is "
+                    tooltip="Strength of the LoRA. For one strength per step of the row, write a list such as 1, 1, 0.5. The last one is "
                     "kept for further steps. 0 leaves the LoRA out.",
                 ),
                 io.Float.Input(
@@ -79,7 +80,7 @@ class DCMExpert(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="cfg in these steps. 0 uses the sampler's cfg.",
+                    tooltip="cfg in these steps. Values other than 1 need a negative prompt. 0 uses the sampler's cfg.",
                     **advanced(io.Float.Input),
                 ),
                 Rows.Input("rows", optional=True, tooltip="The rows before this one, from another DCM Expert."),
@@ -133,6 +134,9 @@ class DCMExpert(io.ComfyNode):
         if not (math.isfinite(cfg) and 0 <= cfg <= 100):
             raise DCMError(f"cfg is {cfg}; expected a number from 0 to 100. 0 uses the sampler's cfg.")
         strengths = parse_strengths(strength)
+        if expert is None and lora != NONE:
+            # said on this node, not on the one that reads the file
+            path_of(LORAS, lora, "lora")
         chosen = () if expert is None and lora == NONE else (ChosenExpert(strengths, lora, expert),)
         row = ChosenRow(name, Span(unit, start, end), chosen, model, cfg or None)
         return io.NodeOutput(with_row(rows or (), row))

@@ -42,8 +42,33 @@ BASE = {"model_name": "zz_dcm_small_world_base.safetensors"}
 CLIPS = {"file_name": "zz_dcm_small_world.safetensors"}
 VAE = {"vae_name": "zz_dcm_small_world_vae.safetensors"}
 
+LIGHT = "wan2.2_t2v_lightx2v_4steps_lora_v1.1_{}_noise.safetensors"
+PAIR = "wan2.2_t2v_{}_noise_14B_fp8_scaled.safetensors"
+HIGH, LOW = (
+    {"name": side, "unit": "sigma", "start": start, "end": end, "lora": LIGHT.format(side)}
+    for side, start, end in (("high", 1, 0.875), ("low", 0.875, 0))
+)
+
 # Graphs for nodes that no shipped workflow shows, or only among many others: [(type, column, row, widgets)], [(from, output, to, input)].
 GRAPHS = {
+    "DCMExpert": (
+        [
+            ("DCMExpert", 0, 0, HIGH),
+            ("DCMExpert", 1.1, 0, LOW),
+            ("UNETLoader", 0.42, 1.4, {"unet_name": PAIR.format("low")}),
+        ],
+        [(0, 0, 1, "rows"), (2, 0, 1, "model")],
+    ),
+    "DCMAttachTable": (
+        [
+            ("UNETLoader", 0, -0.6, {"unet_name": PAIR.format("high")}),
+            ("DCMExpert", 0, 0, HIGH),
+            ("DCMExpert", 1.1, 0, LOW),
+            ("UNETLoader", 0.42, 1.4, {"unet_name": PAIR.format("low")}),
+            ("DCMAttachTable", 2.2, -0.6, {}),
+        ],
+        [(1, 0, 2, "rows"), (3, 0, 2, "model"), (0, 0, 4, "model"), (2, 0, 4, "rows")],
+    ),
     "DCMSchedulePlot": (
         [
             ("DCMLoadModel", 0, 0, RELEASE),

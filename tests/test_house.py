@@ -38,6 +38,8 @@ HOST_MODULES = {
 NODE_IDS = {
     "DCMLoadModel",
     "DCMAttachExperts",
+    "DCMExpert",
+    "DCMAttachTable",
     "DCMSampler",
     "DCMScheduler",
     "DCMGuider",

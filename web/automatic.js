@@ -10,8 +10,8 @@ const WORDS = {
   DCMSampler: SIDES,
   DCMGuider: SIDES,
   DCMAttachExperts: BOUNDARY,
-  DCMExpert: { cfg: "sampler's" },
   DCMSchedulePlot: BOUNDARY,
+  DCMExpert: { cfg: "as sampler" },
   DCMTrainSemanticExpert: TRAINING,
   DCMTrainDetailExpert: TRAINING,
 };

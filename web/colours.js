@@ -3,9 +3,10 @@
 import { app } from "../../scripts/app.js";
 
 export const COLOURS = { semantic: "#f2a33c", detail: "#4cb3ff" };
-export const NEUTRAL = "#8a8d99";
+const NEUTRAL = "#8a8d99";
+export const BASE = "base"; // the owner of a step without an expert
 // The rows of an expert table, in the order in which they run.
-export const OTHERS = ["#5fd38d", "#ff7a90", "#c9a6ff", "#f5e05c", "#7fe3e0", "#ff9e64", "#b5d56a", "#e58fd9"];
+const OTHERS = ["#5fd38d", "#ff7a90", "#c9a6ff", "#f5e05c", "#7fe3e0", "#ff9e64", "#b5d56a", "#e58fd9"];
 export const WARNING = "#ff9a6b";
 
 const NODES = {
@@ -16,6 +17,8 @@ const NODES = {
 const SIZES = {
   DCMSampler: [360, 560],
   DCMAttachExperts: [420, 300],
+  DCMExpert: [460, 260],
+  DCMAttachTable: [400, 160],
   DCMConvertCheckpoint: [420, 0],
   DCMExtractLoRA: [420, 0],
   DCMExportExpert: [420, 0],
@@ -30,6 +33,14 @@ const SIZES = {
   DCMSchedulePlot: [420, 420],
   DCMVideoSize: [340, 240],
 };
+
+// What runs each step -> a Map of their colours: see Theme.palette in dcm_core/inspection/plot.py.
+export function palette(owners) {
+  const colours = new Map([...Object.entries(COLOURS), [BASE, NEUTRAL]]);
+  const rows = new Set(owners.filter((owner) => !colours.has(owner)));
+  [...rows].forEach((row, place) => colours.set(row, OTHERS[place % OTHERS.length]));
+  return colours;
+}
 
 app.registerExtension({
   name: "DCM.Colours",

@@ -4,7 +4,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { COLOURS, NEUTRAL, OTHERS, WARNING } from "./colours.js";
+import { BASE, COLOURS, palette, WARNING } from "./colours.js";
 import { nodeOf } from "./preview.js";
 
 const SETTLE_MS = 50; // changes come in bursts
@@ -12,7 +12,6 @@ const POINTED_MS = 4000; // how long a tapped field stays described
 const PADDING = 6;
 const MARGIN = 2;
 const BYPASSED = 4;
-const BASE = "base"; // the owner of a step without an expert
 const MOST_LETTERS = 24; // fields become narrower than a letter
 const INK = "var(--input-text, #ddd)"; // on a node, in any theme
 const DARK = "#16171c"; // on an expert's colour
@@ -81,7 +80,7 @@ class Bar {
     this.done = 0;
     this.pointed = null;
     this.said = [];
-    this.colours = coloursOf(plan?.steps ?? []);
+    this.colours = palette((plan?.steps ?? []).map(({ expert }) => expert));
     const count = plan?.steps.length;
     this.fields.style.display = plan ? "flex" : "none";
     this.fields.replaceChildren(...(plan?.steps ?? []).map((step, index) => {
@@ -90,8 +89,8 @@ class Bar {
         flex: "1 1 0", minWidth: "0", boxSizing: "border-box", borderRadius: "3px", border: `1px solid ${INK}`,
         font: "bold 10px/16px sans-serif", textAlign: "center", overflow: "hidden", cursor: "default",
       });
-      field.dataset.expert = step.expert ?? "";
-      field.textContent = count <= MOST_LETTERS ? step.letter ?? "" : "";
+      field.dataset.expert = step.expert;
+      field.textContent = count <= MOST_LETTERS ? step.letter : "";
       field.title = describe(step, index, count);
       field.setAttribute("aria-hidden", "true");
       return field;
@@ -125,7 +124,7 @@ class Bar {
   paint() {
     this.element.style.display = this.plan || this.said.length ? "block" : "none";
     [...this.fields.children].forEach((field, index) => {
-      const colour = this.colours.get(field.dataset.expert) ?? NEUTRAL;
+      const colour = this.colours.get(field.dataset.expert);
       const done = index < this.done;
       const current = this.running && index === this.done;
       field.style.background = done ? colour : `color-mix(in srgb, ${colour} ${current ? 45 : 20}%, transparent)`;
@@ -182,16 +181,6 @@ class Bar {
 
 function describe(step, index, count) {
   return [`${index + 1} / ${count}`, step.expert, `σ ${shorten(step.sigma)}`].filter(Boolean).join("  ");
-}
-
-// A colour for each expert or row of a plan: see Theme.palette in dcm_core/inspection/plot.py.
-function coloursOf(steps) {
-  const colours = new Map([...Object.entries(COLOURS), [BASE, NEUTRAL]]);
-  let others = 0;
-  for (const { expert } of steps) {
-    if (!colours.has(expert)) colours.set(expert, OTHERS[others++ % OTHERS.length]);
-  }
-  return colours;
 }
 
 function planInWords({ steps, boundary }) {

@@ -41,6 +41,17 @@ SOURCES = {
     "CONDITIONING": {"DCMLoadConditioning": {"name": "zz_dcm_small_world/a blue circle moving down.safetensors"}},
     "LATENT": {"EmptyHunyuanLatentVideo": {"width": 64, "height": 64, "length": 5, "batch_size": 1}},
     "SIGMAS": {"DCMScheduler": {"preset": "generic", "steps": 2, "shift": 8.0, "denoise": 1.0}},
+    "DCM_ROWS": {
+        "DCMExpert": {
+            "name": "high",
+            "unit": "steps",
+            "start": 1.0,
+            "end": 2.0,
+            "lora": "zz_dcm_small_world_detail.safetensors",
+            "strength": "1, 0.5",
+            "cfg": 0.0,
+        }
+    },
     "DCM_DATASET": {"DCMLoadDataset": {"file_name": "zz_dcm_small_world.safetensors"}},
     "VAE": {"VAELoader": {"vae_name": "zz_dcm_small_world_vae.safetensors"}},
     "CLIP": {"CLIPLoader": {"clip_name": "none.safetensors", "type": "wan"}},
@@ -70,7 +81,7 @@ GOOD = {
     "DCMVideoSize": {"model_type": "HunyuanVideo"},
 }
 # text that is no name
-FREE = {("DCMVideoDataset", "negative")}
+FREE = {("DCMVideoDataset", "negative"), ("DCMExpert", "name")}
 # without a folder, and of models that are not of one make
 ENDS = {"DCMVideoDataset": "refused", "DCMExtractLoRA": "error"}
 NODE, SEEN = "1", "2"

@@ -24,6 +24,7 @@ GRAPHS = {path.stem: read(path) for path in WORKFLOWS}
 CONVERT, EXPERT_FILES = "DCM convert and extract", "DCM Wan 2.1 text to video (expert files)"
 TWO_MODELS, COMPARED = "DCM Wan 2.2 text to video (two models)", "DCM Wan 2.1 one and two experts compared"
 FROM_IMAGE = "DCM Wan 2.2 image to video"
+INTERVALS = "DCM Wan 2.2 three intervals (LoRA per step)"
 TRAINING, TRAINING_TWO = "DCM small world training (CPU)", "DCM Wan 2.2 training (two models)"
 
 # Title -> what its DCM Samplers say.
@@ -38,6 +39,7 @@ PLANS = {
     COMPARED: ["step 1-6 semantic, boundary 0.001 (the detail side has no step)", WAN],
     TWO_MODELS: ["step 1-11 semantic, 12-20 detail, boundary 0.875"],
     FROM_IMAGE: ["step 1-2 semantic, 3-4 detail, boundary 0.9"],
+    INTERVALS: ["step 1-2 motion, 3-4 high, 5-8 low, motion cfg 3.5"],
     CONVERT: [],
     "DCM small world (CPU)": [SMALL_WORLD],
     TRAINING: [SMALL_WORLD],
