@@ -53,6 +53,25 @@ GRAPHS = {
         ],
         [(0, 0, 1, "model"), (0, 0, 2, "model"), (1, 0, 2, "sigmas"), (2, 0, 3, "images")],
     ),
+    "DCMCompare": (
+        [
+            ("DCMLoadModel", 0, 0, RELEASE),
+            ("CLIPLoader", 0, 1, ENCODER),
+            ("VAELoader", 0, 2, {"vae_name": "wan_2.1_vae.safetensors"}),
+            ("CLIPTextEncode", 1, 0, {}),
+            ("EmptyHunyuanLatentVideo", 1, 1, {}),
+            ("DCMCompare", 2, 0, {}),
+            ("PreviewImage", 3, 0, {}),
+        ],
+        [
+            (0, 0, 5, "model"),
+            (1, 0, 3, "clip"),
+            (3, 0, 5, "positive"),
+            (4, 0, 5, "latent_image"),
+            (2, 0, 5, "vae"),
+            (5, 0, 6, "images"),
+        ],
+    ),
     "DCMVideoSize": (
         [
             ("DCMLoadModel", 0, 0, RELEASE),

@@ -55,6 +55,7 @@ NODE_IDS = {
     "DCMTrainDetailExpert",
     "DCMInspectModel",
     "DCMVideoSize",
+    "DCMCompare",
 }
 MAX_LINES = 400
 PACK = "pack"  # the name of the checkout as a package: anything

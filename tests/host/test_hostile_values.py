@@ -52,6 +52,7 @@ GOOD = {
     "DCMGuider": {"cfg": 1.0},
     "DCMScheduler": {"preset": "generic"},
     "DCMSchedulePlot": {"boundary": 0.9},
+    "DCMCompare": {"schedule": "generic", "steps": 1, "seeds": 1, "cfg": 1.0, "reference_steps": 2},
     "DCMInspectModel": {"file": "loras/zz_dcm_small_world_detail.safetensors"},
     "DCMTrainSemanticExpert": {"steps": 1, "rank": 1},
     "DCMTrainDetailExpert": {"steps": 1, "rank": 1, "shift": 17.0, "boundary": 0.9},
