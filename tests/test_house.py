@@ -56,6 +56,7 @@ NODE_IDS = {
     "DCMInspectModel",
     "DCMVideoSize",
     "DCMCompare",
+    "DCMTune",
 }
 MAX_LINES = 400
 PACK = "pack"  # the name of the checkout as a package: anything

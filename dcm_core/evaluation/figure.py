@@ -1,16 +1,19 @@
-"""A comparison as one picture: the error of each step, the videos beside the reference's, and what that means."""
+"""A comparison as one picture: the error of each step, the videos beside the reference's, and what that means. Also a search."""
 
 from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from ..inspection.plot import DARK, add_legend, as_picture, new_axes
+from ..inspection.plot import DARK, add_legend, as_picture, new_axes, pictured
 from ..text import one_line
 from .report import Report, Value
+from .search import Trial
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,6 +126,35 @@ def text_figure(report: Report, width: int = 2 * WIDTH, theme: str = DARK) -> Fi
             parse_math=False,
         )
     return axes.figure
+
+
+def trials_figure(trials: Sequence[Trial], width: int = 768, height: int = 432, theme: str = DARK) -> Figure:
+    """The distance of each trial over the model calls, and the lowest so far."""
+    axes, colours = new_axes(width, height, theme, "Search")
+    finite = [trial for trial in trials if math.isfinite(trial.distance)]
+    calls, distances = [trial.calls for trial in finite], [trial.distance for trial in finite]
+    lowest = list(accumulate(distances, min))
+    axes.plot(calls, distances, ls="", marker="o", color=colours.neutral, label="trials")
+    axes.step(calls, lowest, where="post", color=colours.of("detail"), lw=2, label="lowest so far")
+    if finite:
+        best = lowest.index(lowest[-1])
+        axes.plot(
+            calls[best],
+            distances[best],
+            ls="",
+            marker="o",
+            ms=10,
+            color=colours.of("semantic"),
+            label=f"best, {distances[best]:.4g}",
+        )
+    axes.set(xlabel="model calls", ylabel="distance from the reference")
+    axes.margins(0.05)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    add_legend(axes, colours)
+    return axes.figure
+
+
+plot_trials = pictured(trials_figure)
 
 
 def plot_report(report: Report, theme: str = DARK) -> Image.Image:
