@@ -87,7 +87,7 @@ GRAPHS = {
                 },
             ),
             ("DCMAttachExperts", 2, 0, {}),
-            ("PreviewImage", 2, 1.2, {}),
+            ("PreviewImage", 2, 1.5, {}),
         ],
         [
             (0, 0, 3, "model"),

@@ -246,9 +246,9 @@ def make_tuner(
     if not experts:
         raise DCMError("semantic_lora and detail_lora are both none. Choose at least one expert file.")
     strengths = {f"{side}_strength": start.strengths[side] for side in experts}
-    for name, strength in strengths.items():
+    for side, strength in start.strengths.items():
         if not math.isfinite(strength):
-            raise DCMError(f"{name} is {strength}; expected a number.")
+            raise DCMError(f"{side}_strength is {strength}; expected a number from 0 to 10.")
     attached = attach_experts(model, **experts, **strengths, boundary=start.boundary, stacked=start.stacked)
     candidate, notes = with_schedule(attached, start.schedule, start.steps, start.shift, start.cfg)
     base = with_shift(model, start.schedule, start.shift)

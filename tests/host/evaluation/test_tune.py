@@ -156,6 +156,7 @@ def test_an_interrupted_search_resumes(run, base):
         ({"experts": "none"}, "experts is 'none'; choose one of"),
         ({"name": "../out"}, "The output name is '../out', which points outside the folder"),
         ({"detail_strength": float("nan")}, "detail_strength is nan"),
+        ({"semantic_strength": float("inf"), "semantic_expert": None}, "semantic_strength is inf"),
         ({"reference_cfg": 2.0}, "no negative is connected"),
         ({"search_steps": True, "steps": 6}, "reference_steps is 4; expected at least the 6 steps"),
     ],
