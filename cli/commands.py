@@ -1,11 +1,13 @@
-"""`python -m dcm_core convert | extract | export | inspect | train`: the library on the command line."""
+"""`python -m dcm_core convert | extract | export | inspect | train | evaluate`: the library on the command line."""
 
 import argparse
 import json
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from dcm_core.inspection.inspect import inspect_file
 from dcm_core.release import OFFICIAL_RANK, write_release
 from dcm_core.text import plain
 
-TRAINING_PAGE = "https://github.com/comfyui-dcm/ComfyUI-DCM/blob/main/docs/training.md"
+PAGES = "https://github.com/comfyui-dcm/ComfyUI-DCM/blob/main/docs"
+TRAINING_PAGE, REPORT_PAGE = f"{PAGES}/training.md", f"{PAGES}/report.md"
 RELEASE = "release"
 # Characters that are printed at most. A table has one line for each layer.
 LONGEST = 10**7
@@ -96,16 +99,37 @@ def inspect(args: argparse.Namespace) -> str:
 
 def train(args: argparse.Namespace) -> str:
     """Train inside ComfyUI, which has the model classes."""
-    settings = read_settings(args.config)
+    settings = read_settings(args.config, TRAINING_PAGE)
+    return in_comfyui(
+        args,
+        lambda pack: pack("nodes.host.training.command").train(args.expert, settings, args.config.resolve().parent),
+    )
+
+
+def evaluate(args: argparse.Namespace) -> str:
+    """Compare a model with its reference inside ComfyUI."""
+    settings = read_settings(args.config, REPORT_PAGE)
+    folder = args.config.resolve().parent
+    return in_comfyui(
+        args,
+        lambda pack: pack("nodes.host.evaluation.command").evaluate(settings, folder, args.output, args.overwrite),
+    )
+
+
+def in_comfyui(args: argparse.Namespace, work: Callable[[Callable[[str], ModuleType]], str]) -> str:
+    """What `work` returns, called with a function that imports the pack's modules inside ComfyUI."""
     pack = load_pack(find_comfyui(args.comfyui))
     try:
-        return pack("nodes.host.training.command").train(args.expert, settings, args.config.resolve().parent)
+        return work(pack)
     except pack("dcm_core.errors").DCMError as error:
         raise DCMError(str(error)) from error
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read training settings from a JSON or TOML file.
+def read_settings(path: Path, page: str) -> dict[str, Any]:
+    """Read settings from a JSON or TOML file.
+
+    Args:
+        page: where they are explained.
 
     Raises:
         DCMError: a file that cannot be read.
@@ -120,13 +144,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise DCMError(f"{path} is TOML, which needs Python 3.11. Write the settings as JSON.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise DCMError(
-            f"{path} cannot be read as settings ({error}). Write JSON or TOML as in {TRAINING_PAGE}."
-        ) from error
+        raise DCMError(f"{path} cannot be read as settings ({error}). Write JSON or TOML as in {page}.") from error
     if not isinstance(settings, dict):
-        raise DCMError(
-            f"{path} contains a {type(settings).__name__}; expected settings by name, as in {TRAINING_PAGE}."
-        )
+        raise DCMError(f"{path} contains a {type(settings).__name__}; expected settings by name, as in {page}.")
     return settings
 
 
@@ -139,7 +159,7 @@ def device(name: str) -> torch.device:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m dcm_core", description="Convert, export, inspect and train Dual-Expert Consistency Models."
+        "python -m dcm_core", description="Convert, export, inspect, train and evaluate Dual-Expert Consistency Models."
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -214,6 +234,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--comfyui", type=Path, help="ComfyUI's folder (default: COMFYUI_PATH, or where the pack is installed)"
     )
     command.set_defaults(run=train)
+
+    command = commands.add_parser("evaluate", help="compare a model with experts with its reference, and report")
+    command.add_argument(
+        "--config", type=Path, required=True, help=f"settings in a .json or .toml file ({REPORT_PAGE})"
+    )
+    command.add_argument("--output", type=Path, required=True, help="folder for report.json and report.png")
+    command.add_argument("--overwrite", action="store_true", help="overwrite an existing report")
+    command.add_argument(
+        "--comfyui", type=Path, help="ComfyUI's folder (default: COMFYUI_PATH, or where the pack is installed)"
+    )
+    command.set_defaults(run=evaluate)
     return parser
 
 

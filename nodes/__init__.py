@@ -2,13 +2,26 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import conditioning, convert, dataset, experts, load, sample, schedule, table, train, video_size, view
+from . import conditioning, convert, dataset, evaluate, experts, load, sample, schedule, table, train, video_size, view
 from .host.compat import tell_newer_host
 from .host.sampling.plan_route import add_route
 
 NODES: list[type[io.ComfyNode]] = [
     node
-    for module in (load, experts, table, sample, schedule, video_size, view, convert, conditioning, dataset, train)
+    for module in (
+        load,
+        experts,
+        table,
+        sample,
+        schedule,
+        video_size,
+        view,
+        evaluate,
+        convert,
+        conditioning,
+        dataset,
+        train,
+    )
     for node in module.NODES
 ]
 

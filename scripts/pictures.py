@@ -78,6 +78,53 @@ GRAPHS = {
         ],
         [(0, 0, 1, "model"), (0, 0, 2, "model"), (1, 0, 2, "sigmas"), (2, 0, 3, "images")],
     ),
+    "DCMCompare": (
+        [
+            ("DCMLoadModel", 0, 0, RELEASE),
+            ("CLIPLoader", 0, 1, ENCODER),
+            ("VAELoader", 0, 2, {"vae_name": "wan_2.1_vae.safetensors"}),
+            ("CLIPTextEncode", 1, 0, {}),
+            ("EmptyHunyuanLatentVideo", 1, 1, {}),
+            ("DCMCompare", 2, 0, {}),
+            ("PreviewImage", 3, 0, {}),
+        ],
+        [
+            (0, 0, 5, "model"),
+            (1, 0, 3, "clip"),
+            (3, 0, 5, "positive"),
+            (4, 0, 5, "latent_image"),
+            (2, 0, 5, "vae"),
+            (5, 0, 6, "images"),
+        ],
+    ),
+    "DCMTune": (
+        [
+            ("DCMLoadModel", 0, 0, BASE),
+            ("DCMLoadConditioning", 0, 1, {}),
+            ("EmptyHunyuanLatentVideo", 0, 2, {"width": 64, "height": 64, "length": 17, "batch_size": 4}),
+            (
+                "DCMTune",
+                1.1,
+                0,
+                {
+                    "semantic_lora": "zz_dcm_small_world_semantic.safetensors",
+                    "detail_lora": "zz_dcm_small_world_detail.safetensors",
+                },
+            ),
+            ("DCMAttachExperts", 2, 0, {}),
+            ("PreviewImage", 2, 1.5, {}),
+        ],
+        [
+            (0, 0, 3, "model"),
+            (1, 0, 3, "positive"),
+            (2, 0, 3, "latent_image"),
+            (3, 0, 4, "semantic_strength"),
+            (3, 1, 4, "detail_strength"),
+            (3, 2, 4, "boundary"),
+            (0, 0, 4, "model"),
+            (3, 4, 5, "images"),
+        ],
+    ),
     "DCMVideoSize": (
         [
             ("DCMLoadModel", 0, 0, RELEASE),

@@ -1,4 +1,4 @@
-"""What a video of the small world shows, measured: its colour, shape and motion, its sharpness, and distances between sets."""
+"""What a video of the small world shows, measured: its colour, shape and motion. `dcm_core.evaluation.measures` has what any video has."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from world import COLOURS, MOTIONS, SHAPES
+
+from dcm_core.evaluation import measures
 
 # Shape area over its bounding box.
 FILL = {"circle": math.pi / 4, "square": 1.0, "triangle": 0.5}
@@ -83,46 +85,8 @@ def path_distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm(dim=1).mean())
 
 
-def motion_difference(a: Tensor, b: Tensor) -> float:
-    """Mean absolute difference of the videos' changes from frame to frame."""
-    return float((a.diff(dim=-3) - b.diff(dim=-3)).abs().mean())
-
-
 def flicker(video: Tensor) -> float:
     """Mean change from frame to frame of the ground, which stands still: of what is never near the shape."""
     shape = _saturated(video).any(0)
     near = F.max_pool2d(shape[None].float(), 2 * NEAR + 1, stride=1, padding=NEAR)[0] > 0
-    return float(video.diff(dim=1)[..., ~near].abs().mean())
-
-
-def edge_strength(video: Tensor) -> float:
-    """Mean size of the pixel gradients."""
-    return float(video.diff(dim=-1).abs().mean() + video.diff(dim=-2).abs().mean())
-
-
-def spectrum(videos: Tensor) -> Tensor:
-    """Log power of the frames by spatial frequency (radial), averaged over (videos, 3, frames, height, width)."""
-    size = videos.shape[-1]
-    power = torch.fft.fft2(videos).abs().square().mean((0, 1, 2))
-    frequency = torch.fft.fftfreq(size) * size
-    radius = torch.hypot(frequency[:, None], frequency[None]).round().long()
-    bins = torch.stack([power[radius == r].mean() for r in range(1, size // 2)])
-    return bins.log()
-
-
-def energy_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Distance between the distributions of two sets of points (Szekely): 2 E|a - b| - E|a - a'| - E|b - b'|, per root of the
-    dimension; and its standard error, by leaving out one pair at a time. The sets are drawn pair by pair from the same noise,
-    so that no pair is compared with itself: equal sets give 0.
-    """
-    count = len(a)
-    # the same origin for both, near the points: far from it, products lose digits
-    center = b.flatten(1).double().mean(0)
-    a, b = (points.flatten(1).double() - center for points in (a, b))
-    between = torch.cdist(a, b)
-    apart = (between + between.T - torch.cdist(a, a) - torch.cdist(b, b)) / math.sqrt(a.shape[1])
-    apart.fill_diagonal_(0)
-    total = apart.sum()
-    without = (total - 2 * apart.sum(1)) / ((count - 1) * (count - 2))
-    error = (without - without.mean()).square().sum().mul((count - 1) / count).sqrt()
-    return float(total / (count * (count - 1))), float(error)
+    return measures.flicker(video, ~near)

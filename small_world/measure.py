@@ -21,21 +21,14 @@ import torch
 from chart import NOTHING, charts
 from comfy.latent_formats import Wan21
 from distill import BOUNDARY, GUIDANCE, expert_path, load_base, load_expert, pack, sample
-from judge import (
-    edge_strength,
-    energy_distance,
-    flicker,
-    look,
-    motion_difference,
-    path_distance,
-    spectrum,
-    unevenness,
-)
+from judge import flicker, look, path_distance, unevenness
 from PIL import Image
 from ship import MODELS
 from torch import Tensor
 from train_base import load_vae
 from world import LATENT, NAMES, caption
+
+from dcm_core.evaluation.measures import edge_strength, energy_distance, motion_difference, spectrum
 
 attach, read_expert_file = pack("nodes.host.experts.attach"), pack("nodes.host.experts.expert_files").read_expert_file
 

@@ -57,6 +57,8 @@ NODE_IDS = {
     "DCMTrainDetailExpert",
     "DCMInspectModel",
     "DCMVideoSize",
+    "DCMCompare",
+    "DCMTune",
 }
 MAX_LINES = 400
 PACK = "pack"  # the name of the checkout as a package: anything

@@ -200,6 +200,15 @@ def data_cache() -> Path:
     return Path(folder_paths.get_output_directory()) / "dcm_cache"
 
 
+def tuning_folder(name: str) -> Path:
+    """Where the trials of a search are kept.
+
+    Raises:
+        DCMError: an empty name, or one that points outside the folder.
+    """
+    return _inside(Path(folder_paths.get_output_directory(), "dcm_tuning").resolve(), name)
+
+
 def run_folder(name: str) -> Path:
     """Where the checkpoints and samples of a training run are kept.
 

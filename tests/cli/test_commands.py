@@ -204,6 +204,7 @@ def test_a_device_that_is_not_there(source, base, tmp_path, capsys):
         ("nothing",),
         ("convert",),
         ("inspect",),
+        ("evaluate", "--config", "a"),
         ("convert", "a", "b", "c", "--dtype", "int3"),
         ("extract", "a", "b", "c", "--device", "x y"),
         ("export", "a", "b"),
@@ -220,7 +221,13 @@ def test_usage(arguments, capsys):
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [("convert", "--overwrite"), ("extract", "--rank"), ("export", "--semantic"), ("inspect", "--json")],
+    [
+        ("convert", "--overwrite"),
+        ("extract", "--rank"),
+        ("export", "--semantic"),
+        ("inspect", "--json"),
+        ("evaluate", "--output"),
+    ],
 )
 def test_help(command, option, capsys):
     with pytest.raises(SystemExit) as end:

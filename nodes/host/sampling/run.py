@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -182,8 +183,19 @@ def choose_sampler(sampler: Any, name: str) -> Any:
     return comfy.samplers.sampler_object(name) if sampler is None else sampler
 
 
-def run(guider: Any, latent: dict, sampler: Any, sigmas: Tensor, seed: int, node_id: str | None) -> tuple[dict, dict]:
+def run(
+    guider: Any,
+    latent: dict,
+    sampler: Any,
+    sigmas: Tensor,
+    seed: int,
+    node_id: str | None,
+    callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
+) -> tuple[dict, dict]:
     """One continuous trajectory over all sigmas.
+
+    Args:
+        callback: called in each step with (step, denoised, x, steps), in place of all bars and previews.
 
     Returns:
         The sampled latent and the last denoised estimate, each with the other entries of `latent`.
@@ -198,8 +210,8 @@ def run(guider: Any, latent: dict, sampler: Any, sigmas: Tensor, seed: int, node
         sampler or comfy.samplers.sampler_object("euler"),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
-        callback=_callback(model, len(sigmas) - 1, node_id, last),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        callback=callback or _callback(model, len(sigmas) - 1, node_id, last),
+        disable_pbar=callback is not None or not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
     result = {**latent, "samples": out.to(comfy.model_management.intermediate_device())}

@@ -1,0 +1,1 @@
+"""Compare models in the host, and search for better settings."""
