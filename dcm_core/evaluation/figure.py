@@ -32,7 +32,7 @@ def _error(value: Value) -> float:
 def steps_figure(report: Report, width: int = WIDTH, height: int = HEIGHT, theme: str = DARK) -> Figure:
     """A bar for what each step loses, in the colour of what runs it. Beside it the plain model, and the distance of the run itself."""
     axes, colours = new_axes(width, height, theme, "Where it is lost")
-    named = set()
+    named, colour_of = set(), colours.palette(step.owner for step in report.steps)
     for step in report.steps:
         label = None if step.owner in named else one_line(step.owner, 24)
         named.add(step.owner)
@@ -41,7 +41,7 @@ def steps_figure(report: Report, width: int = WIDTH, height: int = HEIGHT, theme
             step.own.value,
             0.6,
             yerr=_error(step.own),
-            color=colours.of(step.owner),
+            color=colour_of[step.owner],
             ecolor=colours.text,
             label=label,
         )
@@ -83,7 +83,7 @@ def measures_figure(report: Report, width: int = WIDTH, height: int = HEIGHT, th
             ratio,
             place,
             xerr=min(_error(measure.value), ratio - LEAST / 2),
-            color=colours.of("detail") if near else colours.of("semantic"),
+            color=colours.experts["detail"] if near else colours.experts["semantic"],
             marker="o",
             ms=9,
             capsize=4,
@@ -135,7 +135,7 @@ def trials_figure(trials: Sequence[Trial], width: int = 768, height: int = 432, 
     calls, distances = [trial.calls for trial in finite], [trial.distance for trial in finite]
     lowest = list(accumulate(distances, min))
     axes.plot(calls, distances, ls="", marker="o", color=colours.neutral, label="trials")
-    axes.step(calls, lowest, where="post", color=colours.of("detail"), lw=2, label="lowest so far")
+    axes.step(calls, lowest, where="post", color=colours.experts["detail"], lw=2, label="lowest so far")
     if finite:
         best = lowest.index(lowest[-1])
         axes.plot(
@@ -144,7 +144,7 @@ def trials_figure(trials: Sequence[Trial], width: int = 768, height: int = 432, 
             ls="",
             marker="o",
             ms=10,
-            color=colours.of("semantic"),
+            color=colours.experts["semantic"],
             label=f"best, {distances[best]:.4g}",
         )
     axes.set(xlabel="model calls", ylabel="distance from the reference")

@@ -624,56 +624,6 @@ def test_a_run_fills_the_bar_and_its_video_plays(page):
     page.shoot("video")
 
 
-# An expert table in the place of DCM Attach Experts; rows: [name, first step, last step, LoRA, strength].
-TABLE_INSTEAD = """rows => { const old = app.graph._nodes.find(({ type }) => type === 'DCMAttachExperts');
-const loader = old.getInputNode(0), [sampler] = old.getOutputNodes(0), table = LiteGraph.createNode('DCMAttachTable');
-app.graph.remove(old); app.graph.add(table); table.pos = [...old.pos];
-const nodes = rows.map(([name, start, end, lora, strength], place) => { const node = LiteGraph.createNode('DCMExpert');
-  app.graph.add(node); node.pos = [old.pos[0] - 500 * (rows.length - place), old.pos[1] + 900];
-  const values = { name, start, end, lora, strength };
-  for (const widget of node.widgets) if (widget.name in values) widget.value = values[widget.name];
-  return node });
-nodes.slice(1).forEach((node, place) => nodes[place].connect(0, node, node.findInputSlot('rows')));
-nodes.at(-1).connect(0, table, table.findInputSlot('rows'));
-loader.connect(0, table, table.findInputSlot('model')); table.connect(0, sampler, sampler.findInputSlot('model')) }"""
-
-
-def test_the_bar_shows_the_rows_of_a_table(page):
-    """Only the run knows them. Each has a colour of its own, and a letter."""
-    page.open(SMALL_WORLD)
-    page.wait(f"() => {FIELDS_OF_THE_BAR} === 6")
-    semantic, detail = (f"zz_dcm_small_world_{side}.safetensors" for side in ("semantic", "detail"))
-    # another table than that of the page before, whose text the host would not send a second time
-    strength = f"{1 + time.time_ns() % 10**6 / 10**8}"
-    page.run(
-        TABLE_INSTEAD,
-        [["high", 1, 2, semantic, strength], ["middle", 3, 4, detail, "1, 0.5"], ["hot", 6, 6, detail, "1"]],
-    )
-    page.changed()
-    page.wait(f"() => {FIELDS_OF_THE_BAR} === 0")
-    page.set_widget("DCMSampler", "seed", time.time_ns() % 2**31)
-    page.show("DCMSampler")
-    page.queue()
-    page.finish()
-    page.wait("() => document.querySelectorAll('.dcm-step-bar [data-done=true]').length === 6")
-    fields = "() => [...document.querySelectorAll('.dcm-step-bar [data-expert]')].map(field => [field.textContent, field.dataset.expert])"
-    owners = ["high", "high", "middle", "middle", "base", "hot"]
-    assert page.run(fields) == [list(field) for field in zip("HHMMBO", owners, strict=True)]
-    colours = page.run(
-        "() => [...document.querySelectorAll('.dcm-step-bar [data-expert]')].map(field => getComputedStyle(field).backgroundColor)"
-    )
-    assert len(set(colours)) == 4 and colours[0] == colours[1] and colours[2] == colours[3]
-    page.wait(
-        "() => document.querySelector('.dcm-step-bar').innerText.includes('step 1-2 high, 3-4 middle, 5 base, 6 hot')"
-    )
-    assert_bar_is_whole(page)
-    page.shoot("bar of a table")
-    page.show("DCMAttachTable")
-    page.wait_until_said("DCMAttachTable", r"^high: step 1 to 2; ")
-    assert_whole(page.said("DCMAttachTable"))
-    page.shoot("table")
-
-
 def test_the_preview_of_a_video_plays(page):
     """Where the host shows its own, of the first frame: the frames of the latent, one after the other."""
     page.open(SMALL_WORLD)

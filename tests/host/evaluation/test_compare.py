@@ -105,6 +105,17 @@ def test_steps_have_their_owners_and_what_runs_beside_the_boundary(run, routed):
     assert all(step["plain"]["value"] > 0 and step["factor"] for step in found["steps"])
 
 
+def test_the_steps_of_an_expert_table_have_their_rows(module, run, base, random_expert):
+    table, span = module("nodes.host.experts.table"), module("dcm_core.table").Span
+    rows = [
+        table.ChosenRow(name, span("steps", first, last), (table.ChosenExpert((1.0,), trained=random_expert(base)),))
+        for name, first, last in (("high", 1, 1), ("low", 3, 4))
+    ]
+    found = data(run(table.attach_table(base, rows)))
+    assert [step["owner"] for step in found["steps"]] == ["high", "base", "low", "low"]
+    assert all(not step["other"] for step in found["steps"])
+
+
 def test_the_calls_are_those_that_are_needed(run, routed, calls):
     """8 of the reference, 4 each of the plain model, the model on the reference's way and on its own, 2 beside the boundary."""
     run(routed, latent_image=latent(2))
