@@ -32,6 +32,8 @@ const SIZES = {
   DCMScheduler: [320, 230],
   DCMSchedulePlot: [420, 420],
   DCMVideoSize: [340, 240],
+  DCMCompare: [420, 0],
+  DCMTune: [480, 0],
 };
 
 // What runs each step -> a Map of their colours: see Theme.palette in dcm_core/inspection/plot.py.
