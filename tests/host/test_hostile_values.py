@@ -92,7 +92,7 @@ GOOD = {
     "DCMVideoSize": {"model_type": "HunyuanVideo"},
 }
 # text that is no name
-FREE = {("DCMVideoDataset", "negative"), ("DCMExpert", "name")}
+FREE = {("DCMVideoDataset", "negative"), ("DCMExpert", "name"), ("DCMSplitSigmas", "more_boundaries")}
 # without a folder, and of models that are not of one make
 ENDS = {"DCMVideoDataset": "refused", "DCMExtractLoRA": "error"}
 NODE, SEEN = "1", "2"

@@ -261,7 +261,7 @@ def _errors_raised(adapter: Adapter) -> Iterator[None]:
             raise ValueError(record.getMessage())
         return True
 
-    root = logging.getLogger()
+    root = logging.root
     root.addFilter(stop)
     try:
         yield

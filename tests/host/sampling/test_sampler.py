@@ -251,7 +251,7 @@ def test_guider_and_scheduler_equal_the_sampler(node, run, routed):
 def test_split_run_is_the_whole_run(node, routed, run):
     """High sigmas, then low sigmas without new noise: the same trajectory in two of the host's sampler nodes."""
     sigmas = node("DCMScheduler", model=routed, preset="auto", steps=6, shift=17.0, denoise=1.0).result[0]
-    high, low = node("DCMSplitSigmas", sigmas=sigmas, boundary=0.979).result
+    high, low, *_ = node("DCMSplitSigmas", sigmas=sigmas, boundary=0.979).result
     assert torch.equal(high[-1:], low[:1])
     assert (len(high), len(low)) == (4, 4)
     import comfy.samplers

@@ -379,7 +379,7 @@ def test_nodes_train_a_pair_that_is_sampled_at_once_and_from_files(trained, node
     experts = {side: found.result[1] for side, found in trained.items()}
     assert experts["semantic"].pair == experts["detail"].pair is not None
     facts = module("nodes.host.experts.route").attached_experts(trained["detail"].result[0])
-    assert facts.semantic is None and facts.boundary == 0.875
+    assert "semantic" not in facts.experts and facts.boundary == 0.875
     expected = "step 1-2 semantic, 3-4 detail, boundary 0.875"
     assert plan(node, trained["semantic"].result[0], trained["detail"].result[0]).startswith(expected)
     names = {"semantic": "dcm/one.safetensors", "detail": "dcm/two.safetensors"}
