@@ -34,12 +34,14 @@ class Part:
         name: the row or side, for messages.
         model: the MODEL that runs it; None for the guider's.
         cfg: None to keep the guider's.
+        model_input: the input where the user connects the model, if not that of the row.
     """
 
     name: str
     span: Span | Interval
     model: Any = None
     cfg: float | None = None
+    model_input: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def two_sides(boundary: float, detail_model: Any = None, detail_cfg: float | Non
     Raises:
         ScheduleError: a boundary outside (0, 1).
     """
-    return Sides((Part("detail", Interval(check_boundary(boundary), -math.inf), detail_model, detail_cfg),))
+    return Sides(
+        (Part("detail", Interval(check_boundary(boundary), -math.inf), detail_model, detail_cfg, "detail_model"),)
+    )
 
 
 def with_sides(model: Any, sides: Sides) -> Any:
@@ -76,9 +80,7 @@ def with_sides(model: Any, sides: Sides) -> Any:
     """
     for part in sides.parts:
         if part.model is not None:
-            check_pair(
-                model, part.model, "detail_model" if part.name == "detail" else f"the model of row {given(part.name)}"
-            )
+            check_pair(model, part.model, part.model_input or f"the model of row {given(part.name)}")
     clone = model.clone()
     remove_sides(clone)
     clone.set_attachments(KEY, sides)

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ..compare import calls_of
+
 SHIPPED = Path(__file__).parents[3] / "small_world" / "models"
 COND, OTHER, WIDE = (
     [[torch.randn(1, 5, width, generator=torch.Generator().manual_seed(seed)), {}]]
@@ -66,16 +68,8 @@ def data(output):
 @pytest.fixture
 def calls(base, other):
     """(which model, rows) of every call of a transformer."""
-    seen = []
-    hooks = [
-        each.model.diffusion_model.register_forward_pre_hook(
-            lambda module, args, name=name: seen.append((name, len(args[0])))
-        )
-        for name, each in (("base", base), ("other", other))
-    ]
-    yield seen
-    for hook in hooks:
-        hook.remove()
+    with calls_of(base=base, other=other) as seen:
+        yield seen
 
 
 def test_a_model_beside_itself_has_no_distance(run, base):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageOps, ImageStat
 
+from ..compare import calls_of
+
 COND = [[torch.randn(1, 5, 4096, generator=torch.Generator().manual_seed(4)), {}]]
 OTHER = [[torch.randn(1, 7, 4096, generator=torch.Generator().manual_seed(5)), {}]]
 DEFAULTS = {"seed": 3, "schedule": "auto", "steps": 6, "cfg": 1.0, "denoise": 1.0, "positive": COND}
@@ -45,16 +47,8 @@ def samples(output):
 @pytest.fixture
 def calls(base, low):
     """(which model, rows in the batch) of every call of a transformer."""
-    seen = []
-    hooks = [
-        model.model.diffusion_model.register_forward_pre_hook(
-            lambda module, args, name=name: seen.append((name, len(args[0])))
-        )
-        for name, model in (("high", base), ("low", low))
-    ]
-    yield seen
-    for hook in hooks:
-        hook.remove()
+    with calls_of(high=base, low=low) as seen:
+        yield seen
 
 
 @pytest.mark.parametrize("negative", [None, OTHER])
