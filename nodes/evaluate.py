@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..dcm_core.errors import ExpertError, check_choice
 from ..dcm_core.evaluation.figure import plot_report, plot_trials
 from ..dcm_core.schedule import AUTO
-from .experts import INDEPENDENT, STACKED, TrainedExpert
+from .experts import INDEPENDENT, STACKED, trained_inputs
 from .host.compat import newer
 from .host.evaluation.compare import DEFAULT_STEPS, Task, compare, reference_of, with_schedule
 from .host.evaluation.tune import DETAIL, DISTANCES, SEMANTIC, STEPS, Searched, Start, make_tuner, tune
@@ -250,16 +250,7 @@ class DCMTune(io.ComfyNode):
                 ),
                 io.Model.Input("reference_model", optional=True, tooltip="Another model as the reference."),
                 *(io.Conditioning.Input(name, optional=True, tooltip="One more prompt.") for name in MORE_PROMPTS),
-                TrainedExpert.Input(
-                    "semantic_expert",
-                    optional=True,
-                    tooltip="A semantic expert directly from its training; overrides semantic_lora.",
-                ),
-                TrainedExpert.Input(
-                    "detail_expert",
-                    optional=True,
-                    tooltip="A detail expert directly from its training; overrides detail_lora.",
-                ),
+                *trained_inputs(),
             ],
             outputs=[
                 io.Float.Output(display_name="semantic_strength", tooltip="For DCM Attach Experts."),

@@ -6,6 +6,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..dcm_core.errors import ExpertError, check_choice
+from ..dcm_core.routing import SIDES
 from .host.compat import newer
 from .host.experts.attach import attach_experts, attached_experts
 from .host.experts.expert_files import expert_names, load_expert, state_of_expert, trained_expert
@@ -16,6 +17,18 @@ TrainedExpert = io.Custom("DCM_EXPERT")
 
 STACKED = "detail on top of semantic (as released)"
 INDEPENDENT = "independent, each on its side"
+
+
+def trained_inputs() -> list[io.Input]:
+    """Inputs for experts from a training in the same graph, on every node that takes two expert files."""
+    return [
+        TrainedExpert.Input(
+            f"{side}_expert",
+            optional=True,
+            tooltip=f"A {side} expert directly from its training; overrides {side}_lora.",
+        )
+        for side in SIDES
+    ]
 
 
 class DCMAttachExperts(io.ComfyNode):
@@ -73,16 +86,7 @@ class DCMAttachExperts(io.ComfyNode):
                     "expert on top of it at its own steps. Experts trained separately are independent: each works only on its side of "
                     "the boundary.",
                 ),
-                TrainedExpert.Input(
-                    "semantic_expert",
-                    optional=True,
-                    tooltip="A semantic expert directly from its training; overrides semantic_lora.",
-                ),
-                TrainedExpert.Input(
-                    "detail_expert",
-                    optional=True,
-                    tooltip="A detail expert directly from its training; overrides detail_lora.",
-                ),
+                *trained_inputs(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with its experts, for any sampler.")],
             hidden=[io.Hidden.unique_id],

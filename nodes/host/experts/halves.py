@@ -48,19 +48,30 @@ def check_halves(model: Any, semantic: Expert | None, detail: Expert | None) -> 
             f"On the same model, {name_of(other)} cannot be attached. Put each expert on its own model with a DCM Attach Experts "
             "node. Then connect both to DCM Sampler: high noise to model, low noise to detail_model."
         )
-    for side, expert, pair in halves:
-        found = pair.side_of(model_fingerprint(model))
-        if found is None:
-            logger.warning(
-                "%s was trained on a %s model of two models, and this model is neither of them. Results may be poor.",
-                name_of(expert),
-                MODELS[side],
-            )
-        elif found != side:
-            raise ExpertError(
-                f"{name_of(expert)} is a {side} expert that was trained on the {MODELS[side]} model of two models, but this is the "
-                f"{MODELS[found]} model. Attach it to the {MODELS[side]} model, and the {found} expert of the same training here."
-            )
+    for side, expert, _ in halves:
+        check_half(expert, side, model)
+
+
+def check_half(expert: Expert, side: Side, model: Any) -> None:
+    """Refuse an expert for one of two models on the other one. An expert for one model fits any.
+
+    Raises:
+        ExpertError: names the file, and says where it belongs.
+    """
+    if expert.pair is None:
+        return
+    found = expert.pair.side_of(model_fingerprint(model))
+    if found is None:
+        logger.warning(
+            "%s was trained on a %s model of two models, and this model is neither of them. Results may be poor.",
+            name_of(expert),
+            MODELS[side],
+        )
+    elif found != side:
+        raise ExpertError(
+            f"{name_of(expert)} is a {side} expert that was trained on the {MODELS[side]} model of two models, but this is the "
+            f"{MODELS[found]} model. Attach it to the {MODELS[side]} model, and the {found} expert of the same training here."
+        )
 
 
 def check_together(model: Any, detail_model: Any) -> None:

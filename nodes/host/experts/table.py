@@ -1,6 +1,5 @@
 """Attach an expert table to a MODEL: rows of experts, full models and cfgs, each for a part of the run."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -12,16 +11,14 @@ from ....dcm_core.experts.reader import WrongSideError, check_sizes
 from ....dcm_core.files.tensor_file import TensorFile
 from ....dcm_core.routing import own_timesteps
 from ....dcm_core.table import Row, Span, Use, check_rows, overlap, strengths_in_words
-from ....dcm_core.text import LOGGER, given, one_line
+from ....dcm_core.text import given, one_line
 from ..folders import LORAS, path_of
 from ..sampling.switch import Part, Sides, with_sides
 from .adapters import is_proportional
 from .attach import detach_experts, module_shapes, require_family, route_experts
 from .expert_files import read_file
-from .halves import MODELS, model_fingerprint
+from .halves import check_half
 from .route import AttachedExperts
-
-logger = logging.getLogger(LOGGER)
 
 
 @dataclass(frozen=True)
@@ -190,22 +187,8 @@ def _read(chosen: ChosenExpert, row: ChosenRow, model: Any, strength: float) -> 
             expert = read_file(path, "semantic", model, what, strength)
         except WrongSideError as error:
             expert = read_file(path, error.side, model, what, strength)
-    if expert.pair is not None:
-        _check_half(expert, what, model)
+    try:
+        check_half(expert, expert.role, model)
+    except ExpertError as error:
+        raise ExpertError(f"{what}. {error}") from error
     return expert
-
-
-def _check_half(expert: Expert, what: str, model: Any) -> None:
-    """Refuse an expert for one of two models on the other one."""
-    found = expert.pair.side_of(model_fingerprint(model))
-    if found is None:
-        logger.warning(
-            "%s, which was trained on the %s model of two models. This is neither of them, so results may be poor.",
-            what,
-            MODELS[expert.role],
-        )
-    elif found != expert.role:
-        raise ExpertError(
-            f"{what}, which was trained on the {MODELS[expert.role]} model of two models, but its row runs on the {MODELS[found]} "
-            "model. Connect the other model to this row, or choose the other expert."
-        )

@@ -73,6 +73,25 @@ def test_an_expert_on_the_other_model_is_refused(side, node, bases, experts):
         node("DCMAttachExperts", model=bases[other], **NO_FILES, **STRENGTHS, **{f"{side}_expert": experts[side]})
 
 
+def test_an_expert_in_a_row_of_the_other_model_is_refused(module, node, bases, experts):
+    """Each belongs in the row of its own model; the wrong row is named."""
+    table = module("nodes.host.experts.table").attach_table
+    values = {"unit": "sigma", "lora": "none", "strength": "1", "cfg": 0.0}
+
+    def rows(first, second):
+        high = node("DCMExpert", name="high", start=1.0, end=0.875, expert=experts[first], **values).result[0]
+        low = {"name": "low", "start": 0.875, "end": 0.0, "expert": experts[second], "model": bases["detail"]}
+        return node("DCMExpert", rows=high, **low, **values).result[0]
+
+    table(bases["semantic"], rows("semantic", "detail"))
+    for wrong, message in (
+        (rows("detail", "detail"), r"row 'high' .*'my_detail\.safetensors' is a detail expert .* the high-noise model"),
+        (rows("semantic", "semantic"), r"row 'low' .*'my_semantic\.safetensors' .* but this is the low-noise model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            table(bases["semantic"], wrong)
+
+
 def test_both_experts_on_one_model_are_refused(attach, bases, experts, random_expert):
     error = r"'my_semantic\.safetensors' was trained on the high-noise model .* '(my|another)_detail\.safetensors' cannot be attached"
     plain = dataclasses.replace(random_expert(bases["semantic"], "detail"), source="another_detail.safetensors")
