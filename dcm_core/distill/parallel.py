@@ -1,5 +1,6 @@
 """Train one expert in several processes, started by `torchrun` or `accelerate launch`. Gradients are averaged over them."""
 
+import atexit
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator
@@ -198,4 +199,13 @@ def join(device: torch.device) -> Processes:
         # long enough for a process to encode its clips while the others wait
         nccl = device.type == "cuda" and dist.is_nccl_available()
         dist.init_process_group("nccl" if nccl else "gloo", timeout=PATIENCE)
+        # a thread of gloo that still runs when the interpreter ends would abort a process that has done its work
+        if not nccl:
+            atexit.register(_leave)
     return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def _leave() -> None:
+    """Leave the group, unless someone else already did."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

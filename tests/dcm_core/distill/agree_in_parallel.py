@@ -88,5 +88,3 @@ if __name__ == "__main__":
         except (TrainingError, ValueError) as error:
             found[scene.__name__] = f"{type(error).__name__}: {error}"
     Path(sys.argv[1], f"found_{processes.rank}.json").write_text(json.dumps(found))
-    # without it, a thread of gloo may still run when the process ends, which aborts it on a busy machine
-    torch.distributed.destroy_process_group()
