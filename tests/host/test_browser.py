@@ -317,6 +317,8 @@ def test_a_zero_that_stands_for_a_choice_is_a_word(page, kind, name, word):
     page.run(
         "async () => { try { await app.extensionManager.setting.set('Comfy.Node.AlwaysShowAdvancedWidgets', true) } catch {} }"
     )
+    # one front end gives a new node the values of an earlier node that had its number: DCM Guider's cfg to DCM Expert
+    page.set_widget(kind, name, 0)
     page.show(kind)
     script, widget = SHOWN_IN_NODES_2 if page.nodes2 else SHOWN_ON_CANVAS, [page.node(kind), name]
     page.wait(f"([argument, word]) => ({script})(argument) === word", [widget, word])
